@@ -1,0 +1,18 @@
+"""fastgen: generate with the conditional diffusion model you trained, fast, with proof that it is still the same model."""
+
+__version__ = "0.1.0"
+
+from typing import Any
+
+__all__ = ["load", "score", "train"]
+
+_API = {"load": "fastgen.pipeline", "score": "fastgen.scoring", "train": "fastgen.training"}
+
+
+def __getattr__(name: str) -> Any:
+    """The Python API, imported when it is used: `import fastgen` stays light."""
+    if name not in _API:
+        raise AttributeError(f"module 'fastgen' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_API[name]), name)

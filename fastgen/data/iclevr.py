@@ -1,0 +1,46 @@
+"""The i-CLEVR task: train.json {"CLEVR_train_002066_0.png": ["cyan cube"]}, objects.json, images in one folder."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from fastgen.data.dataset import Dataset, Example, existing, note, scene
+from fastgen.errors import InputError
+from fastgen.jsonfiles import brief, located, read_json
+from fastgen.names import check_known, check_labels, check_relative, read_objects
+
+LABELS, OBJECTS = "train.json", "objects.json"
+FOLDERS = ("iclevr", "images", ".")
+
+
+def recognise(root: Path) -> bool:
+    return os.path.isfile(root / LABELS) and os.path.isfile(root / OBJECTS)
+
+
+def read(root: Path) -> Dataset:
+    """The images of train.json that exist, from the first of iclevr/, images/ and the root that has any."""
+    objects = read_objects(root / OBJECTS)
+    path = root / LABELS
+    content = read_json(path)
+    if not isinstance(content, dict) or not content:
+        raise InputError(f'{path}: found {brief(content)}, expected {{"CLEVR_train_002066_0.png": ["cyan cube"], ...}}')
+    labels = {}
+    for name, value in content.items():
+        with located(f"{path}: key {brief(name)}"):
+            check_relative(name, "image name")
+            labels[name] = check_labels(value)
+            check_known(labels[name], objects)
+    folder, found = _images(root, list(labels))
+    if not found:
+        raise InputError(f"no image matches {path}: the first one expected is {root / FOLDERS[0] / next(iter(labels))}")
+    examples = tuple(Example(folder / name, (), labels[name], scene(name)) for name in labels if name in found)
+    missing = note([name for name in labels if name not in found], f"images listed in {LABELS} but missing")
+    return Dataset("labels", root, examples, objects, missing, splits_in_file_order=True)
+
+
+def _images(root: Path, names: list[str]) -> tuple[Path, set[str]]:
+    for folder in FOLDERS:
+        if found := existing(root / folder, names):
+            return root / folder, found
+    return root, set()

@@ -1,0 +1,160 @@
+"""JSON and JSONL files: errors name file, line and column; nothing is dropped silently; writes are atomic."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import reprlib
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, NoReturn
+
+from fastgen.errors import FastgenError, InputError
+
+MAX_INTEGER_DIGITS = 40  # int() itself refuses 4300 digits, and takes quadratic time below that
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 80
+_SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxdict = 2, 3, 3
+
+# A string (and whether it is a key), a brace, a constant that JSON lacks, or a number: what `_explain` looks at.
+_TOKEN = re.compile(r'("(?:[^"\\]|\\.)*+")(\s*:)?|[{}]|NaN|-?Infinity|-?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?', re.DOTALL)
+
+
+class _RefusedError(ValueError):
+    """Valid for Python's parser, refused here; the parser's hooks do not know the position."""
+
+
+def brief(value: object) -> str:
+    """`repr(value)` cut to a length that fits in an error message, however large the value is."""
+    return _SHORT.repr(value)
+
+
+@contextmanager
+def located(place: object) -> Iterator[None]:
+    """Puts `place: ` in front of an InputError raised inside."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{place}: {error}") from None
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """The value of a JSON file (UTF-8, byte order mark accepted).
+
+    Raises InputError for a missing or unreadable file, bytes that are not UTF-8, malformed JSON, nesting too deep for
+    the parser, and what the parser would let pass although somebody loses by it: a key twice in one object, NaN,
+    Infinity, integers of more than 40 digits.
+    """
+    return _parse(_read_text(Path(path)), Path(path), first_line=1)
+
+
+def read_jsonl(path: str | os.PathLike[str]) -> list[tuple[int, Any]]:
+    """(line number from 1, value) for every line of a JSONL file that is not blank; raises as `read_json` does."""
+    lines = enumerate(_read_text(Path(path)).split("\n"), start=1)
+    return [(number, _parse(line, Path(path), number)) for number, line in lines if line.strip(" \t\r")]
+
+
+def write_json(path: str | os.PathLike[str], value: Any, indent: int | None = 2) -> None:
+    """Writes `value` as UTF-8 JSON under a temporary name, then renames it to `path`.
+
+    Raises FastgenError where the disk or the permissions refuse, ValueError for NaN and infinity.
+    """
+    text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False) + "\n"
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))  # a lone surrogate becomes \udXXX, its JSON escape
+
+
+def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
+    """Writes a file so that `path` holds the old content or all of the new, never a part; FastgenError if it fails."""
+    path = Path(path)
+    temporary = path.parent / f".tmp-{secrets.token_hex(8)}"
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise FastgenError(f"{path}: cannot be written: {error.strerror or error}") from None
+
+
+def _read_text(path: Path) -> str:
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise InputError(f"{path}: is a folder, expected a JSON file") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        raise InputError(f"{str(path)!r}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        column = error.start - data.rfind(b"\n", 0, error.start)
+        found = "UTF-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else f"byte 0x{data[error.start]:02x}"
+        raise InputError(f"{path}: line {line}, column {column}: not UTF-8 (found {found}); save it as UTF-8") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        raise _RefusedError
+    return value
+
+
+def _refuse_constant(_: str) -> NoReturn:
+    raise _RefusedError
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > MAX_INTEGER_DIGITS:
+        raise _RefusedError
+    return int(digits)
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse_constant, parse_int=_integer)
+
+
+def _parse(text: str, path: Path, first_line: int) -> Any:
+    try:
+        return _DECODER.decode(text)
+    except json.JSONDecodeError as error:
+        place = f"{path}: line {first_line + error.lineno - 1}, column {error.colno}"
+        if not text.strip():
+            raise InputError(f"{path}: is empty, expected JSON") from None
+        help_text = "; is it JSONL (a value per line)? then name it .jsonl" if error.msg == "Extra data" else ""
+        raise InputError(f"{place}: malformed JSON: {error.msg}{help_text}") from None
+    except _RefusedError:
+        position, problem = _explain(text)
+        line = first_line + text.count("\n", 0, position)
+        column = position - text.rfind("\n", 0, position)
+        raise InputError(f"{path}: line {line}, column {column}: {problem}") from None
+    except RecursionError:
+        raise InputError(f"{path}: line {first_line}: JSON nested too deeply") from None
+
+
+def _explain(text: str) -> tuple[int, str]:
+    """(position, problem) of what a hook refused. Everything before that position is well-formed JSON."""
+    objects: list[set[str]] = []
+    for match in _TOKEN.finditer(text):
+        token, string, colon = match[0], match[1], match[2]
+        if token == "{":
+            objects.append(set())
+        elif token == "}":
+            objects.pop()
+        elif string and colon:
+            key = json.loads(string)
+            if key in objects[-1]:
+                return match.start(), f"key {brief(key)} occurs twice in one object; only one of them would be kept"
+            objects[-1].add(key)
+        elif not string and token.endswith(("NaN", "Infinity")):
+            return match.start(), f"found {token}, which is not JSON"
+        elif not string and len(token) > MAX_INTEGER_DIGITS and token.lstrip("-").isdigit():
+            return match.start(), f"found an integer of {len(token)} digits, expected at most {MAX_INTEGER_DIGITS}"
+    raise AssertionError("a hook refused what the scanner accepts")

@@ -1,0 +1,226 @@
+"""The label evaluator: a ResNet-18 with sigmoid outputs that says which objects are in a 64 px image.
+
+Architecture and weight names are those of torchvision's `resnet18` with `fc = Sequential(Linear(512, 24), Sigmoid())`,
+so the checkpoint of the i-CLEVR task fits as it is. He et al., Deep Residual Learning for Image Recognition, 2015.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastgen.errors import FastgenError, InputError
+from fastgen.jsonfiles import located, read_json, write_bytes, write_json
+from fastgen.names import check_objects, read_objects
+
+IMAGE_SIZE = 64
+WEIGHTS, LABELS, CONFIG = "model.safetensors", "labels.json", "config.json"
+PICKLES = (".pth", ".pt", ".ckpt", ".bin")
+LISTED = 10
+
+
+def _conv(width_in: int, width: int, size: int, stride: int) -> nn.Conv2d:
+    return nn.Conv2d(width_in, width, size, stride, padding=size // 2, bias=False)
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut: (B, width_in, H, W) -> (B, width, H / stride, W / stride)."""
+
+    def __init__(self, width_in: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = _conv(width_in, width, 3, stride), nn.BatchNorm2d(width)
+        self.conv2, self.bn2 = _conv(width, width, 3, 1), nn.BatchNorm2d(width)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample: nn.Module | None = None
+        if stride != 1 or width_in != width:
+            self.downsample = nn.Sequential(_conv(width_in, width, 1, stride), nn.BatchNorm2d(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        hidden = self.relu(self.bn1(self.conv1(x)))
+        return self.relu(self.bn2(self.conv2(hidden)) + shortcut)
+
+
+class ResNet18(nn.Module):
+    """Images (B, 3, H, W) in [-1, 1] -> scores (B, num_labels), each in [0, 1]."""
+
+    def __init__(self, num_labels: int) -> None:
+        super().__init__()
+        self.num_labels = num_labels
+        self.conv1, self.bn1 = _conv(3, 64, 7, 2), nn.BatchNorm2d(64)
+        self.relu, self.maxpool = nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, padding=1)
+        self.layer1 = nn.Sequential(BasicBlock(64, 64, 1), BasicBlock(64, 64, 1))
+        self.layer2 = nn.Sequential(BasicBlock(64, 128, 2), BasicBlock(128, 128, 1))
+        self.layer3 = nn.Sequential(BasicBlock(128, 256, 2), BasicBlock(256, 256, 1))
+        self.layer4 = nn.Sequential(BasicBlock(256, 512, 2), BasicBlock(512, 512, 1))
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Sequential(nn.Linear(512, num_labels), nn.Sigmoid())
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def features(self, x: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, 512): what the last linear layer sees."""
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))  # (B, 64, H / 4, W / 4)
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))  # (B, 512, H / 32, W / 32)
+        return self.avgpool(x).flatten(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.features(x))
+
+
+def build(num_labels: int = 24) -> ResNet18:
+    """A ResNet-18 with fresh weights (He initialisation from torch's global generator), in training mode."""
+    return ResNet18(num_labels)
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """A trained evaluator in eval mode. `objects` (name -> output index) is None where the file holds weights only."""
+
+    module: ResNet18
+    objects: Mapping[str, int] | None
+
+    @property
+    def num_labels(self) -> int:
+        return self.module.num_labels
+
+    def predict(self, images: np.ndarray, batch_size: int = 64) -> np.ndarray:
+        """images (N, 3, 64, 64) float32 in [-1, 1] -> scores (N, num_labels) float32 in [0, 1].
+
+        Raises FastgenError when a score is not finite.
+        """
+        return self._batched(self.module, images, batch_size)
+
+    def features(self, images: np.ndarray, batch_size: int = 64) -> np.ndarray:
+        """images as for `predict` -> features (N, 512) float32, for distances between sets of images."""
+        return self._batched(self.module.features, images, batch_size)
+
+    def _batched(self, function: Callable[[Tensor], Tensor], images: np.ndarray, batch_size: int) -> np.ndarray:
+        shape = (len(images), 3, IMAGE_SIZE, IMAGE_SIZE)
+        if not len(images) or images.shape != shape or images.dtype != np.float32:
+            expected = f"(N, 3, {IMAGE_SIZE}, {IMAGE_SIZE}) float32, N at least 1"
+            raise InputError(f"images are {images.shape} {images.dtype}: expected {expected}")
+        device = self.module.conv1.weight.device
+        slices = (images[i : i + batch_size] for i in range(0, len(images), batch_size))
+        with torch.no_grad():
+            out = np.concatenate([function(torch.from_numpy(x).to(device)).cpu().numpy() for x in slices])
+        if broken := int((~np.isfinite(out)).any(axis=1).sum()):
+            raise FastgenError(f"the evaluator gave NaN or infinity for {broken} of {len(out)} images")
+        return out
+
+
+def save(module: ResNet18, folder: Path, objects: Mapping[str, int], record: Mapping[str, Any]) -> None:
+    """Write an evaluator folder: model.safetensors, labels.json, and config.json with `record` (how it was trained).
+
+    Raises InputError when `objects` does not name every output once, FastgenError when the disk refuses.
+    """
+    from safetensors.torch import save as to_bytes
+
+    _check_fit(objects, module)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {key: value.detach().cpu().contiguous() for key, value in module.state_dict().items()}
+    write_bytes(folder / WEIGHTS, to_bytes(state, metadata={"format": "pt"}))
+    write_json(folder / LABELS, dict(objects))
+    config = {"architecture": "resnet18", "num_labels": module.num_labels, "image_size": IMAGE_SIZE}
+    write_json(folder / CONFIG, {**config, "training": dict(record)})
+
+
+def load(path: Path, allow_pickle: bool = False) -> Evaluator:
+    """Read an evaluator onto the CPU in float32: a folder of `save`, a .safetensors file, or the task's checkpoint
+    (`torch.save({"model": state_dict})`; only with `allow_pickle`, and then nothing but tensors and plain containers).
+
+    Raises InputError when the file is none of these, cannot be read, is a pickle without permission, or when weights
+    are missing, unexpected, of the wrong shape or not finite (named one by one, the first ten).
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _load_folder(path)
+    if not path.is_file():
+        raise InputError(f"{path}: not found, expected an evaluator: a folder, a .safetensors file or a checkpoint.pth")
+    if path.suffix == ".safetensors":
+        return Evaluator(_with_weights(_read_safetensors(path), path), None)
+    if path.suffix in PICKLES:
+        return Evaluator(_with_weights(_read_pickle(path, allow_pickle), path), None)
+    raise InputError(f"{path}: expected an evaluator folder, a .safetensors file or one of {', '.join(PICKLES)}")
+
+
+def _load_folder(folder: Path) -> Evaluator:
+    for name in (CONFIG, LABELS, WEIGHTS):
+        if not (folder / name).is_file():
+            raise InputError(f"{folder}: not an evaluator folder ({name} is missing)")
+    config = read_json(folder / CONFIG)
+    architecture = config.get("architecture") if isinstance(config, dict) else None
+    if architecture != "resnet18":
+        raise InputError(f"{folder / CONFIG}: architecture = {architecture!r}: expected 'resnet18'")
+    module = _with_weights(_read_safetensors(folder / WEIGHTS), folder / WEIGHTS)
+    objects = read_objects(folder / LABELS)
+    with located(folder / LABELS):
+        _check_fit(objects, module)
+    return Evaluator(module, objects)
+
+
+def _check_fit(objects: Mapping[str, int], module: ResNet18) -> None:
+    check_objects(objects)
+    if len(objects) != module.num_labels:
+        raise InputError(f"found {len(objects)} objects, expected one for each of the {module.num_labels} outputs")
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: not a readable safetensors file: {error}") from None
+
+
+def _read_pickle(path: Path, allow_pickle: bool) -> Mapping[str, Any]:
+    import pickle
+
+    if not allow_pickle:
+        raise InputError(f"{path}: is a PyTorch pickle; if you trust where it came from, read it with --allow-pickle")
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise InputError(f"{path}: refused: it is damaged or holds more than tensors and plain containers") from None
+    except Exception as error:  # damaged pickles raise anything: https://docs.python.org/3/library/pickle.html
+        raise InputError(f"{path}: not a readable PyTorch checkpoint ({type(error).__name__})") from None
+    state = found.get("model", found) if isinstance(found, Mapping) else found
+    if not isinstance(state, Mapping):
+        raise InputError(f'{path}: holds a {type(state).__name__}, expected {{"model": state_dict}}')
+    return state
+
+
+def _with_weights(state: Mapping[str, Any], path: Path) -> ResNet18:
+    head = state.get("fc.0.weight")
+    module = ResNet18(head.shape[0] if isinstance(head, Tensor) and head.ndim == 2 else 24)
+    wrong = _mismatches(module.state_dict(), state)
+    if wrong:
+        first = f" (the first {LISTED} listed)" if len(wrong) > LISTED else ""
+        kind = f"ResNet-18 with {module.num_labels} outputs"
+        raise InputError(f"{path}: {len(wrong)} weights do not match {kind}{first}: {'; '.join(wrong[:LISTED])}")
+    module.load_state_dict(state)
+    return module.eval()
+
+
+def _mismatches(expected: Mapping[str, Tensor], found: Mapping[str, Any]) -> list[str]:
+    wrong = []
+    for key, tensor in expected.items():
+        value = found.get(key)
+        if value is None:
+            wrong.append(f"{key} is missing")
+        elif not isinstance(value, Tensor):
+            wrong.append(f"{key} is a {type(value).__name__}, expected a tensor")
+        elif value.shape != tensor.shape:
+            wrong.append(f"{key} is {tuple(value.shape)}, expected {tuple(tensor.shape)}")
+        elif not torch.isfinite(value).all():
+            wrong.append(f"{key} holds NaN or infinity")
+    return wrong + [f"{key} is unexpected" for key in found if key not in expected]

@@ -1,0 +1,1 @@
+"""Measurements, each a row beside its parity figure: `python -m benchmarks.<name>`."""

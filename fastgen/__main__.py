@@ -1,0 +1,5 @@
+"""`python -m fastgen` is the `fastgen` command."""
+
+from fastgen.cli import main
+
+main()

@@ -1,0 +1,150 @@
+"""Reading a bundle: the folder that `fastgen export` writes, which generates without torch, diffusers or transformers.
+
+Nothing is handed to a runtime before its size and SHA-256 agree with bundle.json.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastgen.config import Sampling
+from fastgen.errors import InputError
+from fastgen.jsonfiles import read_json
+from fastgen.prompts import Tokenizer
+from fastgen.signatures import Signature
+from fastgen.spec import Spec, sha256_file
+
+if TYPE_CHECKING:
+    from fastgen.solver import SolverTable
+
+FORMAT_VERSION = 1
+MANIFEST = "bundle.json"
+TABLES = "scheduler/tables.npz"
+REFERENCE = "reference.safetensors"
+CERTIFICATES = "certificates"  # beside the hashed files: added to a bundle after it was written
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle whose bundle.json has been read and checked. Files are verified when they are first asked for."""
+
+    folder: Path
+    spec: Spec
+    files: Mapping[str, Mapping[str, Any]]  # relative path -> {"bytes": int, "sha256": hex}
+    sha256: str  # of bundle.json, hence of everything
+    _verified: set[str] = field(default_factory=set, repr=False, compare=False)
+
+    def file(self, name: str) -> Path:
+        """Path of a bundle file after verifying it. Raises InputError for a missing, truncated or altered one."""
+        path = self.folder / name
+        if name not in self.files:
+            raise InputError(f"{self.folder / MANIFEST}: files: {name} is not listed")
+        if name not in self._verified:
+            _verify(path, self.files[name])
+            self._verified.add(name)
+        return path
+
+    def network(self, name: str) -> Path:
+        """Path of a network's fp32 ONNX file, its external data verified too."""
+        for other in self.files:
+            if other.startswith(f"{name}/model.onnx"):
+                self.file(other)
+        return self.file(f"{name}/model.onnx")
+
+    def prompt_tokenizer(self) -> Tokenizer:
+        for name in ("tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json"):
+            self.file(name)
+        length = int(self.spec.signatures["text_encoder"].inputs[0].shape[1])
+        return Tokenizer.from_folder(self.folder / "tokenizer", length)
+
+    @cached_property
+    def _tables(self) -> Any:
+        from fastgen.solver import load_tables
+
+        return load_tables(self.file(TABLES))
+
+    def solver_keys(self) -> list[str]:
+        """The keys of all stored solver tables."""
+        return list(self._tables.names())
+
+    def table(self, key: str) -> SolverTable:
+        """The stored solver table `NAME:STEPS[:NOISE_STEPS]`; one that is not stored is compiled if diffusers is installed.
+
+        Raises InputError (with the nearest stored key) when it is neither stored nor diffusers is there.
+        """
+        from fastgen.solver import compile_key, nearest_key, parse_key
+
+        parse_key(key)
+        if key in self._tables.names():
+            return self._tables.get(key)
+        try:
+            import diffusers  # noqa: F401
+        except ImportError:
+            near = nearest_key(key, self._tables.names())
+            raise InputError(
+                f"solver {key} is not stored in {self.folder} (nearest: {near}) and diffusers is not installed; "
+                f'export it with `--solver {key}`, or `pip install "fastgen-diffusion[train]"`'
+            ) from None
+        return compile_key(key, self.spec.scheduler_config)
+
+
+def is_bundle(folder: str | os.PathLike[str]) -> bool:
+    return (Path(folder) / MANIFEST).is_file()
+
+
+def read_bundle(folder: str | os.PathLike[str]) -> Bundle:
+    """Read bundle.json. Raises InputError that names the field when it is malformed or of a foreign version."""
+    folder = Path(folder)
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise InputError(
+            f"{folder}: not a bundle ({MANIFEST} is missing); make one with `fastgen export MODEL --out BUNDLE`"
+        )
+    value = read_json(path)
+    if not isinstance(value, dict) or value.get("format_version") != FORMAT_VERSION:
+        found = value.get("format_version") if isinstance(value, dict) else value
+        raise InputError(
+            f"{path}: format_version is {found!r}, this fastgen reads {FORMAT_VERSION}; export the model again"
+        )
+    field_name = ""
+    try:
+        field_name = "signatures"
+        signatures = {name: Signature.from_json(s) for name, s in value["signatures"].items()}
+        field_name = "sampling"
+        sampling = Sampling(**value["sampling"])
+        field_name = "files"
+        files = {
+            str(name): {"bytes": int(f["bytes"]), "sha256": str(f["sha256"])} for name, f in value["files"].items()
+        }
+        field_name = "family, scheduler_config, scaling_factor, objects, source_sha256"
+        spec = Spec(
+            family=value["family"],
+            signatures=signatures,
+            sampling=sampling,
+            scheduler_config=value["scheduler_config"],
+            scaling_factor=float(value["scaling_factor"]),
+            objects=value["objects"],
+            sha256=value["source_sha256"],
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{path}: {field_name}: malformed ({type(error).__name__}: {error})") from None
+    return Bundle(folder, spec, files, hashlib.sha256(path.read_bytes()).hexdigest())
+
+
+def _verify(path: Path, expected: Mapping[str, Any]) -> None:
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; export the model again") from None
+    if size != expected["bytes"]:
+        raise InputError(
+            f"{path}: {size} bytes, bundle.json says {expected['bytes']}: truncated or replaced; export again"
+        )
+    if sha256_file(path) != expected["sha256"]:
+        raise InputError(f"{path}: sha256 differs from bundle.json: the file was altered or damaged; export again")

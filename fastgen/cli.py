@@ -1,0 +1,206 @@
+"""The command line: parse, call, print. Everything heavy is imported inside the command that needs it."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from fastgen import __version__
+from fastgen.errors import FastgenError, InputError
+
+FOLDER = click.Path(path_type=Path)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="fastgen")
+def cli() -> None:
+    """Train a conditional diffusion model, export it, and generate with it fast, with proof of parity."""
+
+
+@cli.group()
+def data() -> None:
+    """Render datasets of our own, in the schemas of the two reference tasks."""
+
+
+@data.command()
+@click.argument("out", type=FOLDER)
+@click.option("--count", default=500, show_default=True, help="Number of monsters; each has eight action poses.")
+@click.option("--size", default=256, show_default=True, help="Image height and width, 32 to 256 px.")
+@click.option("--frames", default=4, show_default=True, help="Frames per action (the main pose has one).")
+@click.option("--test-count", default=64, show_default=True, help="Requests in test.json, of monsters not trained on.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--workers", type=int, help="Processes.  [default: one per core]")
+def monsters(out: Path, **options: Any) -> None:
+    """Render monsters with descriptions: train_info.json, train/, test.json."""
+    from fastgen.data.synthetic import write_monsters
+
+    write_monsters(out, **options)
+    click.echo(f"wrote {out}")
+
+
+@data.command()
+@click.argument("out", type=FOLDER)
+@click.option("--count", default=18009, show_default=True, help="Number of scenes.")
+@click.option("--size", default=64, show_default=True, help="Image height and width, 32 to 256 px.")
+@click.option("--labels", "label_lists", type=FOLDER, help="A train.json to take file names and label lists from.")
+@click.option("--hold-out", multiple=True, type=FOLDER, help="Request file whose label sets must not be trained on.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--workers", type=int, help="Processes.  [default: one per core]")
+def iclevr(out: Path, **options: Any) -> None:
+    """Render scenes of cubes, spheres and cylinders: train.json, objects.json, iclevr/, test.json, new_test.json."""
+    from fastgen.data.synthetic import write_iclevr
+
+    write_iclevr(out, **options)
+    click.echo(f"wrote {out}")
+
+
+@cli.command()
+@click.argument("preset")
+@click.option("--data", "data_folder", type=FOLDER, help="Dataset folder.  [default: the one found here]")
+@click.option("--out", type=FOLDER, help="Model folder.  [default: runs/PRESET-TIME]")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key: unet.train.steps=300.")
+@click.option("--skip-bad", is_flag=True, help="Leave out unreadable images (counted) instead of stopping.")
+def train(preset: str, data_folder: Path | None, out: Path | None, overrides: Sequence[str], skip_bad: bool) -> None:
+    """Train PRESET (a name, or a TOML file) on a dataset. The same command continues a run that was interrupted."""
+    from fastgen.config import load_preset
+    from fastgen.data import find_dataset
+    from fastgen.runs import new_run, set_latest
+
+    chosen = load_preset(preset, overrides)
+    folder = data_folder or find_dataset(Path())
+    if folder is None:
+        raise InputError("no dataset in this folder; give --data DATA, or render one: `fastgen data iclevr DATA`")
+    target = out or new_run(chosen.name)
+    from fastgen.training import train as run
+
+    run(chosen, folder, target, skip_bad=skip_bad)
+    if out is None:
+        set_latest(target)
+    click.echo(f"model: {target}")
+
+
+@cli.command()
+@click.argument("model", type=FOLDER, required=False)
+@click.option("--out", type=FOLDER, help="Bundle folder.  [default: MODEL/bundle]")
+@click.option("--solver", "solvers", multiple=True, metavar="NAME:STEPS[:NOISE_STEPS]", help="Further table to store.")
+@click.option("--engine", "engines", multiple=True, help="Engine to certify.  [default: every installed one]")
+@click.option("--overwrite", is_flag=True, help="Replace another bundle at --out.")
+def export(
+    model: Path | None, out: Path | None, solvers: Sequence[str], engines: Sequence[str], overwrite: bool
+) -> None:
+    """Export MODEL (default: the latest run) to a bundle, and certify engines against eager PyTorch in fp32.
+
+    Exits with 1 when an engine misses its tolerance.
+    """
+    from export.bundle import export as run
+    from fastgen.bundle import is_bundle
+    from fastgen.runs import latest_run
+
+    source = model or latest_run()
+    target = out or (source if is_bundle(source) else source / "bundle")
+    certificates = run(source, target, solvers=solvers, engines=engines or None, overwrite=overwrite, say=_say)
+    for certificate in certificates:
+        click.echo(certificate.table())
+    click.echo(f"bundle: {target}")
+    missed = [c.engine for c in certificates if not c.passed]
+    if missed:
+        raise FastgenError(f"not certified: {', '.join(missed)} (see the table above)")
+
+
+@cli.command()
+@click.argument("requests_file", metavar="REQUESTS.json", type=FOLDER)
+@click.option("--model", type=FOLDER, help="Bundle, or model folder (engine eager).  [default: the latest run's]")
+@click.option("--engine", help="eager, ort or openvino.  [default: the fastest installed]")
+@click.option("--out", type=FOLDER, help="Output folder.  [default: generated/REQUESTS]")
+@click.option("--scheduler", help="Solver, such as ddpm, ddim, pndm, dpmpp-2m, unipc.  [default: the model's]")
+@click.option("--num-inference-steps", type=int, help="[default: the model's]")
+@click.option("--guidance-scale", type=float, help="1 turns guidance off.  [default: the model's]")
+@click.option("--guidance-interval", type=(int, int), metavar="LO HI", help="Guide only the steps LO <= i < HI.")
+@click.option("--seed", default=0, show_default=True, help="Base of the images' seeds; a request's own seed wins.")
+@click.option("--batch-size", default=16, show_default=True)
+@click.option("--limit", type=int, help="Only the first N requests.")
+@click.option("--device", help="cpu, cuda, cuda:1, ...")
+@click.option("--dtype", help="fp32, bf16 or fp16.  [default: what suits the engine and the hardware]")
+@click.option("--threads", type=int, help="CPU threads.  [default: the engine's]")
+def generate(
+    requests_file: Path,
+    model: Path | None,
+    engine: str | None,
+    out: Path | None,
+    seed: int,
+    batch_size: int,
+    limit: int | None,
+    device: str | None,
+    dtype: str | None,
+    threads: int | None,
+    **sampling: Any,
+) -> None:
+    """Generate an image for every request of a JSON file. The same command continues a job that was interrupted."""
+    from fastgen.job import run_job
+    from fastgen.pipeline import load
+    from fastgen.requests import read_requests
+    from fastgen.runs import latest_model
+
+    if limit is not None and limit < 1:
+        raise InputError(f"--limit is {limit}, expected at least 1")
+    pipeline = load(model or latest_model(engine), engine, device=device, dtype=dtype, threads=threads)
+    requests = read_requests(requests_file, pipeline.spec.objects)[:limit]
+    target = out or Path("generated") / requests_file.stem
+    settings = pipeline.settings(seed=seed, **sampling)
+    report = run_job(pipeline, requests, target, settings, batch_size=batch_size)
+    for prompt, tokens in report.truncated.items():
+        _say(f"warning: a prompt of {tokens} tokens was truncated: {prompt[:60]!r}...")
+    rate = f", {report.generated / report.seconds:.2f} images/s" if report.generated else ""
+    click.echo(f"{report.folder}: {report.images} images, {report.generated} generated in {report.seconds:.1f} s{rate}")
+    if report.errors:
+        name, why = next(iter(report.errors.items()))
+        raise FastgenError(
+            f"{len(report.errors)} images failed and have no file, such as {name}: {why}; see manifest.jsonl"
+        )
+
+
+@cli.command()
+@click.argument("images", nargs=-1, required=True, type=FOLDER)
+@click.option("--requests", "requests_file", required=True, type=FOLDER, help="The JSON file they were generated from.")
+@click.option("--evaluator", required=True, type=FOLDER, help="Evaluator folder, .safetensors, or .pth checkpoint.")
+@click.option("--allow-pickle", is_flag=True, help="Read .pth files (weights only).")
+@click.option("--out", type=FOLDER, help="JSON file for the result.  [default: score.json in the first folder]")
+def score(images: Sequence[Path], requests_file: Path, evaluator: Path, allow_pickle: bool, out: Path | None) -> None:
+    """Label accuracy of generated images; several IMAGES folders count as several seeds."""
+    from fastgen.jsonfiles import write_json
+    from fastgen.scoring import score as run
+
+    result = run(images, requests_file, evaluator=evaluator, allow_pickle=allow_pickle)
+    click.echo(result.table())
+    write_json(out or images[0] / "score.json", result.to_json())
+
+
+def _say(line: str) -> None:
+    click.echo(line, err=True)
+
+
+def main() -> None:
+    """The `fastgen` command: errors are one line on stderr, exit code 2 for the user's input, 1 otherwise."""
+    start = time.perf_counter()
+    try:
+        cli(standalone_mode=False)
+    except FastgenError as error:
+        _say(f"fastgen: error: {error}")
+        sys.exit(error.exit_code)
+    except click.exceptions.NoArgsIsHelpError as error:
+        _say(error.format_message())
+        sys.exit(2)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except click.Abort:
+        _say(f"fastgen: interrupted after {time.perf_counter() - start:.0f} s; the same command continues")
+        sys.exit(130)
+    except OSError as error:
+        _say(f"fastgen: error: {error.filename or ''}: {error.strerror or error}")
+        sys.exit(1)

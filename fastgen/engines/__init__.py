@@ -1,0 +1,46 @@
+"""Engines are found by file name: `fastgen/engines/<name>.py` defines a class `Engine`."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import pkgutil
+from typing import TYPE_CHECKING
+
+from fastgen.errors import InputError, unknown
+
+if TYPE_CHECKING:
+    from fastgen.engines.base import Engine
+    from fastgen.spec import Source
+
+
+def engine_names() -> list[str]:
+    """Names of all engines of this package, installed or not."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name != "base")
+
+
+def engine_class(name: str) -> type[Engine]:
+    """The engine's class, importing none of its packages. Raises InputError for an unknown name."""
+    if name not in engine_names():
+        raise unknown("engine", name, engine_names())
+    return importlib.import_module(f"fastgen.engines.{name}").Engine
+
+
+def missing_packages(name: str) -> list[str]:
+    """The packages that the engine needs and that are not installed."""
+    return [package for package in engine_class(name).packages if importlib.util.find_spec(package) is None]
+
+
+def create_engine(
+    name: str, source: Source, *, device: str | None = None, dtype: str | None = None, threads: int | None = None
+) -> Engine:
+    """Build an engine over a model folder or bundle.
+
+    Raises InputError for an unknown engine, a missing package (with the command that installs it), or a precision or
+    device that the engine does not have.
+    """
+    cls = engine_class(name)
+    missing = missing_packages(name)
+    if missing:
+        raise InputError(f"engine {name} needs {', '.join(missing)}, not installed here: {cls.install}")
+    return cls(source, device=device, dtype=dtype, threads=threads)  # type: ignore[call-arg]

@@ -1,0 +1,101 @@
+"""Arrays -> PNG files with their metadata, and contact sheets."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+
+from fastgen.jsonfiles import write_bytes
+
+METADATA_KEY = "fastgen"  # the PNG text chunk that holds an image's manifest line
+
+
+def to_uint8(images: np.ndarray) -> np.ndarray:
+    """(B, C, H, W) float in [-1, 1], clamped -> (B, H, W, C) uint8, rounded to nearest."""
+    scaled = np.clip(images * np.float32(127.5) + np.float32(127.5), 0, 255)
+    return np.rint(scaled).astype(np.uint8).transpose(0, 2, 3, 1)
+
+
+def problem(image: np.ndarray) -> str | None:
+    """What is wrong with a generated image (C, H, W): not finite, or flat; None for a picture."""
+    if not np.isfinite(image).all():
+        return f"{int((~np.isfinite(image)).sum())} of {image.size} values are not finite"
+    if np.ptp(image) < 1 / 255:
+        return f"flat: every value lies within 1/255 of {float(image.flat[0]):.3f}"
+    return None
+
+
+def png_bytes(pixels: np.ndarray, metadata: Mapping[str, Any]) -> bytes:
+    """(H, W, 3) uint8 -> a PNG file whose text chunk `fastgen` holds `metadata` as JSON; the same input, the same bytes."""
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt(METADATA_KEY, json.dumps(metadata, ensure_ascii=False, sort_keys=True))
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG", pnginfo=info, compress_level=4)
+    return buffer.getvalue()
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """The metadata that `png_bytes` stored."""
+    with Image.open(path) as image:
+        image.load()
+        return json.loads(image.info[METADATA_KEY])  # type: ignore[attr-defined]
+
+
+def contact_sheet(
+    images: Sequence[Image.Image], captions: Sequence[str] | None = None, *, cell: int = 128, columns: int | None = None
+) -> Image.Image:
+    """Images side by side on white, each scaled to fit `cell` px, with up to three lines of caption below."""
+    columns = columns or max(1, min(len(images), math.ceil(math.sqrt(len(images) * 1.6))))
+    font = ImageFont.load_default(max(9, cell // 12))
+    line = int(font.size * 1.25)  # type: ignore[union-attr]
+    texts = [_wrap(caption, font, cell, 3) for caption in captions] if captions else []
+    pad = 6
+    height = cell + (line * max((len(t) for t in texts), default=0) + 2 if texts else 0)
+    rows = math.ceil(len(images) / columns)
+    sheet = Image.new("RGB", (columns * (cell + pad) + pad, rows * (height + pad) + pad), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, image in enumerate(images):
+        x, y = pad + i % columns * (cell + pad), pad + i // columns * (height + pad)
+        scale = cell / max(image.size)
+        method = Image.Resampling.NEAREST if scale >= 2 else Image.Resampling.LANCZOS
+        size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+        sheet.paste(image.convert("RGB").resize(size, method), (x, y))
+        for j, text in enumerate(texts[i] if texts else []):
+            draw.text((x, y + cell + 1 + j * line), text, fill="black", font=font)
+    return sheet
+
+
+def _wrap(text: str, font: Any, width: int, lines: int) -> list[str]:
+    """Greedy word wrap to `width` px; the last line ends in an ellipsis where the text does not fit."""
+    out: list[str] = []
+    for word in text.split():
+        joined = f"{out[-1]} {word}" if out else word
+        if out and font.getlength(joined) <= width:
+            out[-1] = joined
+        else:
+            out.append(word)
+    if len(out) > lines:
+        out = out[:lines]
+        while out[-1] and font.getlength(out[-1] + "…") > width:
+            out[-1] = out[-1][:-1]
+        out[-1] += "…"
+    return out
+
+
+def save_contact_sheet(path: Path, files: Sequence[Path], captions: Sequence[str], limit: int = 256) -> None:
+    """A contact sheet of the first `limit` image files, written atomically."""
+    images = []
+    for file in files[:limit]:
+        with Image.open(file) as image:
+            images.append(image.convert("RGB"))
+    sheet = contact_sheet(images, captions[:limit], cell=max(96, min(192, images[0].width)))
+    buffer = io.BytesIO()
+    sheet.save(buffer, "PNG")
+    write_bytes(path, buffer.getvalue())

@@ -1,0 +1,70 @@
+"""What generation needs to know of a model besides running its networks: the same for a model folder and for a bundle."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from fastgen.config import Sampling
+from fastgen.signatures import Signature
+
+if TYPE_CHECKING:
+    from fastgen.prompts import Tokenizer
+    from fastgen.solver import SolverTable
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Facts about a conditional diffusion model.
+
+    `scaling_factor`: diffusion latents = VAE latents x this. `objects`: label name -> index (label family).
+    `sha256`: of the weights of all its networks.
+    """
+
+    family: str  # "text" | "labels"
+    signatures: Mapping[str, Signature]
+    sampling: Sampling
+    scheduler_config: Mapping[str, Any]
+    scaling_factor: float
+    objects: Mapping[str, int] | None
+    sha256: str
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, h, w) of the space that is denoised."""
+        _, c, h, w = self.signatures["unet"].inputs[0].shape
+        return int(c), int(h), int(w)
+
+    @property
+    def image_size(self) -> int:
+        """Height and width of a generated image, in pixels."""
+        network = "vae_decoder" if self.family == "text" else "unet"
+        return int(self.signatures[network].outputs[0].shape[-1])
+
+
+class Source(Protocol):
+    """A model folder or a bundle: where an engine takes its networks from."""
+
+    @property
+    def spec(self) -> Spec: ...
+
+    def prompt_tokenizer(self) -> Tokenizer: ...
+
+    def table(self, key: str) -> SolverTable: ...
+
+
+def sha256_file(path: Path) -> str:
+    """Hex SHA-256 of a file, read in blocks."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_files(root: Path, files: Iterable[Path]) -> str:
+    """Hex SHA-256 over the names (relative to `root`) and contents of several files, in the order of their names."""
+    digest = hashlib.sha256()
+    for path in sorted(files):
+        digest.update(f"{path.relative_to(root).as_posix()}\0{sha256_file(path)}\n".encode())
+    return digest.hexdigest()

@@ -1,0 +1,176 @@
+"""Label-conditional training data: scenes of one to three coloured solids in the schema of i-CLEVR."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from functools import partial
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastgen.data.synthetic.scenes import COLOURS, SHAPES, SLOTS, draw_scene, render
+from fastgen.data.synthetic.writing import (
+    check_range,
+    claim,
+    read_json,
+    remove_others,
+    render_all,
+    write_image,
+    write_json,
+)
+from fastgen.errors import InputError, unknown
+
+OBJECTS: dict[str, int] = {
+    f"{colour} {shape}": i for i, (shape, colour) in enumerate((s, c) for s in SHAPES for c in COLOURS)
+}
+TEST_SIZES = {
+    "test.json": {1: 6, 2: 12, 3: 14},
+    "new_test.json": {2: 12, 3: 20},
+}  # objects -> lists, as in the real files
+TRIES = 1000
+
+Labels = tuple[str, ...]
+LabelSet = frozenset[str]
+
+
+def write_iclevr(
+    out: Path,
+    *,
+    count: int = 18009,
+    size: int = 64,
+    seed: int = 0,
+    label_lists: Path | None = None,
+    hold_out: Sequence[Path] = (),
+    workers: int | None = None,
+    progress: bool = True,
+) -> None:
+    """Render a dataset in the schema of i-CLEVR into `out`.
+
+    Writes `iclevr/CLEVR_train_<scene>_<k>.png`, `train.json` ({file: labels}), `objects.json`, and `test.json` and
+    `new_test.json` with 32 lists each whose label sets do not occur in training. The images of a scene, k = 0, 1, 2,
+    share camera, light and positions, and each has one object more. The same arguments give the same bytes, whatever
+    `workers` (None: one per CPU core) is; a picture depends on `seed`, its name and its labels alone.
+
+    `count` is the number of images and `size` their edge in pixels, 32 to 256. `label_lists`, a `train.json`, gives
+    files and labels, its first `count`, instead of the seed. Label sets of the request files in `hold_out` (lists of
+    label lists) do not occur in training: they are drawn again, or dropped if they come from `label_lists`.
+
+    Raises InputError for arguments out of range, malformed files, and if `out` holds anything else.
+    """
+    out = Path(out)
+    check_range("count", count, 1)
+    check_range("size", size, 32, 256)
+    check_range("seed", seed, 0)
+    check_range("workers", workers if workers is not None else 1, 1)
+    held = {frozenset(labels) for path in hold_out for labels in _read_requests(path)}
+    if label_lists is None:
+        tests = _draw_tests(seed, avoid=held)
+        train = _draw_train(seed, count, held | {frozenset(labels) for lists in tests.values() for labels in lists})
+    else:
+        train = {n: v for n, v in _read_train(label_lists, count).items() if frozenset(v) not in held}
+        tests = _draw_tests(seed, avoid={frozenset(labels) for labels in train.values()})
+    if not train:
+        raise InputError("no images are left to render: label_lists is empty, or hold_out has all of its label sets")
+
+    arguments = {"dataset": "iclevr", "count": count, "size": size, "seed": seed}
+    claim(out, arguments, ["train.json", "objects.json", *tests], "iclevr")
+    scenes = list(_by_scene(train).items())
+    draw = partial(_write_scene, out / "iclevr", size, seed)
+    render_all(draw, scenes, total=len(train), workers=workers, progress=progress, label="iclevr")
+    remove_others(out / "iclevr", train.keys())
+    write_json(out / "objects.json", OBJECTS)
+    for name, lists in tests.items():
+        write_json(out / name, lists)
+    write_json(out / "train.json", train)
+
+
+def _write_scene(folder: Path, size: int, seed: int, group: tuple[str, dict[str, Labels]]) -> int:
+    prefix, images = group
+    scene = draw_scene(_generator(seed, prefix))
+    for name, labels in images.items():
+        write_image(folder / name, render(scene, labels, size))
+    return len(images)
+
+
+def _generator(seed: int, name: str) -> np.random.Generator:
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return np.random.default_rng(int.from_bytes(digest[:16], "little"))
+
+
+def _by_scene(train: dict[str, Labels]) -> dict[str, dict[str, Labels]]:
+    """CLEVR_train_002066_0.png belongs to the scene CLEVR_train_002066."""
+    scenes: dict[str, dict[str, Labels]] = {}
+    for name, labels in train.items():
+        scenes.setdefault(name.rsplit("_", 1)[0], {})[name] = labels
+    return scenes
+
+
+def _draw_tests(seed: int, avoid: set[LabelSet]) -> dict[str, list[Labels]]:
+    """32 lists for each test file, all different, none in `avoid`; of the sizes TEST_SIZES where as many are left."""
+    rng = _generator(seed, "tests")
+    free = [
+        labels for k in range(1, SLOTS + 1) for labels in combinations(OBJECTS, k) if frozenset(labels) not in avoid
+    ]
+    wanted = [(name, k) for name, sizes in TEST_SIZES.items() for k, number in sizes.items() for _ in range(number)]
+    if len(free) < len(wanted):
+        raise InputError(
+            f"training leaves {len(free)} of the label sets for test.json and new_test.json, expected at least "
+            f"{len(wanted)}; take fewer images (count) or hold some sets out (hold_out)"
+        )
+    tests: dict[str, list[Labels]] = {name: [] for name in TEST_SIZES}
+    for name, k in wanted:
+        fitting = [i for i, labels in enumerate(free) if len(labels) == k] or list(range(len(free)))
+        labels = free.pop(int(rng.choice(fitting)))
+        tests[name].append(tuple(str(label) for label in rng.permutation(labels)))
+    return tests
+
+
+def _draw_train(seed: int, count: int, held: set[LabelSet]) -> dict[str, Labels]:
+    train: dict[str, Labels] = {}
+    for scene in range(-(-count // SLOTS)):
+        prefix = f"CLEVR_train_{scene:06d}"
+        labels = _draw_labels(_generator(seed, f"{prefix}:labels"), held)
+        for k in range(min(SLOTS, count - len(train))):
+            train[f"{prefix}_{k}.png"] = labels[: k + 1]
+    return train
+
+
+def _draw_labels(rng: np.random.Generator, held: set[LabelSet]) -> Labels:
+    for _ in range(TRIES):
+        labels = tuple(str(label) for label in rng.choice(list(OBJECTS), SLOTS, replace=False))
+        if not any(frozenset(labels[:k]) in held for k in range(1, SLOTS + 1)):
+            return labels
+    raise InputError(f"hold_out leaves no label sets for training ({TRIES} draws were all held out); hold out fewer")
+
+
+def _read_train(path: Path, count: int) -> dict[str, Labels]:
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise InputError(
+            f'{path} holds a JSON {type(content).__name__}, expected {{"<file>.png": ["red cube", ...], ...}}'
+        )
+    for name in content:
+        if Path(name).name != name or not name.endswith(".png") or "\\" in name:
+            raise InputError(f"{path}: {name!r} is not a plain .png file name")
+    return {name: _labels(f"{path}: {name!r}", labels) for name, labels in list(content.items())[:count]}
+
+
+def _read_requests(path: Path) -> list[Labels]:
+    content = read_json(path)
+    if not isinstance(content, list):
+        raise InputError(
+            f'{path} holds a JSON {type(content).__name__}, expected a list of label lists, [["red cube"], ...]'
+        )
+    return [_labels(f"{path}: row {i}", labels) for i, labels in enumerate(content)]
+
+
+def _labels(where: str, labels: Any) -> Labels:
+    if not isinstance(labels, list) or not 1 <= len(labels) <= SLOTS:
+        raise InputError(f"{where} is {labels!r}, expected a list of 1 to {SLOTS} labels")
+    for label in labels:
+        if not isinstance(label, str) or label not in OBJECTS:
+            raise InputError(f"{where}: {unknown('object', str(label), OBJECTS)}")
+    return tuple(labels)

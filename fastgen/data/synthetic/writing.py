@@ -1,0 +1,114 @@
+"""What both renderers share: checking arguments, claiming the output folder, rendering in parallel, atomic files."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Collection, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any, TypeVar
+
+from PIL import Image
+
+from fastgen.errors import FastgenError, InputError
+
+MARKER = "synthetic.json"  # written first: tells a folder of ours, finished or not, from somebody's real data
+T = TypeVar("T")
+
+
+def check_range(name: str, value: int, low: int, high: int | None = None) -> None:
+    """Raise InputError unless `low <= value <= high` (no upper bound if `high` is None)."""
+    if value < low or (high is not None and value > high):
+        expected = f"at least {low}" if high is None else f"{low} to {high}"
+        raise InputError(f"{name} is {value}, expected {expected}")
+
+
+def claim(out: Path, arguments: dict[str, Any], json_names: Sequence[str], image_dir: str) -> None:
+    """Make `out` a folder for `arguments["dataset"]`, without JSON files: a killed run must not claim images it lacks.
+
+    Raises InputError if `out` holds anything that an earlier run of the same renderer did not write.
+    """
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out} is a file, expected a folder that is new, empty or an earlier output of this command")
+    dataset = arguments["dataset"]
+    try:
+        if out.is_dir() and any(out.iterdir()) and _dataset_of(out) != dataset:
+            raise InputError(
+                f"{out} is neither empty nor rendered {dataset} data (no {MARKER} says so); choose a new folder"
+            )
+        for name in json_names:
+            (out / name).unlink(missing_ok=True)
+        (out / image_dir).mkdir(parents=True, exist_ok=True)
+        write_json(out / MARKER, arguments)
+    except OSError as error:
+        raise InputError(f"cannot use {out} as the output folder: {error.strerror}") from error
+
+
+def _dataset_of(folder: Path) -> str | None:
+    try:
+        return json.loads((folder / MARKER).read_text(encoding="utf-8"))["dataset"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def render_all(
+    render: Callable[[T], int], tasks: Sequence[T], *, total: int, workers: int | None, progress: bool, label: str
+) -> None:
+    """Call `render(task) -> images written` for every task, in `workers` processes (None: one per CPU core).
+
+    `render` must be picklable and its output independent of the order. Raises FastgenError if a file cannot be written.
+    """
+    workers = min(workers or os.cpu_count() or 1, len(tasks))
+    try:
+        if workers == 1:
+            _count(map(render, tasks), total, progress, label)
+        else:
+            with ProcessPoolExecutor(workers) as pool:
+                chunk = max(1, min(16, len(tasks) // (4 * workers)))
+                _count(pool.map(render, tasks, chunksize=chunk), total, progress, label)
+    except OSError as error:
+        raise FastgenError(f"cannot write {error.filename or 'an image'}: {error.strerror or error}") from error
+    except BrokenProcessPool as error:
+        raise FastgenError("a rendering process was killed, maybe for lack of memory; try fewer workers") from error
+
+
+def _count(written: Iterable[int], total: int, progress: bool, label: str) -> None:
+    from tqdm import tqdm
+
+    with tqdm(total=total, desc=label, unit="image", disable=not progress) as bar:
+        for number in written:
+            bar.update(number)
+
+
+def write_image(path: Path, image: Image.Image) -> None:
+    """Write a PNG under a temporary name and rename it."""
+    temporary = path.with_name(path.name + ".tmp")
+    image.save(temporary, format="PNG")
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write indented JSON under a temporary name and rename it."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file; raises InputError if it is missing or not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise InputError(f"{path} is not valid JSON: {error}") from error
+
+
+def remove_others(folder: Path, names: Collection[str]) -> None:
+    """Delete what an earlier, larger run left in an image folder that `claim` has accepted."""
+    for entry in folder.iterdir():
+        if entry.name not in names:
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()

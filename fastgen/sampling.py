@@ -1,0 +1,208 @@
+"""THE sampling loop: network evaluations, guidance, and one pure step per row of a solver table.
+
+Written against the array API (https://data-apis.org/array-api): NumPy and torch run these very lines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import array_api_compat
+import numpy
+
+from fastgen.errors import InputError
+from fastgen.noise import normal, seed_array
+from fastgen.tables import SolverTable
+
+Array = Any  # an array of any array-API library
+# (sample (N, ...), timestep (N,) float32, cond (N, ...)) -> prediction like sample
+Network = Callable[[Array, Array, Array], Array]
+History = tuple[Array, ...]  # predictions, newest first
+
+
+class Row(NamedTuple):
+    """Coefficients of one row, see SolverTable. Floats, or arrays (B, 1, 1, 1) when the images of a batch stand at
+    different rows; `b` is a sequence of H of them. `clip` is a float for the whole batch, or None."""
+
+    timestep: Any
+    stream: Any
+    scale: Any
+    p: Any
+    q: Any
+    r: Any
+    x0_p: Any
+    x0_q: Any
+    a: Any
+    b: Any
+    d: Any
+    c: Any
+    clip: float | None
+
+
+ROW_COLUMNS = ("timesteps", "streams", *Row._fields[2:-1])  # the table's columns, in a Row's order
+
+
+def table_rows(table: SolverTable) -> list[Row]:
+    """The rows as Python numbers: R of them, in order."""
+    columns = [getattr(table, name).tolist() for name in ROW_COLUMNS]
+    return [Row._make((*values, table.clip)) for values in zip(*columns, strict=True)]
+
+
+def stacked_rows(table: SolverTable, xp: Any = numpy, device: Any = None) -> Row:
+    """The rows as one Row of float32 arrays (R,), b (R, H), and int64 streams, to look rows up on a device."""
+    xp = array_api_compat.array_namespace(xp.asarray(0))
+    arrays = [getattr(table, name) for name in ROW_COLUMNS]
+    types = [xp.int64 if name == "streams" else xp.float32 for name in ROW_COLUMNS]
+    values = [xp.asarray(array.tolist(), dtype=t, device=device) for array, t in zip(arrays, types, strict=True)]
+    return Row._make((*values, table.clip))
+
+
+def take_rows(stacked: Row, index: Array, ndim: int = 4) -> Row:
+    """The rows number `index` (B,) of `stacked_rows` for a state of `ndim` dimensions, without a host synchronisation:
+    timestep and stream (B,), b (H, B, 1, ...), the others (B, 1, ...)."""
+    xp = array_api_compat.array_namespace(index)
+    picked = {name: xp.take(getattr(stacked, name), index, axis=0) for name in Row._fields[:-1]}
+    trailing = (1,) * (ndim - 1)
+    for name in Row._fields[2:-1]:
+        if name == "b":
+            picked[name] = xp.reshape(xp.permute_dims(picked[name], (1, 0)), (-1, index.shape[0], *trailing))
+        else:
+            picked[name] = xp.reshape(picked[name], (index.shape[0], *trailing))
+    return Row(**picked, clip=stacked.clip)
+
+
+def step(x: Array, history: History, prediction: Array, row: Row, z: Array | None = None) -> tuple[Array, History]:
+    """One step of any solver: the state x (B, ...) and its history after the network said `prediction` at this row.
+
+    `history` holds the newest predictions, at most H - 1 are read; start with (). In a graph with static shapes pass
+    H - 1 arrays of zeros instead. `z` is noise like x, needed if c is not 0. The arguments are not written to.
+    """
+    x0 = None
+    if row.clip is not None:
+        x0 = _clip(_weighted_sum((row.x0_p, x), (row.x0_q, prediction)), row.clip)
+    newest = _weighted_sum((row.p, x), (row.q, prediction), (row.r, x0))
+    predictions = (newest, *history)
+    x_next = _weighted_sum((row.a, x), *zip(row.b, predictions, strict=False), (row.d, x0), (row.c, z))
+    return x_next, predictions[: len(row.b) - 1]
+
+
+def sample(
+    network: Network,
+    table: SolverTable,
+    x: Array,
+    cond: Array,
+    *,
+    seeds: Sequence[int] | Array,
+    guidance_scale: float = 1.0,
+    uncond: Array | None = None,
+    guidance_interval: tuple[int, int] | None = None,
+    on_step: Callable[[int, Array], None] | None = None,
+) -> Array:
+    """Run a solver table from the state x (B, ...) float32 to the generated sample of the same shape.
+
+    `network(sample, timestep, cond)` must return a float32 prediction that it does not overwrite until its next call;
+    timestep is (N,) float32. `cond` (B, ...); `seeds`: B, for the noise of stochastic solvers.
+    Guidance (Ho and Salimans 2022): with `guidance_scale` s other than 1 the network sees one batch of 2B rows,
+    [uncond, cond], where `uncond` (1, ...) is a single row for all, and the prediction is uncond + s * (cond - uncond).
+    `guidance_interval` (lo, hi) limits this to the rows lo <= i < hi of the table; elsewhere, as with s = 1, only the B
+    conditional rows run. `on_step(i, x)` sees the state after row i, which is not written to later. Raises InputError.
+    """
+    xp, device, batch = array_api_compat.array_namespace(x), array_api_compat.device(x), x.shape[0]
+    seeds = seed_array(seeds, xp, device)
+    first, last = _guided_rows(table, guidance_scale, uncond, guidance_interval)
+    both = _unconditional_first(xp, uncond, cond) if first < last else None
+    timesteps = xp.asarray(table.timesteps.tolist(), dtype=xp.float32, device=device)[:, None]  # (R, 1)
+    timesteps = timesteps * xp.ones((1, 2 * batch), dtype=xp.float32, device=device)  # (R, 2B)
+    history: History = ()
+    for i, row in enumerate(table_rows(table)):
+        network_input = x if row.scale == 1.0 else row.scale * x
+        if first <= i < last:
+            prediction = network(xp.concat((network_input, network_input)), timesteps[i], both)  # (2B, ...)
+            prediction = guide(prediction, guidance_scale)
+        else:
+            prediction = network(network_input, timesteps[i, :batch], cond)
+        z = normal(seeds, row.stream, x.shape[1:]) if row.c != 0.0 else None
+        x, history = step(x, history, prediction, row, z)
+        if on_step is not None:
+            on_step(i, x)
+    return x
+
+
+def guide(prediction: Array, guidance_scale: float | Array) -> Array:
+    """(2B, ...) predictions ordered [uncond, cond] -> guided (B, ...): uncond + s * (cond - uncond)."""
+    batch = prediction.shape[0] // 2
+    uncond = prediction[:batch]
+    guided = prediction[batch:] - uncond
+    guided *= guidance_scale
+    guided += uncond
+    return guided
+
+
+def initial_latents(
+    table: SolverTable,
+    seeds: Sequence[int] | Array,
+    shape: Sequence[int],
+    clean: Array | None = None,
+    xp: Any = numpy,
+    device: Any = None,
+) -> Array:
+    """The state (B, *shape) float32 a run starts from: init_alpha * clean + init_sigma * noise of stream 0.
+
+    `clean` (B, *shape) is needed by a table with a late start, and only there; its library and device replace `xp` and
+    `device`. Raises InputError.
+    """
+    late = table.noise_steps is not None
+    if late != (clean is not None):
+        found, expected = ("no", "them") if late else ("clean", "none")
+        raise InputError(
+            f"solver {table.key}: {found} latents to start from, a {'late' if late else 'full'} start needs {expected}"
+        )
+    if clean is None:
+        return table.init_sigma * normal(seeds, 0, shape, xp, device)
+    if tuple(clean.shape) != (len(seeds), *shape):
+        raise InputError(
+            f"solver {table.key}: clean latents of shape {tuple(clean.shape)}, expected {(len(seeds), *shape)}"
+        )
+    xp, device = array_api_compat.array_namespace(clean), array_api_compat.device(clean)
+    x = table.init_sigma * normal(seeds, 0, shape, xp, device)
+    x += table.init_alpha * clean
+    return x
+
+
+def _guided_rows(
+    table: SolverTable, guidance_scale: float, uncond: Array | None, interval: tuple[int, int] | None
+) -> tuple[int, int]:
+    """First guided row, and the one after the last; equal if none is."""
+    lo, hi = interval if interval is not None else (0, len(table))
+    if not 0 <= lo < hi <= len(table):
+        raise InputError(f"guidance interval {lo} {hi}, expected 0 <= LO < HI <= {len(table)}, the rows of {table.key}")
+    if guidance_scale == 1.0:
+        return 0, 0
+    if uncond is None:
+        raise InputError(f"guidance scale {guidance_scale:g} needs the unconditional row (empty prompt or zero labels)")
+    return lo, hi
+
+
+def _unconditional_first(xp: Any, uncond: Array, cond: Array) -> Array:
+    """(2B, ...): the single unconditional row B times, then the conditions."""
+    if tuple(uncond.shape) != (1, *cond.shape[1:]):
+        raise InputError(f"unconditional row of shape {tuple(uncond.shape)}, expected {(1, *cond.shape[1:])}")
+    return xp.concat((xp.broadcast_to(uncond, cond.shape), cond))
+
+
+def _weighted_sum(*terms: tuple[Any, Any]) -> Array:
+    """sum of coefficient * array in a new array; terms whose coefficient is the number 0 are left out."""
+    total = None
+    for coefficient, array in terms:
+        if array is None or (isinstance(coefficient, float) and coefficient == 0.0):
+            continue
+        if total is None:
+            total = coefficient * array
+        else:
+            total += coefficient * array
+    return 0.0 * terms[0][1] if total is None else total
+
+
+def _clip(values: Array, limit: float) -> Array:
+    return array_api_compat.array_namespace(values).clip(values, -limit, limit)

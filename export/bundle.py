@@ -6,17 +6,18 @@ import importlib.metadata
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from export.certificate import IMAGE_STEPS, Certificate, certify, write_reference
-from export.onnx import export_onnx
 from fastgen import __version__
-from fastgen.bundle import CERTIFICATES, FORMAT_VERSION, MANIFEST, REFERENCE, TABLES, is_bundle, read_bundle
-from fastgen.engines import create_engine, engine_class, engine_names, missing_packages
+from fastgen.bundle import FORMAT_VERSION, MANIFEST, REFERENCE, TABLES, is_bundle, read_bundle
+from fastgen.engines import check_installed, create_engine, engine_class, engine_names, missing_packages
 from fastgen.errors import FastgenError, InputError
 from fastgen.jsonfiles import write_json
-from fastgen.spec import sha256_file
+from fastgen.spec import Spec, sha256_file
+from fastgen.tables import parse_key
 
 if TYPE_CHECKING:
     from fastgen.networks import Model
@@ -39,7 +40,7 @@ def export(
     Raises InputError for a folder that is neither, or an `out` that must not be replaced.
     """
     out = Path(out)
-    names = list(engines) if engines else _installed_bundle_engines()
+    names = _bundle_engines(engines)
     if not is_bundle(model):
         _write_bundle(Path(model), out, solvers, overwrite, say)
     elif Path(model).resolve() != out.resolve():
@@ -52,11 +53,16 @@ def export(
     return certificates
 
 
-def _installed_bundle_engines() -> list[str]:
+def _bundle_engines(asked: Sequence[str] | None) -> list[str]:
+    """The engines to certify: those asked for, if they run bundles and are installed, else all that do and are."""
+    for name in asked or ():
+        if engine_class(name).source_kind != "bundle":
+            raise InputError(f"engine {name} runs model folders and is the reference itself; it is not certified")
+        check_installed(name)
     names = [n for n in engine_names() if engine_class(n).source_kind == "bundle" and not missing_packages(n)]
     if not names:
         raise InputError(f"no engine for bundles is installed: {engine_class('ort').install}")
-    return names
+    return list(dict.fromkeys(asked)) if asked else names
 
 
 def _write_bundle(
@@ -64,24 +70,43 @@ def _write_bundle(
 ) -> None:
     from fastgen.networks import load_model
 
+    for key in solvers:
+        parse_key(key)
     model = load_model(model_folder)
-    if out.exists() and not _replaceable(out, model, solvers, overwrite, say):
+    if os.path.lexists(out) and not _replaceable(out, model, solvers, overwrite, say):
         return
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
     try:
         partial.mkdir(parents=True)
-        for name, module in model.networks().items():
-            say(f"exporting {name}")
-            export_onnx(module, model.spec.signatures[name], partial / name / "model.onnx")
-        _copy_configs(model, model_folder, partial)
-        say("compiling solver tables")
-        _write_tables(model, partial / TABLES, solvers)
-        say("running the eager fp32 reference")
-        write_reference(model, partial / REFERENCE)
-        _write_manifest(model, partial)
+        _fill(partial, model, solvers, say)
+        _replace(out, partial)
     except OSError as error:
-        raise FastgenError(f"{partial}: cannot be written: {error.strerror or error}") from None
+        raise FastgenError(f"{out}: cannot be written: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _fill(partial: Path, model: Model, solvers: Sequence[str], say: Callable[[str], None]) -> None:
+    from export.onnx import export_onnx
+
+    for name, file in _config_files(model).items():
+        (partial / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, partial / name)
+    if model.family == "text" and not (partial / "tokenizer" / "tokenizer.json").exists():
+        model.tokenizer.backend_tokenizer.save(str(partial / "tokenizer" / "tokenizer.json"))
+    say("compiling solver tables")  # first: a solver that does not exist is the quickest thing to find out
+    _write_tables(model, partial / TABLES, solvers, say)
+    for name, module in model.networks().items():
+        say(f"exporting {name}")
+        export_onnx(module, model.spec.signatures[name], partial / name / "model.onnx")
+    say("running the eager fp32 reference")
+    write_reference(model, partial / REFERENCE)
+    _write_manifest(model, partial)
+
+
+def _replace(out: Path, partial: Path) -> None:
+    """Put `partial` at `out`; whatever is there is gone only when the new bundle is in its place."""
     replaced = out.with_name(f".{out.name}.replaced")
     shutil.rmtree(replaced, ignore_errors=True)
     if out.exists():
@@ -99,9 +124,11 @@ def _replaceable(out: Path, model: Model, solvers: Sequence[str], overwrite: boo
     if overwrite:
         return True
     held = read_bundle(out)
-    same = held.spec.sha256 == model.spec.sha256 and held.spec.sampling == model.spec.sampling
-    if not same:
-        raise InputError(f"{out}: holds a bundle of other weights or defaults; choose another --out, or --overwrite")
+    configs = {name: sha256_file(file) for name, file in _config_files(model).items()}
+    other = [name for name, sha256 in configs.items() if held.files.get(name, {}).get("sha256") != sha256]
+    other += [f.name for f in fields(Spec) if getattr(held.spec, f.name) != getattr(model.spec, f.name)]
+    if other:
+        raise InputError(f"{out}: holds another bundle ({other[0]} differs); choose another --out, or --overwrite")
     missing = [key for key in solvers if key not in held.solver_keys()]
     if missing:
         raise InputError(f"{out}: holds a bundle without solver {missing[0]}; --overwrite exports it again")
@@ -109,26 +136,26 @@ def _replaceable(out: Path, model: Model, solvers: Sequence[str], overwrite: boo
     return False
 
 
-def _copy_configs(model: Model, folder: Path, partial: Path) -> None:
-    """Component configs under the names that optimum expects, the tokenizer, model_index.json and labels.json."""
-    sources = {"unet": "unet", "text_encoder": "text_encoder", "vae_decoder": "vae", "vae_encoder": "vae"}
-    for name in model.networks():
-        shutil.copyfile(folder / sources[name] / "config.json", partial / name / "config.json")
-    for name in ("scheduler", "tokenizer"):
-        if (folder / name).is_dir():
-            shutil.copytree(folder / name, partial / name)
-    if model.family == "text" and not (partial / "tokenizer" / "tokenizer.json").exists():
-        model.tokenizer.save_pretrained(partial / "tokenizer")
-    for name in ("model_index.json", "labels.json"):
-        if (folder / name).is_file():
-            shutil.copyfile(folder / name, partial / name)
+def _config_files(model: Model) -> dict[str, Path]:
+    """Name in the bundle -> file of the model folder: component configs under the names that optimum expects, the
+    tokenizer, the conditioner's config, model_index.json and labels.json."""
+    assert model.folder is not None
+    sources = {"vae_decoder": "vae", "vae_encoder": "vae"}
+    files = {f"{n}/config.json": model.folder / sources.get(n, n) / "config.json" for n in model.networks()}
+    files |= {f"tokenizer/{f.name}": f for f in sorted((model.folder / "tokenizer").glob("*")) if f.is_file()}
+    names = ("scheduler/scheduler_config.json", "conditioner/config.json", "model_index.json", "labels.json")
+    return files | {name: model.folder / name for name in names if (model.folder / name).is_file()}
 
 
-def _write_tables(model: Model, path: Path, solvers: Sequence[str]) -> None:
+def _write_tables(model: Model, path: Path, solvers: Sequence[str], say: Callable[[str], None]) -> None:
     from fastgen.solver import common_tables, compile_key, save_tables
 
     config: Any = model.scheduler_config
-    tables = dict(common_tables(config))
+    skipped: list[str] = []
+    tables = dict(common_tables(config, on_skip=lambda key, error: skipped.append(key)))
+    if skipped:
+        more = f", ... ({len(skipped)} in all)" if len(skipped) > 6 else ""
+        say(f"not stored, as their schedulers cannot do them: {', '.join(skipped[:6])}{more}")
     default = model.sampling
     own = f"{default.scheduler}:{default.num_inference_steps}"
     for key in (own, f"{default.scheduler}:{IMAGE_STEPS}", *solvers):
@@ -141,7 +168,7 @@ def _write_tables(model: Model, path: Path, solvers: Sequence[str]) -> None:
 def _write_manifest(model: Model, partial: Path) -> None:
     """bundle.json, the last file: it lists every other with its size and hash."""
     spec = model.spec
-    files = sorted(f for f in partial.rglob("*") if f.is_file() and f.name != MANIFEST and CERTIFICATES not in f.parts)
+    files = sorted(f for f in partial.rglob("*") if f.is_file())
     packages = ("torch", "diffusers", "transformers", "onnx", "onnxscript")
     sampling = spec.sampling
     manifest = {

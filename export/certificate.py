@@ -18,7 +18,7 @@ from fastgen.bundle import CERTIFICATES, REFERENCE, Bundle
 from fastgen.engines.base import Engine
 from fastgen.errors import FastgenError
 from fastgen.images import problem
-from fastgen.jsonfiles import write_json
+from fastgen.jsonfiles import write_bytes, write_json
 from fastgen.pipeline import Pipeline, Settings
 from fastgen.requests import Request
 from fastgen.signatures import Signature
@@ -87,8 +87,9 @@ def write_reference(model: Model, path: Path) -> None:
     """Run the eager fp32 reference on the certificate's inputs and store inputs and outputs in a safetensors file.
 
     Also stored: how far eager itself moves in bf16 (relative L2), the yardstick for engines that compute in bf16.
+    Raises FastgenError when the model itself produces values that are not finite, or flat images.
     """
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     from fastgen.engines.eager import Engine as Eager
 
@@ -98,23 +99,24 @@ def write_reference(model: Model, path: Path) -> None:
     for name, signature in model.spec.signatures.items():
         tensors |= {f"{name}.{key}": value for key, value in _inputs(pipeline, name, signature, tensors).items()}
         outputs = _run(eager, name, signature, tensors)
+        if not all(np.isfinite(y).all() for y in outputs):
+            raise FastgenError(f"{model.folder}: {name} itself (eager, fp32) produces values that are not finite")
         tensors |= {f"{name}.{t.name}": y for t, y in zip(signature.outputs, outputs, strict=True)}
     tensors["images"] = _images(pipeline)
-    distances = _eager_distances(model, tensors)
-    save_file(
-        {k: np.ascontiguousarray(v) for k, v in tensors.items()},
-        path,
-        metadata={"eager_bf16": json.dumps(distances, sort_keys=True)},
-    )
+    _check_images(f"{model.folder} itself (eager, fp32)", tensors["images"])
+    metadata = {"eager_bf16": json.dumps(_eager_distances(model, tensors), sort_keys=True)}
+    write_bytes(path, save({k: np.ascontiguousarray(v) for k, v in tensors.items()}, metadata=metadata))
 
 
 def certify(engine: Engine, bundle: Bundle) -> Certificate:
     """Compare an engine with the bundle's stored reference and file the certificate in the bundle.
 
-    Raises FastgenError when an output is not finite.
+    Raises FastgenError when an output is not finite, or an image flat; an earlier certificate is withdrawn then.
     """
     from safetensors import safe_open
 
+    path = bundle.folder / CERTIFICATES / f"{engine.name}-{engine.dtype}-{engine.device.replace(':', '')}.json"
+    path.unlink(missing_ok=True)
     with safe_open(bundle.file(REFERENCE), framework="numpy") as file:
         reference = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         eager = json.loads(file.metadata()["eager_bf16"])
@@ -126,12 +128,12 @@ def certify(engine: Engine, bundle: Bundle) -> Certificate:
         if not np.isfinite(found).all():
             raise FastgenError(f"engine {engine.name} {engine.dtype}: {name} produced values that are not finite")
         rows.append(_network_row(name, _flat(expected), found, engine.dtype, eager[name]))
-    rows.append(_image_row(reference["images"], _images(Pipeline(bundle, engine)), engine.dtype))
+    images = _images(Pipeline(bundle, engine))
+    _check_images(f"engine {engine.name} {engine.dtype}", images)
+    rows.append(_image_row(reference["images"], images, engine.dtype))
     certificate = Certificate(bundle.sha256, engine.name, engine.dtype, engine.device, _versions(engine), rows)
-    folder = bundle.folder / CERTIFICATES
-    folder.mkdir(exist_ok=True)
-    value = dataclasses.asdict(certificate) | {"passed": certificate.passed}
-    write_json(folder / f"{engine.name}-{engine.dtype}-{engine.device.replace(':', '')}.json", value)
+    path.parent.mkdir(exist_ok=True)
+    write_json(path, dataclasses.asdict(certificate) | {"passed": certificate.passed})
     return certificate
 
 
@@ -143,8 +145,8 @@ def _inputs(
     rng = np.random.default_rng(0)
     batch = TIMESTEPS * SEEDS
     if name == "text_encoder":
-        assert pipeline._tokenizer is not None
-        return {"input_ids": pipeline._tokenizer.encode([*PROMPTS, ""])[0]}
+        assert pipeline.tokenizer is not None
+        return {"input_ids": pipeline.tokenizer.encode([*PROMPTS, ""])[0]}
     if name != "unet":
         return signature.sample_inputs(SEEDS, rng)
     inputs = signature.sample_inputs(batch, rng)
@@ -214,10 +216,13 @@ def _network_row(name: str, expected: np.ndarray, found: np.ndarray, dtype: str,
     return Row(name, float(error.max()), relative, cosine, None, allowed, passed)
 
 
+def _check_images(whose: str, images: np.ndarray) -> None:
+    for i, image in enumerate(images):
+        if why := problem(image):
+            raise FastgenError(f"{whose}: whole image {i}: {why}")
+
+
 def _image_row(expected: np.ndarray, found: np.ndarray, dtype: str) -> Row:
-    broken = [why for image in found if (why := problem(image))]
-    if broken:
-        raise FastgenError(f"whole images, {dtype}: {broken[0]}")
     expected, found = np.clip(expected, -1, 1), np.clip(found, -1, 1)
     levels = float(np.abs(expected - found).max()) * 127.5
     psnr = 10 * math.log10(4 / max(float(np.mean((expected - found) ** 2)), 1e-20))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastgen.config import Sampling
 from fastgen.errors import InputError
-from fastgen.jsonfiles import read_json
+from fastgen.jsonfiles import located, read_json
 from fastgen.prompts import Tokenizer
 from fastgen.signatures import Signature
 from fastgen.spec import Spec, sha256_file
@@ -27,6 +27,7 @@ FORMAT_VERSION = 1
 MANIFEST = "bundle.json"
 TABLES = "scheduler/tables.npz"
 REFERENCE = "reference.safetensors"
+NETWORKS = {"text": {"text_encoder", "unet", "vae_decoder", "vae_encoder"}, "labels": {"unet"}}
 CERTIFICATES = "certificates"  # beside the hashed files: added to a bundle after it was written
 
 
@@ -57,9 +58,16 @@ class Bundle:
                 self.file(other)
         return self.file(f"{name}/model.onnx")
 
+    def verify(self) -> None:
+        """Verify every file that generation reads, before the first image is made rather than when it is reached."""
+        for name in self.files:
+            if not name.startswith("vae_encoder/") and name != REFERENCE:
+                self.file(name)
+
     def prompt_tokenizer(self) -> Tokenizer:
-        for name in ("tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json"):
-            self.file(name)
+        for name in self.files:
+            if name.startswith("tokenizer/"):
+                self.file(name)
         length = int(self.spec.signatures["text_encoder"].inputs[0].shape[1])
         return Tokenizer.from_folder(self.folder / "tokenizer", length)
 
@@ -112,17 +120,19 @@ def read_bundle(folder: str | os.PathLike[str]) -> Bundle:
         raise InputError(
             f"{path}: format_version is {found!r}, this fastgen reads {FORMAT_VERSION}; export the model again"
         )
-    field_name = ""
+    field_name = "signatures"
     try:
-        field_name = "signatures"
         signatures = {name: Signature.from_json(s) for name, s in value["signatures"].items()}
         field_name = "sampling"
-        sampling = Sampling(**value["sampling"])
+        with located(path):
+            sampling = Sampling(**value["sampling"])
         field_name = "files"
         files = {
             str(name): {"bytes": int(f["bytes"]), "sha256": str(f["sha256"])} for name, f in value["files"].items()
         }
-        field_name = "family, scheduler_config, scaling_factor, objects, source_sha256"
+        field_name = "family"
+        needed = NETWORKS[value["family"]]
+        field_name = "scheduler_config, scaling_factor, objects, source_sha256"
         spec = Spec(
             family=value["family"],
             signatures=signatures,
@@ -134,6 +144,8 @@ def read_bundle(folder: str | os.PathLike[str]) -> Bundle:
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{path}: {field_name}: malformed ({type(error).__name__}: {error})") from None
+    if set(signatures) != needed:
+        raise InputError(f"{path}: signatures: found {sorted(signatures)}, expected {sorted(needed)}")
     return Bundle(folder, spec, files, hashlib.sha256(path.read_bytes()).hexdigest())
 
 

@@ -14,9 +14,20 @@ from fastgen import __version__
 from fastgen.errors import FastgenError, InputError
 
 FOLDER = click.Path(path_type=Path)
+POSITIVE = click.IntRange(min=1)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+class Commands(click.Group):
+    """Ctrl-C ends a command without the empty line that click would print."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise click.Abort from None
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="fastgen")
 def cli() -> None:
     """Train a conditional diffusion model, export it, and generate with it fast, with proof of parity."""
@@ -33,7 +44,7 @@ def data() -> None:
 @click.option("--size", default=256, show_default=True, help="Image height and width, 32 to 256 px.")
 @click.option("--frames", default=4, show_default=True, help="Frames per action (the main pose has one).")
 @click.option("--test-count", default=64, show_default=True, help="Requests in test.json, of monsters not trained on.")
-@click.option("--seed", default=0, show_default=True)
+@click.option("--seed", default=0, show_default=True, help="The same seed and options, the same images.")
 @click.option("--workers", type=int, help="Processes.  [default: one per core]")
 def monsters(out: Path, **options: Any) -> None:
     """Render monsters with descriptions: train_info.json, train/, test.json."""
@@ -49,7 +60,7 @@ def monsters(out: Path, **options: Any) -> None:
 @click.option("--size", default=64, show_default=True, help="Image height and width, 32 to 256 px.")
 @click.option("--labels", "label_lists", type=FOLDER, help="A train.json to take file names and label lists from.")
 @click.option("--hold-out", multiple=True, type=FOLDER, help="Request file whose label sets must not be trained on.")
-@click.option("--seed", default=0, show_default=True)
+@click.option("--seed", default=0, show_default=True, help="The same seed and options, the same images.")
 @click.option("--workers", type=int, help="Processes.  [default: one per core]")
 def iclevr(out: Path, **options: Any) -> None:
     """Render scenes of cubes, spheres and cylinders: train.json, objects.json, iclevr/, test.json, new_test.json."""
@@ -79,7 +90,7 @@ def train(preset: str, data_folder: Path | None, out: Path | None, overrides: Se
     from fastgen.training import train as run
 
     run(chosen, folder, target, skip_bad=skip_bad)
-    if out is None:
+    if out is None and chosen.family != "evaluator":
         set_latest(target)
     click.echo(f"model: {target}")
 
@@ -118,15 +129,15 @@ def export(
 @click.option("--engine", help="eager, ort or openvino.  [default: the fastest installed]")
 @click.option("--out", type=FOLDER, help="Output folder.  [default: generated/REQUESTS]")
 @click.option("--scheduler", help="Solver, such as ddpm, ddim, pndm, dpmpp-2m, unipc.  [default: the model's]")
-@click.option("--num-inference-steps", type=int, help="[default: the model's]")
+@click.option("--num-inference-steps", type=POSITIVE, help="Denoising steps.  [default: the model's]")
 @click.option("--guidance-scale", type=float, help="1 turns guidance off.  [default: the model's]")
 @click.option("--guidance-interval", type=(int, int), metavar="LO HI", help="Guide only the steps LO <= i < HI.")
 @click.option("--seed", default=0, show_default=True, help="Base of the images' seeds; a request's own seed wins.")
-@click.option("--batch-size", default=16, show_default=True)
-@click.option("--limit", type=int, help="Only the first N requests.")
+@click.option("--batch-size", type=POSITIVE, default=16, show_default=True, help="Images per batch, at most.")
+@click.option("--limit", type=POSITIVE, help="Only the first N requests.")
 @click.option("--device", help="cpu, cuda, cuda:1, ...")
 @click.option("--dtype", help="fp32, bf16 or fp16.  [default: what suits the engine and the hardware]")
-@click.option("--threads", type=int, help="CPU threads.  [default: the engine's]")
+@click.option("--threads", type=POSITIVE, help="CPU threads.  [default: the engine's]")
 def generate(
     requests_file: Path,
     model: Path | None,
@@ -142,14 +153,13 @@ def generate(
 ) -> None:
     """Generate an image for every request of a JSON file. The same command continues a job that was interrupted."""
     from fastgen.job import run_job
-    from fastgen.pipeline import load
+    from fastgen.pipeline import load, model_objects
     from fastgen.requests import read_requests
     from fastgen.runs import latest_model
 
-    if limit is not None and limit < 1:
-        raise InputError(f"--limit is {limit}, expected at least 1")
-    pipeline = load(model or latest_model(engine), engine, device=device, dtype=dtype, threads=threads)
-    requests = read_requests(requests_file, pipeline.spec.objects)[:limit]
+    folder = model or latest_model(engine)
+    requests = read_requests(requests_file, model_objects(folder))[:limit]
+    pipeline = load(folder, engine, device=device, dtype=dtype, threads=threads)
     target = out or Path("generated") / requests_file.stem
     settings = pipeline.settings(seed=seed, **sampling)
     report = run_job(pipeline, requests, target, settings, batch_size=batch_size)
@@ -188,19 +198,25 @@ def main() -> None:
     """The `fastgen` command: errors are one line on stderr, exit code 2 for the user's input, 1 otherwise."""
     start = time.perf_counter()
     try:
-        cli(standalone_mode=False)
+        cli(prog_name="fastgen", standalone_mode=False)
     except FastgenError as error:
-        _say(f"fastgen: error: {error}")
-        sys.exit(error.exit_code)
+        _fail(str(error), error.exit_code)
     except click.exceptions.NoArgsIsHelpError as error:
         _say(error.format_message())
         sys.exit(2)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
+    except click.UsageError as error:
+        _fail(f"{error.format_message()} (see `{error.ctx.command_path if error.ctx else 'fastgen'} --help`)", 2)
     except click.Abort:
         _say(f"fastgen: interrupted after {time.perf_counter() - start:.0f} s; the same command continues")
         sys.exit(130)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] in ("fastgen", "export"):
+            raise
+        _fail(f'this command needs {error.name}, not installed here: pip install "fastgen-diffusion[export]"', 2)
     except OSError as error:
-        _say(f"fastgen: error: {error.filename or ''}: {error.strerror or error}")
-        sys.exit(1)
+        _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), 1)
+
+
+def _fail(message: str, exit_code: int) -> None:
+    _say(f"fastgen: error: {' '.join(message.split())}")
+    sys.exit(exit_code)

@@ -27,8 +27,8 @@ def problem(image: np.ndarray) -> str | None:
     """What is wrong with a generated image (C, H, W): not finite, or flat; None for a picture."""
     if not np.isfinite(image).all():
         return f"{int((~np.isfinite(image)).sum())} of {image.size} values are not finite"
-    if np.ptp(image) < 1 / 255:
-        return f"flat: every value lies within 1/255 of {float(image.flat[0]):.3f}"
+    if np.ptp(np.clip(image, -1, 1)) < 1 / 255:
+        return f"flat: every value, clamped to [-1, 1], lies within 1/255 of {float(np.clip(image.flat[0], -1, 1)):.3f}"
     return None
 
 
@@ -45,7 +45,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
     """The metadata that `png_bytes` stored."""
     with Image.open(path) as image:
         image.load()
-        return json.loads(image.info[METADATA_KEY])  # type: ignore[attr-defined]
+        return json.loads(image.info[METADATA_KEY])
 
 
 def contact_sheet(
@@ -73,7 +73,7 @@ def contact_sheet(
 
 
 def _wrap(text: str, font: Any, width: int, lines: int) -> list[str]:
-    """Greedy word wrap to `width` px; the last line ends in an ellipsis where the text does not fit."""
+    """Greedy word wrap to `width` px; a line that does not fit, or that others follow, ends in an ellipsis."""
     out: list[str] = []
     for word in text.split():
         joined = f"{out[-1]} {word}" if out else word
@@ -81,12 +81,15 @@ def _wrap(text: str, font: Any, width: int, lines: int) -> list[str]:
             out[-1] = joined
         else:
             out.append(word)
-    if len(out) > lines:
-        out = out[:lines]
-        while out[-1] and font.getlength(out[-1] + "…") > width:
-            out[-1] = out[-1][:-1]
-        out[-1] += "…"
-    return out
+    more = len(out) > lines
+    return [_fit(line, font, width, more and i == lines - 1) for i, line in enumerate(out[:lines])]
+
+
+def _fit(text: str, font: Any, width: int, more: bool) -> str:
+    text, cut = text[:width], more or len(text) > width  # a character takes a pixel at least
+    while text and font.getlength(text + ("…" if cut else "")) > width:
+        text, cut = text[:-1], True
+    return text + "…" if cut else text
 
 
 def save_contact_sheet(path: Path, files: Sequence[Path], captions: Sequence[str], limit: int = 256) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from fastgen import __version__
-from fastgen.errors import InputError
+from fastgen.errors import FastgenError, InputError
 from fastgen.images import png_bytes, problem, save_contact_sheet, to_uint8
 from fastgen.jsonfiles import read_json, write_bytes, write_json
 from fastgen.pipeline import Pipeline, PromptConditions, Settings, even_cuts
@@ -51,9 +52,9 @@ def run_job(
     FastgenError when a file cannot be written; whole files written before that stay.
     """
     start = time.perf_counter()
-    if batch_size < 1:
-        raise InputError(f"batch_size is {batch_size}, expected at least 1")
+    cuts = list(even_cuts(len(requests), batch_size))
     table = pipeline.source.table(settings.solver)
+    settings.check_interval(table)
     encoder = pipeline.encoder(requests, settings.guided)
     files = [safe_path(out, r.image_name) for r in requests]
     identity = _identity(pipeline, requests, settings, batch_size)
@@ -61,18 +62,14 @@ def run_job(
     truncated = encoder.truncated if isinstance(encoder, PromptConditions) else {}
     lines = [_manifest_line(r, settings, identity, truncated) for r in requests]
 
-    cuts = list(even_cuts(len(requests), batch_size))
     pending = [cut for cut in cuts if not all(f.exists() for f in files[cut])]
     errors: dict[str, str] = {}
     count = sum(cut.stop - cut.start for cut in pending)
     with _progress_bar(count, progress) as bar, _Writer() as writer:
         for cut in pending:
-            batch = list(requests[cut])
-            if pipeline.engine.static_shapes:
-                batch += [batch[-1]] * (cuts[0].stop - len(batch))
-            advance = partial(_advance, bar, (cut.stop - cut.start) / len(table))
-            images = pipeline.sample_batch(batch, encoder, table, settings, on_step=advance)
-            for line, file, image in zip(lines[cut], files[cut], images, strict=False):
+            advance = partial(_advance, bar, writer, (cut.stop - cut.start) / len(table))
+            images = pipeline.sample_batch(requests[cut], encoder, table, settings, size=cuts[0].stop, on_step=advance)
+            for line, file, image in zip(lines[cut], files[cut], images, strict=True):
                 if why := problem(image):
                     errors[line["image_name"]] = line["error"] = why
                 else:
@@ -89,7 +86,7 @@ def run_job(
 
 
 class _Writer:
-    """Writes PNGs in the background while the next batch is sampled; errors surface at the next submit or at the end."""
+    """Writes PNGs in the background while the next batch is sampled; an error surfaces at the next step, or at the end."""
 
     def __enter__(self) -> _Writer:
         self._pool = ThreadPoolExecutor(max_workers=1)
@@ -97,10 +94,12 @@ class _Writer:
         return self
 
     def submit(self, file: Path, image: np.ndarray, metadata: dict[str, Any]) -> None:
-        for future in [f for f in self._futures if f.done()]:
-            self._futures.remove(future)
-            future.result()
         self._futures.append(self._pool.submit(_write_png, file, image, metadata))
+
+    def raise_error(self) -> None:
+        """Raise what went wrong with a file so far, if anything."""
+        while self._futures and self._futures[0].done():
+            self._futures.pop(0).result()
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._pool.shutdown(wait=True, cancel_futures=kind is not None)
@@ -110,7 +109,7 @@ class _Writer:
 
 
 def _write_png(file: Path, image: np.ndarray, metadata: dict[str, Any]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
+    _make_folder(file.parent)
     write_bytes(file, png_bytes(to_uint8(image[None])[0], metadata))
 
 
@@ -151,34 +150,53 @@ def _manifest_line(
 def _claim(out: Path, files: Sequence[Path], identity: dict[str, Any]) -> None:
     """Make `out` this job's folder, or refuse: it belongs to another job, or holds files that would be overwritten."""
     path = out / JOB
-    if out.exists() and not out.is_dir():
-        raise InputError(f"{out}: is a file, expected an output folder")
-    if path.is_file():
-        held = read_json(path)
-        held = held.get("job", {}) if isinstance(held, dict) else {}
+    for folder in (out, *out.parents):
+        if os.path.lexists(folder) and not folder.is_dir():
+            raise InputError(f"{folder}: is not a folder; choose another --out")
+    if os.path.lexists(path):
+        held = _read_record(path)["job"]
         for key, value in identity.items():
             if held.get(key) != value:
                 raise InputError(
                     f"{out}: holds another job: {key} is {held.get(key)!r} there and {value!r} now; choose another --out"
                 )
+        for folder in {file.parent for file in files}:
+            for leftover in folder.glob(".tmp-*"):  # of a process that was killed while writing
+                leftover.unlink(missing_ok=True)
         return
-    taken = [file for file in files if file.exists()]
+    taken = [file for file in (*files, out / MANIFEST, out / CONTACT_SHEET) if os.path.lexists(file)]
     if taken:
         raise InputError(
-            f"{out}: {len(taken)} of the images exist already, such as {taken[0].name}, but no {JOB}; choose another --out"
+            f"{out}: {len(taken)} of the files to write exist already, such as {taken[0].name}, but no {JOB}; "
+            "choose another --out"
         )
-    out.mkdir(parents=True, exist_ok=True)
+    _make_folder(out)
     write_json(path, {"job": identity, "runs": []})
 
 
+def _read_record(path: Path) -> dict[str, Any]:
+    record = read_json(path)
+    if not (isinstance(record, dict) and isinstance(record.get("job"), dict) and isinstance(record.get("runs"), list)):
+        raise InputError(f"{path}: is not the record of a fastgen job; choose another --out")
+    return record
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FastgenError(f"{folder}: the folder cannot be made: {error.strerror or error}") from None
+
+
 def _record(out: Path, identity: dict[str, Any], report: Report) -> None:
-    runs = read_json(out / JOB).get("runs", [])
+    runs = _read_record(out / JOB)["runs"]
     if report.generated:
         runs.append({"images": report.generated, "seconds": round(report.seconds, 3)})
     write_json(out / JOB, {"job": identity, "runs": runs})
 
 
-def _advance(bar: Any, share: float, *_: Any) -> None:
+def _advance(bar: Any, writer: _Writer, share: float, *_: Any) -> None:
+    writer.raise_error()
     bar.update(min(share, bar.total - bar.n))
 
 
@@ -186,4 +204,5 @@ def _progress_bar(count: int, show: bool) -> Any:
     from tqdm import tqdm
 
     layout = "{desc} {percentage:3.0f}%|{bar}| {n:.1f}/{total} [{elapsed}<{remaining}, {rate_fmt}]"
-    return tqdm(total=count, desc="generating", unit="image", bar_format=layout, disable=not show or count == 0)
+    hidden = None if show and count else True  # None: hidden unless stderr is a terminal
+    return tqdm(total=count, desc="generating", unit="image", bar_format=layout, disable=hidden)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import operator
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastgen.bundle import is_bundle, read_bundle
-from fastgen.engines import create_engine, engine_class, missing_packages
+from fastgen.engines import check_installed, create_engine, engine_class, missing_packages
 from fastgen.errors import InputError
 from fastgen.images import to_uint8
+from fastgen.names import check_labels, read_objects
 from fastgen.requests import Request, multi_hot, resolve_seed
 from fastgen.sampling import initial_latents, sample
 from fastgen.solver import SolverTable
@@ -40,6 +42,8 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if not self.scheduler or ":" in self.scheduler:
+            raise InputError(f"scheduler is {self.scheduler!r}, expected a name such as ddim (steps are given apart)")
         if self.num_inference_steps < 1:
             raise InputError(f"num_inference_steps is {self.num_inference_steps}, expected at least 1")
         if not (math.isfinite(self.guidance_scale) and self.guidance_scale >= 0):
@@ -54,13 +58,21 @@ class Settings:
     def guided(self) -> bool:
         return self.guidance_scale != 1.0
 
+    def check_interval(self, table: SolverTable) -> None:
+        """InputError for a guidance interval outside the table's rows."""
+        lo, hi = self.guidance_interval or (0, len(table))
+        if not 0 <= lo < hi <= len(table):
+            raise InputError(
+                f"guidance_interval is {lo} {hi}, expected 0 <= LO < HI <= {len(table)}, the solver's rows"
+            )
+
 
 class Pipeline:
     """A model on an engine, ready to generate."""
 
     def __init__(self, source: Source, engine: Engine) -> None:
         self.source, self.engine, self.spec = source, engine, source.spec
-        self._tokenizer = source.prompt_tokenizer() if self.spec.family == "text" else None
+        self.tokenizer = source.prompt_tokenizer() if self.spec.family == "text" else None
 
     def settings(
         self,
@@ -98,27 +110,14 @@ class Pipeline:
         """
         from PIL import Image
 
-        conditions: Sequence[Any] = (prompts if prompts is not None else labels) or []
-        if (prompts is None) == (labels is None) or not conditions:
-            raise InputError("generate() takes either prompts or labels, at least one")
-        if seeds is not None and len(seeds) != len(conditions):
-            raise InputError(f"{len(seeds)} seeds for {len(conditions)} images")
-        requests = [
-            Request(
-                str(i),
-                f"{i}.png",
-                prompt=condition if prompts is not None else None,
-                labels=tuple(condition) if prompts is None else None,
-                seed=None if seeds is None else int(seeds[i]),
-            )
-            for i, condition in enumerate(conditions)
-        ]
+        requests = _requests(prompts, labels, seeds)
         chosen = self.settings(**settings)
         encoder = self.encoder(requests, chosen.guided)
         table = self.source.table(chosen.solver)
         images: list[Image.Image] = []
-        for cut in even_cuts(len(requests), batch_size):
-            pixels = self.sample_batch(requests[cut], encoder, table, chosen)
+        cuts = list(even_cuts(len(requests), batch_size))
+        for cut in cuts:
+            pixels = self.sample_batch(requests[cut], encoder, table, chosen, size=cuts[0].stop)
             if not np.isfinite(pixels).all():
                 raise FloatingPointError(f"images {cut.start} to {cut.stop - 1}: values that are not finite")
             images += [Image.fromarray(p) for p in to_uint8(pixels)]
@@ -131,19 +130,27 @@ class Pipeline:
             expected = "prompts" if self.spec.family == "text" else "labels"
             raise InputError(f"request {wrong[0].id} holds {wrong[0].kind}; this model takes {expected}")
         if self.spec.family == "text":
-            return PromptConditions(self.engine, self._tokenizer, [r.prompt or "" for r in requests], guided)
+            return PromptConditions(self.engine, self.tokenizer, [r.prompt or "" for r in requests], guided)
         return LabelConditions(self.engine, self.spec.objects or {})
 
+    @np.errstate(over="ignore", invalid="ignore")  # the caller looks for values that are not finite
     def sample_batch(
         self,
         requests: Sequence[Request],
         encoder: Conditions,
         table: SolverTable,
         settings: Settings,
+        *,
+        size: int | None = None,
         on_step: Callable[[int, Array], None] | None = None,
     ) -> np.ndarray:
-        """One batch of requests -> images (B, 3, H, W) float32, nominally in [-1, 1]."""
-        engine = self.engine
+        """One batch of requests -> images (B, 3, H, W) float32, nominally in [-1, 1].
+
+        `size`: the job's batch size, to which an engine with static shapes pads a shorter batch.
+        """
+        engine, count = self.engine, len(requests)
+        if engine.static_shapes and size is not None:
+            requests = [*requests, *[requests[-1]] * (size - count)]
         seeds = [resolve_seed(r, settings.seed) for r in requests]
         x = initial_latents(table, seeds, self.spec.latent_shape, xp=engine.xp, device=engine.device)
         x = sample(
@@ -157,7 +164,7 @@ class Pipeline:
             guidance_interval=settings.guidance_interval,
             on_step=on_step,
         )
-        return self.decode(x)
+        return self.decode(x)[:count]
 
     def decode(self, x: Array) -> np.ndarray:
         """Final latents (B, C, h, w) -> images (B, 3, H, W) float32 in NumPy."""
@@ -218,8 +225,31 @@ class PromptConditions:
 Conditions = LabelConditions | PromptConditions
 
 
+def _requests(
+    prompts: Sequence[str] | None, labels: Sequence[Sequence[str]] | None, seeds: Sequence[int] | None
+) -> list[Request]:
+    """The arguments of `Pipeline.generate` as requests that are named by their position."""
+    conditions: Any = prompts if labels is None else labels
+    if (prompts is None) == (labels is None) or isinstance(conditions, str) or not len(conditions):
+        raise InputError("generate() takes either a list of prompts or a list of label lists, at least one")
+    if seeds is not None and len(seeds) != len(conditions):
+        raise InputError(f"{len(seeds)} seeds for {len(conditions)} images")
+    return [
+        Request(
+            str(i),
+            f"{i}.png",
+            prompt=condition if labels is None else None,
+            labels=None if labels is None else check_labels(condition),
+            seed=None if seeds is None else operator.index(seeds[i]),
+        )
+        for i, condition in enumerate(conditions)
+    ]
+
+
 def even_cuts(count: int, size: int) -> Iterator[slice]:
     """Slices of range(count) of one length <= `size`, as few as can be; only the last may be shorter."""
+    if size < 1:
+        raise InputError(f"batch_size is {size}, expected at least 1")
     length = math.ceil(count / math.ceil(count / size))
     for start in range(0, count, length):
         yield slice(start, min(start + length, count))
@@ -262,18 +292,24 @@ def load(
             f"engine {name} runs model folders; {folder} is a bundle: give --model the folder it was exported from"
         )
     source: Source
+    check_installed(name)
     if bundled:
-        source = read_bundle(folder)
+        source = bundle = read_bundle(folder)
+        bundle.verify()
     else:
-        missing = missing_packages(name)
-        if missing:
-            raise InputError(
-                f"engine {name} needs {', '.join(missing)}, not installed here: {engine_class(name).install}"
-            )
         from fastgen.networks import load_model
 
         source = load_model(folder)
     return Pipeline(source, create_engine(name, source, device=device, dtype=dtype, threads=threads))
+
+
+def model_objects(path: str | os.PathLike[str]) -> Mapping[str, int] | None:
+    """The label names of a bundle or model folder and their indices, read without loading it; None where it has none."""
+    folder = Path(path)
+    if is_bundle(folder):
+        return read_bundle(folder).spec.objects
+    file = folder / "labels.json"
+    return read_objects(file) if file.is_file() else None
 
 
 def default_engine(bundled: bool) -> str:

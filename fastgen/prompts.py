@@ -29,14 +29,16 @@ class Tokenizer:
 
     @staticmethod
     def from_folder(folder: Path, length: int) -> Tokenizer:
-        """Read `tokenizer.json` and, for the padding token, `tokenizer_config.json` of a tokenizer folder."""
+        """Read `tokenizer.json` of a tokenizer folder and, for the padding token, the two files that may name it."""
         import tokenizers
 
         try:
             backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
         except Exception as error:  # the library raises bare Exception
             raise InputError(f"{folder / 'tokenizer.json'}: cannot be read as a tokenizer: {error}") from None
-        pad = read_json(folder / "tokenizer_config.json").get("pad_token", "<|endoftext|>")
+        named = [folder / name for name in ("special_tokens_map.json", "tokenizer_config.json")]  # the first one wins
+        pads = [read_json(file).get("pad_token") for file in named if file.is_file()]
+        pad = next((pad for pad in pads if pad), "<|endoftext|>")
         return Tokenizer(backend, pad["content"] if isinstance(pad, dict) else pad, length)
 
     def encode(self, prompts: Sequence[str]) -> tuple[np.ndarray, list[int]]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from pathlib import Path
 
 from fastgen.bundle import is_bundle
 from fastgen.errors import InputError
+from fastgen.jsonfiles import read_json
 
 RUNS = Path("runs")
 LATEST = RUNS / "latest"
@@ -15,8 +17,15 @@ LATEST = RUNS / "latest"
 
 def new_run(preset: str) -> Path:
     """A new run's folder, or that of an unfinished run of the same preset, which then continues."""
-    unfinished = [f for f in sorted(RUNS.glob(f"{preset}-*")) if f.is_dir() and not (f / "fastgen.json").exists()]
+    named = re.compile(re.escape(preset) + r"-\d{8}-\d{6}")  # `monsters` must not match `monsters-64-<time>`
+    runs = [f for f in sorted(RUNS.glob("*")) if f.is_dir() and named.fullmatch(f.name)]
+    unfinished = [f for f in runs if _unfinished(f)]
     return unfinished[-1] if unfinished else RUNS / f"{preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def _unfinished(run: Path) -> bool:
+    record = run / "training.json"
+    return record.is_file() and not read_json(record)["finished"]
 
 
 def set_latest(run: Path) -> None:

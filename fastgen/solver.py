@@ -88,6 +88,8 @@ def compile_table(
 def compile_key(key: str, config: Mapping[str, Any]) -> SolverTable:
     """The table of a key `NAME:STEPS[:NOISE_STEPS]` for a model folder's scheduler config. Raises InputError."""
     name, steps, noise_steps = parse_key(key)
+    if steps == config.get("num_train_timesteps", 1000):  # every timestep: an offset would leave the schedule
+        config = {**config, "steps_offset": 0}
     return compile_table(make_scheduler(name, config), steps, noise_steps, name=name)
 
 

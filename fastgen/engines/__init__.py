@@ -31,6 +31,12 @@ def missing_packages(name: str) -> list[str]:
     return [package for package in engine_class(name).packages if importlib.util.find_spec(package) is None]
 
 
+def check_installed(name: str) -> None:
+    """InputError, with the command that installs them, when packages of the engine are missing."""
+    if missing := missing_packages(name):
+        raise InputError(f"engine {name} needs {', '.join(missing)}, not installed here: {engine_class(name).install}")
+
+
 def create_engine(
     name: str, source: Source, *, device: str | None = None, dtype: str | None = None, threads: int | None = None
 ) -> Engine:
@@ -39,8 +45,7 @@ def create_engine(
     Raises InputError for an unknown engine, a missing package (with the command that installs it), or a precision or
     device that the engine does not have.
     """
-    cls = engine_class(name)
-    missing = missing_packages(name)
-    if missing:
-        raise InputError(f"engine {name} needs {', '.join(missing)}, not installed here: {cls.install}")
-    return cls(source, device=device, dtype=dtype, threads=threads)  # type: ignore[call-arg]
+    check_installed(name)
+    if threads is not None and threads < 1:
+        raise InputError(f"threads is {threads}, expected at least 1")
+    return engine_class(name)(source, device=device, dtype=dtype, threads=threads)  # type: ignore[call-arg]

@@ -1,12 +1,16 @@
-"""OpenVINO on the bundle's ONNX graphs: bf16 where the CPU has it, one static-shape compilation per batch size, cached."""
+"""OpenVINO on the bundle's ONNX graphs: bf16 where the CPU has it, one static-shape compilation per batch size.
+
+Nothing is cached on disk: compiling takes about a second per network, and reading back a compiled model, which would have
+to be verified first, saves less than half of it.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastgen.cachedir import cache_dir
 from fastgen.engines import base
 from fastgen.errors import InputError
 
@@ -40,22 +44,32 @@ class Engine(base.Engine):
             raise InputError(f"engine openvino: this CPU has no {self.dtype}; it has {', '.join(capabilities)}")
         self.signatures = source.spec.signatures
         self._bundle, self._threads = source, threads
-        self._requests: dict[tuple[str, int], Any] = {}
+        self._requests: dict[tuple[str, int], tuple[Any, Any]] = {}
 
     def run(self, network: str, *inputs: np.ndarray) -> tuple[np.ndarray, ...]:
         key = (network, len(inputs[0]))
         if key not in self._requests:
             self._requests[key] = self._compile(*key)
-        request = self._requests[key]
+        embedding, request = self._requests[key]
+        if embedding is not None:
+            embedding.infer(inputs, share_inputs=True)
+            inputs = (*_without_timestep(inputs), *(tensor.data for tensor in embedding.output_tensors))
         request.infer(inputs, share_inputs=True)
         return tuple(np.array(tensor.data) for tensor in request.output_tensors)
 
-    def _compile(self, network: str, batch: int) -> Any:
+    def _compile(self, network: str, batch: int) -> tuple[Any, Any]:
+        """Infer requests of the time embedding (None where it is not apart) and of the network."""
         path = self._bundle.network(network)
         model = self._core.read_model(path)
         model.reshape({t.name: t.with_batch(batch) for t in self.signatures[network].inputs})
-        config: dict[str, Any] = {"INFERENCE_PRECISION_HINT": _HINTS[self.dtype], "PERFORMANCE_HINT": "LATENCY"}
-        config["CACHE_DIR"] = str(cache_dir() / "openvino")
+        embedding = None
+        if network == "unet" and self.dtype != "fp32":
+            embedding = self._request(_time_embedding(model), "fp32")
+            _take_embedding(model)
+        return embedding, self._request(model, self.dtype)
+
+    def _request(self, model: Any, dtype: str) -> Any:
+        config: dict[str, Any] = {"INFERENCE_PRECISION_HINT": _HINTS[dtype], "PERFORMANCE_HINT": "LATENCY"}
         if self._threads:
             config["INFERENCE_NUM_THREADS"] = self._threads
         return self._core.compile_model(model, "CPU", config).create_infer_request()
@@ -65,3 +79,49 @@ class Engine(base.Engine):
 
     def numpy(self, values: np.ndarray) -> np.ndarray:
         return values
+
+
+TIMESTEP = 1  # its place among the UNet's inputs
+
+
+def _without_timestep(inputs: Sequence[np.ndarray]) -> Sequence[np.ndarray]:
+    return (*inputs[:TIMESTEP], *inputs[TIMESTEP + 1 :])
+
+
+def _time_embedding(unet: Any) -> Any:
+    """The part of a UNet between its timestep and the first matrix products, as a model with the UNet's inputs.
+
+    It is executed in fp32: in bf16 the timestep 999 is 1000, which costs more accuracy than all the rest together.
+    """
+    import openvino
+
+    return openvino.Model(list(_embedded(unet)), unet.get_parameters(), "time_embedding")
+
+
+def _take_embedding(unet: Any) -> None:
+    """Make a UNet take what `_time_embedding` computes, behind its other inputs, instead of the timestep."""
+    import openvino
+
+    timestep = unet.get_parameters()[TIMESTEP]
+    for output, consumers in _embedded(unet).items():
+        parameter = openvino.opset13.parameter(output.get_shape(), np.float32)
+        for consumer in consumers:
+            consumer.replace_source_output(parameter.output(0))
+        unet.add_parameters([parameter])
+    unet.remove_parameter(timestep)
+    unet.validate_nodes_and_infer_types()
+
+
+def _embedded(unet: Any) -> dict[Any, list[Any]]:
+    """What is computed from the timestep without a matrix product -> the inputs of the matrix products that take it."""
+    found: dict[Any, list[Any]] = {}
+    reached, front = set(), [unet.get_parameters()[TIMESTEP].output(0)]
+    for output in front:
+        for consumer in output.get_target_inputs():
+            node = consumer.get_node()
+            if node.get_type_name() == "MatMul":
+                found.setdefault(output, []).append(consumer)
+            elif node.get_friendly_name() not in reached:
+                reached.add(node.get_friendly_name())
+                front += node.outputs()
+    return found

@@ -1,4 +1,4 @@
-"""onnxruntime on the bundle's ONNX graphs (CPU, fp32)."""
+"""onnxruntime on the bundle's ONNX graphs (CPU, fp32), those with its own attention operator where the bundle has them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from fastgen.errors import FastgenError, InputError
 
 if TYPE_CHECKING:
     from fastgen.bundle import Bundle
+
+FUSED = "model.ort.onnx"  # MultiHeadAttention instead of matrix products and a softmax over all pairs of pixels
 
 
 class Engine(base.Engine):
@@ -45,7 +47,9 @@ class Engine(base.Engine):
         options.log_severity_level = 3
         if self._threads:
             options.intra_op_num_threads = self._threads
-        path = self._bundle.network(network)
+        path = self._bundle.network(network)  # verifies the weights, which both graphs share
+        if (fused := f"{network}/{FUSED}") in self._bundle.files:
+            path = self._bundle.file(fused)
         try:
             return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's exceptions share no public base class

@@ -1,0 +1,91 @@
+"""One HTML page over a demo's results: `python -m benchmarks.page FOLDER` writes FOLDER/index.html."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1000px; margin: 2rem auto; padding: 0 1rem; color: #222 }
+img { max-width: 100%; border: 1px solid #ddd } table { border-collapse: collapse; margin: .5rem 0 1.5rem }
+td, th { padding: .2rem .8rem; border-bottom: 1px solid #ddd; text-align: right }
+td:first-child, th:first-child { text-align: left } .miss { color: #b00; font-weight: bold }
+"""
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Rows of one shape as an HTML table; floats with three significant digits."""
+
+    def cell(value: Any) -> str:
+        if isinstance(value, float):
+            return f"{value:.3g}"
+        return html.escape(str(value))
+
+    head = "".join(f"<th>{html.escape(key.replace('_', ' '))}</th>" for key in rows[0])
+    body = "".join("<tr>" + "".join(f"<td>{cell(v)}</td>" for v in row.values()) + "</tr>" for row in rows)
+    return f"<table><tr>{head}</tr>{body}</table>"
+
+
+def certificates(bundle: Path) -> Iterator[dict[str, Any]]:
+    """One row per engine and comparison of a bundle's certificates."""
+    for file in sorted((bundle / "certificates").glob("*.json")):
+        certificate = json.loads(file.read_text())
+        for row in certificate["rows"]:
+            yield {
+                "engine": f"{certificate['engine']} {certificate['dtype']}",
+                "compared": row["what"],
+                "max_abs": row["max_abs"],
+                "cosine": f"{row['cosine']:.6f}",
+                "PSNR_dB": "" if row["psnr_db"] is None else round(row["psnr_db"], 1),
+                "allowed": row["allowed"],
+                "verdict": "ok" if row["passed"] else "MISSED",
+            }
+
+
+def sections(folder: Path) -> Iterator[str]:
+    """The page's parts for whatever the folder holds."""
+    for sheet in sorted(folder.glob("generated/*/contact_sheet.png")):
+        job = json.loads((sheet.parent / "job.json").read_text())
+        settings, runs = job["job"], job["runs"]
+        seconds, count = sum(r["seconds"] for r in runs), sum(r["images"] for r in runs)
+        yield f"<h2>{html.escape(sheet.parent.name)}</h2>"
+        yield (
+            f"<p>{count} images in {seconds:.1f} s: {settings['engine']} {settings['dtype']}, {settings['scheduler']} "
+            f"{settings['num_inference_steps']} steps, guidance {settings['guidance_scale']}</p>"
+        )
+        yield f'<img src="{sheet.relative_to(folder).as_posix()}">'
+    for file in sorted(folder.glob("scores/*.json")):
+        score = json.loads(file.read_text())
+        yield f"<h2>Label accuracy: {html.escape(file.stem)}</h2>"
+        error = "unknown" if score["standard_error"] is None else f"{score['standard_error']:.3f}"
+        yield f"<p>{score['accuracy']:.3f}, standard error {error} over {score['standard_error_over']}</p>"
+    for file in sorted(folder.glob("engines-*.json")):
+        yield f"<h2>Engines: {html.escape(file.stem.removeprefix('engines-'))}</h2>"
+        yield table(json.loads(file.read_text())["rows"])
+    for bundle in sorted(folder.glob("*-bundle")):
+        yield f"<h2>Certificate: {html.escape(bundle.name)}</h2>"
+        yield table(list(certificates(bundle))).replace("<td>MISSED", '<td class="miss">MISSED')
+    for preview in sorted(folder.glob("*/previews")):
+        newest = sorted(preview.glob("*.png"))[-1:]
+        for image in newest:
+            yield f"<h2>Training preview: {html.escape(preview.parent.name)}</h2>"
+            yield f'<img src="{image.relative_to(folder).as_posix()}">'
+
+
+@click.command()
+@click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
+def main(folder: Path) -> None:
+    """Write FOLDER/index.html over the generated images, scores, timings and certificates below FOLDER."""
+    body = "\n".join(sections(folder))
+    page = f"<!doctype html><meta charset=utf-8><title>fastgen demo</title><style>{STYLE}</style><h1>fastgen demo</h1>{body}"
+    (folder / "index.html").write_text(page, encoding="utf-8")
+    click.echo(f"page: {folder / 'index.html'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,285 @@
+"""Tiny models of both families with random weights, their bundles (exported once), and the `fastgen` command."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+REPO = Path(__file__).parents[1]
+TABLE_STEPS = (1, 2, 3, 5, 10, 20, 150)  # instead of the 60 that a real export stores
+PROMPTS = [
+    "A red dragon with wings and horns. The monster is idling.",
+    "A small blue slime with one big eye.",
+    "Green robot with a sword and a shield. The monster is attacking.",
+    "Purple insect with many legs and big teeth.",
+    "A red dragon with wings and horns. The monster is dying.",
+]
+LABELS = [["gray cube"], ["red cube", "blue sphere"], ["green cylinder"], ["yellow cube", "cyan sphere", "brown cube"]]
+BLOCKER = """
+import os
+from importlib.machinery import PathFinder
+
+blocked, find_spec = os.environ["BLOCKED_IMPORTS"].split(), PathFinder.find_spec
+PathFinder.find_spec = lambda name, *a, **k: None if name.partition(".")[0] in blocked else find_spec(name, *a, **k)
+"""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache(tmp_path_factory):
+    """A cache of the tests' own, and one thread for everything that tests start."""
+    saved = dict(os.environ)
+    os.environ |= {"FASTGEN_CACHE": str(tmp_path_factory.mktemp("cache")), "OMP_NUM_THREADS": "1"}
+    yield
+    os.environ.clear()
+    os.environ.update(saved)
+
+
+@pytest.fixture(scope="session")
+def text_model(tmp_path_factory) -> Path:
+    """A text-to-latent model folder: 4x8x8 latents, 32 px images."""
+    torch = pytest.importorskip("torch")
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    from fastgen.config import Sampling
+    from fastgen.networks import Model, save_model
+    from fastgen.training.tokenizer import train_tokenizer
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    tokenizer = train_tokenizer(PROMPTS * 2, vocab_size=600)
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=64,
+            num_attention_heads=2,
+            num_hidden_layers=2,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    unet: Any = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        cross_attention_dim=32,
+        attention_head_dim=2,
+        norm_num_groups=8,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    )
+    vae: Any = AutoencoderKL(
+        block_out_channels=(8, 16, 16),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=32,
+        scaling_factor=0.7,
+    )
+    schedule = {
+        "_class_name": "DDIMScheduler",
+        "num_train_timesteps": 1000,
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "prediction_type": "v_prediction",
+        "clip_sample": False,
+        "set_alpha_to_one": False,
+        "steps_offset": 1,
+    }
+    model = Model(None, "text", unet.eval(), schedule, Sampling("ddim", 5, 3.0))
+    model.text_encoder, model.tokenizer, model.vae = text_encoder.eval(), tokenizer, vae.eval()
+    folder = tmp_path_factory.mktemp("models") / "text"
+    save_model(model, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def label_model(tmp_path_factory) -> Path:
+    """A label-to-pixels model folder: the 24 objects of i-CLEVR, 16 px images."""
+    torch = pytest.importorskip("torch")
+    from diffusers import UNet2DModel
+
+    from fastgen.config import Sampling
+    from fastgen.names import ICLEVR_OBJECTS
+    from fastgen.networks import LabelConditioner, Model, save_model
+
+    torch.set_num_threads(1)
+    torch.manual_seed(1)
+    unet: Any = UNet2DModel(
+        sample_size=16,
+        in_channels=3,
+        out_channels=3,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        class_embed_type="identity",
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    )
+    conditioner = LabelConditioner("class_embed", 24, 32)
+    schedule = {
+        "_class_name": "DDPMScheduler",
+        "num_train_timesteps": 1000,
+        "beta_schedule": "squaredcos_cap_v2",
+        "prediction_type": "v_prediction",
+        "clip_sample": True,
+    }
+    model = Model(None, "labels", unet.eval(), schedule, Sampling("ddpm", 5, 1.5), conditioner.eval(), ICLEVR_OBJECTS)
+    folder = tmp_path_factory.mktemp("models") / "labels"
+    save_model(model, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def export_few(tmp_path_factory) -> Callable[..., Any]:
+    """`export.export` that stores solver tables at a few numbers of steps, for speed."""
+    from unittest import mock
+
+    pytest.importorskip("onnxscript")
+    from export import export
+
+    logging.getLogger("torch.__trace").propagate = False  # pages of it would be shown beside a failed test
+
+    def run(model: Path, out: Path, **options: Any) -> Any:
+        with mock.patch("fastgen.solver.COMMON_STEPS", TABLE_STEPS):
+            return export(model, out, **options)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def exports(text_model, label_model, export_few, tmp_path_factory) -> Callable[[str], tuple[Path, list[Any]]]:
+    """kind ("text", "labels") -> (bundle folder, certificates of ort and openvino); each exported when first asked for."""
+    done: dict[str, tuple[Path, list[Any]]] = {}
+
+    def get(kind: str) -> tuple[Path, list[Any]]:
+        if kind not in done:
+            folder = tmp_path_factory.mktemp("bundles") / kind
+            model = text_model if kind == "text" else label_model
+            done[kind] = folder, export_few(model, folder)
+        return done[kind]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def text_bundle(exports) -> Path:
+    return exports("text")[0]
+
+
+@pytest.fixture(scope="session")
+def label_bundle(exports) -> Path:
+    return exports("labels")[0]
+
+
+@pytest.fixture(scope="session")
+def requests_files(tmp_path_factory) -> dict[str, Path]:
+    """Request files of both tasks' schemas: {"text": five prompts, "labels": four label lists}."""
+    folder = tmp_path_factory.mktemp("requests")
+    prompts = {f"{i}_main": {"image_name": f"{i}_main.png", "text_prompt": p} for i, p in enumerate(PROMPTS)}
+    prompts["2_main"]["seed"] = 0  # type: ignore[assignment]
+    (folder / "prompts.json").write_text(json.dumps(prompts))
+    (folder / "labels.json").write_text(json.dumps(LABELS))
+    return {"text": folder / "prompts.json", "labels": folder / "labels.json"}
+
+
+@pytest.fixture(scope="session")
+def command(tmp_path_factory) -> Callable[..., tuple[list[str], dict[str, str]]]:
+    """(arguments, blocked imports) -> command line and environment of a `fastgen` process that cannot import those."""
+    folder = tmp_path_factory.mktemp("blocker")
+    (folder / "sitecustomize.py").write_text(BLOCKER)
+
+    def build(*arguments: object, blocked: Sequence[str] = ()) -> tuple[list[str], dict[str, str]]:
+        environment = os.environ | {"PYTHONPATH": f"{folder}:{REPO}", "BLOCKED_IMPORTS": " ".join(blocked)}
+        return [sys.executable, "-m", "fastgen", *map(str, arguments)], environment
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def fastgen_process(command) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run `fastgen ARGUMENTS` in a process of its own."""
+
+    def run(*arguments: object, blocked: Sequence[str] = (), **options: Any) -> subprocess.CompletedProcess[str]:
+        line, environment = command(*arguments, blocked=blocked)
+        return subprocess.run(line, env=environment, capture_output=True, text=True, timeout=120, **options)
+
+    return run
+
+
+@pytest.fixture
+def fastgen(capfd, monkeypatch) -> Callable[..., tuple[int, str, str]]:
+    """Run `fastgen ARGUMENTS` in this process -> (exit code, stdout, stderr)."""
+    from fastgen.cli import main
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["fastgen", *map(str, arguments)])
+        capfd.readouterr()
+        code = 0
+        try:
+            main()
+        except SystemExit as ending:
+            code = int(ending.code or 0)
+        out, err = capfd.readouterr()
+        return code, out, err
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def rehash() -> Callable[[Path], None]:
+    """Make bundle.json agree with the files again, after they were changed on purpose."""
+    from fastgen.spec import sha256_file
+
+    def run(bundle: Path) -> None:
+        manifest = json.loads((bundle / "bundle.json").read_text())
+        for name in manifest["files"]:
+            file = bundle / name
+            manifest["files"][name] = {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
+        (bundle / "bundle.json").write_text(json.dumps(manifest))
+
+    return run
+
+
+@pytest.fixture
+def scaled_weights(rehash) -> Callable[..., Path]:
+    """(bundle, out, factor): a copy of a bundle whose UNet's last weight tensor is multiplied by `factor`, rehashed."""
+    import numpy as np
+
+    def run(bundle: Path, out: Path, factor: float) -> Path:
+        onnx = pytest.importorskip("onnx")
+        shutil.copytree(bundle, out)
+        file = out / "unet" / "model.onnx"
+        model = onnx.load(file, load_external_data=False)
+        weight = next(t for t in model.graph.initializer if t.name.endswith("conv_out.weight"))
+        if weight.data_location == onnx.TensorProto.EXTERNAL:
+            place = {entry.key: entry.value for entry in weight.external_data}
+            data = bytearray((file.parent / place["location"]).read_bytes())
+            part = slice(int(place["offset"]), int(place["offset"]) + int(place["length"]))
+            data[part] = (np.frombuffer(data[part], np.float32) * np.float32(factor)).tobytes()
+            (file.parent / place["location"]).write_bytes(data)
+        else:
+            weight.raw_data = (np.frombuffer(weight.raw_data, np.float32) * np.float32(factor)).tobytes()
+            onnx.save(model, file)
+        rehash(out)
+        return out
+
+    return run
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("filterwarnings", "ignore::DeprecationWarning:diffusers")

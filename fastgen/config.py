@@ -15,6 +15,7 @@ from fastgen.errors import InputError, unknown
 
 FAMILIES = ("text", "labels", "evaluator")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+OPTIMIZERS = ("adamw", "muon")
 LR_SCHEDULES = ("constant", "cosine")
 IMAGE_MODES = ("stretch", "pad", "crop")
 COUNTS = (
@@ -53,6 +54,7 @@ class Training:
     steps: int
     batch_size: int = 32
     accumulation: int = 1  # the batch is run in this many micro-batches
+    optimizer: str = "adamw"
     learning_rate: float = 1e-4
     lr_schedule: str = "constant"
     warmup_steps: int = 0
@@ -97,6 +99,7 @@ class Training:
             "two numbers, 0 <= beta < 1",
         )
         _choice("train.precision", self.precision, PRECISIONS)
+        _choice("train.optimizer", self.optimizer, OPTIMIZERS)
         _choice("train.lr_schedule", self.lr_schedule, LR_SCHEDULES)
 
 
@@ -167,7 +170,7 @@ def _check_conditioner(table: Mapping[str, Any]) -> None:
             raise unknown("key", f"conditioner.{key}", [f"conditioner.{name}" for name in CONDITIONER_KEYS])
     _choice("conditioner.kind", str(table.get("kind")), CONDITIONERS)
     for key, low in (("dim", 1), ("hidden", 0)):
-        value = table.get(key, 0)
+        value = table.get(key, low)
         _check(type(value) is int and value >= low, f"conditioner.{key}", value, f"a whole number, at least {low}")
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from fastgen.config import Sampling
 from fastgen.errors import InputError
 from fastgen.jsonfiles import read_json, write_json
+from fastgen.names import read_objects
 from fastgen.prompts import Tokenizer
 from fastgen.schedulers import default_name
 from fastgen.signatures import Signature, label_signatures, text_signatures
@@ -53,6 +54,9 @@ class LabelConditioner(nn.Module):
 class LabelUNet(nn.Module):
     """UNet2DModel and its conditioner as one network."""
 
+    unet: Any
+    conditioner: Any
+
     def __init__(self, unet: nn.Module, conditioner: LabelConditioner) -> None:
         super().__init__()
         self.unet, self.conditioner = unet, conditioner
@@ -68,6 +72,8 @@ class LabelUNet(nn.Module):
 
 class TextUNet(nn.Module):
     """UNet2DConditionModel with positional tensors in and one tensor out."""
+
+    unet: Any
 
     def __init__(self, unet: nn.Module) -> None:
         super().__init__()
@@ -93,6 +99,8 @@ class TextEncoder(nn.Module):
 class VaeDecoder(nn.Module):
     """Unscaled latents (B, C, h, w) -> image (B, 3, H, W), nominally in [-1, 1]."""
 
+    vae: Any
+
     def __init__(self, vae: nn.Module) -> None:
         super().__init__()
         self.vae = vae
@@ -103,6 +111,8 @@ class VaeDecoder(nn.Module):
 
 class VaeEncoder(nn.Module):
     """Image (B, 3, H, W) in [-1, 1] -> moments of the latents (B, 2C, h, w): mean and log-variance, unscaled."""
+
+    vae: Any
 
     def __init__(self, vae: nn.Module) -> None:
         super().__init__()
@@ -177,7 +187,8 @@ class Model:
 
     def prompt_tokenizer(self) -> Tokenizer:
         backend = copy.deepcopy(self.tokenizer.backend_tokenizer)
-        return Tokenizer(backend, self.tokenizer.pad_token, self.signatures()["text_encoder"].inputs[0].shape[1])
+        length = int(self.signatures()["text_encoder"].inputs[0].shape[1])
+        return Tokenizer(backend, self.tokenizer.pad_token, length)
 
     def table(self, key: str) -> SolverTable:
         """The solver table `NAME:STEPS[:NOISE_STEPS]` of this model's noise schedule, compiled now."""
@@ -278,20 +289,33 @@ def load_model(folder: str | os.PathLike[str]) -> Model:
 
 def _sampling(folder: Path, scheduler_config: Mapping[str, Any]) -> Sampling:
     if (folder / SETTINGS).is_file():
-        return Sampling(**read_json(folder / SETTINGS)["sampling"])
+        try:
+            return Sampling(**read_json(folder / SETTINGS)["sampling"])
+        except (KeyError, TypeError) as error:
+            raise InputError(f"{folder / SETTINGS}: sampling: malformed ({type(error).__name__}: {error})") from None
     guidance = 1.0 if (folder / "conditioner").is_dir() else 7.5
     return Sampling(default_name(scheduler_config), 50, guidance)
 
 
 def _load_labels(folder: Path, scheduler_config: dict[str, Any], sampling: Sampling) -> Model:
     from diffusers import UNet2DModel
-    from safetensors.torch import load_file
 
     unet = _from_pretrained(UNet2DModel, folder / "unet")
-    conditioner = LabelConditioner(**read_json(folder / "conditioner" / "config.json"))
-    conditioner.load_state_dict(load_file(folder / "conditioner" / "model.safetensors"))
-    objects = read_json(folder / "labels.json")
+    conditioner = _load_conditioner(folder / "conditioner")
+    objects = read_objects(folder / "labels.json")
     return Model(folder, "labels", unet, scheduler_config, sampling, conditioner.eval(), objects)
+
+
+def _load_conditioner(folder: Path) -> LabelConditioner:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        conditioner = LabelConditioner(**read_json(folder / "config.json"))
+        conditioner.load_state_dict(load_file(folder / "model.safetensors"))
+    except (OSError, TypeError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"{folder}: cannot be loaded as a conditioner: {' '.join(str(error).split())}") from None
+    return conditioner
 
 
 def _load_text(folder: Path, scheduler_config: dict[str, Any], sampling: Sampling) -> Model:
@@ -316,11 +340,13 @@ def _from_pretrained(cls: Any, folder: Path) -> Any:
     """from_pretrained, float32, that refuses a missing folder and weights which do not fit, instead of warning about them."""
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder}: config.json is missing, expected a saved {cls.__name__}")
+    from safetensors import SafetensorError
+
     try:
         module, info = cls.from_pretrained(
             folder, output_loading_info=True, use_safetensors=True, local_files_only=True, torch_dtype=torch.float32
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{folder}: cannot be loaded as {cls.__name__}: {str(error).splitlines()[0]}") from None
     wrong = [*info["missing_keys"], *info["unexpected_keys"], *map(str, info["mismatched_keys"])]
     wrong = [key for key in wrong if not str(key).endswith("position_ids")]

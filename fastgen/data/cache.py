@@ -1,0 +1,109 @@
+"""Training data encoded once: pixels, VAE moments and text states as memory-mapped arrays in the cache folder.
+
+An entry is a folder whose name hashes everything its content depends on: the data, the image size, the weights of the
+frozen network. It is written under a temporary name and renamed, so an entry that exists is complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastgen.cachedir import cache_dir
+from fastgen.data.dataset import Dataset
+from fastgen.data.images import Mode, load_images
+from fastgen.errors import FastgenError
+from fastgen.folders import sync_tree
+from fastgen.jsonfiles import read_json, write_json
+
+FOLDER = "training"
+LAYOUT = 1  # raised when the meaning of an entry changes
+CHUNK = 1024  # images decoded at a time
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """Decoded images (N, size, size, 3) uint8, one row per example; rows not in `kept` belong to unreadable files."""
+
+    images: np.ndarray
+    kept: np.ndarray  # (M,) indices of the readable examples
+    notes: tuple[str, ...]
+
+
+def cached_pixels(dataset: Dataset, size: int, mode: Mode, skip_bad: bool) -> Pixels:
+    """The dataset's images, decoded on the first call. Raises as `load_images` does, in which case nothing is cached."""
+    fields = {"data": dataset.fingerprint, "size": size, "mode": mode, "skip_bad": skip_bad}
+    folder = cached("pixels", fields, lambda into: _write_pixels(into, dataset, size, mode, skip_bad))
+    return Pixels(read_array(folder, "images"), read_array(folder, "kept"), tuple(read_json(folder / "notes.json")))
+
+
+def cached(kind: str, fields: Mapping[str, Any], fill: Callable[[Path], None]) -> Path:
+    """The folder of the entry that `fields` determine; `fill(folder)` writes its files when it does not exist yet."""
+    text = json.dumps({"kind": kind, "layout": LAYOUT, **fields}, sort_keys=True)
+    parent = cache_dir() / FOLDER
+    entry = parent / f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:32]}"
+    if entry.is_dir():
+        return entry
+    temporary = parent / f".tmp-{secrets.token_hex(8)}"
+    try:
+        temporary.mkdir(parents=True)
+        fill(temporary)
+        write_json(temporary / "entry.json", json.loads(text))
+        _publish(temporary, entry)
+    except OSError as error:
+        raise FastgenError(f"{error.filename or parent}: cannot write the cache: {error.strerror}") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return entry
+
+
+def write_array(
+    folder: Path, name: str, shape: tuple[int, ...], dtype: str, parts: Callable[[np.ndarray], None]
+) -> None:
+    """An .npy file that `parts(array)` fills through a memory map, so it need not fit into memory."""
+    array = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", dtype, shape)
+    parts(array)
+    array.flush()
+
+
+def read_array(folder: Path, name: str) -> np.ndarray:
+    """A read-only memory map. Raises FastgenError when the file is damaged."""
+    try:
+        return np.load(folder / f"{name}.npy", mmap_mode="r")
+    except (OSError, ValueError) as error:
+        raise FastgenError(f"{folder / name}.npy: damaged cache entry ({error}); delete {folder} and repeat") from None
+
+
+def _publish(temporary: Path, entry: Path) -> None:
+    sync_tree(temporary)
+    try:
+        temporary.rename(entry)
+    except OSError:
+        if not entry.is_dir():  # else another process was first, with the same content
+            raise
+
+
+def _write_pixels(folder: Path, dataset: Dataset, size: int, mode: Mode, skip_bad: bool) -> None:
+    count = len(dataset.examples)
+    kept: list[np.ndarray] = []
+    notes: list[str] = []
+
+    def fill(images: np.ndarray) -> None:
+        for rows in np.array_split(np.arange(count), -(-count // CHUNK)):
+            part = replace(dataset, examples=tuple(dataset.examples[row] for row in rows))
+            decoded, good, found = load_images(part, size, skip_bad=skip_bad, mode=mode)
+            images[rows[good]] = decoded
+            kept.append(rows[good])
+            notes.extend(found)
+
+    write_array(folder, "images", (count, size, size, 3), "uint8", fill)
+    np.save(folder / "kept.npy", np.concatenate(kept))
+    write_json(folder / "notes.json", notes)

@@ -1,0 +1,109 @@
+"""Checkpoints: folders that appear complete or not at all, and whose damage is noticed.
+
+step-000500/  model.safetensors  ema.safetensors  optimizer.safetensors  state.json (step, job, SHA-256 of the files)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fastgen.errors import FastgenError, InputError
+from fastgen.folders import sync_folder, sync_tree
+from fastgen.jsonfiles import read_json, write_json
+
+STATE = "state.json"
+_NAME = re.compile(r"step-(\d{6,})")
+
+Tensors = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on disk whose files were verified."""
+
+    folder: Path
+    step: int  # optimiser steps done
+    extra: Mapping[str, Any]
+
+    def load(self, part: str) -> dict[str, Tensor]:
+        return load_file(self.folder / f"{part}.safetensors")
+
+
+def save(parent: Path, step: int, parts: Mapping[str, Tensors], extra: Mapping[str, Any], limit: int) -> Path:
+    """Write `parent/step-NNNNNN` and delete all but the newest `limit` checkpoints.
+
+    Raises FastgenError when the disk refuses; the older checkpoints are untouched then.
+    """
+    target = parent / f"step-{step:06d}"
+    temporary = parent / f".tmp-{secrets.token_hex(8)}"
+    try:
+        temporary.mkdir(parents=True)
+        hashes = {name: _write_part(temporary / f"{name}.safetensors", tensors) for name, tensors in parts.items()}
+        write_json(temporary / STATE, {"step": step, "extra": dict(extra), "sha256": hashes})
+        sync_tree(temporary)
+        if target.exists():  # a damaged one, or of a run that went on from an older checkpoint
+            shutil.rmtree(target)
+        temporary.rename(target)
+        sync_folder(parent)
+    except (OSError, SafetensorError) as error:
+        raise FastgenError(f"{target}: the checkpoint cannot be written: {error}") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    for old in _folders(parent)[limit:]:
+        shutil.rmtree(old)
+    return target
+
+
+def latest(parent: Path, warn: Callable[[str], None]) -> Checkpoint | None:
+    """The newest checkpoint that is intact; a damaged one is named to `warn` and passed over."""
+    for leftover in parent.glob(".tmp-*"):
+        shutil.rmtree(leftover)
+    for folder in _folders(parent):
+        problem, checkpoint = _verify(folder)
+        if checkpoint is not None:
+            return checkpoint
+        warn(f"warning: {folder}: {problem}; using the checkpoint before it")
+    return None
+
+
+def _verify(folder: Path) -> tuple[str, Checkpoint | None]:
+    try:
+        state = read_json(folder / STATE)
+        step, extra, hashes = state["step"], state["extra"], state["sha256"]
+        for name, expected in hashes.items():
+            if _sha256(folder / f"{name}.safetensors") != expected:
+                return f"{name}.safetensors is damaged (SHA-256 differs)", None
+    except InputError as error:
+        return str(error), None
+    except OSError as error:
+        return f"{error.filename}: {error.strerror}", None
+    except (KeyError, TypeError, AttributeError):
+        return f"{STATE} is no checkpoint's", None
+    return "", Checkpoint(folder, step, extra)
+
+
+def _folders(parent: Path) -> list[Path]:
+    """Newest first."""
+    found = [(int(match[1]), folder) for folder in parent.glob("step-*") if (match := _NAME.fullmatch(folder.name))]
+    return [folder for _, folder in sorted(found, reverse=True)]
+
+
+def _write_part(file: Path, tensors: Tensors) -> str:
+    save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, file)
+    return _sha256(file)
+
+
+def _sha256(file: Path) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,90 @@
+"""The evaluator's objective: which objects are in the image, as independent yes-or-no questions."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fastgen.metrics import label_accuracy
+from fastgen.training.draws import Draws
+from fastgen.training.sources import NOISE, flip_some, to_signed
+
+SHIFT_X, SHIFT_Y, BLUR, GRAIN, LIGHT = range(10, 15)  # further streams of Draws
+MAX_SHIFT = 4  # px
+MAX_GRAIN = 0.08  # standard deviation of the noise added, on the scale [-1, 1]
+MAX_LIGHT = 0.1  # change of contrast
+
+
+class Logits(nn.Module):
+    """The evaluator without its final sigmoid, which is not safe in half precision."""
+
+    def __init__(self, evaluator: nn.Module) -> None:
+        super().__init__()
+        self.evaluator = evaluator
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, 3, 64, 64) in [-1, 1] -> (b, num_labels)."""
+        return self.evaluator.fc[0](self.evaluator.features(x))  # type: ignore[operator, index]
+
+
+class ClassifierTask:
+    """Binary cross-entropy on multi-hot labels, on images that are mirrored, shifted, blurred, grainy and relit a
+    little, because those it will judge come from a generator."""
+
+    name = "evaluator"
+    splits_batches = True  # up to batch normalisation, whose statistics are those of a micro-batch
+
+    def __init__(
+        self,
+        evaluator: nn.Module,
+        images: np.ndarray,
+        multi_hot: np.ndarray,
+        rows: tuple[np.ndarray, np.ndarray],
+        device: torch.device,
+    ) -> None:
+        self.module = Logits(evaluator)
+        self.images, self.multi_hot, self.device = images, multi_hot, device
+        self.train_rows, self.validation_rows = rows
+
+    def losses(self, module: nn.Module, rows: np.ndarray, draws: Draws) -> Tensor:
+        x = to_signed(self.images[rows], self.device)
+        if module.training:
+            x = augment(x, draws)
+        labels = torch.from_numpy(self.multi_hot[rows]).to(self.device)  # (b, num_labels)
+        logits = module(x).float()
+        return functional.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(dim=1)
+
+    def figures(self, module: nn.Module) -> dict[str, float]:
+        """The task's official score on the validation images."""
+        rows = self.validation_rows
+        parts = np.array_split(rows, -(-len(rows) // 256))
+        scores = np.concatenate([module(to_signed(self.images[p], self.device)).float().cpu().numpy() for p in parts])
+        return {"accuracy": label_accuracy(scores, self.multi_hot[rows])}
+
+    def preview(self, module: nn.Module) -> None:
+        return None
+
+
+def augment(x: Tensor, draws: Draws) -> Tensor:
+    """(b, 3, H, W) in [-1, 1] -> the same, changed by amounts drawn for each image."""
+
+    def amounts(stream: int) -> Tensor:
+        return torch.from_numpy(draws.uniform(stream)).to(x)[:, None, None, None]
+
+    x = shift(
+        flip_some(x, draws), draws.integers(SHIFT_Y, 2 * MAX_SHIFT + 1), draws.integers(SHIFT_X, 2 * MAX_SHIFT + 1)
+    )
+    blurred = functional.avg_pool2d(functional.pad(x, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+    x = torch.lerp(x, blurred, (2 * amounts(BLUR) - 1).clamp(min=0))  # half of them not at all
+    x = x * (1 + MAX_LIGHT * (2 * amounts(LIGHT) - 1))
+    return x + MAX_GRAIN * (2 * amounts(GRAIN) - 1).clamp(min=0) * draws.normal(NOISE, tuple(x.shape[1:]))
+
+
+def shift(x: Tensor, down: np.ndarray, right: np.ndarray) -> Tensor:
+    """Image i of (b, 3, H, W) moved by down[i] - MAX_SHIFT and right[i] - MAX_SHIFT px, its border repeated."""
+    height, width = x.shape[-2:]
+    padded = functional.pad(x, (MAX_SHIFT,) * 4, mode="replicate")
+    moved = [p[:, i : i + height, j : j + width] for p, i, j in zip(padded, down, right, strict=True)]
+    return torch.stack(moved)

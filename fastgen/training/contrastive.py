@@ -1,0 +1,114 @@
+"""The text encoder's objective: captions and images of one monster find each other (Radford et al., CLIP, 2021).
+
+The image tower is thrown away. The pooled output itself is compared, without a projection, so that it can serve
+as the text's embedding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fastgen.training.draws import Draws
+from fastgen.training.sources import CAPTION, to_signed
+
+IMAGE_SIZE = 32  # what the tower sees
+WIDTHS = (32, 64, 128)
+TEMPERATURE = 0.07
+OTHER_POSE = 0.3  # how right a caption of the same monster doing something else is; its own captions are 1
+
+
+class Pair(nn.Module):
+    """Text encoder and image tower -> unit vectors."""
+
+    def __init__(self, text_encoder: Any) -> None:
+        super().__init__()
+        self.text_encoder = text_encoder
+        blocks: list[nn.Module] = []
+        for width_in, width in zip((3, *WIDTHS), WIDTHS, strict=False):
+            blocks += [nn.Conv2d(width_in, width, 3, 2, 1), nn.GroupNorm(8, width), nn.SiLU()]
+            blocks += [nn.Conv2d(width, width, 3, 1, 1), nn.GroupNorm(8, width), nn.SiLU()]
+        self.tower = nn.Sequential(*blocks)  # (b, 128, 4, 4)
+        self.head = nn.Linear(WIDTHS[-1] * (IMAGE_SIZE // 2 ** len(WIDTHS)) ** 2, text_encoder.config.hidden_size)
+        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / TEMPERATURE)))
+
+    def forward(self, ids: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+        """ids (b, L), images (b, 3, 32, 32) -> text and image vectors (b, D) each, of length 1."""
+        text = self.text_encoder(input_ids=ids).pooler_output.float()
+        image = self.head(self.tower(images).flatten(1)).float()
+        return functional.normalize(text, dim=1), functional.normalize(image, dim=1)
+
+
+class ContrastiveTask:
+    """Softmax cross-entropy over the batch in both directions, with several right answers: all captions of the same
+    monster in the same action, and to a lesser degree those in another action. So captions of one monster are never
+    negatives, and the action still matters."""
+
+    name = "text_encoder"
+    splits_batches = False
+
+    def __init__(
+        self,
+        text_encoder: Any,
+        ids: np.ndarray,
+        choices: Sequence[np.ndarray],
+        subjects: tuple[np.ndarray, np.ndarray],
+        images: np.ndarray,
+        rows: tuple[np.ndarray, np.ndarray],
+        device: torch.device,
+    ) -> None:
+        """`ids` (U, 77): the distinct captions; `choices[example]`: the indices of its captions in `ids`; `subjects`:
+        for each example an index of its monster, and one of its set of captions."""
+        self.module = Pair(text_encoder)
+        self.ids, self.choices, self.subjects = ids, choices, subjects
+        self.lengths = (ids == text_encoder.config.eos_token_id).argmax(axis=1) + 1  # up to the end token
+        self.images, self.device = images, device
+        self.train_rows, self.validation_rows = rows
+
+    def losses(self, module: nn.Module, rows: np.ndarray, draws: Draws) -> Tensor:
+        counts = np.array([len(self.choices[row]) for row in rows])
+        captions = np.array([self.choices[r][i] for r, i in zip(rows, draws.integers(CAPTION, counts), strict=True)])
+        text, image = self._vectors(module, captions, rows)
+        scores = self.module.log_scale.clamp(max=math.log(100)).exp() * text @ image.T  # (b, b)
+        right = self._right(rows)
+        forward = -(right * scores.log_softmax(dim=1)).sum(1)
+        backward = -(right * scores.T.log_softmax(dim=1)).sum(1)
+        return (forward + backward) / 2 - entropy(right)  # (b,), 0 at best
+
+    def figures(self, module: nn.Module) -> dict[str, float]:
+        """Share of validation images whose nearest caption among those of 64 others is one of the same monster."""
+        rows = self.validation_rows[:: max(1, len(self.validation_rows) // 64)][:64]
+        captions = np.array([self.choices[row][0] for row in rows])
+        text, image = self._vectors(module, captions, rows)
+        nearest = (image @ text.T).argmax(dim=1).cpu().numpy()
+        return {"retrieval": float((self.subjects[0][rows][nearest] == self.subjects[0][rows]).mean())}
+
+    def preview(self, module: nn.Module) -> None:
+        return None
+
+    def _vectors(self, module: nn.Module, captions: np.ndarray, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+        length = int(self.lengths[captions].max())  # attention is causal: what follows the end token changes nothing
+        ids = torch.from_numpy(self.ids[captions, :length]).to(self.device)
+        images = functional.interpolate(
+            to_signed(self.images[rows], self.device), (IMAGE_SIZE, IMAGE_SIZE), mode="bilinear", antialias=True
+        )
+        return module(ids, images)
+
+    def _right(self, rows: np.ndarray) -> Tensor:
+        """How right each pair is, each row summing to 1: (b, b)."""
+        monsters, captions = self.subjects[0][rows], self.subjects[1][rows]
+        same = (captions[:, None] == captions).astype(np.float32)
+        related = (monsters[:, None] == monsters).astype(np.float32)
+        right = torch.from_numpy(np.maximum(same, OTHER_POSE * related)).to(self.device)
+        return right / right.sum(dim=1, keepdim=True)
+
+
+def entropy(shares: Tensor) -> Tensor:
+    """Of each row of (b, n), in nats: (b,)."""
+    return torch.special.entr(shares).sum(dim=1)

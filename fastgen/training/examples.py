@@ -1,0 +1,89 @@
+"""A dataset as training sees it: decoded pixels, who trains and who validates, captions and labels as numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import cast
+
+import numpy as np
+
+from fastgen.config import Preset, Training
+from fastgen.data import Dataset, split
+from fastgen.data.cache import cached_pixels
+from fastgen.data.images import Mode
+from fastgen.errors import InputError
+from fastgen.training.logs import say
+
+KINDS = {"text": "text", "labels": "labels", "evaluator": "labels"}  # family -> what its dataset holds
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Row i of every array belongs to example i of the dataset; `kept` are the rows whose image could be read."""
+
+    dataset: Dataset
+    images: np.ndarray  # (N, H, W, 3) uint8
+    kept: np.ndarray
+    pixel_fields: dict[str, str | int]  # what the images depend on
+
+    def rows(self, recipe: Training) -> tuple[np.ndarray, np.ndarray]:
+        """(training rows, validation rows), in an order without meaning. InputError when either is empty."""
+        good = replace(self.dataset, examples=tuple(self.dataset.examples[row] for row in self.kept))
+        index = {example.image: int(row) for example, row in zip(good.examples, self.kept, strict=True)}
+        parts = [
+            np.array([index[example.image] for example in part.examples], dtype=np.int64)
+            for part in split(good, recipe.validation_fraction)
+        ]
+        if not all(map(len, parts)):
+            found = f"{len(parts[0])} training and {len(parts[1])} validation images"
+            raise InputError(
+                f"{self.dataset.root}: {found}; training needs both, that is at least two groups of images"
+            )
+        train, validation = parts
+        return train, np.random.default_rng(0).permutation(validation)
+
+    @cached_property
+    def multi_hot(self) -> np.ndarray:
+        """(N, num_labels) float32."""
+        objects = self.dataset.objects or {}
+        labels = np.zeros((len(self.dataset.examples), len(objects)), np.float32)
+        for row, example in enumerate(self.dataset.examples):
+            labels[row, [objects[name] for name in example.labels]] = 1
+        return labels
+
+    @cached_property
+    def captions(self) -> tuple[list[str], list[np.ndarray]]:
+        """The distinct captions, the empty prompt first, and which of them each example has."""
+        texts = ["", *sorted({text for example in self.dataset.examples for text in example.captions} - {""})]
+        index = {text: number for number, text in enumerate(texts)}
+        return texts, [np.array([index[text] for text in example.captions]) for example in self.dataset.examples]
+
+    @cached_property
+    def subjects(self) -> tuple[np.ndarray, np.ndarray]:
+        """For each example the number of its subject, and of its set of captions: (N,) and (N,).
+
+        Captions that begin with the same sentences describe one subject: "A red bat." and "A red bat. The monster is
+        attacking."
+        """
+        captions = [example.captions for example in self.dataset.examples]
+        beginnings = [tuple(text.partition(". ")[0].rstrip(".") for text in texts) for texts in captions]
+        return _numbered(beginnings), _numbered(captions)
+
+
+def load_examples(dataset: Dataset, preset: Preset, skip_bad: bool) -> Examples:
+    """Decode the dataset (or take it from the cache), telling what was left out. Raises InputError for data of the
+    other kind and for bad images."""
+    if dataset.kind != KINDS[preset.family]:
+        what = f"images with {'captions' if dataset.kind == 'text' else 'labels'}"
+        raise InputError(f"{dataset.root}: holds {what}; preset {preset.name} is for the {preset.family} family")
+    pixels = cached_pixels(dataset, preset.image_size, cast(Mode, preset.image_mode), skip_bad)
+    for line in (*dataset.notes, *pixels.notes):
+        say(f"note: {line}")
+    fields: dict[str, str | int] = {"data": dataset.fingerprint, "size": preset.image_size, "mode": preset.image_mode}
+    return Examples(dataset, pixels.images, pixels.kept, fields)
+
+
+def _numbered(values: list[tuple[str, ...]]) -> np.ndarray:
+    numbers: dict[tuple[str, ...], int] = {}
+    return np.array([numbers.setdefault(value, len(numbers)) for value in values])

@@ -1,0 +1,211 @@
+"""The stages of each family of models, in order. A stage that is finished is not repeated: it loads its checkpoint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fastgen import evaluator
+from fastgen.config import Network, Preset, Training
+from fastgen.errors import InputError
+from fastgen.networks import LabelConditioner, LabelUNet, Model, TextUNet, save_model
+from fastgen.training.classifier import ClassifierTask
+from fastgen.training.contrastive import ContrastiveTask
+from fastgen.training.diffusion import DiffusionTask, NoiseSchedule
+from fastgen.training.encode import cached_moments, cached_states, latent_scale, tokenize
+from fastgen.training.examples import Examples
+from fastgen.training.job import Job
+from fastgen.training.modules import build_module, build_text_encoder, load_text_encoder, load_vae
+from fastgen.training.previews import default_table, sampled_preview
+from fastgen.training.sources import Captions, Conditions, Labels, Latents, Pixels, Space
+from fastgen.training.tokenizer import train_tokenizer
+from fastgen.training.trainer import fit
+from fastgen.training.vae import VaeTask
+
+
+def train_text(preset: Preset, data: Examples, job: Job) -> None:
+    """Autoencoder, tokenizer and text encoder, then the UNet on what these say."""
+    vae, (text_encoder, tokenizer), unet = _vae(preset), _text_encoder(preset, data), _text_unet(preset)
+    _check_text_unet(unet, vae, text_encoder, preset)
+    _check_process(preset)
+    recipe = _recipe(preset.unet, "unet")
+    device = job.run("unet", recipe.precision).precision.device
+
+    _fit_vae(vae, preset, data, job)
+    _fit_text_encoder(text_encoder, tokenizer, preset, data, job)
+    moments = cached_moments(vae, data.images, data.pixel_fields, recipe.flip, device, job.progress)
+    if _network(preset.vae).path is None:
+        vae.register_to_config(scaling_factor=latent_scale(moments, data.rows(recipe)[0]))
+    texts, choices = data.captions
+    ids = tokenize(tokenizer, texts, text_encoder.config.max_position_embeddings)
+    states = cached_states(text_encoder, ids, device, job.progress)
+    space, conditions = Latents(moments, data.images, vae, device), Captions(states, choices, device)
+    _fit_unet(TextUNet(unet), space, conditions, preset, data, job)
+
+    model = Model(None, "text", unet, dict(preset.scheduler), preset.sampling)
+    model.text_encoder, model.tokenizer, model.vae = text_encoder, tokenizer, vae
+    job.finish(lambda folder: save_model(_on_cpu(model), folder, record(preset, data, job)))
+
+
+def train_labels(preset: Preset, data: Examples, job: Job) -> None:
+    """The UNet and its conditioner, on pixels."""
+    from diffusers import UNet2DModel
+
+    recipe = _recipe(preset.unet, "unet")
+    device = job.run("unet", recipe.precision).precision.device
+    objects = dict(data.dataset.objects or {})
+    unet = build_module(UNet2DModel, _network(preset.unet).config, "unet", recipe.seed)
+    conditioner = LabelConditioner(num_labels=len(objects), **_conditioner(preset, unet.config))
+    if unet.config.sample_size != preset.image_size:
+        raise InputError(
+            f"unet.config.sample_size = {unet.config.sample_size}: expected image_size, {preset.image_size}"
+        )
+    _check_process(preset)
+
+    space, conditions = Pixels(data.images, device), Labels(data.multi_hot, device)
+    _fit_unet(LabelUNet(unet, conditioner), space, conditions, preset, data, job)
+    model = Model(None, "labels", unet, dict(preset.scheduler), preset.sampling, conditioner, objects)
+    job.finish(lambda folder: save_model(_on_cpu(model), folder, record(preset, data, job)))
+
+
+def train_evaluator(preset: Preset, data: Examples, job: Job) -> None:
+    """The classifier that scores labels."""
+    recipe = _recipe(preset.evaluator, "evaluator")
+    if preset.image_size != evaluator.IMAGE_SIZE:
+        raise InputError(f"image_size = {preset.image_size}: the evaluator sees {evaluator.IMAGE_SIZE} px")
+    objects = dict(data.dataset.objects or {})
+    run = job.run("evaluator", recipe.precision)
+    torch.manual_seed(recipe.seed)
+    module = evaluator.build(len(objects))
+    task = ClassifierTask(module, data.images, data.multi_hot, data.rows(recipe), run.precision.device)
+    fit(task, recipe, run)
+    job.finish(lambda folder: evaluator.save(module.cpu(), folder, objects, record(preset, data, job)))
+
+
+def record(preset: Preset, data: Examples, job: Job) -> dict[str, Any]:
+    """How the model was trained, for whoever finds its folder."""
+    from importlib.metadata import version
+
+    last = {row["stage"]: row for stage in ("vae", "text_encoder", "unet", "evaluator") for row in job.log.rows(stage)}
+    return {
+        "preset": preset.name,
+        "data": data.dataset.fingerprint,
+        "images": len(data.kept),
+        "stages": {stage: {k: v for k, v in row.items() if k != "stage"} for stage, row in last.items()},
+        "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},
+    }
+
+
+def _vae(preset: Preset) -> Any:
+    from diffusers import AutoencoderKL
+
+    network = _network(preset.vae)
+    if network.path is not None:
+        return load_vae(network)
+    return build_module(AutoencoderKL, network.config, "vae", _recipe(network, "vae").seed)
+
+
+def _text_encoder(preset: Preset, data: Examples) -> tuple[Any, Any]:
+    network = _network(preset.text_encoder)
+    if network.path is not None:
+        return load_text_encoder(network)
+    length = int(network.config.get("max_position_embeddings", 77))
+    tokenizer = train_tokenizer(data.captions[0], int(network.config.get("vocab_size", 4096)), length)
+    return build_text_encoder(network.config, tokenizer, _recipe(network, "text_encoder").seed), tokenizer
+
+
+def _text_unet(preset: Preset) -> Any:
+    from diffusers import UNet2DConditionModel
+
+    network = _network(preset.unet)
+    return build_module(UNet2DConditionModel, network.config, "unet", _recipe(network, "unet").seed)
+
+
+def _check_text_unet(unet: Any, vae: Any, text_encoder: Any, preset: Preset) -> None:
+    channels = int(vae.config.latent_channels)
+    size = preset.image_size // 2 ** (len(vae.config.block_out_channels) - 1)
+    for key, expected, why in (
+        ("in_channels", channels, "the autoencoder's latent channels"),
+        ("out_channels", channels, "the autoencoder's latent channels"),
+        ("sample_size", size, f"the latents' size at {preset.image_size} px"),
+        ("cross_attention_dim", text_encoder.config.hidden_size, "the text encoder's width"),
+    ):
+        if unet.config[key] != expected:
+            raise InputError(f"unet.config.{key} = {unet.config[key]!r}: expected {expected}, {why}")
+
+
+def _conditioner(preset: Preset, unet: Any) -> dict[str, Any]:
+    table = dict(preset.conditioner or {})
+    if table["kind"] == "class_embed":
+        width = 4 * unet.block_out_channels[0]
+        if unet.class_embed_type != "identity":
+            raise InputError("unet.config.class_embed_type: expected 'identity' with conditioner.kind 'class_embed'")
+        if table.setdefault("dim", width) != width:
+            raise InputError(f"conditioner.dim = {table['dim']}: expected {width}, 4 x the UNet's first width")
+    elif unet.in_channels != 3 + table.get("dim", 0):
+        raise InputError(f"unet.config.in_channels = {unet.in_channels}: expected 3 + conditioner.dim")
+    return table
+
+
+def _check_process(preset: Preset) -> None:
+    """Raises InputError, before hours of training, when the noise schedule or the sampling defaults do not work."""
+    NoiseSchedule(preset.scheduler)
+    default_table(preset.scheduler, preset.sampling)
+
+
+def _fit_vae(vae: Any, preset: Preset, data: Examples, job: Job) -> None:
+    if _network(preset.vae).path is not None:
+        return
+    recipe = _recipe(preset.vae, "vae")
+    run = job.run("vae", recipe.precision)
+    rows = data.rows(recipe)
+    fit(VaeTask(vae, data.images, rows, run.precision.device, flip=recipe.flip, loss=recipe.loss), recipe, run)
+
+
+def _fit_text_encoder(encoder: Any, tokenizer: Any, preset: Preset, data: Examples, job: Job) -> None:
+    if _network(preset.text_encoder).path is not None:
+        return
+    recipe = _recipe(preset.text_encoder, "text_encoder")
+    run = job.run("text_encoder", recipe.precision)
+    texts, choices = data.captions
+    ids = tokenize(tokenizer, texts, encoder.config.max_position_embeddings)
+    rows = data.rows(recipe)
+    fit(ContrastiveTask(encoder, ids, choices, data.subjects, data.images, rows, run.precision.device), recipe, run)
+
+
+def _fit_unet(module: Any, space: Space, conditions: Conditions, preset: Preset, data: Examples, job: Job) -> None:
+    recipe = _recipe(preset.unet, "unet")
+    run = job.run("unet", recipe.precision)
+    rows = data.rows(recipe)
+    preview = sampled_preview(space, conditions, rows[1], preset.scheduler, preset.sampling, run.precision)
+    task = DiffusionTask(
+        module,
+        space,
+        conditions,
+        preset.scheduler,
+        rows,
+        dropout=recipe.condition_dropout,
+        flip=recipe.flip,
+        preview=preview,
+    )
+    fit(task, recipe, run)
+
+
+def _network(part: Network | None) -> Network:
+    assert part is not None  # Preset has checked it
+    return part
+
+
+def _recipe(part: Network | None, name: str) -> Training:
+    network = _network(part)
+    if network.train is None:
+        raise InputError(f"{name}.path: this network is what the preset trains; give {name}.config and {name}.train")
+    return network.train
+
+
+def _on_cpu(model: Model) -> Model:
+    for module in (model.unet, model.conditioner, model.text_encoder, model.vae):
+        if module is not None:
+            module.cpu()
+    return model

@@ -1,0 +1,122 @@
+"""A training job and its folder: what it is, whether another job owns the folder, whether it is finished."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastgen.config import Preset
+from fastgen.errors import FastgenError, InputError
+from fastgen.folders import sync_tree
+from fastgen.jsonfiles import read_json, write_json
+from fastgen.training.logs import Log
+from fastgen.training.precision import choose
+from fastgen.training.trainer import Run
+
+FILE = "training.json"
+OPERATIONAL = ("checkpoint_every", "checkpoint_limit", "preview_every", "accumulation")  # do not change what is learned
+
+
+@dataclass(frozen=True)
+class Job:
+    """A preset, a dataset and the folder they are trained into."""
+
+    folder: Path
+    identity: Mapping[str, Any]
+    device: str | None
+    progress: bool
+
+    @property
+    def finished(self) -> bool:
+        return bool(read_json(self.folder / FILE)["finished"])
+
+    @property
+    def log(self) -> Log:
+        return Log(self.folder / "log.jsonl")
+
+    def run(self, stage: str, precision: str) -> Run:
+        """Where and on what `stage` is trained."""
+        text = json.dumps(self.identity, sort_keys=True)
+        return Run(
+            checkpoints=self.folder / "checkpoints" / stage,
+            previews=self.folder / "previews",
+            log=self.log,
+            precision=choose(precision, self.device),
+            job=hashlib.sha256(text.encode()).hexdigest(),
+            progress=self.progress,
+        )
+
+    def finish(self, write: Callable[[Path], None]) -> None:
+        """Put what `write(folder)` writes into the job's folder, each entry complete, and mark the job finished."""
+        temporary = self.folder / f".tmp-{secrets.token_hex(8)}"
+        try:
+            write(temporary)
+            sync_tree(temporary)
+            for entry in sorted(temporary.iterdir(), key=lambda e: e.is_file()):  # model_index.json after the weights
+                target = self.folder / entry.name
+                if target.is_dir():
+                    shutil.rmtree(target)
+                os.replace(entry, target)
+        except OSError as error:
+            raise FastgenError(f"{self.folder}: the model cannot be written: {error}") from None
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        write_json(self.folder / FILE, {"finished": True, **self.identity})
+
+
+def open_job(folder: Path, preset: Preset, fingerprint: str, device: str | None = None, progress: bool = True) -> Job:
+    """Claim an empty folder for a job, or return to the job that was begun there.
+
+    Raises InputError when the folder holds something else, or the job of another preset or other data; it names the
+    first difference.
+    """
+    identity = {"preset": _plain(preset), "data": fingerprint}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        occupied = any(folder.iterdir())
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be used as the output folder: {error.strerror}") from None
+    if (folder / FILE).exists():
+        _compare(folder, read_json(folder / FILE), identity)
+    elif occupied:
+        raise InputError(f"{folder}: is not empty and holds no training job; choose another --out")
+    else:
+        write_json(folder / FILE, {"finished": False, **identity})
+    for leftover in folder.glob(".tmp-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    return Job(folder, identity, device, progress)
+
+
+def _plain(preset: Preset) -> dict[str, Any]:
+    values = json.loads(json.dumps(dataclasses.asdict(preset)))
+    for part in values.values():
+        for key in OPERATIONAL:
+            if isinstance(part, dict) and part.get("train"):
+                part["train"].pop(key, None)
+    return values
+
+
+def _compare(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    there, here = (dict(_flat(job.get("preset", {}))) for job in (found, wanted))
+    for key in sorted(there.keys() | here.keys()):
+        if there.get(key) != here.get(key):
+            what = f"{key} = {there.get(key)!r} there and {here.get(key)!r} here"
+            raise InputError(f"{folder}: holds another job ({what}); continue that one, or choose another --out")
+    if found.get("data") != wanted["data"]:
+        raise InputError(f"{folder}: holds a job on other data; continue with that data, or choose another --out")
+
+
+def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping) and value:
+        for key, inner in value.items():
+            yield from _flat(inner, f"{prefix}.{key}" if prefix else key)
+    else:
+        yield prefix, value

@@ -1,0 +1,45 @@
+"""What a run tells: log.jsonl, the progress bar, messages."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from tqdm import tqdm
+
+from fastgen.jsonfiles import read_jsonl, write_bytes
+
+
+def say(text: str) -> None:
+    """A line on stderr that does not tear a progress bar apart."""
+    tqdm.write(text, file=sys.stderr)
+
+
+class Log:
+    """log.jsonl: one row per interval of a stage. Rows that a resumed run will write again are dropped."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def rewind(self, stage: str, step: int) -> None:
+        """Forget the rows of `stage` after `step`, and a last line that a killed run left unfinished."""
+        if not self.path.exists():
+            return
+        lines = self.path.read_bytes().splitlines(keepends=True)
+        complete = [line for line in lines if line.endswith(b"\n")]
+        kept = [line for line in complete if not _after(json.loads(line), stage, step)]
+        if len(kept) != len(lines):
+            write_bytes(self.path, b"".join(kept))
+
+    def write(self, row: Mapping[str, str | int | float]) -> None:
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def rows(self, stage: str) -> list[dict[str, float]]:
+        return [row for _, row in read_jsonl(self.path) if row["stage"] == stage] if self.path.exists() else []
+
+
+def _after(row: Mapping[str, object], stage: str, step: int) -> bool:
+    return row["stage"] == stage and int(str(row["step"])) > step

@@ -1,0 +1,141 @@
+"""The networks of a preset: built with fresh weights from their class's own keyword arguments, or loaded and frozen."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastgen.config import Network
+from fastgen.errors import InputError, unknown
+
+WHOLE_CLIP = ("vision_model.", "visual_projection.", "text_projection.", "logit_scale")  # not the text encoder's
+
+
+def build_module(cls: Any, config: Mapping[str, Any], name: str, seed: int) -> Any:
+    """A diffusers model with weights that depend on the seed alone. InputError for an argument it does not have, or
+    values that do not fit together."""
+    _check_keys(config, [p for p in inspect.signature(cls.__init__).parameters if p != "self"], name)
+    torch.manual_seed(seed)
+    try:
+        return calm_start(cls(**config))
+    except (ValueError, TypeError, AssertionError, RuntimeError, NotImplementedError) as error:
+        raise InputError(f"{name}.config: {cls.__name__} refuses it: {_first_line(error)}") from None
+
+
+@torch.no_grad()
+def calm_start(module: Any) -> Any:
+    """Residual branches and a UNet's output begin at 0 (Dhariwal & Nichol, 2021), latents' noise at exp(-3): the network
+    starts as a short, quiet one, and learns faster."""
+    from diffusers import Transformer2DModel
+    from diffusers.models.attention_processor import Attention
+    from diffusers.models.resnet import ResnetBlock2D
+
+    for part in module.modules():
+        kind = type(part)
+        if kind is ResnetBlock2D:
+            _zero(part.conv2)
+        elif kind is Transformer2DModel:
+            _zero(part.proj_out)
+        elif kind is Attention and part.residual_connection:
+            _zero(part.to_out[0])
+    if hasattr(module, "quant_conv"):
+        if module.quant_conv is not None:
+            logvar = slice(module.config.latent_channels, None)
+            module.quant_conv.weight[logvar] *= 0.1
+            module.quant_conv.bias[logvar] = -6
+    elif hasattr(module, "conv_out"):
+        _zero(module.conv_out)
+    return module
+
+
+def _zero(layer: Any) -> None:
+    nn.init.zeros_(layer.weight)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+
+
+def build_text_encoder(config: Mapping[str, Any], tokenizer: Any, seed: int) -> Any:
+    """A CLIPTextModel for the tokenizer's vocabulary and special tokens."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    known = CLIPTextConfig().to_dict()
+    _check_keys(config, known, "text_encoder")
+    tokens = {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,  # where pooler_output is taken
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    settings = {"projection_dim": config.get("hidden_size", known["hidden_size"]), **config, **tokens}
+    torch.manual_seed(seed)
+    try:
+        return CLIPTextModel(CLIPTextConfig(**settings))
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise InputError(f"text_encoder.config: CLIPTextModel refuses it: {_first_line(error)}") from None
+
+
+def load_vae(network: Network) -> Any:
+    """A frozen AutoencoderKL, float32, from a folder or hub id, or the `vae` of a whole model folder."""
+    from diffusers import AutoencoderKL
+
+    return _pretrained(AutoencoderKL, network, "vae")
+
+
+def load_text_encoder(network: Network) -> tuple[Any, Any]:
+    """(CLIPTextModel, CLIPTokenizer), frozen; the tokenizer lies beside the weights, or in `tokenizer` beside
+    `text_encoder` in a whole model folder."""
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    encoder = _pretrained(CLIPTextModel, network, "text_encoder")
+    subfolder = _subfolder(network, "text_encoder")
+    beside = "tokenizer" if subfolder == "text_encoder" else (subfolder or "")
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(str(network.path), subfolder=beside)
+    except (OSError, ValueError) as error:
+        raise InputError(f"text_encoder.path = {network.path!r}: no CLIP tokenizer: {_first_line(error)}") from None
+    return encoder, tokenizer
+
+
+def _pretrained(cls: Any, network: Network, name: str) -> Any:
+    subfolder = _subfolder(network, name)
+    options = {"subfolder": subfolder} if subfolder else {}
+    try:
+        module, info = cls.from_pretrained(
+            network.path, **options, output_loading_info=True, use_safetensors=True, torch_dtype=torch.float32
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        hint = "expected a local folder or a hub id with safetensors weights"
+        raise InputError(f"{name}.path = {network.path!r}: {_first_line(error)}; {hint}") from None
+    wrong = [*info["missing_keys"], *map(str, info["mismatched_keys"]), *_foreign(info["unexpected_keys"])]
+    wrong = [key for key in wrong if not key.endswith("position_ids")]
+    if wrong:
+        what = f"{len(wrong)} weights do not match {cls.__name__}, the first {wrong[0]}"
+        raise InputError(f"{name}.path = {network.path!r}: {what}")
+    return module.eval().requires_grad_(False)
+
+
+def _subfolder(network: Network, name: str) -> str | None:
+    if network.subfolder is None and network.path and (Path(os.path.expanduser(network.path)) / name).is_dir():
+        return name
+    return network.subfolder
+
+
+def _foreign(keys: Iterable[str]) -> list[str]:
+    return [key for key in keys if not key.startswith(WHOLE_CLIP)]
+
+
+def _check_keys(config: Mapping[str, Any], known: Iterable[str], name: str) -> None:
+    choices = [f"{name}.config.{key}" for key in known]
+    for key in config:
+        if f"{name}.config.{key}" not in choices:
+            raise unknown("key", f"{name}.config.{key}", choices)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

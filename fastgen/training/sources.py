@@ -1,0 +1,140 @@
+"""What the denoising objective learns from: clean samples and conditions of examples, from arrays computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from fastgen.training.draws import Draws
+
+NOISE, TIMESTEP, FLIP, CAPTION, DROPOUT, POSTERIOR = range(6)  # streams of Draws
+
+
+class Space(Protocol):
+    """Where diffusion happens: clean samples of examples, and how samples are looked at."""
+
+    shape: tuple[int, int, int]
+
+    def clean(self, rows: np.ndarray, draws: Draws, flip: bool) -> Tensor:
+        """(b, *shape) float32."""
+        ...
+
+    def images(self, samples: Tensor) -> np.ndarray:
+        """(b, *shape) -> (b, H, W, 3) uint8."""
+        ...
+
+    def truth(self, rows: np.ndarray) -> np.ndarray:
+        """The examples' own images (b, H, W, 3) uint8."""
+        ...
+
+
+class Conditions(Protocol):
+    """What the network is told about examples."""
+
+    def of(self, rows: np.ndarray, draws: Draws, dropout: float) -> Tensor:
+        """(b, ...) float32; a share `dropout` of the rows is the unconditional one."""
+        ...
+
+    def fixed(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+        """(conditional, unconditional) of the examples without any choice, for previews."""
+        ...
+
+
+class Pixels:
+    """Images themselves, scaled to [-1, 1]."""
+
+    def __init__(self, images: np.ndarray, device: torch.device) -> None:
+        self.pixels, self.device = images, device
+        self.shape = (3, images.shape[1], images.shape[2])
+
+    def clean(self, rows: np.ndarray, draws: Draws, flip: bool) -> Tensor:
+        x = to_signed(self.pixels[rows], self.device)  # (b, 3, H, W)
+        return flip_some(x, draws) if flip else x
+
+    def images(self, samples: Tensor) -> np.ndarray:
+        return to_uint8(samples)
+
+    def truth(self, rows: np.ndarray) -> np.ndarray:
+        return self.pixels[rows]
+
+
+class Latents:
+    """Scaled VAE latents, drawn from cached moments (N, 1 or 2 with the mirrored image's, 2C, h, w)."""
+
+    def __init__(self, moments: np.ndarray, images: np.ndarray, vae: Any, device: torch.device) -> None:
+        self.moments, self.pixels, self.vae, self.device = moments, images, vae, device
+        self.shape = (moments.shape[2] // 2, *moments.shape[3:])
+        self.scaling_factor = float(vae.config.scaling_factor)
+
+    def clean(self, rows: np.ndarray, draws: Draws, flip: bool) -> Tensor:
+        mirrored = draws.integers(FLIP, 2) if flip else 0
+        moments = torch.from_numpy(self.moments[rows, mirrored]).to(self.device).float()  # (b, 2C, h, w)
+        mean, logvar = moments.chunk(2, dim=1)
+        return (mean + torch.exp(0.5 * logvar) * draws.normal(POSTERIOR, self.shape)) * self.scaling_factor
+
+    def images(self, samples: Tensor) -> np.ndarray:
+        return to_uint8(self.vae.decode(samples / self.scaling_factor, return_dict=False)[0])
+
+    def truth(self, rows: np.ndarray) -> np.ndarray:
+        return self.pixels[rows]
+
+
+class Labels:
+    """Multi-hot vectors (N, num_labels); all zero is the unconditional one."""
+
+    def __init__(self, multi_hot: np.ndarray, device: torch.device) -> None:
+        self.multi_hot, self.device = multi_hot, device
+
+    def of(self, rows: np.ndarray, draws: Draws, dropout: float) -> Tensor:
+        kept = draws.uniform(DROPOUT) >= dropout
+        return torch.from_numpy(self.multi_hot[rows] * kept[:, None].astype(np.float32)).to(self.device)
+
+    def fixed(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+        labels = torch.from_numpy(self.multi_hot[rows]).to(self.device)
+        return labels, torch.zeros_like(labels)
+
+
+class Captions:
+    """Cached text states (U, 77, D) of the distinct captions, row 0 of which is the empty prompt, the unconditional one."""
+
+    def __init__(self, states: np.ndarray, choices: Sequence[np.ndarray], device: torch.device) -> None:
+        self.states, self.choices, self.device = states, choices, device  # choices[example]: its rows of `states`
+
+    def of(self, rows: np.ndarray, draws: Draws, dropout: float) -> Tensor:
+        counts = np.array([len(self.choices[row]) for row in rows])
+        picked = draws.integers(CAPTION, counts)
+        caption = np.array([self.choices[row][index] for row, index in zip(rows, picked, strict=True)])
+        return self._states(np.where(draws.uniform(DROPOUT) < dropout, 0, caption))
+
+    def fixed(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+        first = np.array([self.choices[row][0] for row in rows])
+        return self._states(first), self._states(np.zeros_like(first))
+
+    def _states(self, captions: np.ndarray) -> Tensor:
+        return torch.from_numpy(self.states[captions]).to(self.device).float()  # (b, 77, D)
+
+
+def to_signed(images: np.ndarray, device: torch.device) -> Tensor:
+    """(b, H, W, 3) uint8 -> (b, 3, H, W) float32 in [-1, 1]."""
+    return torch.from_numpy(np.array(images)).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def to_uint8(images: Tensor) -> np.ndarray:
+    """(b, 3, H, W) in [-1, 1] -> (b, H, W, 3) uint8."""
+    scaled = ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return scaled.permute(0, 2, 3, 1).cpu().numpy()
+
+
+def flip_some(x: Tensor, draws: Draws) -> Tensor:
+    mirrored = torch.from_numpy(draws.integers(FLIP, 2) == 1).to(x.device)
+    return torch.where(mirrored[:, None, None, None], x.flip(-1), x)
+
+
+def stack_rows(*rows: np.ndarray) -> Image.Image:
+    """Rows of images, each (n, H, W, 3) uint8, as one picture."""
+    return Image.fromarray(np.concatenate([np.concatenate(list(row), axis=1) for row in rows], axis=0))

@@ -1,0 +1,58 @@
+"""What the optimisation loop needs to know of a network and its objective."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import numpy as np
+from PIL.Image import Image
+from torch import Tensor, nn
+
+from fastgen.errors import InputError, unknown
+from fastgen.training.draws import Draws
+
+
+class Task(Protocol):
+    """A network, its data and its loss. Everything random comes from `draws`, so that a run can be repeated.
+
+    Augmentation and condition dropout happen while `module.training`. `module` is passed in because the loop may wrap it.
+    """
+
+    name: str  # "unet", "vae", "text_encoder", "evaluator"
+    train_rows: np.ndarray  # indices of the examples
+    validation_rows: np.ndarray
+    splits_batches: (
+        bool  # whether the loss of an example is independent of its batch, so that micro-batches may be used
+    )
+
+    @property
+    def module(self) -> nn.Module:
+        """Everything that is optimised."""
+        ...
+
+    def losses(self, module: nn.Module, rows: np.ndarray, draws: Draws) -> Tensor:
+        """The loss of each example (b,), float32; computed under autocast."""
+        ...
+
+    def figures(self, module: nn.Module) -> Mapping[str, float]:
+        """Further figures of a validation, for the log."""
+        ...
+
+    def preview(self, module: nn.Module) -> Image | None:
+        """A picture that shows how far training is."""
+        ...
+
+
+def check_accumulation(task: Task, accumulation: int) -> None:
+    if accumulation > 1 and not task.splits_batches:
+        reason = "its loss compares the examples of a batch with each other"
+        raise InputError(f"{task.name}.train.accumulation = {accumulation}: expected 1, because {reason}")
+
+
+def loss_weights(given: Mapping[str, float], defaults: Mapping[str, float]) -> dict[str, float]:
+    """The defaults with the given weights in their place; InputError for a term that the task does not have."""
+    for name in given:
+        if name not in defaults:
+            raise unknown("loss term", name, defaults)
+    return {**defaults, **given}

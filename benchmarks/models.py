@@ -1,72 +1,87 @@
-"""Systems with random weights, of real size, so that anyone can measure without a checkpoint."""
+"""Model folders with random weights, of any preset's size, so that anyone can measure without a checkpoint."""
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from fastgen.config import Sampling
-from fastgen.networks import Model, save_model
+from benchmarks.sides import PROMPTS
+from fastgen.config import Preset, load_preset
+from fastgen.jsonfiles import write_json
+from fastgen.names import ICLEVR_OBJECTS
+from fastgen.networks import LabelConditioner, Model, save_model
+from fastgen.training.modules import build_module, build_text_encoder
+from fastgen.training.tokenizer import train_tokenizer
 
-UNETS: dict[str, dict[str, Any]] = {
-    "medium": {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "attention_head_dim": 8},
-    "monsters-ddim": {
-        "block_out_channels": (256, 384, 512, 768),
-        "layers_per_block": 2,
-        "attention_head_dim": 16,  # heads, in diffusers
-    },
-}
+MEDIUM = Path(__file__).with_name("medium.toml")
 
 
-def text_model(folder: Path, size: str = "medium", seed: int = 0) -> Path:
-    """A 256 px text-to-latent system: the named UNet, a text encoder of CLIP ViT-B/32's size, Stable Diffusion's VAE.
+def random_model(preset_name: str | Path, folder: Path, seed: int = 0) -> Path:
+    """The preset's networks with random weights as a model folder at `folder`; made once, then reused.
 
-    Random weights from `seed`, saved as a model folder (made once, then reused).
+    The last layers are scaled so that the UNet predicts, and the decoder paints, with the contrast of trained ones:
+    otherwise every engine would agree on grey.
     """
     if (folder / "model_index.json").exists():
         return folder
-    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-    from fastgen.tokenizer import train_tokenizer
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    torch.manual_seed(seed)
-    tokenizer = train_tokenizer(
-        ["A red dragon with wings and horns.", "A small blue slime with one big eye."], vocab_size=600
-    )
-    text = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=512,
-        intermediate_size=2048,
-        num_attention_heads=8,
-        num_hidden_layers=12,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    vae = AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=2,
-        latent_channels=4,
-        sample_size=256,
-    )
-    unet = UNet2DConditionModel(sample_size=32, cross_attention_dim=512, **UNETS[size])
-    schedule = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False)
-    config = {k: v for k, v in schedule.config.items() if not k.startswith("_")}
-    save_model(
-        Model(
-            None,
-            "text",
-            unet.eval(),
-            {"_class_name": "DDIMScheduler", **config},
-            Sampling("ddim", 50, 7.5),
-            text_encoder=CLIPTextModel(text).eval(),
-            tokenizer=tokenizer,
-            vae=vae.eval(),
-        ),
-        folder,
-    )
+    preset = load_preset(preset_name)
+    model = _text(preset, seed) if preset.family == "text" else _labels(preset, seed)
+    _scale_outputs(model)
+    save_model(model, folder)
     return folder
+
+
+def _config(preset: Preset, name: str) -> Any:
+    return getattr(preset, name).config
+
+
+def _text(preset: Preset, seed: int) -> Model:
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
+    text = _config(preset, "text_encoder")
+    tokenizer = train_tokenizer(PROMPTS * 2, text["vocab_size"], text.get("max_position_embeddings", 77))
+    unet = build_module(UNet2DConditionModel, _config(preset, "unet"), "unet", seed)
+    model = Model(None, "text", unet, dict(preset.scheduler), preset.sampling, tokenizer=tokenizer)
+    model.text_encoder = build_text_encoder(text, tokenizer, seed + 1)
+    model.vae = build_module(AutoencoderKL, _config(preset, "vae"), "vae", seed + 2)
+    return model
+
+
+def _labels(preset: Preset, seed: int) -> Model:
+    from diffusers import UNet2DModel
+
+    unet = build_module(UNet2DModel, _config(preset, "unet"), "unet", seed)
+    table = {"dim": 4 * unet.config.block_out_channels[0], **(preset.conditioner or {})}
+    conditioner = LabelConditioner(num_labels=len(ICLEVR_OBJECTS), **table)
+    return Model(None, "labels", unet, dict(preset.scheduler), preset.sampling, conditioner, ICLEVR_OBJECTS)
+
+
+def _scale_outputs(model: Model) -> None:
+    """Scale the UNet's last layer to outputs of unit variance, the decoder's to a standard deviation of 0.4."""
+    layers: list[tuple[str, Any, float]] = [("unet", model.unet.conv_out, 1.0)]
+    if model.vae is not None:
+        layers.append(("vae_decoder", model.vae.decoder.conv_out, 0.4))  # type: ignore[union-attr]
+    for name, layer, deviation in layers:
+        inputs = model.signatures()[name].sample_inputs(2, np.random.default_rng(0))
+        with torch.inference_mode():
+            output = model.networks()[name](*map(torch.from_numpy, inputs.values()))
+            layer.weight *= deviation / output.std()
+
+
+def prepared(preset_name: str | Path, work: Path) -> tuple[Path, Path]:
+    """(model folder, bundle) of a random model of this preset below `work`, made and exported once."""
+    from export import export
+    from fastgen.bundle import is_bundle
+
+    name = Path(preset_name).stem
+    model, bundle = random_model(preset_name, work / name), work / f"{name}-bundle"
+    if not is_bundle(bundle):
+        print(f"exporting {model}", flush=True)
+        start = time.perf_counter()
+        export(model, bundle)
+        write_json(work / f"{name}-export.json", {"seconds": time.perf_counter() - start})
+    return model, bundle

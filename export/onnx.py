@@ -10,27 +10,29 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import torch
 from torch import nn
 
+from export.rewrite import attention, fuse_attention, subpixel_upsampling
+from fastgen.engines.ort import FUSED
 from fastgen.errors import FastgenError
 from fastgen.signatures import BATCH, Signature
 
 TRACED_BATCH = 2  # 1 would be specialised: the batch axis frozen
-EMBED_LIMIT = 1_500_000_000  # bytes of weights from which they go beside the graph: protobuf ends at 2 GiB
 
 
 def export_onnx(module: nn.Module, signature: Signature, path: Path) -> None:
-    """Trace `module` with the inputs of its signature and write `path` (and `path`.data where the weights are large).
+    """Trace `module` with the inputs of its signature and write `path`, its weights in `path`.data, and beside them the graph
+    with fused attention that engine ort runs, if there is any to fuse.
 
     Raises FastgenError when torch cannot export it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     inputs = signature.sample_inputs(TRACED_BATCH, np.random.default_rng(0))
     tensors = tuple(torch.from_numpy(inputs[t.name]) for t in signature.inputs)
-    weights = sum(p.numel() * p.element_size() for p in module.parameters())
     try:
-        with _quiet():
+        with _quiet(), subpixel_upsampling(module):
             program = torch.onnx.export(
                 module,
                 tensors,
@@ -38,12 +40,16 @@ def export_onnx(module: nn.Module, signature: Signature, path: Path) -> None:
                 output_names=[t.name for t in signature.outputs],
                 dynamic_shapes=tuple({0: torch.export.Dim(BATCH, min=1)} for _ in signature.inputs),
                 dynamo=True,
+                custom_translation_table={torch.ops.aten.scaled_dot_product_attention.default: attention},
                 optimize=True,
                 verbose=False,
             )
             assert program is not None
             _strip(program.model)
-            program.save(path, external_data=weights > EMBED_LIMIT)
+            program.save(path, external_data=True)
+            model = ir.load(path)
+            if fuse_attention(model):
+                ir.save(model, path.with_name(FUSED))
     except OSError as error:
         raise FastgenError(f"{path}: cannot be written: {error.strerror or error}") from None
     except torch.onnx.OnnxExporterError as error:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -197,12 +199,15 @@ def _record(out: Path, identity: dict[str, Any], report: Report) -> None:
 
 def _advance(bar: Any, writer: _Writer, share: float, *_: Any) -> None:
     writer.raise_error()
-    bar.update(min(share, bar.total - bar.n))
+    if bar is not None:
+        bar.update(min(share, bar.total - bar.n))
 
 
-def _progress_bar(count: int, show: bool) -> Any:
+def _progress_bar(count: int, show: bool) -> AbstractContextManager[Any]:
+    """A bar on stderr, or None where it is no terminal: importing tqdm takes a tenth of the time to a first small image."""
+    if not (show and count and sys.stderr.isatty()):
+        return nullcontext()
     from tqdm import tqdm
 
     layout = "{desc} {percentage:3.0f}%|{bar}| {n:.1f}/{total} [{elapsed}<{remaining}, {rate_fmt}]"
-    hidden = None if show and count else True  # None: hidden unless stderr is a terminal
-    return tqdm(total=count, desc="generating", unit="image", bar_format=layout, disable=hidden)
+    return tqdm(total=count, desc="generating", unit="image", bar_format=layout)

@@ -21,6 +21,7 @@ from typing import Any
 import array_api_compat
 import numpy
 
+from fastgen.arrays import array_namespace
 from fastgen.errors import InputError
 
 Array = Any  # an array of any array-API library
@@ -41,7 +42,7 @@ def normal(
     of range.
     """
     seeds = seed_array(seeds, xp, device)
-    xp, device = array_api_compat.array_namespace(seeds), array_api_compat.device(seeds)
+    xp, device = array_namespace(seeds), array_api_compat.device(seeds)
     elements = math.prod(shape)
     seeds = xp.reshape(seeds, (-1, 1))  # (B, 1)
     blocks = xp.arange(-(-elements // 4), dtype=xp.int64, device=device)  # (N,)
@@ -64,7 +65,7 @@ def seed_array(seeds: Sequence[int] | Array, xp: Any = numpy, device: Any = None
     for position, seed in enumerate(values):
         if not 0 <= seed < 2**63:
             raise InputError(f"seed {position} is {seed}, expected an integer from 0 to 2^63 - 1")
-    xp = array_api_compat.array_namespace(xp.asarray(0))
+    xp = array_namespace(xp.asarray(0))
     return xp.asarray(values, dtype=xp.int64, device=device)
 
 

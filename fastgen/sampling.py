@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import array_api_compat
 import numpy
 
+from fastgen.arrays import array_namespace
 from fastgen.errors import InputError
 from fastgen.noise import normal, seed_array
 from fastgen.tables import SolverTable
@@ -51,7 +52,7 @@ def table_rows(table: SolverTable) -> list[Row]:
 
 def stacked_rows(table: SolverTable, xp: Any = numpy, device: Any = None) -> Row:
     """The rows as one Row of float32 arrays (R,), b (R, H), and int64 streams, to look rows up on a device."""
-    xp = array_api_compat.array_namespace(xp.asarray(0))
+    xp = array_namespace(xp.asarray(0))
     arrays = [getattr(table, name) for name in ROW_COLUMNS]
     types = [xp.int64 if name == "streams" else xp.float32 for name in ROW_COLUMNS]
     values = [xp.asarray(array.tolist(), dtype=t, device=device) for array, t in zip(arrays, types, strict=True)]
@@ -61,7 +62,7 @@ def stacked_rows(table: SolverTable, xp: Any = numpy, device: Any = None) -> Row
 def take_rows(stacked: Row, index: Array, ndim: int = 4) -> Row:
     """The rows number `index` (B,) of `stacked_rows` for a state of `ndim` dimensions, without a host synchronisation:
     timestep and stream (B,), b (H, B, 1, ...), the others (B, 1, ...)."""
-    xp = array_api_compat.array_namespace(index)
+    xp = array_namespace(index)
     picked = {name: xp.take(getattr(stacked, name), index, axis=0) for name in Row._fields[:-1]}
     trailing = (1,) * (ndim - 1)
     for name in Row._fields[2:-1]:
@@ -108,7 +109,7 @@ def sample(
     `guidance_interval` (lo, hi) limits this to the rows lo <= i < hi of the table; elsewhere, as with s = 1, only the B
     conditional rows run. `on_step(i, x)` sees the state after row i, which is not written to later. Raises InputError.
     """
-    xp, device, batch = array_api_compat.array_namespace(x), array_api_compat.device(x), x.shape[0]
+    xp, device, batch = array_namespace(x), array_api_compat.device(x), x.shape[0]
     seeds = seed_array(seeds, xp, device)
     first, last = _guided_rows(table, guidance_scale, uncond, guidance_interval)
     both = _unconditional_first(xp, uncond, cond) if first < last else None
@@ -164,7 +165,7 @@ def initial_latents(
         raise InputError(
             f"solver {table.key}: clean latents of shape {tuple(clean.shape)}, expected {(len(seeds), *shape)}"
         )
-    xp, device = array_api_compat.array_namespace(clean), array_api_compat.device(clean)
+    xp, device = array_namespace(clean), array_api_compat.device(clean)
     x = table.init_sigma * normal(seeds, 0, shape, xp, device)
     x += table.init_alpha * clean
     return x
@@ -205,4 +206,4 @@ def _weighted_sum(*terms: tuple[Any, Any]) -> Array:
 
 
 def _clip(values: Array, limit: float) -> Array:
-    return array_api_compat.array_namespace(values).clip(values, -limit, limit)
+    return array_namespace(values).clip(values, -limit, limit)

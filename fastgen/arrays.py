@@ -1,0 +1,16 @@
+"""The array library that an array belongs to (https://data-apis.org/array-api)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import array_api_compat
+import numpy
+
+
+def array_namespace(values: Any) -> Any:
+    """The functions for `values`: NumPy 2 itself for its arrays, array_api_compat's wrapper for others'.
+
+    (array_api_compat wraps NumPy too, but its wrapper imports all of NumPy, which takes longer than starting fastgen.)
+    """
+    return numpy if isinstance(values, numpy.ndarray) else array_api_compat.array_namespace(values)

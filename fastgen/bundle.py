@@ -51,12 +51,20 @@ class Bundle:
             self._verified.add(name)
         return path
 
-    def network(self, name: str) -> Path:
-        """Path of a network's fp32 ONNX file, its external data verified too."""
+    def network(self, name: str, dtype: str = "fp32") -> Path:
+        """Path of a network's ONNX file in this precision, its external data verified too.
+
+        Inputs and outputs are float32 in every precision. Raises InputError when the bundle was exported without it.
+        """
+        graph = f"{name}/model.onnx" if dtype == "fp32" else f"{name}/model.{dtype}.onnx"
+        if graph not in self.files:
+            raise InputError(
+                f"{self.folder}: has no {dtype} graph of {name}; `fastgen export MODEL --out {self.folder} --dtype {dtype}`"
+            )
         for other in self.files:
-            if other.startswith(f"{name}/model.onnx"):
+            if other.startswith(graph):
                 self.file(other)
-        return self.file(f"{name}/model.onnx")
+        return self.file(graph)
 
     def verify(self) -> None:
         """Verify every file that generation reads, before the first image is made rather than when it is reached."""

@@ -20,14 +20,19 @@ def cache_dir() -> Path:
     folder = Path(os.environ[VARIABLE]) if os.environ.get(VARIABLE) else _user_cache() / "fastgen"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        mode = folder.stat()
     except OSError as error:
         hint = f"set {VARIABLE} to a folder of yours"
         raise InputError(f"{folder}: cannot be used as the cache: {error.strerror}; {hint}") from None
+    check_private(folder)
+    return folder
+
+
+def check_private(folder: Path) -> None:
+    """InputError when other users can write to a folder of the cache: what lies there is executed."""
+    mode = folder.stat()
     if os.name == "posix" and (mode.st_uid not in (0, os.getuid()) or mode.st_mode & (stat.S_IWGRP | stat.S_IWOTH)):
         hint = f"run `chmod 700 {folder}`, or set {VARIABLE} to a folder of yours"
         raise InputError(f"{folder}: other users can write to this cache; {hint}")
-    return folder
 
 
 def _user_cache() -> Path:

@@ -182,7 +182,7 @@ def test_the_default_engine_is_the_first_installed(label_bundle, label_model, mo
         ("openvino", {"dtype": "int8"}, "executes bf16, fp32, fp16, not int8"),
         ("ort", {"threads": 0}, "threads is 0, expected at least 1"),
         ("openvino", {"threads": -2}, "threads is -2, expected at least 1"),
-        ("eager", {"device": "gpu"}, "device 'gpu': engine eager runs on cpu, cuda or cuda:N"),
+        ("eager", {"device": "gpu"}, "device 'gpu': engine eager runs on cpu, cuda, cuda:N"),
         ("eager", {"device": "cuda:x"}, "cuda:N"),
         ("eager", {"device": "cuda:9999"}, "CUDA GPU"),
         ("eager", {"dtype": "fp64"}, "executes fp32, bf16, fp16, not fp64"),

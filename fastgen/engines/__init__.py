@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def engine_names() -> list[str]:
     """Names of all engines of this package, installed or not."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name != "base")
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("base"))
 
 
 def engine_class(name: str) -> type[Engine]:

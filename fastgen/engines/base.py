@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from fastgen.buckets import cut
 from fastgen.errors import InputError
 from fastgen.signatures import Signature
 
@@ -32,10 +33,47 @@ class Engine(abc.ABC):
     device: str
     dtype: str  # the precision that is executed
     signatures: Mapping[str, Signature]
+    capturable: bool = False  # `run` may be recorded into a CUDA graph: current stream, no host synchronisation
 
     @abc.abstractmethod
     def run(self, network: str, *inputs: Array) -> tuple[Array, ...]:
         """One forward of `network`; inputs and outputs float32 (ids int64), in the order of its signature."""
+
+    def run_any(self, network: str, *inputs: Array) -> tuple[Array, ...]:
+        """`run` for any number of rows: cut and padded to the batch sizes that the engine has for this network."""
+        sizes, count = self.batch_sizes(network), len(inputs[0])
+        if sizes is None:
+            return self.run(network, *inputs)
+        parts = []
+        for batch in cut(count, max(sizes), sizes):
+            outputs = self.run(network, *(self.padded(x[batch.rows], batch.bucket) for x in inputs))
+            parts.append([y[: len(batch)] for y in outputs])
+        return tuple(self.xp.concatenate(column) for column in zip(*parts, strict=True))
+
+    def padded(self, rows: Array, size: int) -> Array:
+        """(B, ...) -> (size, ...), the last row repeated."""
+        return rows if len(rows) == size else self.xp.concatenate([rows, *[rows[-1:]] * (size - len(rows))])
+
+    def run_guided(self, sample: Array, timestep: Array, cond: Array) -> Array:
+        """The UNet on sample (B, ...) and timestep (B,) under each half of cond (2B, ...): predictions (2B, ...).
+
+        Classifier-free guidance needs the same state under two conditions; an engine may compute once what does not depend
+        on the condition.
+        """
+        concat = self.xp.concatenate
+        return self.run("unet", concat([sample, sample]), concat([timestep, timestep]), cond)[0]
+
+    def batch_sizes(self, network: str) -> Sequence[int] | None:
+        """The batch sizes that `run` takes for this network, ascending; None for any."""
+        return None
+
+    def is_out_of_memory(self, error: BaseException) -> bool:
+        """Whether a smaller batch might succeed where this error was raised."""
+        return isinstance(error, MemoryError)
+
+    def free_memory(self) -> int | None:
+        """Bytes of device memory that a larger batch could use; None where it is not limited by a device."""
+        return None
 
     @abc.abstractmethod
     def array(self, values: np.ndarray) -> Array:

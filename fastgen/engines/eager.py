@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from fastgen.engines import base
-from fastgen.errors import InputError
+from fastgen.engines.base_torch import TorchEngine
 
 if TYPE_CHECKING:
     from fastgen.networks import Model
 
 
-class Engine(base.Engine):
+class Engine(TorchEngine):
     name = "eager"
     source_kind = "model"
     packages = ("torch", "diffusers", "transformers")
@@ -23,14 +21,10 @@ class Engine(base.Engine):
     def __init__(
         self, source: Model, *, device: str | None = None, dtype: str | None = None, threads: int | None = None
     ) -> None:
-        import torch
-
-        self._torch = torch
-        self.xp = torch
-        self.device = _checked_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.open_device(device, threads)
+        torch = self._torch
         self.dtype = base.choose_dtype(Engine, dtype, "fp32")
-        if threads:
-            torch.set_num_threads(threads)
+        self.capturable = self.device.startswith("cuda")
         self._torch_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.dtype]
         self.signatures = source.spec.signatures
         self._modules = {k: m.to(self.device, self._torch_dtype) for k, m in source.networks().items()}
@@ -47,22 +41,3 @@ class Engine(base.Engine):
     def _cast(self, name: str, x: Any) -> Any:
         """Timesteps stay float32, as in diffusers: bf16 cannot tell 999 from 1000."""
         return x.to(self._torch_dtype) if x.is_floating_point() and name != "timestep" else x
-
-    def array(self, values: np.ndarray) -> Any:
-        return self._torch.from_numpy(np.ascontiguousarray(values)).to(self.device)
-
-    def numpy(self, values: Any) -> np.ndarray:
-        return values.cpu().numpy()
-
-
-def _checked_device(device: str) -> str:
-    """`device`, if it is the CPU or a GPU that torch sees; InputError otherwise."""
-    import torch
-
-    kind, _, index = device.partition(":")
-    if kind not in ("cpu", "cuda") or (index and not index.isdecimal()) or device.endswith(":"):
-        raise InputError(f"device {device!r}: engine eager runs on cpu, cuda or cuda:N")
-    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
-        found = f"{torch.cuda.device_count()} CUDA GPUs" if torch.cuda.is_available() else "no CUDA GPU"
-        raise InputError(f"device {device}: torch {torch.__version__} sees {found} here")
-    return device

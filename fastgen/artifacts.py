@@ -1,0 +1,244 @@
+"""Compiled engines on disk: addressed by what they were made of and for, written whole or not at all, and verified before
+anything is handed to a runtime.
+
+`cache/engines/<engine>/<digest>/` holds the compiled files and `artifact.json`, which lists the recipe's fields and every
+file's size and SHA-256. The digest is that of the recipe, so a changed weight, library or GPU is another address.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from fastgen.cachedir import cache_dir, check_private
+from fastgen.errors import FastgenError, InputError
+from fastgen.jsonfiles import read_json, write_json
+from fastgen.spec import sha256_file
+
+FORMAT, RECORD = 1, "artifact.json"
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a compiled engine is made of and for. `fields` are JSON scalars: network, batch, dtype, the SHA-256 of graph and
+    weights, library versions, GPU, ...; everything that the compiled files depend on must be among them."""
+
+    engine: str
+    fields: Mapping[str, str | int | float | bool | None]
+
+    @property
+    def digest(self) -> str:
+        """Hex SHA-256 of engine and fields: the artifact's address."""
+        text = json.dumps([FORMAT, self.engine, dict(self.fields)], sort_keys=True, allow_nan=False)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @property
+    def folder(self) -> Path:
+        return _root() / self.engine / self.digest
+
+    def __str__(self) -> str:
+        """`unet, batch 8, fp16`: what a user calls it."""
+        network, batch, dtype = (self.fields.get(k) for k in ("network", "batch", "dtype"))
+        return ", ".join(str(x) for x in (network, None if batch is None else f"batch {batch}", dtype) if x is not None)
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A compiled engine in the cache. `build_seconds`: how long it took; `built`: when, ISO 8601 in UTC."""
+
+    folder: Path
+    recipe: Recipe
+    files: Mapping[str, Mapping[str, Any]]  # name -> {"bytes": int, "sha256": hex}
+    build_seconds: float
+    built: str
+
+    def file(self, name: str) -> Path:
+        """Path of a file whose size and SHA-256 agree with the record. Raises InputError for a missing, truncated or altered
+        one."""
+        path = self.folder / name
+        if name not in self.files:
+            raise InputError(f"{self.folder}: {name} is not listed in {RECORD}; {_help(self.recipe)}")
+        size = path.stat().st_size if path.is_file() else None
+        if size != self.files[name]["bytes"]:
+            found = "missing" if size is None else f"{size} bytes, {RECORD} says {self.files[name]['bytes']}: truncated"
+            raise InputError(f"{path}: {found}; {_help(self.recipe)}")
+        if sha256_file(path) != self.files[name]["sha256"]:
+            raise InputError(f"{path}: sha256 differs from {RECORD}: altered or damaged; {_help(self.recipe)}")
+        return path
+
+    def verify(self) -> None:
+        """Verify every file; raises as `file` does."""
+        for name in self.files:
+            self.file(name)
+
+    @property
+    def bytes(self) -> int:
+        return sum(int(f["bytes"]) for f in self.files.values())
+
+    @property
+    def last_used(self) -> float:
+        """Seconds since the epoch when it was last looked up."""
+        return (self.folder / RECORD).stat().st_mtime
+
+
+def find(recipe: Recipe) -> Artifact | None:
+    """The artifact of this recipe, or None when it was never built. Its files are not verified yet: `Artifact.file` does that.
+
+    Raises InputError when the cache, or the artifact's folder, can be written to by other users, or its record is damaged.
+    """
+    folder = recipe.folder
+    if not folder.is_dir():
+        return None
+    artifact = _read(folder)
+    if artifact.recipe != recipe:
+        raise InputError(f"{folder}: holds {artifact.recipe}, made for other fields; {_help(recipe)}")
+    os.utime(folder / RECORD)
+    return artifact
+
+
+def obtain(recipe: Recipe, make: Callable[[Path], None], say: Say = lambda line: None) -> Artifact:
+    """The artifact of this recipe, verified; built when it is missing, and built again, announced, when it is damaged.
+
+    `make(folder)` writes the compiled files into an empty folder. Of several processes one builds, the others wait and then
+    load what it built. A build that is killed leaves nothing that is ever loaded. Raises FastgenError when the disk refuses.
+    """
+    with _locked(recipe, say):
+        try:
+            if (artifact := find(recipe)) is not None:
+                artifact.verify()
+                return artifact
+        except InputError as error:
+            say(f"{error}; building it again")
+        return _build(recipe, make, say)
+
+
+def nearest(recipe: Recipe) -> tuple[Artifact, list[str]] | None:
+    """The cached artifact of the same engine and network that differs in the fewest fields, and those differences in words."""
+    others = [a for a in artifacts(recipe.engine) if a.recipe.fields.get("network") == recipe.fields.get("network")]
+    ranked = sorted(((differences(a.recipe, recipe), a) for a in others), key=lambda pair: len(pair[0]))
+    return (ranked[0][1], ranked[0][0]) if ranked else None
+
+
+def differences(found: Recipe, wanted: Recipe) -> list[str]:
+    """Field by field what differs: `gpu is NVIDIA A100 there, NVIDIA H200 here`."""
+    names = dict.fromkeys([*wanted.fields, *found.fields])
+    pairs = [(name, found.fields.get(name), wanted.fields.get(name)) for name in names]
+    return [f"{name} is {_short(theirs)} there, {_short(ours)} here" for name, theirs, ours in pairs if theirs != ours]
+
+
+def artifacts(engine: str | None = None) -> list[Artifact]:
+    """All artifacts of the cache, or of one engine, by engine and address. A damaged record raises InputError."""
+    folders = sorted(_root().glob(f"{engine or '*'}/*/{RECORD}"))
+    return [_read(record.parent) for record in folders if not record.parent.name.startswith(".")]
+
+
+def remove(artifact: Artifact) -> None:
+    """Delete an artifact; the record goes first, so that half a deletion is never loaded."""
+    (artifact.folder / RECORD).unlink(missing_ok=True)
+    shutil.rmtree(artifact.folder, ignore_errors=True)
+
+
+def leftovers() -> Iterator[Path]:
+    """Folders of builds that were killed: partial ones whose builder no longer holds its lock, and folders without a record."""
+    from filelock import FileLock, Timeout
+
+    for folder in sorted(_root().glob("*/*")):
+        if not folder.is_dir() or ((folder / RECORD).exists() and not folder.name.startswith(".")):
+            continue
+        digest = folder.name.removeprefix(".").partition(".")[0]
+        try:
+            with FileLock(folder.with_name(f"{digest}.lock"), timeout=0):
+                yield folder
+        except Timeout:
+            continue
+
+
+def _build(recipe: Recipe, make: Callable[[Path], None], say: Say) -> Artifact:
+    folder = recipe.folder
+    partial = folder.with_name(f".{recipe.digest}.partial")  # the lock is held: nobody else's
+    shutil.rmtree(partial, ignore_errors=True)
+    say(f"building {recipe.engine}: {recipe}")
+    start = time.perf_counter()
+    try:
+        partial.mkdir(mode=0o700)
+        make(partial)
+        seconds = time.perf_counter() - start
+        files = sorted(f for f in partial.rglob("*") if f.is_file())
+        record = {
+            "format": FORMAT,
+            "engine": recipe.engine,
+            "fields": dict(recipe.fields),
+            "files": {
+                f.relative_to(partial).as_posix(): {"bytes": f.stat().st_size, "sha256": sha256_file(f)} for f in files
+            },
+            "build_seconds": round(seconds, 3),
+            "built": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        write_json(partial / RECORD, record)
+        shutil.rmtree(folder, ignore_errors=True)  # a damaged one
+        partial.rename(folder)
+    except OSError as error:
+        raise FastgenError(f"{folder}: cannot be written: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    say(f"built {recipe.engine}: {recipe} in {seconds:.1f} s")
+    return _read(folder)
+
+
+@contextmanager
+def _locked(recipe: Recipe, say: Say) -> Iterator[None]:
+    """Hold the recipe's lock, which the system releases when its holder dies; says so when it has to wait."""
+    from filelock import FileLock, Timeout
+
+    folder = recipe.folder
+    folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    lock = FileLock(folder.with_name(f"{recipe.digest}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        say(f"another process is building {recipe.engine}: {recipe}; waiting for it")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _read(folder: Path) -> Artifact:
+    check_private(folder)
+    path = folder / RECORD
+    value = read_json(path)
+    try:
+        if value["format"] != FORMAT:
+            raise InputError(f"{path}: format is {value['format']}, expected {FORMAT}; run `fastgen engines gc`")
+        files = {str(n): {"bytes": int(f["bytes"]), "sha256": str(f["sha256"])} for n, f in value["files"].items()}
+        recipe = Recipe(str(value["engine"]), dict(value["fields"]))
+        return Artifact(folder, recipe, files, float(value["build_seconds"]), str(value["built"]))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{path}: malformed ({type(error).__name__}: {error}); run `fastgen engines gc`") from None
+
+
+def _root() -> Path:
+    folder = cache_dir() / "engines"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    check_private(folder)
+    return folder
+
+
+def _help(recipe: Recipe) -> str:
+    return "run `fastgen export BUNDLE --trt` again" if recipe.engine == "trt" else "run `fastgen engines gc --damaged`"
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return f"{text[:12]}..." if len(text) == 64 and all(c in "0123456789abcdef" for c in text) else text

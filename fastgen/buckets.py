@@ -1,0 +1,84 @@
+"""How many images run together: a job cut into batches of few sizes, with little padding."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from fastgen.errors import InputError
+
+MAX_WASTE = 0.03  # of a job's rows may be padding
+
+
+class Batch(NamedTuple):
+    """Requests start..stop-1 of a job, run as a batch of `bucket` >= stop - start rows."""
+
+    start: int
+    stop: int
+    bucket: int
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.start, self.stop)
+
+    def __len__(self) -> int:  # type: ignore[override]
+        return self.stop - self.start
+
+
+def cut(count: int, limit: int, sizes: Sequence[int] | None = None) -> list[Batch]:
+    """Batches of at most `limit` rows that cover `count` requests in order, the larger ones first.
+
+    With free sizes (None) they are as few and as even as can be: one size, whose last batch is padded where that wastes at
+    most 3% of the rows, else two sizes that differ by one. With fixed `sizes` (engines compiled per batch size) the largest
+    that fits `limit` is used as often as it can be filled, and the rest takes the fewest batches that waste at most 3% of the
+    job, or where there are none, those with the least waste. Raises InputError when `limit` is below 1 or below all sizes.
+    """
+    if limit < 1:
+        raise InputError(f"batch_size is {limit}, expected at least 1")
+    if count == 0:
+        return []
+    buckets = _even(count, limit) if sizes is None else _fixed(count, limit, sizes)
+    batches, start = [], 0
+    for bucket in buckets:
+        batches.append(Batch(start, min(start + bucket, count), bucket))
+        start += bucket
+    return batches
+
+
+def waste(batches: Sequence[Batch]) -> float:
+    """The share of rows that are padding."""
+    rows = sum(batch.bucket for batch in batches)
+    return 1 - sum(len(batch) for batch in batches) / rows if rows else 0.0
+
+
+def halved(batch: Batch) -> list[Batch]:
+    """The same requests in batches of half the size, rounded up: what to try when memory runs out."""
+    bucket = math.ceil(batch.bucket / 2)
+    starts = range(batch.start, batch.stop, bucket)
+    return [Batch(start, min(start + bucket, batch.stop), bucket) for start in starts]
+
+
+def _even(count: int, limit: int) -> list[int]:
+    batches = math.ceil(count / limit)
+    size = math.ceil(count / batches)
+    if batches * size - count <= MAX_WASTE * count:
+        return [size] * batches
+    larger = count - batches * (size - 1)
+    return [size] * larger + [size - 1] * (batches - larger)
+
+
+def _fixed(count: int, limit: int, sizes: Sequence[int]) -> list[int]:
+    usable = sorted(size for size in sizes if size <= limit)
+    if not usable:
+        raise InputError(f"batch_size is {limit}; this engine was compiled for {', '.join(map(str, sorted(sizes)))}")
+    largest = usable[-1]
+    full, rest = divmod(count, largest)
+    fewest: list[list[int] | None] = [[]]  # fewest[rows]: batches of exactly so many rows in all
+    for rows in range(1, rest + largest + 1):
+        options = [[*before, s] for s in usable if s <= rows and (before := fewest[rows - s]) is not None]
+        fewest.append(min(options, key=len, default=None))
+    covers = [found for found in fewest[rest:] if found is not None]
+    within = [found for found in covers if sum(found) - rest <= MAX_WASTE * count]
+    chosen = min(within, key=lambda found: (len(found), sum(found))) if within else covers[0]
+    return [largest] * full + sorted(chosen, reverse=True)

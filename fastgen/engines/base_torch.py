@@ -1,0 +1,55 @@
+"""What the engines whose arrays are torch tensors have in common."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from fastgen.engines import base
+from fastgen.errors import InputError
+
+
+class TorchEngine(base.Engine):
+    """An engine on torch tensors of one device."""
+
+    def open_device(self, device: str | None, threads: int | None, kinds: tuple[str, ...] = ("cpu", "cuda")) -> None:
+        """Sets `xp` and `device` (by default the GPU if there is one); InputError for a device that is not there."""
+        import torch
+
+        self._torch = torch
+        self.xp = torch
+        self.device = check_device(self.name, device or ("cuda" if torch.cuda.is_available() else kinds[0]), kinds)
+        if threads:
+            torch.set_num_threads(threads)
+
+    def array(self, values: np.ndarray) -> Any:
+        return self._torch.from_numpy(np.ascontiguousarray(values)).to(self.device)
+
+    def numpy(self, values: Any) -> np.ndarray:
+        return values.cpu().numpy()
+
+    def is_out_of_memory(self, error: BaseException) -> bool:
+        return isinstance(error, (MemoryError, self._torch.OutOfMemoryError))
+
+    def free_memory(self) -> int | None:
+        """What the driver has free, and what torch's allocator holds without using it."""
+        if not self.device.startswith("cuda"):
+            return None
+        cuda = self._torch.cuda
+        unused = cuda.memory_reserved(self.device) - cuda.memory_allocated(self.device)
+        return int(cuda.mem_get_info(self.device)[0] + unused)
+
+
+def check_device(engine: str, device: str, kinds: tuple[str, ...] = ("cpu", "cuda")) -> str:
+    """`device`, if it is of one of the kinds and torch sees it; InputError otherwise."""
+    import torch
+
+    kind, _, index = device.partition(":")
+    if kind not in kinds or (index and (kind != "cuda" or not index.isdecimal())) or device.endswith(":"):
+        choices = [*(k for k in kinds if k != "cuda"), *(("cuda", "cuda:N") if "cuda" in kinds else ())]
+        raise InputError(f"device {device!r}: engine {engine} runs on {', '.join(choices)}")
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        found = f"{torch.cuda.device_count()} CUDA GPUs" if torch.cuda.is_available() else "no CUDA GPU"
+        raise InputError(f"device {device}: torch {torch.__version__} sees {found} here")
+    return device

@@ -1,0 +1,66 @@
+"""Networks in fp16 and bf16 with fp32 islands: what must not be rounded is not."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+EXACT = (
+    "text_encoder",
+)  # networks that stay fp32: run once per prompt, they cost nothing, and all images depend on them
+
+
+def network_dtype(network: str, dtype: str) -> str:
+    """The precision that `network` is executed in when `dtype` was asked for."""
+    return "fp32" if network in EXACT else dtype
+
+
+def lowered(module: nn.Module, dtype: str) -> nn.Module:
+    """A copy of `module` that computes in `dtype` ("fp16" | "bf16"), with float32 inputs and outputs.
+
+    Islands in fp32: normalisations (their statistics overflow fp16 and lose bf16's eight bits) and the time embedding's
+    sinusoids and first layers; timesteps are never rounded (bf16 cannot tell 999 from 1000). "fp32" returns the module.
+    """
+    if dtype == "fp32":
+        return module
+    inner = copy.deepcopy(module).to(TORCH_DTYPES[dtype])
+    for parent in list(inner.modules()):
+        for name, child in list(parent.named_children()):
+            if _is_island(name, child):
+                setattr(parent, name, _Island(child, TORCH_DTYPES[dtype]))
+    return _Lowered(inner, TORCH_DTYPES[dtype]).eval()
+
+
+def _is_island(name: str, module: nn.Module) -> bool:
+    return isinstance(module, nn.GroupNorm | nn.LayerNorm) or name == "time_embedding"
+
+
+class _Island(nn.Module):
+    """A module that is executed in float32 between neighbours of another dtype."""
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.module, self.dtype = module.float(), dtype
+
+    def forward(self, x: Tensor, *rest: Any, **options: Any) -> Tensor:
+        return self.module(x.float(), *rest, **options).to(self.dtype)
+
+
+class _Lowered(nn.Module):
+    """A network of `signatures` computed in another dtype; the timestep, its second input, stays float32."""
+
+    def __init__(self, network: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.network, self.dtype = network, dtype
+
+    def forward(self, *inputs: Tensor) -> Any:
+        outputs = self.network(*(self._cast(x) for x in inputs))
+        return outputs.float() if isinstance(outputs, Tensor) else tuple(y.float() for y in outputs)
+
+    def _cast(self, x: Tensor) -> Tensor:
+        """Timesteps are the only inputs (B,); ids are integers."""
+        return x.to(self.dtype) if x.is_floating_point() and x.ndim > 1 else x

@@ -22,7 +22,7 @@ class Batch(NamedTuple):
     def rows(self) -> slice:
         return slice(self.start, self.stop)
 
-    def __len__(self) -> int:  # type: ignore[override]
+    def __len__(self) -> int:
         return self.stop - self.start
 
 

@@ -45,7 +45,8 @@ def test_fixed_sizes_cover_the_job_with_sizes_that_exist(count, limit, sizes):
         (1063, 128, None, [119] * 9),
         (17, 16, None, [9, 8]),
         (32, 16, None, [16, 16]),
-        (1063, 64, (1, 8, 64), [64] * 16 + [8] * 5),  # one row of padding instead of seven batches of 1
+        (1063, 64, (1, 8, 64), [64] * 17),  # 2.3% of padding instead of five more batches
+        (231, 64, (1, 8, 64), [64] * 3 + [8] * 5),  # one row of padding instead of seven batches of 1
         (65, 64, (1, 8, 64), [64, 1]),
         (7, 64, (8, 64), [8]),
         (1063, 256, (64, 128), [128] * 8 + [64]),

@@ -41,6 +41,7 @@ class Row(NamedTuple):
     clip: float | None
 
 
+SCALARS = tuple(name for name in Row._fields if name not in ("stream", "b", "clip"))
 ROW_COLUMNS = ("timesteps", "streams", *Row._fields[2:-1])  # the table's columns, in a Row's order
 
 
@@ -50,27 +51,33 @@ def table_rows(table: SolverTable) -> list[Row]:
     return [Row._make((*values, table.clip)) for values in zip(*columns, strict=True)]
 
 
-def stacked_rows(table: SolverTable, xp: Any = numpy, device: Any = None) -> Row:
-    """The rows as one Row of float32 arrays (R,), b (R, H), and int64 streams, to look rows up on a device."""
+class PackedRows(NamedTuple):
+    """All rows of a table as arrays of one device, see `pack_rows`."""
+
+    coefficients: Array  # (R, 10 + H) float32: timestep, scale, p, q, r, x0_p, x0_q, a, d, c, then b
+    streams: Array  # (R,) int64
+    clip: float | None
+
+
+def pack_rows(table: SolverTable, xp: Any = numpy, device: Any = None) -> PackedRows:
+    """The rows as arrays of `xp` on `device`, to look them up there with `take_rows`."""
     xp = array_namespace(xp.asarray(0))
-    arrays = [getattr(table, name) for name in ROW_COLUMNS]
-    types = [xp.int64 if name == "streams" else xp.float32 for name in ROW_COLUMNS]
-    values = [xp.asarray(array.tolist(), dtype=t, device=device) for array, t in zip(arrays, types, strict=True)]
-    return Row._make((*values, table.clip))
+    columns = numpy.stack([getattr(table, "timesteps" if name == "timestep" else name) for name in SCALARS], axis=1)
+    values = numpy.concatenate([columns, table.b], axis=1)
+    coefficients = xp.asarray(values.tolist(), dtype=xp.float32, device=device)
+    return PackedRows(coefficients, xp.asarray(table.streams.tolist(), dtype=xp.int64, device=device), table.clip)
 
 
-def take_rows(stacked: Row, index: Array, ndim: int = 4) -> Row:
-    """The rows number `index` (B,) of `stacked_rows` for a state of `ndim` dimensions, without a host synchronisation:
-    timestep and stream (B,), b (H, B, 1, ...), the others (B, 1, ...)."""
+def take_rows(packed: PackedRows, index: Array, ndim: int = 4) -> Row:
+    """The rows number `index` (B,), or (1,) for a whole batch, for a state of `ndim` dimensions: timestep and stream (B,),
+    b H times (B, 1, ...), the others (B, 1, ...). Two lookups on the device, the rest are views: nothing waits for the host."""
     xp = array_namespace(index)
-    picked = {name: xp.take(getattr(stacked, name), index, axis=0) for name in Row._fields[:-1]}
-    trailing = (1,) * (ndim - 1)
-    for name in Row._fields[2:-1]:
-        if name == "b":
-            picked[name] = xp.reshape(xp.permute_dims(picked[name], (1, 0)), (-1, index.shape[0], *trailing))
-        else:
-            picked[name] = xp.reshape(picked[name], (index.shape[0], *trailing))
-    return Row(**picked, clip=stacked.clip)
+    values = xp.take(packed.coefficients, index, axis=0)  # (B, 10 + H)
+    shape = (index.shape[0], *[1] * (ndim - 1))
+    scalars = {name: xp.reshape(values[:, i], shape) for i, name in enumerate(SCALARS)}
+    b = [xp.reshape(values[:, i], shape) for i in range(len(SCALARS), values.shape[1])]
+    scalars["timestep"] = values[:, 0]
+    return Row(**scalars, stream=xp.take(packed.streams, index, axis=0), b=b, clip=packed.clip)
 
 
 def step(x: Array, history: History, prediction: Array, row: Row, z: Array | None = None) -> tuple[Array, History]:
@@ -98,6 +105,7 @@ def sample(
     guidance_scale: float = 1.0,
     uncond: Array | None = None,
     guidance_interval: tuple[int, int] | None = None,
+    guided: Network | None = None,
     on_step: Callable[[int, Array], None] | None = None,
 ) -> Array:
     """Run a solver table from the state x (B, ...) float32 to the generated sample of the same shape.
@@ -106,23 +114,24 @@ def sample(
     timestep is (N,) float32. `cond` (B, ...); `seeds`: B, for the noise of stochastic solvers.
     Guidance (Ho and Salimans 2022): with `guidance_scale` s other than 1 the network sees one batch of 2B rows,
     [uncond, cond], where `uncond` (1, ...) is a single row for all, and the prediction is uncond + s * (cond - uncond).
+    `guided(sample (B), timestep (B), conds (2B))` replaces the network there, if a (2B, ...) prediction can be had cheaper.
     `guidance_interval` (lo, hi) limits this to the rows lo <= i < hi of the table; elsewhere, as with s = 1, only the B
     conditional rows run. `on_step(i, x)` sees the state after row i, which is not written to later. Raises InputError.
     """
     xp, device, batch = array_namespace(x), array_api_compat.device(x), x.shape[0]
     seeds = seed_array(seeds, xp, device)
-    first, last = _guided_rows(table, guidance_scale, uncond, guidance_interval)
-    both = _unconditional_first(xp, uncond, cond) if first < last else None
+    first, last = guided_rows(table, guidance_scale, uncond is not None, guidance_interval)
+    both = unconditional_first(xp, uncond, cond) if first < last else None
+    guided = guided or (lambda x, t, conds: network(xp.concat((x, x)), xp.concat((t, t)), conds))
     timesteps = xp.asarray(table.timesteps.tolist(), dtype=xp.float32, device=device)[:, None]  # (R, 1)
-    timesteps = timesteps * xp.ones((1, 2 * batch), dtype=xp.float32, device=device)  # (R, 2B)
+    timesteps = timesteps * xp.ones((1, batch), dtype=xp.float32, device=device)  # (R, B)
     history: History = ()
     for i, row in enumerate(table_rows(table)):
         network_input = x if row.scale == 1.0 else row.scale * x
         if first <= i < last:
-            prediction = network(xp.concat((network_input, network_input)), timesteps[i], both)  # (2B, ...)
-            prediction = guide(prediction, guidance_scale)
+            prediction = guide(guided(network_input, timesteps[i], both), guidance_scale)
         else:
-            prediction = network(network_input, timesteps[i, :batch], cond)
+            prediction = network(network_input, timesteps[i], cond)
         z = normal(seeds, row.stream, x.shape[1:]) if row.c != 0.0 else None
         x, history = step(x, history, prediction, row, z)
         if on_step is not None:
@@ -171,21 +180,21 @@ def initial_latents(
     return x
 
 
-def _guided_rows(
-    table: SolverTable, guidance_scale: float, uncond: Array | None, interval: tuple[int, int] | None
+def guided_rows(
+    table: SolverTable, guidance_scale: float, has_uncond: bool, interval: tuple[int, int] | None
 ) -> tuple[int, int]:
-    """First guided row, and the one after the last; equal if none is."""
+    """First guided row, and the one after the last; equal if none is. Raises InputError."""
     lo, hi = interval if interval is not None else (0, len(table))
     if not 0 <= lo < hi <= len(table):
         raise InputError(f"guidance interval {lo} {hi}, expected 0 <= LO < HI <= {len(table)}, the rows of {table.key}")
     if guidance_scale == 1.0:
         return 0, 0
-    if uncond is None:
+    if not has_uncond:
         raise InputError(f"guidance scale {guidance_scale:g} needs the unconditional row (empty prompt or zero labels)")
     return lo, hi
 
 
-def _unconditional_first(xp: Any, uncond: Array, cond: Array) -> Array:
+def unconditional_first(xp: Any, uncond: Array, cond: Array) -> Array:
     """(2B, ...): the single unconditional row B times, then the conditions."""
     if tuple(uncond.shape) != (1, *cond.shape[1:]):
         raise InputError(f"unconditional row of shape {tuple(uncond.shape)}, expected {(1, *cond.shape[1:])}")

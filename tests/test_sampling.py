@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import fastgen.sampling as sampling
 from fastgen.errors import InputError
 from fastgen.noise import normal
-from fastgen.sampling import guide, initial_latents, sample, stacked_rows, step, table_rows, take_rows
+from fastgen.sampling import guide, initial_latents, pack_rows, sample, step, table_rows, take_rows
 from fastgen.solver import compile_key, compile_table, make_scheduler
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
@@ -375,7 +375,7 @@ def test_images_at_different_rows_may_share_a_batch(key, library):
     """A request that joins a running batch gets the image that it would have got alone."""
     table = compile_key(key, config(**COSINE))
     rows, depth = len(table), table.depth
-    stacked = stacked_rows(table, xp=library)
+    packed = pack_rows(table, xp=library)
     zeros = library.zeros((2, *SHAPE), dtype=library.float32)
     history = (zeros,) * (depth - 1)
     seeds = library.asarray(SEEDS, dtype=library.int64)
@@ -388,7 +388,7 @@ def test_images_at_different_rows_may_share_a_batch(key, library):
     finished = {}
     for tick in range(rows + 2):  # the second image joins two rows later
         index = library.asarray([min(tick, rows - 1), min(max(tick - 2, 0), rows - 1)])
-        row = take_rows(stacked, index)
+        row = take_rows(packed, index)
         if tick == 2:
             x = library.stack((x[0], start[1]))
             history = tuple(library.stack((m[0], zeros[1])) for m in history)
@@ -422,7 +422,7 @@ def test_clean_latents_belong_to_late_starts_and_fit_the_seeds():
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call:UserWarning")
 def test_row_lookup_noise_and_step_compile_to_one_graph():
     table = compile_key("dpmpp-2m-sde:6", config())
-    stacked, zeros, seeds = stacked_rows(table, xp=torch), torch.zeros(2, *SHAPE), torch.tensor(SEEDS)
+    packed, zeros, seeds = pack_rows(table, xp=torch), torch.zeros(2, *SHAPE), torch.tensor(SEEDS)
     graphs = []
 
     def count(graph, example_inputs):
@@ -430,7 +430,7 @@ def test_row_lookup_noise_and_step_compile_to_one_graph():
         return graph.forward
 
     def looked_up(index, x, history, prediction):
-        row = take_rows(stacked, index)
+        row = take_rows(packed, index)
         return step(x, history, prediction, row, normal(seeds, row.stream, SHAPE))
 
     compiled = torch.compile(looked_up, backend=count, fullgraph=True)

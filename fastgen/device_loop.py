@@ -1,0 +1,170 @@
+"""The loop of sampling.py for a GPU: its state stays in fixed buffers there, and the host only replays a recorded row.
+
+A row looks up its coefficients by a counter on the device, scales the state, runs the network, guides, draws noise, steps
+and increments the counter: one CUDA graph, or two around an engine that records its own. Nothing waits for the host, so
+the whole run is queued in the time that a few rows take.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+from fastgen.graphs import Graph
+from fastgen.noise import normal
+from fastgen.sampling import guide, guided_rows, pack_rows, step, take_rows, unconditional_first
+from fastgen.tables import SolverTable
+
+if TYPE_CHECKING:
+    from fastgen.engines.base import Engine
+
+Tensor = Any  # torch.Tensor
+
+
+class DeviceLoop:
+    """Runs one solver table at one batch size on a torch engine, as `sampling.sample` does.
+
+    `shape` (B, C, h, w) of the state, `cond_shape` (B, ...) of the conditions. With `graphs`, rows are recorded as CUDA
+    graphs when they are first needed: guided ones and others apart, as others cost B rows of the network, not 2B.
+    """
+
+    def __init__(
+        self, engine: Engine, table: SolverTable, shape: Sequence[int], cond_shape: Sequence[int], *, graphs: bool
+    ) -> None:
+        import torch
+
+        self._torch, self._engine, self._table, self._graphs = torch, engine, table, graphs
+        new: dict[str, Any] = {"device": engine.device, "dtype": torch.float32}
+        batch = shape[0]
+        self._rows = pack_rows(table, torch, engine.device)
+        self._x = torch.zeros(*shape, **new)
+        self._history = [torch.zeros(*shape, **new) for _ in range(table.depth - 1)]
+        self._cond = torch.zeros(*cond_shape, **new)
+        self._conds = torch.zeros(2 * batch, *cond_shape[1:], **new)  # [uncond, cond]
+        self._scale = torch.zeros((), **new)
+        self._seeds = torch.zeros(batch, dtype=torch.int64, device=engine.device)
+        self._index = torch.zeros(1, dtype=torch.int64, device=engine.device)
+        self._prediction: dict[bool, Tensor] = {}
+        self._stochastic = bool((table.c != 0).any())
+        self._side = torch.cuda.Stream(engine.device) if engine.device.startswith("cuda") else None
+        self._recorded: dict[bool, Callable[[], None]] = {}
+
+    def run(
+        self,
+        x: Tensor,
+        cond: Tensor,
+        *,
+        seeds: Tensor,
+        guidance_scale: float = 1.0,
+        uncond: Tensor | None = None,
+        guidance_interval: tuple[int, int] | None = None,
+        on_step: Callable[[int, Tensor], None] | None = None,
+    ) -> Tensor:
+        """From the state x to the generated sample, a tensor of its own; arguments as in `sampling.sample`, `seeds` (B,) int64
+        on the device. Returns when everything is queued, not when it has run. Raises InputError."""
+        first, last = guided_rows(self._table, guidance_scale, uncond is not None, guidance_interval)
+        rows = [first <= i < last for i in range(len(self._table))]
+        calls = {
+            guided: self._row(guided) for guided in sorted(set(rows))
+        }  # recording changes the buffers: before they are set
+        self._x.copy_(x)
+        self._cond.copy_(cond)
+        if uncond is not None:
+            self._conds.copy_(unconditional_first(self._torch, uncond, cond))
+        self._seeds.copy_(seeds)
+        self._scale.fill_(guidance_scale)
+        self._index.zero_()
+        for m in self._history:
+            m.zero_()
+        with self._torch.inference_mode():
+            for i, guided in enumerate(rows):
+                calls[guided]()
+                if on_step is not None:
+                    on_step(i, self._x.clone())
+        return self._x.clone()
+
+    def _row(self, guided: bool) -> Callable[[], None]:
+        """One row, recorded if graphs are used."""
+        if guided not in self._recorded:
+            with self._torch.inference_mode():
+                self._recorded[guided] = self._record(guided)
+        return self._recorded[guided]
+
+    def _record(self, guided: bool) -> Callable[[], None]:
+        if not self._graphs:
+            return lambda: self._whole_row(guided)
+        device, reset = self._engine.device, self._index.zero_  # no row is looked up behind the table's end
+        if self._engine.capturable:
+            return Graph(lambda: self._whole_row(guided), device, self._pool(), reset)
+        before = Graph(self._before, device, self._pool(), reset)
+        self._predict(guided)
+        after = Graph(lambda: self._after(guided), device, before.pool)
+
+        def row() -> None:
+            before()
+            self._predict(guided)
+            after()
+
+        row.pool = before.pool  # type: ignore[attr-defined]
+        return row
+
+    def _pool(self) -> Any:
+        """The memory pool of what was recorded already: rows never overlap."""
+        return next((recorded.pool for recorded in self._recorded.values()), None)  # type: ignore[attr-defined]
+
+    def _whole_row(self, guided: bool) -> None:
+        self._before()
+        self._predict(guided)
+        self._after(guided)
+
+    def _before(self) -> None:
+        """The row's coefficients, noise and network inputs."""
+        torch = self._torch
+        self._current = take_rows(self._rows, self._index, self._x.ndim)
+        self._noise = None
+        if self._stochastic:
+            with self._beside():  # while the network runs
+                self._noise = normal(self._seeds, self._current.stream, self._x.shape[1:])
+        self._input = self._current.scale * self._x
+        self._timestep = self._current.timestep + torch.zeros_like(self._seeds, dtype=torch.float32)  # (B,)
+
+    def _predict(self, guided: bool) -> None:
+        if guided:
+            prediction = self._engine.run_guided(self._input, self._timestep, self._conds)  # (2B, ...)
+        else:
+            prediction = self._engine.run("unet", self._input, self._timestep, self._cond)[0]
+        if self._graphs and not self._engine.capturable:  # the second graph reads a fixed address
+            held = self._prediction.setdefault(guided, self._torch.empty_like(prediction))
+            prediction = held.copy_(prediction)
+        self._prediction[guided] = prediction
+
+    def _after(self, guided: bool) -> None:
+        """Guidance, step, and on to the next row."""
+        self._join()
+        prediction = self._prediction[guided]
+        if guided:
+            prediction = guide(prediction, self._scale)
+        x, history = step(self._x, tuple(self._history), prediction, self._current, self._noise)
+        self._x.copy_(x)
+        for held, new in reversed(
+            list(zip(self._history, history, strict=True))
+        ):  # each is read before it is overwritten
+            held.copy_(new)
+        self._index += 1
+
+    def _beside(self) -> AbstractContextManager[Any]:
+        """A stream beside the current one; `_join` brings them together again."""
+        if self._side is None or not self._forks:
+            return nullcontext()
+        self._side.wait_stream(self._torch.cuda.current_stream(self._engine.device))
+        return self._torch.cuda.stream(self._side)
+
+    def _join(self) -> None:
+        if self._side is not None and self._stochastic and self._forks:
+            self._torch.cuda.current_stream(self._engine.device).wait_stream(self._side)
+
+    @property
+    def _forks(self) -> bool:
+        """A fork must end in the graph that it began in, and outside graphs it would save nothing."""
+        return self._graphs and self._engine.capturable

@@ -1,0 +1,191 @@
+"""The GPU's loop computes what THE loop computes, without waiting for the host; the same structure runs here on the CPU."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+
+from fastgen.device_loop import DeviceLoop  # noqa: E402
+from fastgen.errors import InputError  # noqa: E402
+from fastgen.pipeline import load  # noqa: E402
+from fastgen.sampling import initial_latents, sample  # noqa: E402
+from fastgen.solver import compile_key  # noqa: E402
+
+SCHEDULE = {"_class_name": "DDIMScheduler", "beta_schedule": "squaredcos_cap_v2", "clip_sample": True}
+SOLVERS = ["ddim:6", "ddpm:6", "pndm:6", "pndm-prk:5", "dpmpp-2m:6", "dpmpp-2m-sde:6", "unipc:6", "heun:4", "ddpm:6:3"]
+SEEDS = [3, 2**62 + 1, 7]
+SHAPE = (3, 16, 16)
+WAITS = {
+    "_local_scalar_dense",
+    "nonzero",
+    "is_nonzero",
+    "item",
+    "equal",
+    "masked_select",
+}  # aten calls that read on the host
+
+on_every_device = pytest.mark.parametrize(
+    ("device", "graphs"), [("cpu", False), pytest.param("cuda", False, marks=pytest.mark.gpu),
+                           pytest.param("cuda", True, marks=pytest.mark.gpu)]
+)  # fmt: skip
+
+
+class NoHostReads(TorchDispatchMode):
+    """Fails at an operation for which a GPU would have to finish its queue."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert name not in WAITS, f"{name} waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture(scope="module")
+def pipelines(label_model):
+    return {}
+
+
+def open_pipeline(pipelines, label_model, device):
+    if device not in pipelines:
+        pipelines[device] = load(label_model, "eager", device=device)
+    return pipelines[device]
+
+
+def inputs(pipeline, table):
+    clean = None
+    if table.noise_steps is not None:
+        clean = torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(0)).to(pipeline.engine.device)
+    x = initial_latents(table, SEEDS, SHAPE, clean, xp=torch, device=pipeline.engine.device)
+    cond = torch.zeros(3, 24)
+    cond[0, 3] = cond[1, 7] = cond[2, 9] = 1
+    return x, cond.to(pipeline.engine.device), torch.zeros(1, 24, device=pipeline.engine.device)
+
+
+def device_loop(pipeline, table, graphs):
+    return DeviceLoop(pipeline.engine, table, (3, *SHAPE), (3, 24), graphs=graphs)
+
+
+def seeds_on(pipeline):
+    return pipeline.engine.array(np.array(SEEDS, np.int64))
+
+
+@on_every_device
+@pytest.mark.parametrize("options", [{}, {"guidance_scale": 3.0}, {"guidance_scale": 3.0, "guidance_interval": (1, 4)}])
+@pytest.mark.parametrize("key", SOLVERS)
+def test_it_equals_the_loop_for_every_kind_of_solver(pipelines, label_model, device, graphs, key, options):
+    pipeline = open_pipeline(pipelines, label_model, device)
+    table = compile_key(key, SCHEDULE)
+    if "guidance_interval" in options and len(table) < 4:
+        options = options | {"guidance_interval": (1, 2)}
+    x, cond, uncond = inputs(pipeline, table)
+    expected = sample(
+        lambda *a: pipeline.engine.run("unet", *a)[0], table, x, cond, seeds=SEEDS, uncond=uncond, **options
+    )
+    loop = device_loop(pipeline, table, graphs)
+    for _ in range(2):  # nothing is left behind in the buffers
+        found = loop.run(x, cond, seeds=seeds_on(pipeline), uncond=uncond, **options)
+        torch.testing.assert_close(found, expected, atol=5e-4, rtol=1e-3)
+
+
+@on_every_device
+def test_results_are_not_overwritten_by_the_next_run(pipelines, label_model, device, graphs):
+    pipeline = open_pipeline(pipelines, label_model, device)
+    table = compile_key("ddpm:4", SCHEDULE)
+    x, cond, _ = inputs(pipeline, table)
+    loop = device_loop(pipeline, table, graphs)
+    states = []
+    first = loop.run(x, cond, seeds=seeds_on(pipeline), on_step=lambda i, state: states.append(state))
+    kept, kept_states = first.clone(), [state.clone() for state in states]
+    loop.run(2 * x, cond, seeds=seeds_on(pipeline) + 1)
+    assert torch.equal(first, kept)
+    assert all(torch.equal(a, b) for a, b in zip(states, kept_states, strict=True))
+    assert torch.equal(states[-1], first)
+    assert len(states) == len(table)
+
+
+@pytest.mark.parametrize("key", SOLVERS)
+def test_no_row_reads_the_device(pipelines, label_model, key):
+    pipeline = open_pipeline(pipelines, label_model, "cpu")
+    table = compile_key(key, SCHEDULE)
+    x, cond, uncond = inputs(pipeline, table)
+    loop, seeds = device_loop(pipeline, table, False), seeds_on(pipeline)
+    with NoHostReads():
+        loop.run(x, cond, seeds=seeds, guidance_scale=2.0, uncond=uncond)
+
+
+def test_the_check_for_host_reads_can_fail():
+    with NoHostReads(), pytest.raises(AssertionError, match="waits for the device"):
+        torch.ones(1).item()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.parametrize("key", ["pndm:6", "ddpm:6"])
+def test_a_gpu_is_never_waited_for_between_steps(pipelines, label_model, key, graphs):
+    pipeline = open_pipeline(pipelines, label_model, "cuda")
+    table = compile_key(key, SCHEDULE)
+    x, cond, uncond = inputs(pipeline, table)
+    loop, seeds = device_loop(pipeline, table, graphs), seeds_on(pipeline)
+    loop.run(x, cond, seeds=seeds, guidance_scale=2.0, uncond=uncond)  # records
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loop.run(x, cond, seeds=seeds, guidance_scale=2.0, uncond=uncond)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+class SelfRecording:
+    """An engine that records its own graphs, such as onnxruntime's: its calls stay outside ours."""
+
+    def __init__(self, engine):
+        self._engine, self.calls = engine, 0
+        self.device, self.capturable = engine.device, False
+
+    def run(self, *inputs):
+        self.calls += 1
+        return self._engine.run(*inputs)
+
+    def run_guided(self, *inputs):
+        self.calls += 1
+        return self._engine.run_guided(*inputs)
+
+
+@pytest.mark.gpu
+def test_an_engine_that_records_its_own_graphs_runs_between_two_of_ours(pipelines, label_model):
+    pipeline = open_pipeline(pipelines, label_model, "cuda")
+    table = compile_key("dpmpp-2m-sde:6", SCHEDULE)
+    x, cond, uncond = inputs(pipeline, table)
+    options = {"seeds": seeds_on(pipeline), "guidance_scale": 3.0, "uncond": uncond, "guidance_interval": (1, 4)}
+    engine = SelfRecording(pipeline.engine)
+    expected = device_loop(pipeline, table, False).run(x, cond, **options)
+    loop = DeviceLoop(engine, table, (3, *SHAPE), (3, 24), graphs=True)
+    torch.testing.assert_close(loop.run(x, cond, **options), expected, atol=5e-4, rtol=1e-3)
+    engine.calls = 0
+    loop.run(x, cond, **options)
+    assert engine.calls == len(table)
+
+
+def test_half_the_rows_where_nothing_is_guided(pipelines, label_model):
+    pipeline = open_pipeline(pipelines, label_model, "cpu")
+    table = compile_key("ddim:6", SCHEDULE)
+    x, cond, uncond = inputs(pipeline, table)
+    counted, rows = SelfRecording(pipeline.engine), []
+    counted.run = lambda name, s, t, c: rows.append(len(c)) or pipeline.engine.run(name, s, t, c)
+    counted.run_guided = lambda s, t, c: rows.append(len(c)) or pipeline.engine.run_guided(s, t, c)
+    loop = DeviceLoop(counted, table, (3, *SHAPE), (3, 24), graphs=False)
+    loop.run(x, cond, seeds=seeds_on(pipeline), guidance_scale=2.0, uncond=uncond, guidance_interval=(2, 4))
+    assert rows == [3, 3, 6, 6, 3, 3]
+    rows.clear()
+    loop.run(x, cond, seeds=seeds_on(pipeline), guidance_scale=1.0)
+    assert rows == [3] * 6
+
+
+def test_guidance_without_an_unconditional_row_is_refused(pipelines, label_model):
+    pipeline = open_pipeline(pipelines, label_model, "cpu")
+    table = compile_key("ddim:6", SCHEDULE)
+    x, cond, _ = inputs(pipeline, table)
+    with pytest.raises(InputError, match="needs the unconditional row"):
+        device_loop(pipeline, table, False).run(x, cond, seeds=seeds_on(pipeline), guidance_scale=2.0)

@@ -1,8 +1,9 @@
-"""Networks of a model -> ONNX files (fp32, dynamic batch)."""
+"""Networks of a model -> ONNX files with a dynamic batch, in fp32, fp16 or bf16."""
 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import logging
 import warnings
@@ -15,45 +16,59 @@ import torch
 from torch import nn
 
 from export.rewrite import attention, fuse_attention, subpixel_upsampling
-from fastgen.engines.ort import FUSED
+from export.shapes import fix_shapes
+from fastgen.engines.ort import fused_name
 from fastgen.errors import FastgenError
+from fastgen.precision import lowered
 from fastgen.signatures import BATCH, Signature
 
+OPSETS = {"fp32": 20, "fp16": 20, "bf16": 22}  # the first with convolutions in bf16 is 22; older readers know 20
 TRACED_BATCH = 2  # 1 would be specialised: the batch axis frozen
 
 
-def export_onnx(module: nn.Module, signature: Signature, path: Path) -> None:
+def export_onnx(module: nn.Module, signature: Signature, path: Path, dtype: str = "fp32") -> None:
     """Trace `module` with the inputs of its signature and write `path`, its weights in `path`.data, and beside them the graph
     with fused attention that engine ort runs, if there is any to fuse.
 
-    Raises FastgenError when torch cannot export it.
+    `dtype`: what it computes in (`precision.lowered`), with float32 inputs and outputs. Raises FastgenError when torch cannot
+    export it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     inputs = signature.sample_inputs(TRACED_BATCH, np.random.default_rng(0))
     tensors = tuple(torch.from_numpy(inputs[t.name]) for t in signature.inputs)
     try:
         with _quiet(), subpixel_upsampling(module):
+            traced = lowered(module, dtype)  # after the rewriting: its sums of weights are rounded once
             program = torch.onnx.export(
-                module,
+                traced,
                 tensors,
                 input_names=[t.name for t in signature.inputs],
                 output_names=[t.name for t in signature.outputs],
-                dynamic_shapes=tuple({0: torch.export.Dim(BATCH, min=1)} for _ in signature.inputs),
+                dynamic_shapes=_dynamic_shapes(traced, len(tensors)),
+                opset_version=OPSETS[dtype],
                 dynamo=True,
                 custom_translation_table={torch.ops.aten.scaled_dot_product_attention.default: attention},
                 optimize=True,
                 verbose=False,
             )
             assert program is not None
+            fix_shapes(program.model)
             _strip(program.model)
             program.save(path, external_data=True)
             model = ir.load(path)
             if fuse_attention(model):
-                ir.save(model, path.with_name(FUSED))
+                ir.save(model, path.with_name(fused_name(path.name)))
     except OSError as error:
         raise FastgenError(f"{path}: cannot be written: {error.strerror or error}") from None
     except torch.onnx.OnnxExporterError as error:
         raise FastgenError(f"{path.parent.name}: torch {torch.__version__} cannot export it: {error}") from error
+
+
+def _dynamic_shapes(module: nn.Module, inputs: int) -> Any:
+    """The batch axis of every input; `*inputs` are one parameter in the eyes of torch.export."""
+    shapes = tuple({0: torch.export.Dim(BATCH, min=1)} for _ in range(inputs))
+    parameters = inspect.signature(module.forward).parameters.values()
+    return (shapes,) if any(p.kind is p.VAR_POSITIONAL for p in parameters) else shapes
 
 
 def _strip(model: Any) -> None:

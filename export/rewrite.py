@@ -102,14 +102,15 @@ def attention(
     """torch's scaled_dot_product_attention, (B, heads, N, d), as the five nodes that compilers know as attention; torch's
     own translation takes fifteen, with shapes computed at run time. A custom translation of torch.onnx.export."""
     assert not enable_gqa
-    factor = np.float32(1 / math.sqrt(query.shape[-1]) if scale is None else scale)
+    dtype = query.dtype.numpy()  # of the whole attention: fp32, or fp16 or bf16 in a lowered graph
+    factor = np.asarray(1 / math.sqrt(query.shape[-1]) if scale is None else scale, dtype)
     keys = op.Transpose(key, perm=[0, 1, 3, 2])
     scores = op.MatMul(op.Mul(query, _constant(factor)), keys)  # (B, heads, N, M)
     if is_causal:
         attn_mask = _constant(np.tri(int(query.shape[-2]), int(key.shape[-2]), dtype=bool))
     if attn_mask is not None:
         boolean = is_causal or attn_mask.dtype == ir.DataType.BOOL
-        lowest = _constant(np.finfo(np.float32).min)
+        lowest = _constant(np.asarray(torch.finfo(getattr(torch, dtype.name)).min, dtype))
         scores = op.Where(attn_mask, scores, lowest) if boolean else op.Add(scores, attn_mask)
     return op.MatMul(op.Softmax(scores, axis=-1), value)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -25,6 +26,7 @@ from fastgen.jsonfiles import read_json, write_json
 from fastgen.spec import sha256_file
 
 FORMAT, RECORD = 1, "artifact.json"
+_ADDRESS = re.compile(r"[0-9a-f]{64}|\.[0-9a-f]{64}\.partial")
 Say = Callable[[str], None]
 
 
@@ -91,6 +93,18 @@ class Artifact:
         return (self.folder / RECORD).stat().st_mtime
 
 
+@dataclass(frozen=True)
+class Damaged:
+    """A folder of the cache whose record cannot be read or trusted, and why."""
+
+    folder: Path
+    reason: str
+
+    @property
+    def engine(self) -> str:
+        return self.folder.parent.name
+
+
 def find(recipe: Recipe) -> Artifact | None:
     """The artifact of this recipe, or None when it was never built. Its files are not verified yet: `Artifact.file` does that.
 
@@ -138,29 +152,69 @@ def differences(found: Recipe, wanted: Recipe) -> list[str]:
 
 def artifacts(engine: str | None = None) -> list[Artifact]:
     """All artifacts of the cache, or of one engine, by engine and address. A damaged record raises InputError."""
-    folders = sorted(_root().glob(f"{engine or '*'}/*/{RECORD}"))
-    return [_read(record.parent) for record in folders if not record.parent.name.startswith(".")]
+    return [_read(folder) for folder in _recorded(engine)]
 
 
-def remove(artifact: Artifact) -> None:
-    """Delete an artifact; the record goes first, so that half a deletion is never loaded."""
-    (artifact.folder / RECORD).unlink(missing_ok=True)
-    shutil.rmtree(artifact.folder, ignore_errors=True)
+def scan(engine: str | None = None) -> tuple[list[Artifact], list[Damaged]]:
+    """What `artifacts` lists, with damaged and foreign ones apart instead of as an error."""
+    sound: list[Artifact] = []
+    damaged: list[Damaged] = []
+    for folder in _recorded(engine):
+        try:
+            sound.append(_read(folder))
+        except InputError as error:
+            damaged.append(Damaged(folder, str(error)))
+    return sound, damaged
 
 
-def leftovers() -> Iterator[Path]:
-    """Folders of builds that were killed: partial ones whose builder no longer holds its lock, and folders without a record."""
+def remove(folder: Path) -> bool:
+    """Delete an artifact's folder; False when another process holds its lock, so builds it or is about to load it.
+
+    The record goes first, so that half a deletion is never loaded.
+    """
+    with _free(folder) as free:
+        if free:
+            (folder / RECORD).unlink(missing_ok=True)
+            shutil.rmtree(folder, ignore_errors=True)
+        return free
+
+
+def leftovers(engine: str | None = None) -> Iterator[Path]:
+    """Folders of builds that were killed: partial ones whose builder no longer holds its lock, and folders without a record.
+
+    The lock is held while a folder is handed out: nobody builds it meanwhile.
+    """
+    for folder in sorted(_root().glob(f"{engine or '*'}/*")):
+        if not (_ADDRESS.fullmatch(folder.name) and folder.is_dir()):
+            continue
+        if (folder / RECORD).exists() and not folder.name.startswith("."):
+            continue
+        with _free(folder) as free:
+            if free:
+                yield folder
+
+
+def _recorded(engine: str | None) -> list[Path]:
+    folders = [record.parent for record in sorted(_root().glob(f"{engine or '*'}/*/{RECORD}"))]
+    return [folder for folder in folders if not folder.name.startswith(".")]
+
+
+@contextmanager
+def _free(folder: Path) -> Iterator[bool]:
+    """Hold the lock of an artifact's folder, final or partial, if it can be had at once: whether it could."""
     from filelock import FileLock, Timeout
 
-    for folder in sorted(_root().glob("*/*")):
-        if not folder.is_dir() or ((folder / RECORD).exists() and not folder.name.startswith(".")):
-            continue
-        digest = folder.name.removeprefix(".").partition(".")[0]
-        try:
-            with FileLock(folder.with_name(f"{digest}.lock"), timeout=0):
-                yield folder
-        except Timeout:
-            continue
+    digest = folder.name.removeprefix(".").partition(".")[0]
+    lock = FileLock(folder.with_name(f"{digest}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
 
 
 def _build(recipe: Recipe, make: Callable[[Path], None], say: Say) -> Artifact:

@@ -46,22 +46,31 @@ def cut(count: int, limit: int, sizes: Sequence[int] | None = None) -> list[Batc
     return batches
 
 
+def even_size(count: int, limit: int) -> int:
+    """The smallest batch size that covers `count` rows in as few batches as `limit` allows."""
+    return math.ceil(count / math.ceil(count / limit))
+
+
 def waste(batches: Sequence[Batch]) -> float:
     """The share of rows that are padding."""
     rows = sum(batch.bucket for batch in batches)
     return 1 - sum(len(batch) for batch in batches) / rows if rows else 0.0
 
 
-def halved(batch: Batch) -> list[Batch]:
-    """The same requests in batches of half the size, rounded up: what to try when memory runs out."""
-    bucket = math.ceil(batch.bucket / 2)
-    starts = range(batch.start, batch.stop, bucket)
-    return [Batch(start, min(start + bucket, batch.stop), bucket) for start in starts]
+def halved(batch: Batch, sizes: Sequence[int] | None = None) -> list[Batch]:
+    """The same requests in batches of at most half the size, rounded up: what to try when memory runs out.
+
+    Raises InputError when there is no smaller size.
+    """
+    if batch.bucket == 1:
+        raise InputError("batch_size is 1 already")
+    parts = cut(len(batch), math.ceil(batch.bucket / 2), sizes)
+    return [Batch(batch.start + part.start, batch.start + part.stop, part.bucket) for part in parts]
 
 
 def _even(count: int, limit: int) -> list[int]:
     batches = math.ceil(count / limit)
-    size = math.ceil(count / batches)
+    size = even_size(count, limit)
     if batches * size - count <= MAX_WASTE * count:
         return [size] * batches
     larger = count - batches * (size - 1)

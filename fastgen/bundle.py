@@ -28,6 +28,7 @@ MANIFEST = "bundle.json"
 TABLES = "scheduler/tables.npz"
 REFERENCE = "reference.safetensors"
 NETWORKS = {"text": {"text_encoder", "unet", "vae_decoder", "vae_encoder"}, "labels": {"unet"}}
+LOWERED = ("fp16", "bf16")  # precisions that a bundle may hold graphs in, besides fp32
 CERTIFICATES = "certificates"  # beside the hashed files: added to a bundle after it was written
 
 
@@ -56,20 +57,22 @@ class Bundle:
 
         Inputs and outputs are float32 in every precision. Raises InputError when the bundle was exported without it.
         """
-        graph = f"{name}/model.onnx" if dtype == "fp32" else f"{name}/model.{dtype}.onnx"
+        graph = graph_name(name, dtype)
         if graph not in self.files:
+            command = f"fastgen export MODEL --out {self.folder} --dtype {dtype}"
             raise InputError(
-                f"{self.folder}: has no {dtype} graph of {name}; `fastgen export MODEL --out {self.folder} --dtype {dtype}`"
+                f"{self.folder}: has no {dtype} graph of {name}; `{command}`, with the model folder, adds it"
             )
         for other in self.files:
             if other.startswith(graph):
                 self.file(other)
         return self.file(graph)
 
-    def verify(self) -> None:
-        """Verify every file that generation reads, before the first image is made rather than when it is reached."""
+    def verify(self, dtype: str = "fp32") -> None:
+        """Verify every file that generating in this precision reads, before the first image is made rather than when it is
+        reached. Graphs of other precisions are left to `network`."""
         for name in self.files:
-            if not name.startswith("vae_encoder/") and name != REFERENCE:
+            if _precision(name) in ("fp32", dtype) and not name.startswith(("vae_encoder/", "reference.")):
                 self.file(name)
 
     def prompt_tokenizer(self) -> Tokenizer:
@@ -108,6 +111,16 @@ class Bundle:
                 f'export it with `--solver {key}`, or `pip install "fastgen-diffusion[train]"`'
             ) from None
         return compile_key(key, self.spec.scheduler_config)
+
+
+def graph_name(network: str, dtype: str) -> str:
+    """Where a bundle keeps the graph of a network that computes in `dtype`."""
+    return f"{network}/model.onnx" if dtype == "fp32" else f"{network}/model.{dtype}.onnx"
+
+
+def _precision(file: str) -> str:
+    """The precision of a graph's files, `unet/model.fp16.onnx.data`; fp32 for any other."""
+    return next((part for part in file.split(".") if part in LOWERED), "fp32")
 
 
 def is_bundle(folder: str | os.PathLike[str]) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from fastgen import __version__
+from fastgen.cli_engines import doctor, engines
 from fastgen.errors import FastgenError, InputError
 
 FOLDER = click.Path(path_type=Path)
@@ -31,6 +32,10 @@ class Commands(click.Group):
 @click.version_option(__version__, prog_name="fastgen")
 def cli() -> None:
     """Train a conditional diffusion model, export it, and generate with it fast, with proof of parity."""
+
+
+cli.add_command(doctor)
+cli.add_command(engines)
 
 
 @cli.group()
@@ -98,75 +103,131 @@ def train(preset: str, data_folder: Path | None, out: Path | None, overrides: Se
 @cli.command()
 @click.argument("model", type=FOLDER, required=False)
 @click.option("--out", type=FOLDER, help="Bundle folder.  [default: MODEL/bundle]")
+@click.option("--dtype", help="fp16 or bf16: graphs in that precision besides the fp32 ones.  [default: fp32 alone]")
+@click.option("--trt", is_flag=True, help="Build TensorRT engines for this GPU, in --dtype.  [default: fp16]")
+@click.option("--batch-sizes", metavar="1,8,64", help="Images per batch to build them for.  [default: 1,8,64]")
 @click.option("--solver", "solvers", multiple=True, metavar="NAME:STEPS[:NOISE_STEPS]", help="Further table to store.")
-@click.option("--engine", "engines", multiple=True, help="Engine to certify.  [default: every installed one]")
+@click.option(
+    "--engine",
+    "engines",
+    multiple=True,
+    metavar="NAME[:DTYPE]",
+    help="Engine to certify.  [default: every installed one]",
+)
 @click.option("--overwrite", is_flag=True, help="Replace another bundle at --out.")
 def export(
-    model: Path | None, out: Path | None, solvers: Sequence[str], engines: Sequence[str], overwrite: bool
+    model: Path | None, out: Path | None, trt: bool, batch_sizes: str | None, engines: Sequence[str], **options: Any
 ) -> None:
     """Export MODEL (default: the latest run) to a bundle, and certify engines against eager PyTorch in fp32.
 
+    The same command with another --dtype adds those graphs to the bundle; MODEL may be a bundle that has them already.
     Exits with 1 when an engine misses its tolerance.
     """
+    from export.bundle import BATCH_SIZES
     from export.bundle import export as run
     from fastgen.bundle import is_bundle
     from fastgen.runs import latest_run
 
+    if batch_sizes is not None and not trt:
+        raise InputError("--batch-sizes is what TensorRT engines are built for; give --trt too")
+    sizes = _batch_sizes(batch_sizes) if batch_sizes is not None else BATCH_SIZES
     source = model or latest_run()
     target = out or (source if is_bundle(source) else source / "bundle")
-    certificates = run(source, target, solvers=solvers, engines=engines or None, overwrite=overwrite, say=_say)
-    for certificate in certificates:
-        click.echo(certificate.table())
+    options |= {"engines": engines or None, "trt": trt, "batch_sizes": sizes}
+    certificates = run(source, target, say=_say, show=lambda c: click.echo(c.table()), **options)
     click.echo(f"bundle: {target}")
     missed = [c.engine for c in certificates if not c.passed]
     if missed:
         raise FastgenError(f"not certified: {', '.join(missed)} (see the table above)")
 
 
+def _batch_sizes(text: str) -> list[int]:
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isascii() and word.isdigit() and int(word) > 0 for word in words):
+        raise InputError(f"--batch-sizes is {text!r}, expected positive integers such as 1,8,64")
+    return [int(word) for word in words]
+
+
 @cli.command()
 @click.argument("requests_file", metavar="REQUESTS.json", type=FOLDER)
 @click.option("--model", type=FOLDER, help="Bundle, or model folder (engine eager).  [default: the latest run's]")
-@click.option("--engine", help="eager, ort or openvino.  [default: the fastest installed]")
+@click.option("--engine", help="eager, compile, ort, openvino or trt.  [default: what is installed and fits]")
 @click.option("--out", type=FOLDER, help="Output folder.  [default: generated/REQUESTS]")
 @click.option("--scheduler", help="Solver, such as ddpm, ddim, pndm, dpmpp-2m, unipc.  [default: the model's]")
 @click.option("--num-inference-steps", type=POSITIVE, help="Denoising steps.  [default: the model's]")
 @click.option("--guidance-scale", type=float, help="1 turns guidance off.  [default: the model's]")
 @click.option("--guidance-interval", type=(int, int), metavar="LO HI", help="Guide only the steps LO <= i < HI.")
 @click.option("--seed", default=0, show_default=True, help="Base of the images' seeds; a request's own seed wins.")
-@click.option("--batch-size", type=POSITIVE, default=16, show_default=True, help="Images per batch, at most.")
+@click.option(
+    "--batch-size", type=POSITIVE, help="Images per batch, at most.  [default: 16 on a CPU, what fits on a GPU]"
+)
 @click.option("--limit", type=POSITIVE, help="Only the first N requests.")
 @click.option("--device", help="cpu, cuda, cuda:1, ...")
 @click.option("--dtype", help="fp32, bf16 or fp16.  [default: what suits the engine and the hardware]")
 @click.option("--threads", type=POSITIVE, help="CPU threads.  [default: the engine's]")
+@click.option(
+    "--graphs/--no-graphs", default=None, help="Record the loop as CUDA graphs.  [default: on a GPU, but for eager]"
+)
+@click.option("--devices", metavar="0,1", help="Split the job over these devices, a process each.")
+@click.option(
+    "--shard", metavar="I/N", help="Only part I of N; the last part writes the manifest. For several machines."
+)
+@click.option(
+    "--dry-run", is_flag=True, help="Only tell how long the job will take and how much memory, measured here."
+)
+@click.pass_context
 def generate(
+    ctx: click.Context,
     requests_file: Path,
     model: Path | None,
     engine: str | None,
     out: Path | None,
     seed: int,
-    batch_size: int,
+    batch_size: int | None,
     limit: int | None,
     device: str | None,
     dtype: str | None,
     threads: int | None,
+    graphs: bool | None,
+    devices: str | None,
+    shard: str | None,
+    dry_run: bool,
     **sampling: Any,
 ) -> None:
     """Generate an image for every request of a JSON file. The same command continues a job that was interrupted."""
-    from fastgen.job import run_job
+    from fastgen.job import estimate_job, run_job
     from fastgen.pipeline import load, model_objects
     from fastgen.requests import read_requests
     from fastgen.runs import latest_model
+    from fastgen.shards import Shard, parse_devices, run_on_devices
+
+    part = Shard.parse(shard) if shard else None
+    if devices:
+        if part or device:
+            raise InputError(f"--devices chooses --{'shard' if part else 'device'} itself; give one of them")
+        names = parse_devices(devices)
+        if not dry_run:
+            run_on_devices(_given_again(ctx, leave_out=("devices",)), names)
+            return
+        device, part = names[0], Shard(1, len(names))
 
     folder = model or latest_model(engine)
     requests = read_requests(requests_file, model_objects(folder))[:limit]
-    pipeline = load(folder, engine, device=device, dtype=dtype, threads=threads)
+    pipeline = load(folder, engine, device=device, dtype=dtype, threads=threads, graphs=graphs)
     target = out or Path("generated") / requests_file.stem
     settings = pipeline.settings(seed=seed, **sampling)
-    report = run_job(pipeline, requests, target, settings, batch_size=batch_size)
+    if dry_run:
+        estimated = estimate_job(pipeline, requests, settings, batch_size=batch_size, shard=part)
+        click.echo(f"{f'shard {part}: ' if part else ''}{estimated}; nothing was written")
+        return
+    report = run_job(pipeline, requests, target, settings, batch_size=batch_size, shard=part, say=_say)
     for prompt, tokens in report.truncated.items():
         _say(f"warning: a prompt of {tokens} tokens was truncated: {prompt[:60]!r}...")
     rate = f", {report.generated / report.seconds:.2f} images/s" if report.generated else ""
-    click.echo(f"{report.folder}: {report.images} images, {report.generated} generated in {report.seconds:.1f} s{rate}")
+    name = f"{report.folder}, shard {part}" if part else f"{report.folder}"
+    click.echo(f"{name}: {report.images} images, {report.generated} generated in {report.seconds:.1f} s{rate}")
+    if not report.complete:
+        _say("the manifest is written when all shards are done")
     if report.errors:
         name, why = next(iter(report.errors.items()))
         raise FastgenError(
@@ -188,6 +249,23 @@ def score(images: Sequence[Path], requests_file: Path, evaluator: Path, allow_pi
     result = run(images, requests_file, evaluator=evaluator, allow_pickle=allow_pickle)
     click.echo(result.table())
     write_json(out or images[0] / "score.json", result.to_json())
+
+
+def _given_again(ctx: click.Context, leave_out: Sequence[str]) -> list[str]:
+    """The command line of `ctx`, but for the options left out."""
+    words = [str(ctx.info_name)]
+    for param in ctx.command.params:
+        value = ctx.params.get(param.name or "")
+        source = ctx.get_parameter_source(param.name or "")
+        if param.name in leave_out or source is not click.core.ParameterSource.COMMANDLINE:
+            continue
+        if isinstance(param, click.Argument):
+            words.append(str(value))
+        elif isinstance(param, click.Option) and param.is_flag:
+            words.append((param.opts if value else param.secondary_opts)[0])
+        else:
+            words += [param.opts[0], *(map(str, value) if isinstance(value, tuple) else [str(value)])]
+    return words
 
 
 def _say(line: str) -> None:

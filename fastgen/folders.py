@@ -1,9 +1,11 @@
-"""Folders that are written under a temporary name and renamed when they are complete."""
+"""Folders: made, and forced to the disk."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+
+from fastgen.errors import FastgenError
 
 
 def sync_tree(folder: Path) -> None:
@@ -25,3 +27,11 @@ def sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and its parents. Raises FastgenError when the system refuses."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FastgenError(f"{folder}: the folder cannot be made: {error.strerror or error}") from None

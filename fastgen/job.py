@@ -5,31 +5,33 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sys
 import time
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from fastgen import __version__
+from fastgen.buckets import Batch, cut, halved
+from fastgen.conditions import Conditions, PromptConditions
 from fastgen.errors import FastgenError, InputError
-from fastgen.images import png_bytes, problem, save_contact_sheet, to_uint8
-from fastgen.jsonfiles import read_json, write_bytes, write_json
-from fastgen.pipeline import Pipeline, PromptConditions, Settings, even_cuts
-from fastgen.requests import CONTACT_SHEET, Request, resolve_seed, safe_path
+from fastgen.jobfolder import MANIFEST, claim, finish, held_batch_size
+from fastgen.pictures import Pictures
+from fastgen.pipeline import Pipeline, Settings
+from fastgen.plan import Estimate, automatic_batch_size, estimate
+from fastgen.requests import Request, resolve_seed, safe_path
+from fastgen.shards import Shard, save_part, whole_job
+from fastgen.tables import SolverTable
+from fastgen.writing import StepBar, Writer, progress_bar
 
-MANIFEST, JOB = "manifest.jsonl", "job.json"
+QUEUED = 2  # batches on a GPU at a time: one is sampled while the one before it is decoded
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a job did. `errors`: image_name -> why there is no file."""
+    """What a job did. `errors`: image_name -> why there is no file. `complete`: False while other shards are missing."""
 
     folder: Path
     images: int
@@ -37,6 +39,7 @@ class Report:
     seconds: float
     errors: dict[str, str]
     truncated: dict[str, int]  # prompt -> its number of tokens
+    complete: bool = True
 
 
 def run_job(
@@ -45,77 +48,143 @@ def run_job(
     out: Path,
     settings: Settings,
     *,
-    batch_size: int = 16,
+    batch_size: int | None = None,
+    shard: Shard | None = None,
     progress: bool = True,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Report:
     """Generate every request's image below `out`, skipping batches whose files are all there.
 
-    Writes the PNGs, manifest.jsonl, job.json and contact_sheet.png. Raises InputError when `out` holds another job, and
-    FastgenError when a file cannot be written; whole files written before that stay.
+    Writes the PNGs, manifest.jsonl, job.json and contact_sheet.png; with a `shard` only that part of the batches, and what
+    concerns the whole job when the last part is done. `batch_size` None: what suits the engine and its memory. Where memory
+    runs out all the same, the rest runs in batches of half the size, and `say` is told.
+    Raises InputError when `out` holds another job, and FastgenError when a file cannot be written or not even one image fits
+    into memory; whole files written before that stay.
     """
     start = time.perf_counter()
-    cuts = list(even_cuts(len(requests), batch_size))
     table = pipeline.source.table(settings.solver)
     settings.check_interval(table)
     encoder = pipeline.encoder(requests, settings.guided)
     files = [safe_path(out, r.image_name) for r in requests]
-    identity = _identity(pipeline, requests, settings, batch_size)
-    _claim(out, files, identity)
+    limit = batch_size or held_batch_size(out) or automatic_batch_size(pipeline, settings)
+    batches = cut(len(requests), limit, pipeline.buckets(settings))
+    identity = _identity(pipeline, requests, settings, limit)
+    claim(out, files, identity, sweep=shard is None)
     truncated = encoder.truncated if isinstance(encoder, PromptConditions) else {}
     lines = [_manifest_line(r, settings, identity, truncated) for r in requests]
 
-    pending = [cut for cut in cuts if not all(f.exists() for f in files[cut])]
+    mine = batches if shard is None else shard.part(batches)
+    pending = [batch for batch in mine if not all(f.exists() for f in files[batch.rows])]
     errors: dict[str, str] = {}
-    count = sum(cut.stop - cut.start for cut in pending)
-    with _progress_bar(count, progress) as bar, _Writer() as writer:
-        for cut in pending:
-            advance = partial(_advance, bar, writer, (cut.stop - cut.start) / len(table))
-            images = pipeline.sample_batch(requests[cut], encoder, table, settings, size=cuts[0].stop, on_step=advance)
-            for line, file, image in zip(lines[cut], files[cut], images, strict=True):
-                if why := problem(image):
-                    errors[line["image_name"]] = line["error"] = why
+    count = sum(map(len, pending))
+    with progress_bar(count, progress, shard) as bar, Writer(_writers(pipeline)) as writer:
+        advance = StepBar(bar, writer, len(table))
+        begin = partial(_begin, pipeline, requests, encoder, table, settings, advance)
+        for batch, pictures in _generated(pipeline, settings, pending, begin, say):
+            rows = zip(lines[batch.rows], files[batch.rows], pictures.pixels, pictures.problems, strict=True)
+            for line, file, pixels, problem in rows:
+                if problem:
+                    errors[line["image_name"]] = line["error"] = problem
                 else:
-                    writer.submit(file, image, line)
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    write_bytes(out / MANIFEST, text.encode())
-    done = [(f, r) for f, r in zip(files, requests, strict=True) if r.image_name not in errors]
-    if done:
-        captions = [r.prompt or ", ".join(r.labels or ()) for _, r in done]
-        save_contact_sheet(out / CONTACT_SHEET, [f for f, _ in done], captions)
-    report = Report(out, len(requests), count, time.perf_counter() - start, errors, truncated)
-    _record(out, identity, report)
-    return report
+                    writer.submit(file, pixels, line)
+            advance.to(len(batch))
+    seconds = time.perf_counter() - start
+    run = {"images": count, "seconds": round(seconds, 3), "smallest_batch": min(map(len, pending))} if count else None
+    if shard is None:
+        finish(out, requests, files, lines, identity, [run] if run else [])
+        return Report(out, len(requests), count, seconds, errors, truncated)
+    positions = [i for batch in mine for i in range(batch.start, batch.stop)]
+    save_part(out, shard, [(i, lines[i]) for i in positions], run)
+    with whole_job(out, shard) as collected:
+        if collected is not None:
+            finish(out, requests, files, [line for _, line in collected.lines], identity, collected.runs)
+    return Report(out, len(positions), count, seconds, errors, truncated, (out / MANIFEST).exists())
 
 
-class _Writer:
-    """Writes PNGs in the background while the next batch is sampled; an error surfaces at the next step, or at the end."""
-
-    def __enter__(self) -> _Writer:
-        self._pool = ThreadPoolExecutor(max_workers=1)
-        self._futures: list[Future[None]] = []
-        return self
-
-    def submit(self, file: Path, image: np.ndarray, metadata: dict[str, Any]) -> None:
-        self._futures.append(self._pool.submit(_write_png, file, image, metadata))
-
-    def raise_error(self) -> None:
-        """Raise what went wrong with a file so far, if anything."""
-        while self._futures and self._futures[0].done():
-            self._futures.pop(0).result()
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=kind is not None)
-        if kind is None:
-            for future in self._futures:
-                future.result()
+def estimate_job(
+    pipeline: Pipeline,
+    requests: Sequence[Request],
+    settings: Settings,
+    *,
+    batch_size: int | None = None,
+    shard: Shard | None = None,
+) -> Estimate:
+    """How long `run_job` with these arguments would take, and how much memory: measured, and nothing is written."""
+    table = pipeline.source.table(settings.solver)
+    settings.check_interval(table)
+    pipeline.encoder(requests, settings.guided)  # refuses requests of the wrong kind
+    limit = batch_size or automatic_batch_size(pipeline, settings)
+    batches = cut(len(requests), limit, pipeline.buckets(settings))
+    mine = batches if shard is None else shard.part(batches)
+    return estimate(pipeline, table, settings, mine, len({r.prompt for r in requests}))
 
 
-def _write_png(file: Path, image: np.ndarray, metadata: dict[str, Any]) -> None:
-    _make_folder(file.parent)
-    write_bytes(file, png_bytes(to_uint8(image[None])[0], metadata))
+def _generated(
+    pipeline: Pipeline,
+    settings: Settings,
+    pending: list[Batch],
+    begin: Callable[[Batch], Callable[[], Pictures]],
+    say: Callable[[str], None],
+) -> Iterator[tuple[Batch, Pictures]]:
+    """The pictures of all batches; on a GPU the next batch is queued before the one before it is waited for."""
+    queue: deque[tuple[Batch, Callable[[], Pictures]]] = deque()
+    todo = deque(pending)
+    while todo or queue:
+        short = None
+        try:
+            while todo and len(queue) < (QUEUED if pipeline.on_gpu else 1):
+                queue.append((todo[0], begin(todo[0])))
+                todo.popleft()
+        except Exception as error:
+            if not pipeline.engine.is_out_of_memory(error):
+                raise
+            short = error.with_traceback(None)  # which would hold on to the tensors of the failed batch
+        if queue:
+            batch, wait = queue.popleft()
+            yield batch, wait()
+        if short is not None and not queue:
+            pipeline.free_memory()
+            todo = deque(_smaller(pipeline, settings, todo, short, say))
 
 
-def _identity(pipeline: Pipeline, requests: Sequence[Request], settings: Settings, batch_size: int) -> dict[str, Any]:
+def _smaller(
+    pipeline: Pipeline, settings: Settings, todo: Iterable[Batch], error: BaseException, say: Callable[[str], None]
+) -> list[Batch]:
+    """What is still to do, in batches of half the size."""
+    device, sizes = pipeline.engine.device, pipeline.buckets(settings)
+    first, *rest = todo
+    try:
+        parts = halved(first, sizes)
+        limit = max(part.bucket for part in parts)
+        for batch in rest:
+            parts += halved(batch, sizes) if batch.bucket > limit else [batch]
+    except InputError as reason:
+        brief = str(error).splitlines()[0]
+        raise FastgenError(f"{device}: out of memory with a batch of {first.bucket}, and {reason}: {brief}") from None
+    say(f"{device}: out of memory with a batch of {first.bucket}; going on with {limit}")
+    return parts
+
+
+def _begin(
+    pipeline: Pipeline,
+    requests: Sequence[Request],
+    encoder: Conditions,
+    table: SolverTable,
+    settings: Settings,
+    advance: StepBar,
+    batch: Batch,
+) -> Callable[[], Pictures]:
+    """Start one batch; where that blocks, on a CPU, the bar follows its steps."""
+    on_step = None if pipeline.on_gpu else partial(advance.step, len(batch))
+    return pipeline.start_batch(requests[batch.rows], encoder, table, settings, bucket=batch.bucket, on_step=on_step)
+
+
+def _writers(pipeline: Pipeline) -> int:
+    """Threads that compress PNGs: on a CPU the networks need the cores."""
+    return min(8, os.cpu_count() or 1) if pipeline.on_gpu else 1
+
+
+def _identity(pipeline: Pipeline, requests: Sequence[Request], settings: Settings, limit: int) -> dict[str, Any]:
     """Everything the pixels depend on: two runs with the same identity are one job."""
     rows = json.dumps([[r.image_name, r.prompt, r.labels, r.seed] for r in requests])
     return {
@@ -124,13 +193,13 @@ def _identity(pipeline: Pipeline, requests: Sequence[Request], settings: Setting
         "requests_sha256": hashlib.sha256(rows.encode()).hexdigest(),
         "engine": pipeline.engine.name,
         "dtype": pipeline.engine.dtype,
-        "device": pipeline.engine.device,
+        "device": pipeline.engine.device.partition(":")[0],
         "scheduler": settings.scheduler,
         "num_inference_steps": settings.num_inference_steps,
         "guidance_scale": settings.guidance_scale,
         "guidance_interval": None if settings.guidance_interval is None else list(settings.guidance_interval),
         "seed": settings.seed,
-        "batch_size": min(batch_size, len(requests)),
+        "batch_size": min(limit, len(requests)),
     }
 
 
@@ -147,67 +216,3 @@ def _manifest_line(
     line["seed"] = resolve_seed(request, settings.seed)
     shared = {k: v for k, v in identity.items() if k not in ("requests_sha256", "seed", "batch_size")}
     return line | shared
-
-
-def _claim(out: Path, files: Sequence[Path], identity: dict[str, Any]) -> None:
-    """Make `out` this job's folder, or refuse: it belongs to another job, or holds files that would be overwritten."""
-    path = out / JOB
-    for folder in (out, *out.parents):
-        if os.path.lexists(folder) and not folder.is_dir():
-            raise InputError(f"{folder}: is not a folder; choose another --out")
-    if os.path.lexists(path):
-        held = _read_record(path)["job"]
-        for key, value in identity.items():
-            if held.get(key) != value:
-                raise InputError(
-                    f"{out}: holds another job: {key} is {held.get(key)!r} there and {value!r} now; choose another --out"
-                )
-        for folder in {file.parent for file in files}:
-            for leftover in folder.glob(".tmp-*"):  # of a process that was killed while writing
-                leftover.unlink(missing_ok=True)
-        return
-    taken = [file for file in (*files, out / MANIFEST, out / CONTACT_SHEET) if os.path.lexists(file)]
-    if taken:
-        raise InputError(
-            f"{out}: {len(taken)} of the files to write exist already, such as {taken[0].name}, but no {JOB}; "
-            "choose another --out"
-        )
-    _make_folder(out)
-    write_json(path, {"job": identity, "runs": []})
-
-
-def _read_record(path: Path) -> dict[str, Any]:
-    record = read_json(path)
-    if not (isinstance(record, dict) and isinstance(record.get("job"), dict) and isinstance(record.get("runs"), list)):
-        raise InputError(f"{path}: is not the record of a fastgen job; choose another --out")
-    return record
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise FastgenError(f"{folder}: the folder cannot be made: {error.strerror or error}") from None
-
-
-def _record(out: Path, identity: dict[str, Any], report: Report) -> None:
-    runs = _read_record(out / JOB)["runs"]
-    if report.generated:
-        runs.append({"images": report.generated, "seconds": round(report.seconds, 3)})
-    write_json(out / JOB, {"job": identity, "runs": runs})
-
-
-def _advance(bar: Any, writer: _Writer, share: float, *_: Any) -> None:
-    writer.raise_error()
-    if bar is not None:
-        bar.update(min(share, bar.total - bar.n))
-
-
-def _progress_bar(count: int, show: bool) -> AbstractContextManager[Any]:
-    """A bar on stderr, or None where it is no terminal: importing tqdm takes a tenth of the time to a first small image."""
-    if not (show and count and sys.stderr.isatty()):
-        return nullcontext()
-    from tqdm import tqdm
-
-    layout = "{desc} {percentage:3.0f}%|{bar}| {n:.1f}/{total} [{elapsed}<{remaining}, {rate_fmt}]"
-    return tqdm(total=count, desc="generating", unit="image", bar_format=layout)

@@ -5,19 +5,22 @@ from __future__ import annotations
 import math
 import operator
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fastgen.buckets import cut
 from fastgen.bundle import is_bundle, read_bundle
+from fastgen.conditions import Conditions, LabelConditions, PromptConditions
+from fastgen.device_loop import DeviceLoop
 from fastgen.engines import check_installed, create_engine, engine_class, missing_packages
 from fastgen.errors import InputError
-from fastgen.images import to_uint8
 from fastgen.names import check_labels, read_objects
-from fastgen.requests import Request, multi_hot, resolve_seed
+from fastgen.pictures import Decoder, Pictures
+from fastgen.requests import Request, resolve_seed
 from fastgen.sampling import initial_latents, sample
 from fastgen.solver import SolverTable
 
@@ -26,9 +29,6 @@ if TYPE_CHECKING:
 
     from fastgen.engines.base import Array, Engine
     from fastgen.spec import Source
-
-ENCODE_BATCH = 16  # prompts per forward of the text encoder
-DECODE_PIXELS = 2**16  # pixels per forward of the VAE decoder: larger batches are slower per image, and cost memory
 
 
 @dataclass(frozen=True)
@@ -68,11 +68,28 @@ class Settings:
 
 
 class Pipeline:
-    """A model on an engine, ready to generate."""
+    """A model on an engine, ready to generate.
 
-    def __init__(self, source: Source, engine: Engine) -> None:
+    `graphs`: record the loop as CUDA graphs; by default on a GPU, except with the reference engine. `open_exact` makes the
+    same engine in fp32, in which images are decoded again that come out broken.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        engine: Engine,
+        *,
+        graphs: bool | None = None,
+        open_exact: Callable[[], Engine] | None = None,
+    ) -> None:
         self.source, self.engine, self.spec = source, engine, source.spec
         self.tokenizer = source.prompt_tokenizer() if self.spec.family == "text" else None
+        self.decoder = Decoder(engine, self.spec, open_exact)
+        self.on_gpu = engine.device.startswith("cuda")
+        if graphs and not self.on_gpu:
+            raise InputError(f"CUDA graphs need a GPU; engine {engine.name} runs on {engine.device}")
+        self._graphs = self.on_gpu and not engine.reference if graphs is None else graphs
+        self._loops: dict[tuple[str, int], DeviceLoop] = {}
 
     def settings(
         self,
@@ -115,12 +132,13 @@ class Pipeline:
         encoder = self.encoder(requests, chosen.guided)
         table = self.source.table(chosen.solver)
         images: list[Image.Image] = []
-        cuts = list(even_cuts(len(requests), batch_size))
-        for cut in cuts:
-            pixels = self.sample_batch(requests[cut], encoder, table, chosen, size=cuts[0].stop)
-            if not np.isfinite(pixels).all():
-                raise FloatingPointError(f"images {cut.start} to {cut.stop - 1}: values that are not finite")
-            images += [Image.fromarray(p) for p in to_uint8(pixels)]
+        for batch in cut(len(requests), batch_size, self.buckets(chosen)):
+            rows = requests[batch.rows]
+            pictures = self.start_batch(rows, encoder, table, chosen, bucket=batch.bucket)()
+            for request, problem in zip(rows, pictures.problems, strict=True):
+                if problem and "finite" in problem:
+                    raise FloatingPointError(f"image {request.id}: {problem}")
+            images += [Image.fromarray(p) for p in pictures.pixels]
         return images
 
     def encoder(self, requests: Sequence[Request], guided: bool) -> Conditions:
@@ -133,7 +151,24 @@ class Pipeline:
             return PromptConditions(self.engine, self.tokenizer, [r.prompt or "" for r in requests], guided)
         return LabelConditions(self.engine, self.spec.objects or {})
 
-    @np.errstate(over="ignore", invalid="ignore")  # the caller looks for values that are not finite
+    def start_batch(
+        self,
+        requests: Sequence[Request],
+        encoder: Conditions,
+        table: SolverTable,
+        settings: Settings,
+        *,
+        bucket: int | None = None,
+        on_step: Callable[[int, Array], None] | None = None,
+    ) -> Callable[[], Pictures]:
+        """Begin with one batch of requests; the call that is returned waits for its pictures.
+
+        On a GPU this returns when everything is queued: start the next batch before waiting for this one. `bucket`: the size
+        to which an engine with static shapes pads the batch. `on_step(i, x)` sees the state after each row.
+        """
+        x = self.latents(requests, encoder, table, settings, bucket=bucket, on_step=on_step)
+        return self.decoder.start(x)
+
     def sample_batch(
         self,
         requests: Sequence[Request],
@@ -141,88 +176,67 @@ class Pipeline:
         table: SolverTable,
         settings: Settings,
         *,
-        size: int | None = None,
-        on_step: Callable[[int, Array], None] | None = None,
+        bucket: int | None = None,
     ) -> np.ndarray:
-        """One batch of requests -> images (B, 3, H, W) float32, nominally in [-1, 1].
+        """One batch of requests -> images (B, 3, H, W) float32, nominally in [-1, 1], whatever they look like."""
+        x = self.latents(requests, encoder, table, settings, bucket=bucket)
+        return self.engine.numpy(self.decoder.decode(x))
 
-        `size`: the job's batch size, to which an engine with static shapes pads a shorter batch.
-        """
+    @np.errstate(over="ignore", invalid="ignore")  # broken images are looked for in the end
+    def latents(
+        self,
+        requests: Sequence[Request],
+        encoder: Conditions,
+        table: SolverTable,
+        settings: Settings,
+        *,
+        bucket: int | None = None,
+        on_step: Callable[[int, Array], None] | None = None,
+    ) -> Array:
+        """The final state (B, C, h, w) of a batch of requests, as an array of the engine; arguments as in `start_batch`."""
         engine, count = self.engine, len(requests)
-        if engine.static_shapes and size is not None:
-            requests = [*requests, *[requests[-1]] * (size - count)]
-        seeds = [resolve_seed(r, settings.seed) for r in requests]
-        x = initial_latents(table, seeds, self.spec.latent_shape, xp=engine.xp, device=engine.device)
-        x = sample(
-            lambda *inputs: engine.run("unet", *inputs)[0],
-            table,
-            x,
-            encoder(requests),
-            seeds=seeds,
-            guidance_scale=settings.guidance_scale,
-            uncond=encoder.uncond() if settings.guided else None,
-            guidance_interval=settings.guidance_interval,
-            on_step=on_step,
-        )
-        return self.decode(x)[:count]
+        if engine.static_shapes and bucket is not None:
+            requests = [*requests, *[requests[-1]] * (bucket - count)]
+        seeds = engine.array(np.array([resolve_seed(r, settings.seed) for r in requests], np.int64))
+        x = initial_latents(table, seeds, self.spec.latent_shape)
+        cond = encoder(requests)
+        options: dict[str, Any] = {
+            "seeds": seeds,
+            "guidance_scale": settings.guidance_scale,
+            "uncond": encoder.uncond() if settings.guided else None,
+            "guidance_interval": settings.guidance_interval,
+            "on_step": on_step,
+        }
+        if self.on_gpu:
+            x = self._loop(table, x, cond).run(x, cond, **options)
+        else:
+            x = sample(lambda *a: engine.run("unet", *a)[0], table, x, cond, guided=engine.run_guided, **options)
+        return x[:count]
 
-    def decode(self, x: Array) -> np.ndarray:
-        """Final latents (B, C, h, w) -> images (B, 3, H, W) float32 in NumPy."""
-        engine = self.engine
-        if self.spec.family == "labels":
-            return engine.numpy(x)
-        x = x / self.spec.scaling_factor
-        chunk = max(1, DECODE_PIXELS // self.spec.image_size**2)
-        cuts = list(even_cuts(len(x), chunk))
-        parts = [engine.run("vae_decoder", _padded(engine, x[cut], cuts[0]))[0][: cut.stop - cut.start] for cut in cuts]
-        return np.concatenate([engine.numpy(part) for part in parts])
+    def _loop(self, table: SolverTable, x: Array, cond: Array) -> DeviceLoop:
+        """The loop for this table and batch size; those of other tables are dropped with their memory."""
+        key = (table.key, len(x))
+        if key not in self._loops:
+            self._loops = {k: loop for k, loop in self._loops.items() if k[0] == table.key}
+            self._loops[key] = DeviceLoop(self.engine, table, x.shape, cond.shape, graphs=self._graphs)
+        return self._loops[key]
 
+    def buckets(self, settings: Settings) -> Sequence[int] | None:
+        """The batch sizes that the engine was compiled for, if it was; with a guidance interval for both kinds of rows."""
+        sizes = self.engine.buckets(settings.guided)
+        if sizes is None or not settings.guided or settings.guidance_interval is None:
+            return sizes
+        both = sorted(set(sizes) & set(self.engine.buckets(False) or ()))
+        if not both:
+            raise InputError(
+                f"engine {self.engine.name} has no batch size for both guided and unguided rows; build for more"
+            )
+        return both
 
-class LabelConditions:
-    """Label lists -> multi-hot rows (B, K); the unconditional row is all zero."""
-
-    def __init__(self, engine: Engine, objects: dict[str, int] | Any) -> None:
-        self._engine, self._objects = engine, objects
-
-    def __call__(self, requests: Sequence[Request]) -> Array:
-        return self._engine.array(multi_hot(requests, self._objects))
-
-    def uncond(self) -> Array:
-        return self._engine.array(np.zeros((1, len(self._objects)), np.float32))
-
-
-class PromptConditions:
-    """Prompts -> text states (B, tokens, D), each distinct prompt encoded once; the unconditional row is the empty prompt.
-
-    Distinct prompts are encoded in fixed batches of the whole job, so that a resumed job encodes them in the same company.
-    """
-
-    def __init__(self, engine: Engine, tokenizer: Any, prompts: Sequence[str], guided: bool) -> None:
-        distinct = dict.fromkeys([*([""] if guided else []), *prompts])
-        self._engine = engine
-        self._row = {prompt: i for i, prompt in enumerate(distinct)}
-        self._ids, counts = tokenizer.encode(list(distinct))
-        self._states: dict[int, Array] = {}
-        self.truncated = {p: n for p, n in zip(distinct, counts, strict=True) if n > tokenizer.length}
-
-    def __call__(self, requests: Sequence[Request]) -> Array:
-        return self._engine.xp.stack([self._state(r.prompt or "") for r in requests])
-
-    def uncond(self) -> Array:
-        return self._state("")[None]
-
-    def _state(self, prompt: str) -> Array:
-        row = self._row[prompt]
-        cuts = list(even_cuts(len(self._ids), ENCODE_BATCH))
-        size = cuts[0].stop
-        index = row // size
-        if index not in self._states:
-            ids = _padded(self._engine, self._engine.array(self._ids[cuts[index]]), cuts[0])
-            self._states[index] = self._engine.run("text_encoder", ids)[0]
-        return self._states[index][row % size]
-
-
-Conditions = LabelConditions | PromptConditions
+    def free_memory(self) -> None:
+        """Let go of recorded graphs and unused device memory: the next batch allocates anew."""
+        self._loops.clear()
+        self.engine.release_memory()
 
 
 def _requests(
@@ -246,23 +260,6 @@ def _requests(
     ]
 
 
-def even_cuts(count: int, size: int) -> Iterator[slice]:
-    """Slices of range(count) of one length <= `size`, as few as can be; only the last may be shorter."""
-    if size < 1:
-        raise InputError(f"batch_size is {size}, expected at least 1")
-    length = math.ceil(count / math.ceil(count / size))
-    for start in range(0, count, length):
-        yield slice(start, min(start + length, count))
-
-
-def _padded(engine: Engine, batch: Array, cut: slice) -> Array:
-    """Engines with static shapes get every batch at the length of the first: the last row is repeated."""
-    short = (cut.stop - cut.start) - len(batch)
-    if not engine.static_shapes or short <= 0:
-        return batch
-    return engine.xp.concatenate([batch, *[batch[-1:]] * short])
-
-
 def load(
     path: str | os.PathLike[str],
     engine: str | None = None,
@@ -270,12 +267,13 @@ def load(
     device: str | None = None,
     dtype: str | None = None,
     threads: int | None = None,
+    graphs: bool | None = None,
 ) -> Pipeline:
     """Load a bundle or a model folder onto an engine.
 
     `engine`: for a bundle `openvino` or `ort`, the first that is installed; for a model folder `eager`. `dtype`: fp32,
-    bf16 or fp16, by default what suits the engine. Raises InputError when the folder is neither, is damaged, or does not
-    suit the engine.
+    bf16 or fp16, by default what suits the engine. `graphs`: see Pipeline. Raises InputError when the folder is neither, is
+    damaged, or does not suit the engine.
     """
     folder = Path(path)
     bundled = is_bundle(folder)
@@ -291,16 +289,26 @@ def load(
         raise InputError(
             f"engine {name} runs model folders; {folder} is a bundle: give --model the folder it was exported from"
         )
-    source: Source
     check_installed(name)
-    if bundled:
-        source = bundle = read_bundle(folder)
-        bundle.verify()
-    else:
-        from fastgen.networks import load_model
 
-        source = load_model(folder)
-    return Pipeline(source, create_engine(name, source, device=device, dtype=dtype, threads=threads))
+    def open_source() -> Source:
+        if not bundled:
+            from fastgen.networks import load_model
+
+            return load_model(folder)
+        bundle = read_bundle(folder)
+        bundle.verify()
+        return bundle
+
+    source = open_source()
+    options: dict[str, Any] = {"device": device, "threads": threads}
+    created = create_engine(name, source, dtype=dtype, **options)
+    return Pipeline(
+        source,
+        created,
+        graphs=graphs,
+        open_exact=lambda: create_engine(name, open_source(), dtype="fp32", **options),
+    )
 
 
 def model_objects(path: str | os.PathLike[str]) -> Mapping[str, int] | None:

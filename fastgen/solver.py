@@ -7,6 +7,7 @@ vectors, which took no part in the fit, confirms them. No sampler is written by 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -59,13 +60,19 @@ def compile_table(
     `step_options` go to `step()`, such as `eta`. Raises InputError for a number of steps out of range and for a
     scheduler whose step is not linear in the state, the predictions and the noise of its own row.
     """
-    class_name = type(scheduler).__name__
-    name = name or class_name
-    label = name if name == class_name else f"{name} ({class_name})"
-    with _labelled(f"solver {label} at {num_inference_steps} steps"):
+    with _labelled(scheduler, name, num_inference_steps):
         _check_config(scheduler.config)
-        scheduler = type(scheduler).from_config(scheduler.config)
-        start = start_run(scheduler, num_inference_steps, noise_steps)
+        own = type(scheduler).from_config(scheduler.config)
+    return _compile(own, num_inference_steps, noise_steps, name, step_options)
+
+
+def _compile(
+    scheduler: Any, steps: int, noise_steps: int | None, name: str | None, step_options: Mapping[str, Any]
+) -> SolverTable:
+    """`compile_table` with a fresh scheduler, which is used up."""
+    with _labelled(scheduler, name, steps):
+        _check_config(scheduler.config)
+        start = start_run(scheduler, steps, noise_steps)
         trace = run_probe(scheduler, start, step_options)
         basis, coefficients = _solve(scheduler, trace)
         clips = coefficients["d"].any() or coefficients["r"].any()
@@ -76,8 +83,8 @@ def compile_table(
             clip=float(trace.clip_ranges[CHECK]) if clips else None,
             init_alpha=start.init_alpha,
             init_sigma=start.init_sigma,
-            name=name,
-            num_inference_steps=num_inference_steps,
+            name=name or type(scheduler).__name__,
+            num_inference_steps=steps,
             noise_steps=noise_steps,
             prediction_type=getattr(scheduler.config, "prediction_type", "epsilon"),
             basis=basis,
@@ -87,10 +94,17 @@ def compile_table(
 
 def compile_key(key: str, config: Mapping[str, Any]) -> SolverTable:
     """The table of a key `NAME:STEPS[:NOISE_STEPS]` for a model folder's scheduler config. Raises InputError."""
+    return _compile_key(key, config, {})
+
+
+def _compile_key(key: str, config: Mapping[str, Any], made: dict[Any, Any]) -> SolverTable:
+    """`compile_key` with the schedulers `made` before for the same config, of which copies are used up: a scheduler is slow to
+    make and quick to copy."""
     name, steps, noise_steps = parse_key(key)
-    if steps == config.get("num_train_timesteps", 1000):  # every timestep: an offset would leave the schedule
-        config = {**config, "steps_offset": 0}
-    return compile_table(make_scheduler(name, config), steps, noise_steps, name=name)
+    whole = steps == config.get("num_train_timesteps", 1000)  # every timestep: an offset would leave the schedule
+    if (name, whole) not in made:
+        made[name, whole] = make_scheduler(name, {**config, "steps_offset": 0} if whole else config)
+    return _compile(copy.deepcopy(made[name, whole]), steps, noise_steps, name, {})
 
 
 def common_tables(
@@ -101,16 +115,19 @@ def common_tables(
     names = dict.fromkeys((*COMMON, default_name(config)))
     keys = [format_key(name, steps) for name in names for steps in COMMON_STEPS]
     keys.append(format_key("ddpm", config.get("num_train_timesteps", 1000)))
+    made: dict[Any, Any] = {}
     for key in dict.fromkeys(keys):
         try:
-            yield key, compile_key(key, config)
+            yield key, _compile_key(key, config, made)
         except InputError as error:
             on_skip(key, error)
 
 
 @contextmanager
-def _labelled(label: str) -> Iterator[None]:
+def _labelled(scheduler: Any, name: str | None, steps: int) -> Iterator[None]:
     """One line that names the solver, for whatever cannot be done."""
+    class_name = type(scheduler).__name__
+    label = f"solver {class_name if name in (None, class_name) else f'{name} ({class_name})'} at {steps} steps"
     try:
         yield
     except InputError as error:

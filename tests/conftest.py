@@ -177,6 +177,21 @@ def exports(text_model, label_model, export_few, tmp_path_factory) -> Callable[[
 
 
 @pytest.fixture(scope="session")
+def lowered_bundle(exports, text_model, label_model, export_few, tmp_path_factory) -> Callable[[str, str], Path]:
+    """(kind, dtype) -> a copy of the bundle of that kind to which `--dtype` added its graphs."""
+    done: dict[tuple[str, str], Path] = {}
+
+    def get(kind: str, dtype: str) -> Path:
+        if (kind, dtype) not in done:
+            folder = shutil.copytree(exports(kind)[0], tmp_path_factory.mktemp("lowered") / f"{kind}-{dtype}")
+            export_few(text_model if kind == "text" else label_model, folder, dtype=dtype, engines=["ort"])
+            done[kind, dtype] = folder
+        return done[kind, dtype]
+
+    return get
+
+
+@pytest.fixture(scope="session")
 def text_bundle(exports) -> Path:
     return exports("text")[0]
 

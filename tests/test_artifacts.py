@@ -10,6 +10,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,7 +18,7 @@ from fastgen import artifacts
 from fastgen.artifacts import Recipe
 from fastgen.errors import InputError
 
-FIELDS = {"network": "unet", "batch": 8, "dtype": "fp16", "gpu": "NVIDIA A", "weights_sha256": "0" * 64}
+FIELDS: dict[str, Any] = {"network": "unet", "batch": 8, "dtype": "fp16", "gpu": "NVIDIA A", "weights_sha256": "0" * 64}
 RECIPE = Recipe("trt", FIELDS)
 BUILDER = """
 import sys, time
@@ -178,6 +179,40 @@ def test_listing_and_removing():
     one, two = artifacts.obtain(RECIPE, write_plan), artifacts.obtain(replace(RECIPE, engine="compile"), write_plan)
     assert {a.folder for a in artifacts.artifacts()} == {one.folder, two.folder}
     assert artifacts.artifacts("compile") == [two]
-    artifacts.remove(one)
+    assert artifacts.remove(one.folder)
     assert artifacts.find(RECIPE) is None
     assert artifacts.artifacts() == [two]
+
+
+def test_scanning_tells_damaged_records_apart_instead_of_failing():
+    one, two = artifacts.obtain(RECIPE, write_plan), artifacts.obtain(replace(RECIPE, engine="compile"), write_plan)
+    (one.folder / "artifact.json").write_text("{")
+    sound, damaged = artifacts.scan()
+    assert sound == [two]
+    assert [(d.folder, d.engine) for d in damaged] == [(one.folder, "trt")]
+    assert "malformed JSON" in damaged[0].reason
+    assert artifacts.scan("compile") == ([two], [])
+
+
+def test_what_another_process_builds_is_not_removed():
+    built = artifacts.obtain(RECIPE, write_plan)
+    (built.folder / "plan").write_bytes(b"")  # so that the builder builds it again
+    process = start_builder(60)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "building\n"
+    assert not artifacts.remove(built.folder)
+    assert built.folder.is_dir()
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    deadline = time.monotonic() + 5
+    while not artifacts.remove(built.folder) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not built.folder.exists()
+
+
+def test_only_an_artifact_s_own_folders_are_leftovers(cache):
+    artifacts.obtain(RECIPE, write_plan)
+    for name in ("timing", ".mine", "f" * 64):
+        (cache / "engines" / "trt" / name).mkdir()
+    assert [folder.name for folder in artifacts.leftovers()] == ["f" * 64]
+    assert list(artifacts.leftovers("compile")) == []

@@ -13,7 +13,8 @@ import pytest
 
 pytest.importorskip("onnxruntime")
 
-from export.certificate import certify, write_reference
+from export.certificate import certify
+from export.reference import write_reference
 from fastgen.bundle import read_bundle
 from fastgen.engines import create_engine
 from fastgen.errors import FastgenError
@@ -69,6 +70,39 @@ def test_fp32_is_held_to_the_stated_tolerance(label_bundle, tmp_path, by, passed
     assert certificate.rows[0].max_abs == pytest.approx(by, rel=0.1)
     assert certificate.rows[-1].passed  # far below a grey level
     assert certificate.passed is passed
+
+
+@pytest.mark.parametrize("fixed_sizes", [(2, 16), (64,)])
+def test_engines_with_fixed_batch_sizes_are_certified_in_those(text_bundle, tmp_path, fixed_sizes):
+    bundle = read_bundle(shutil.copytree(text_bundle, tmp_path / "bundle"))
+    engine: Any = create_engine("ort", bundle)
+    run, sizes = engine.run, set()
+
+    def fixed(network, *inputs):
+        sizes.add(len(inputs[0]))
+        return run(network, *inputs)
+
+    engine.run, engine.static_shapes, engine.batch_sizes = fixed, True, lambda network: fixed_sizes
+    certificate = certify(engine, bundle)
+    assert certificate.passed, certificate.table()
+    assert sizes <= set(fixed_sizes)
+
+
+def test_what_an_engine_keeps_in_fp32_is_held_to_fp32(label_bundle, tmp_path):
+    bundle = read_bundle(shutil.copytree(label_bundle, tmp_path / "bundle"))
+    for executed, passed in (("bf16", True), ("fp32", False)):
+        engine = shifted(bundle, {"unet"}, 3e-4)
+        engine.run("unet", *bundle.spec.signatures["unet"].sample_inputs(1, np.random.default_rng(0)).values())
+        engine.dtype, engine.executed = "bf16", lambda network, dtype=executed: dtype
+        row = certify(engine, bundle).rows[0]
+        assert row.passed is passed
+        assert ("eager's" in row.allowed) is passed
+
+
+def test_only_the_networks_asked_for_are_certified(text_bundle, tmp_path):
+    bundle = read_bundle(shutil.copytree(text_bundle, tmp_path / "bundle"))
+    rows = certify(create_engine("ort", bundle), bundle, ["unet", "vae_decoder"]).rows
+    assert [row.what for row in rows] == ["unet", "vae_decoder", "images"]
 
 
 def test_whole_images_are_compared_too(text_bundle, tmp_path):

@@ -216,8 +216,8 @@ def test_a_symlink_below_the_output_folder_is_refused(fastgen, label_bundle, tmp
         (["--scheduler", "ddim:50"], "scheduler is 'ddim:50', expected a name"),
         (["--engine", "tensor"], "unknown engine 'tensor' (choices: "),
         (["--engine", "eager"], "engine eager runs model folders"),
-        (["--device", "cuda"], "engine ort runs on cpu, not cuda"),
-        (["--dtype", "fp8"], "engine ort executes fp32, not fp8"),
+        (["--device", "cuda"], "this onnxruntime is built for the CPU alone"),
+        (["--dtype", "fp8"], "engine ort executes fp32 on cpu, not fp8"),
         (["--speed", "9"], "No such option"),
     ],
 )

@@ -143,6 +143,10 @@ def test_a_folder_with_something_else_in_it_is_left_alone(model, tmp_path):
         ({"solvers": ["ddim"]}, "solver 'ddim' is not NAME:STEPS"),
         ({"solvers": ["ddim:0"]}, "solver 'ddim:0' is not NAME:STEPS"),
         ({"solvers": ["dimm:5"]}, "unknown scheduler 'dimm'; did you mean 'ddim'?"),
+        ({"engines": ["ort:bf16"]}, "engine ort executes fp32, fp16, not bf16"),
+        ({"dtype": "fp8"}, "unknown dtype 'fp8'"),
+        ({"trt": True, "batch_sizes": []}, "batch sizes are [], expected one or more positive integers"),
+        ({"trt": True, "batch_sizes": [8, 0]}, "batch sizes are [8, 0], expected one or more positive integers"),
     ],
 )
 def test_wrong_options_are_found_before_the_networks_are_exported_and_leave_nothing(
@@ -167,7 +171,7 @@ def test_a_failed_export_leaves_the_old_bundle_and_nothing_else(model, bundle, m
 
     edit(model / "scheduler" / "scheduler_config.json", beta_end=0.03)
     old = contents(bundle)
-    monkeypatch.setattr("export.bundle._write_tables", lambda *arguments: None)
+    monkeypatch.setattr("export.write._write_tables", lambda *arguments: None)
     monkeypatch.setattr("export.onnx.export_onnx", fail)
     with pytest.raises(FastgenError, match=r"No space left on device|cannot be exported"):
         export(model, bundle, overwrite=True)
@@ -212,15 +216,16 @@ def test_a_tokenizer_without_tokenizer_json_gets_one(text_model, tmp_path, monke
     """As in Stable Diffusion 1.x: vocab.json and merges.txt alone."""
     from transformers import CLIPTokenizer
 
-    from export import bundle
+    from export import write
     from fastgen.networks import load_model
     from fastgen.prompts import Tokenizer
 
     folder = shutil.copytree(text_model, tmp_path / "model")
     (folder / "tokenizer" / "tokenizer.json").unlink()
-    for name in ("export.bundle._write_tables", "export.bundle.write_reference", "export.onnx.export_onnx"):
-        monkeypatch.setattr(name, lambda *arguments: None)
-    bundle._fill(tmp_path / "partial", load_model(folder), (), print)
+    for name in ("_write_tables", "write_reference", "write_distances"):
+        monkeypatch.setattr(f"export.write.{name}", lambda *arguments: None)
+    monkeypatch.setattr("export.onnx.export_onnx", lambda *arguments: None)
+    write._fill(tmp_path / "partial", tmp_path / "out", load_model(folder), write.Wanted(), print)
     prompts = ["A red dragon", "crème brûlée 🐉", "", "word " * 90]
     expected = CLIPTokenizer.from_pretrained(folder / "tokenizer")(
         prompts, padding="max_length", max_length=77, truncation=True

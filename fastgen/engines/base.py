@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from fastgen.buckets import cut
 from fastgen.errors import InputError
 from fastgen.signatures import Signature
+
+if TYPE_CHECKING:
+    from fastgen.artifacts import Recipe
 
 Array = Any  # of the engine's namespace: numpy.ndarray or torch.Tensor
 
@@ -28,11 +31,13 @@ class Engine(abc.ABC):
     install: ClassVar[str]  # the command that installs them
     dtypes: ClassVar[Sequence[str]]  # precisions it can execute, the default first where the hardware has it
     static_shapes: ClassVar[bool] = False  # compiles per batch size: callers pad their last batch
+    reference: ClassVar[bool] = False  # what others are held against: run as its users run it, without graphs
 
     xp: Any  # array namespace of its arrays
     device: str
     dtype: str  # the precision that is executed
     signatures: Mapping[str, Signature]
+    decode_pixels: int = 2**16  # per forward of the VAE decoder: more are slower per image on a CPU, and cost memory
     capturable: bool = False  # `run` may be recorded into a CUDA graph: current stream, no host synchronisation
 
     @abc.abstractmethod
@@ -67,13 +72,34 @@ class Engine(abc.ABC):
         """The batch sizes that `run` takes for this network, ascending; None for any."""
         return None
 
+    def recipe(self, network: str, rows: int) -> Recipe | None:
+        """What this network compiled for so many rows is made of and for, in the cache of compiled engines; a field that is
+        None may have any value. None for an engine that keeps nothing on disk."""
+        return None
+
+    def buckets(self, guided: bool) -> Sequence[int] | None:
+        """The batch sizes in images that the UNet can be run with, ascending; None for any. A guided image takes two rows."""
+        sizes = self.batch_sizes("unet")
+        return [size // 2 for size in sizes if size % 2 == 0] if guided and sizes is not None else sizes
+
+    def probe(self, network: str, rows: int) -> None:
+        """One forward of so many rows, to measure time and memory."""
+        rng = np.random.default_rng(0)
+        self.run_any(network, *(self.array(x) for x in self.signatures[network].sample_inputs(rows, rng).values()))
+
+    def synchronize(self) -> None:  # noqa: B027
+        """Wait until everything that was queued on the device has run."""
+
+    def executed(self, network: str) -> str:
+        """The precision that this network is executed in: an engine may keep some in fp32."""
+        return self.dtype
+
     def is_out_of_memory(self, error: BaseException) -> bool:
         """Whether a smaller batch might succeed where this error was raised."""
         return isinstance(error, MemoryError)
 
-    def free_memory(self) -> int | None:
-        """Bytes of device memory that a larger batch could use; None where it is not limited by a device."""
-        return None
+    def release_memory(self) -> None:  # noqa: B027
+        """Give unused device memory back, after an allocation has failed."""
 
     @abc.abstractmethod
     def array(self, values: np.ndarray) -> Array:

@@ -9,6 +9,9 @@ import numpy as np
 from fastgen.engines import base
 from fastgen.errors import InputError
 
+# What CUDA's libraries say through other exceptions than torch's own.
+OUT_OF_MEMORY = "out of memory", "status_alloc_failed"
+
 
 class TorchEngine(base.Engine):
     """An engine on torch tensors of one device."""
@@ -20,25 +23,33 @@ class TorchEngine(base.Engine):
         self._torch = torch
         self.xp = torch
         self.device = check_device(self.name, device or ("cuda" if torch.cuda.is_available() else kinds[0]), kinds)
+        if self.device.startswith("cuda"):
+            self.decode_pixels = 2**20  # 16 images of 256 px fill any GPU
         if threads:
             torch.set_num_threads(threads)
 
     def array(self, values: np.ndarray) -> Any:
-        return self._torch.from_numpy(np.ascontiguousarray(values)).to(self.device)
+        """On a GPU the copy is queued, from pinned memory: the host does not wait for what is queued before it."""
+        tensor = self._torch.from_numpy(np.ascontiguousarray(values))
+        if not self.device.startswith("cuda"):
+            return tensor
+        return tensor.pin_memory().to(self.device, non_blocking=True)
 
     def numpy(self, values: Any) -> np.ndarray:
         return values.cpu().numpy()
 
     def is_out_of_memory(self, error: BaseException) -> bool:
-        return isinstance(error, (MemoryError, self._torch.OutOfMemoryError))
+        if isinstance(error, (MemoryError, self._torch.OutOfMemoryError)):
+            return True
+        return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in OUT_OF_MEMORY)
 
-    def free_memory(self) -> int | None:
-        """What the driver has free, and what torch's allocator holds without using it."""
-        if not self.device.startswith("cuda"):
-            return None
-        cuda = self._torch.cuda
-        unused = cuda.memory_reserved(self.device) - cuda.memory_allocated(self.device)
-        return int(cuda.mem_get_info(self.device)[0] + unused)
+    def synchronize(self) -> None:
+        if self.device.startswith("cuda"):
+            self._torch.cuda.synchronize(self.device)
+
+    def release_memory(self) -> None:
+        if self.device.startswith("cuda"):
+            self._torch.cuda.empty_cache()
 
 
 def check_device(engine: str, device: str, kinds: tuple[str, ...] = ("cpu", "cuda")) -> str:

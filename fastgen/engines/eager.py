@@ -17,6 +17,7 @@ class Engine(TorchEngine):
     packages = ("torch", "diffusers", "transformers")
     install = 'pip install "fastgen-diffusion[train]"'
     dtypes = ("fp32", "bf16", "fp16")
+    reference = True
 
     def __init__(
         self, source: Model, *, device: str | None = None, dtype: str | None = None, threads: int | None = None

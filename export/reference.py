@@ -1,0 +1,179 @@
+"""What certificates compare with: inputs for every network, what eager computes from them in fp32, whole images, and how far
+eager itself moves in fp16 and bf16."""
+
+from __future__ import annotations
+
+import copy
+import importlib.metadata
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fastgen.buckets import cut
+from fastgen.bundle import REFERENCE, Bundle
+from fastgen.errors import FastgenError, InputError
+from fastgen.images import problem
+from fastgen.jsonfiles import read_json, write_bytes, write_json
+from fastgen.pipeline import Pipeline, Settings
+from fastgen.requests import Request
+from fastgen.signatures import Signature
+
+if TYPE_CHECKING:
+    from fastgen.engines.base import Engine
+    from fastgen.networks import Model
+
+TIMESTEPS, SEEDS = 8, 4  # network inputs: every timestep with every seed
+IMAGES, IMAGE_STEPS = 8, 20
+PROMPTS = (
+    "A small purple monster with one big eye.",
+    "Red dragon with wings, horns and a long tail, holding an axe.",
+    "Green slime with three eyes. The monster is attacking.",
+    "Gray and white eagle with spiked armor and trident.",
+    "A blue robot with a sword and a shield. The monster is idling.",
+    "Yellow insect with many legs and big teeth. The monster is moving.",
+    "A skeleton knight in black armor. The monster is dying.",
+    "Brown tree monster with a face and twisted branches.",
+)
+
+
+def write_reference(model: Model, path: Path) -> None:
+    """Run the eager fp32 reference on a CPU and store its inputs and outputs in a safetensors file.
+
+    Raises FastgenError when the model itself produces values that are not finite, or flat images.
+    """
+    from safetensors.numpy import save
+
+    from fastgen.engines.eager import Engine as Eager
+
+    eager = Eager(model, device="cpu", dtype="fp32")
+    pipeline = Pipeline(model, eager)
+    tensors: dict[str, np.ndarray] = {}
+    for name, signature in model.spec.signatures.items():
+        tensors |= {f"{name}.{key}": value for key, value in _inputs(pipeline, name, signature, tensors).items()}
+        outputs = run_network(eager, name, signature, tensors)
+        if not all(np.isfinite(y).all() for y in outputs):
+            raise FastgenError(f"{model.folder}: {name} itself (eager, fp32) produces values that are not finite")
+        tensors |= {f"{name}.{t.name}": y for t, y in zip(signature.outputs, outputs, strict=True)}
+    tensors["images"] = generate_images(pipeline)
+    check_images(f"{model.folder} itself (eager, fp32)", tensors["images"])
+    write_bytes(path, save({key: np.ascontiguousarray(value) for key, value in tensors.items()}))
+
+
+def read_reference(path: Path) -> dict[str, np.ndarray]:
+    """`NETWORK.TENSOR` and `images` -> the inputs and fp32 outputs that `write_reference` stored."""
+    from safetensors.numpy import load
+
+    return load(path.read_bytes())
+
+
+def write_distances(model: Model, reference: Path, dtype: str, path: Path) -> None:
+    """Measure how far eager itself moves in `dtype` from the fp32 reference, network by network (relative L2), on a GPU if
+    there is one: the yardstick for engines that compute in `dtype`."""
+    import torch
+
+    from fastgen.engines.eager import Engine as Eager
+
+    tensors = read_reference(reference)
+    eager = Eager(copy.deepcopy(model), device="cuda" if torch.cuda.is_available() else "cpu", dtype=dtype)
+    distances = {}
+    for name, signature in model.spec.signatures.items():
+        found = flat(run_network(eager, name, signature, tensors))
+        if not np.isfinite(found).all():
+            other = "bf16" if dtype == "fp16" else "fp32"
+            raise FastgenError(f"{model.folder}: {name} overflows in {dtype} (eager itself); use --dtype {other}")
+        distances[name] = relative_l2(flat([tensors[f"{name}.{t.name}"] for t in signature.outputs]), found)
+    where = torch.cuda.get_device_name() if eager.device == "cuda" else "cpu"
+    versions = {package: importlib.metadata.version(package) for package in ("torch", "diffusers")}
+    write_json(path, {"dtype": dtype, "device": where, "versions": versions, "relative_l2": distances})
+
+
+def distances_name(dtype: str) -> str:
+    """The bundle file that `write_distances` fills."""
+    return f"{REFERENCE.partition('.')[0]}.{dtype}.json"
+
+
+def read_distances(bundle: Bundle, dtype: str) -> tuple[Mapping[str, float], str]:
+    """Eager's own distance in `dtype` per network, and the device it was measured on.
+
+    Raises InputError when the bundle was exported without it.
+    """
+    name = distances_name(dtype)
+    if name not in bundle.files:
+        option = "" if dtype == "bf16" else f" --dtype {dtype}"
+        raise InputError(
+            f"{bundle.folder}: does not say how far eager itself moves in {dtype}; "
+            f"`fastgen export MODEL --out {bundle.folder}{option}`, with the model folder, adds it"
+        )
+    value = read_json(bundle.file(name))
+    return value["relative_l2"], str(value["device"])
+
+
+def run_network(engine: Engine, name: str, signature: Signature, tensors: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+    """An engine's outputs for the reference's inputs of one network."""
+    inputs = [engine.array(tensors[f"{name}.{t.name}"]) for t in signature.inputs]
+    return [engine.numpy(y) for y in engine.run_any(name, *inputs)]
+
+
+def generate_images(pipeline: Pipeline) -> np.ndarray:
+    """(8, 3, H, W): the certificate's requests with the model's default solver at 20 steps."""
+    spec = pipeline.spec
+    requests = _requests(list(spec.objects or ()))
+    settings = Settings(spec.sampling.scheduler, IMAGE_STEPS, spec.sampling.guidance_scale)
+    encoder, table = pipeline.encoder(requests, settings.guided), pipeline.source.table(settings.solver)
+    sizes = pipeline.engine.buckets(settings.guided)
+    batches = cut(IMAGES, max(IMAGES, min(sizes or [1])), sizes)
+    images = [pipeline.sample_batch(requests[b.rows], encoder, table, settings, bucket=b.bucket) for b in batches]
+    return np.concatenate(images)
+
+
+def check_images(whose: str, images: np.ndarray) -> None:
+    """FastgenError for values that are not finite, and for flat images."""
+    for i, image in enumerate(images):
+        if why := problem(image):
+            raise FastgenError(f"{whose}: whole image {i}: {why}")
+
+
+def flat(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    return np.concatenate([array.reshape(-1) for array in arrays])
+
+
+def relative_l2(expected: np.ndarray, found: np.ndarray) -> float:
+    return float(np.linalg.norm(expected - found) / np.linalg.norm(expected))
+
+
+def _requests(objects: Sequence[str]) -> list[Request]:
+    """Prompts, or one to three labels each where there are objects."""
+    requests = []
+    for i in range(IMAGES):
+        labels = dict.fromkeys(objects[(5 * i + 7 * j) % len(objects)] for j in range(min(1 + i % 3, len(objects))))
+        condition = {"labels": tuple(labels)} if objects else {"prompt": PROMPTS[i]}
+        requests.append(Request(str(i), f"{i}.png", seed=i, **condition))
+    return requests
+
+
+def _inputs(
+    pipeline: Pipeline, name: str, signature: Signature, done: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Inputs of one network: real prompts and the empty one for the text encoder, its states for the UNet, labels or none
+    for the label UNet, timesteps over the whole schedule; noise elsewhere."""
+    rng = np.random.default_rng(0)
+    batch = TIMESTEPS * SEEDS
+    if name == "text_encoder":
+        assert pipeline.tokenizer is not None
+        return {"input_ids": pipeline.tokenizer.encode([*PROMPTS, ""])[0]}
+    if name != "unet":
+        return signature.sample_inputs(SEEDS, rng)
+    inputs = signature.sample_inputs(batch, rng)
+    last = int(pipeline.spec.scheduler_config.get("num_train_timesteps", 1000)) - 1
+    inputs["timestep"] = np.repeat(np.linspace(0, last, TIMESTEPS).round(), SEEDS).astype(np.float32)
+    if pipeline.spec.family == "text":
+        states = done["text_encoder.last_hidden_state"]  # (9, tokens, D), the last one of the empty prompt
+        inputs["encoder_hidden_states"] = states[np.arange(batch) % len(states)]
+    else:
+        labels = np.zeros_like(inputs["class_labels"])
+        for row in labels[1:]:  # the first stays unconditional
+            row[rng.choice(labels.shape[1], min(3, labels.shape[1]), replace=False)] = 1
+        inputs["class_labels"] = labels
+    return inputs

@@ -1,0 +1,97 @@
+"""How far a TensorRT build is: a bar on a terminal, now and then a line elsewhere; and the way to stop it."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from tqdm import tqdm
+
+LINE_SECONDS = 60.0  # between lines where there is no terminal
+
+
+@dataclass
+class _Phase:
+    parent: str | None
+    steps: int
+    done: int = 0
+
+
+class Progress:
+    """What TensorRT reports of its phases, which nest. It calls from threads of its own."""
+
+    def __init__(self, what: str, say: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
+        self._what, self._say, self._clock = what, say, clock
+        self._phases: dict[str, _Phase] = {}
+        self._lock = threading.Lock()
+        self._cancelled = False
+        self._start = self._last_line = clock()
+        self._bar: Any = None
+
+    def monitor(self, trt: Any) -> Any:
+        """The trt.IProgressMonitor that reports to this object."""
+        progress = self
+
+        class Monitor(trt.IProgressMonitor):
+            def __init__(self) -> None:
+                trt.IProgressMonitor.__init__(self)  # pybind11 insists
+
+            def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+                progress.start(phase_name, parent_phase, num_steps)
+
+            def step_complete(self, phase_name: str, step: int) -> bool:
+                return progress.step(phase_name, step)
+
+            def phase_finish(self, phase_name: str) -> None:
+                progress.finish(phase_name)
+
+        return Monitor()
+
+    def __enter__(self) -> Progress:
+        if sys.stderr.isatty():
+            shape = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}"
+            self._bar = tqdm(total=100, desc=self._what, bar_format=shape, file=sys.stderr, leave=False)
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        with self._lock:
+            if self._bar is not None:
+                self._bar.close()
+
+    def cancel(self) -> None:
+        """The build stops at its next step."""
+        self._cancelled = True
+
+    def start(self, phase: str, parent: str | None, steps: int) -> None:
+        with self._lock:
+            self._phases[phase] = _Phase(parent or None, max(steps, 1))
+
+    def step(self, phase: str, step: int) -> bool:
+        """Step number `step`, from 0, of a phase is complete; False stops the build."""
+        with self._lock:
+            if phase in self._phases:
+                self._phases[phase].done = step + 1
+            self._show(phase)
+        return not self._cancelled
+
+    def finish(self, phase: str) -> None:
+        with self._lock:
+            self._phases.pop(phase, None)
+
+    def fraction(self, parent: str | None = None) -> float:
+        """The share that is done of the phases inside `parent` (None: of the whole build), 0 to 1."""
+        inside = [(name, phase) for name, phase in self._phases.items() if phase.parent == parent]
+        return max((min(1.0, (phase.done + self.fraction(name)) / phase.steps) for name, phase in inside), default=0.0)
+
+    def _show(self, phase: str) -> None:
+        percent, now = 100 * self.fraction(), self._clock()
+        if self._bar is not None:
+            self._bar.n = percent
+            self._bar.refresh()
+        elif now - self._last_line >= LINE_SECONDS:
+            self._last_line = now
+            self._say(f"{self._what}: {percent:.0f}% after {now - self._start:.0f} s ({phase})")

@@ -1,0 +1,262 @@
+"""Writing a bundle: whole or not at all, and adding what a bundle of the same weights lacks without ever breaking it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from export.reference import IMAGE_STEPS, distances_name, write_distances, write_reference
+from fastgen import __version__
+from fastgen.bundle import (
+    CERTIFICATES,
+    FORMAT_VERSION,
+    LOWERED,
+    MANIFEST,
+    REFERENCE,
+    TABLES,
+    Bundle,
+    graph_name,
+    is_bundle,
+    read_bundle,
+)
+from fastgen.errors import FastgenError, InputError
+from fastgen.folders import sync_tree
+from fastgen.jsonfiles import read_json, write_json
+from fastgen.spec import Spec, sha256_file
+from fastgen.tables import parse_key
+
+if TYPE_CHECKING:
+    from fastgen.networks import Model
+
+Say = Callable[[str], None]
+PACKAGES = ("torch", "diffusers", "transformers", "onnx", "onnxscript")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a bundle shall hold besides the model itself: solver tables, and graphs in `dtype` besides fp32."""
+
+    solvers: Sequence[str] = ()
+    dtype: str = "fp32"
+
+    def graphs(self, model: Model) -> dict[str, str]:
+        """Network -> precision, of all graphs in less than fp32."""
+        from fastgen.precision import network_dtype
+
+        dtypes = {name: network_dtype(name, self.dtype) for name in model.networks()}
+        return {name: dtype for name, dtype in dtypes.items() if dtype != "fp32"}
+
+    def distances(self) -> list[str]:
+        """Precisions in which eager's own distance is needed: engines on a CPU compute in bf16 unasked."""
+        return list(dict.fromkeys(["bf16", *([self.dtype] if self.dtype in LOWERED else [])]))
+
+
+def write_bundle(model_folder: Path, out: Path, wanted: Wanted, overwrite: bool, say: Say) -> None:
+    """Make `out` the bundle of this model folder: written anew, extended by what it lacks, or left as it is."""
+    from fastgen.networks import load_model
+
+    for key in wanted.solvers:
+        parse_key(key)
+    model = load_model(model_folder)
+    held = _held(out, model, wanted, overwrite)
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
+    try:
+        partial.mkdir(parents=True)
+        if held is None:
+            _fill(partial, out, model, wanted, say)
+            sync_tree(partial)
+            _replace(out, partial)
+        else:
+            _extend(held, partial, model, wanted, say)
+    except OSError as error:
+        raise FastgenError(f"{out}: cannot be written: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _fill(partial: Path, out: Path, model: Model, wanted: Wanted, say: Say) -> None:
+    from export.onnx import export_onnx
+
+    for name, file in _config_files(model).items():
+        (partial / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, partial / name)
+    if model.family == "text" and not (partial / "tokenizer" / "tokenizer.json").exists():
+        model.tokenizer.backend_tokenizer.save(str(partial / "tokenizer" / "tokenizer.json"))
+    say("compiling solver tables")  # first: a solver that does not exist is the quickest thing to find out
+    _write_tables(model, partial / TABLES, wanted.solvers, say)
+    for name, module in model.networks().items():
+        say(f"exporting {name}")
+        export_onnx(module, model.spec.signatures[name], partial / graph_name(name, "fp32"))
+    if (stored := _stored_reference(out, model)) is not None:
+        say("keeping the stored eager fp32 reference of these weights")
+        shutil.copyfile(stored, partial / REFERENCE)
+    else:
+        say("running the eager fp32 reference")
+        write_reference(model, partial / REFERENCE)
+    _fill_lowered(partial, model, wanted.graphs(model), wanted.distances(), partial / REFERENCE, say)
+    write_json(partial / MANIFEST, _manifest(model.spec) | {"files": _listed(partial)})  # the last file
+
+
+def _fill_lowered(
+    folder: Path, model: Model, graphs: dict[str, str], distances: Sequence[str], reference: Path, say: Say
+) -> None:
+    """Write graphs of these networks in these precisions, and eager's own distances in these, into `folder`."""
+    from export.onnx import export_onnx
+
+    for name, dtype in graphs.items():
+        say(f"exporting {name} in {dtype}")
+        export_onnx(model.networks()[name], model.spec.signatures[name], folder / graph_name(name, dtype), dtype)
+    for dtype in distances:
+        say(f"running eager in {dtype}")
+        write_distances(model, reference, dtype, folder / distances_name(dtype))
+
+
+def _extend(held: Bundle, partial: Path, model: Model, wanted: Wanted, say: Say) -> None:
+    """Add what is missing. Files are moved in before bundle.json lists them: until then the old bundle is whole."""
+    out = held.folder
+    _sweep(held)
+    graphs = {name: dtype for name, dtype in wanted.graphs(model).items() if graph_name(name, dtype) not in held.files}
+    distances = [dtype for dtype in wanted.distances() if distances_name(dtype) not in held.files]
+    if not graphs and not distances:
+        say(f"{out} holds these weights already")
+        return
+    say(f"{out} holds these weights already, but not all in {', '.join(dict.fromkeys([*graphs.values(), *distances]))}")
+    _fill_lowered(partial, model, graphs, distances, held.file(REFERENCE), say)
+    sync_tree(partial)
+    added = _listed(partial)
+    for name in added:
+        (partial / name).replace(out / name)
+    manifest = read_json(out / MANIFEST)
+    manifest["files"] = dict(sorted((manifest["files"] | added).items()))
+    write_json(out / MANIFEST, manifest)
+    _carry_certificates(held)
+
+
+def _sweep(held: Bundle) -> None:
+    """Remove what an extension that was killed left behind: files of our names that bundle.json does not list."""
+    patterns = [
+        *(f"{name}/model.*" for name in held.spec.signatures),
+        "reference.*",
+        ".tmp-*",
+        f"{CERTIFICATES}/.tmp-*",
+    ]
+    for file in (file for pattern in patterns for file in held.folder.glob(pattern)):
+        if file.relative_to(held.folder).as_posix() not in held.files:
+            file.unlink()
+
+
+def _carry_certificates(before: Bundle) -> None:
+    """Certificates stay valid when files are added: those that they vouch for are the same."""
+    after = read_bundle(before.folder)
+    for path in sorted((before.folder / CERTIFICATES).glob("*.json")):
+        certificate = read_json(path)
+        if certificate.get("bundle_sha256") == before.sha256:
+            write_json(path, certificate | {"bundle_sha256": after.sha256})
+
+
+def _replace(out: Path, partial: Path) -> None:
+    """Put `partial` at `out`; whatever is there is gone only when the new bundle is in its place."""
+    replaced = out.with_name(f".{out.name}.replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if out.exists():
+        out.rename(replaced)
+    partial.rename(out)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _held(out: Path, model: Model, wanted: Wanted, overwrite: bool) -> Bundle | None:
+    """The bundle at `out` that is to be kept; None when a new one is to be written. Raises InputError for anything else."""
+    if not os.path.lexists(out) or (out.is_dir() and not any(out.iterdir())):
+        return None
+    if not is_bundle(out):
+        raise InputError(f"{out}: exists and is not a bundle; choose another --out")
+    if overwrite:
+        return None
+    held = read_bundle(out)
+    if other := _differences(held, model):
+        raise InputError(f"{out}: holds another bundle ({other[0]} differs); choose another --out, or --overwrite")
+    missing = [key for key in wanted.solvers if key not in held.solver_keys()]
+    if missing:
+        raise InputError(f"{out}: holds a bundle without solver {missing[0]}; --overwrite exports it again")
+    return held
+
+
+def _differences(held: Bundle, model: Model) -> list[str]:
+    """What of a model is not as in the bundle: config files and fields of its spec, the weights' hash among them."""
+    configs = {name: sha256_file(file) for name, file in _config_files(model).items()}
+    other = [name for name, sha256 in configs.items() if held.files.get(name, {}).get("sha256") != sha256]
+    return other + [f.name for f in fields(Spec) if getattr(held.spec, f.name) != getattr(model.spec, f.name)]
+
+
+def _stored_reference(out: Path, model: Model) -> Path | None:
+    """The reference of the bundle that is being replaced, if the same model made it with the same versions."""
+    if not is_bundle(out) or read_json(out / MANIFEST).get("format_version") != FORMAT_VERSION:
+        return None
+    held = read_bundle(out)
+    same = read_json(out / MANIFEST).get("versions") == _versions() and not _differences(held, model)
+    return held.file(REFERENCE) if same else None
+
+
+def _config_files(model: Model) -> dict[str, Path]:
+    """Name in the bundle -> file of the model folder: component configs under the names that optimum expects, the
+    tokenizer, the conditioner's config, model_index.json and labels.json."""
+    assert model.folder is not None
+    sources = {"vae_decoder": "vae", "vae_encoder": "vae"}
+    files = {f"{n}/config.json": model.folder / sources.get(n, n) / "config.json" for n in model.networks()}
+    files |= {f"tokenizer/{f.name}": f for f in sorted((model.folder / "tokenizer").glob("*")) if f.is_file()}
+    names = ("scheduler/scheduler_config.json", "conditioner/config.json", "model_index.json", "labels.json")
+    return files | {name: model.folder / name for name in names if (model.folder / name).is_file()}
+
+
+def _write_tables(model: Model, path: Path, solvers: Sequence[str], say: Say) -> None:
+    from fastgen.solver import common_tables, compile_key, save_tables
+
+    config: Any = model.scheduler_config
+    skipped: list[str] = []
+    tables = dict(common_tables(config, on_skip=lambda key, error: skipped.append(key)))
+    if skipped:
+        more = f", ... ({len(skipped)} in all)" if len(skipped) > 6 else ""
+        say(f"not stored, as their schedulers cannot do them: {', '.join(skipped[:6])}{more}")
+    default = model.sampling
+    own = f"{default.scheduler}:{default.num_inference_steps}"
+    for key in (own, f"{default.scheduler}:{IMAGE_STEPS}", *solvers):
+        if key not in tables:
+            tables[key] = compile_key(key, config)
+    path.parent.mkdir(exist_ok=True)
+    save_tables(path, tables)
+
+
+def _manifest(spec: Spec) -> dict[str, Any]:
+    """bundle.json, but for the list of files."""
+    sampling = spec.sampling
+    return {
+        "format_version": FORMAT_VERSION,
+        "family": spec.family,
+        "source_sha256": spec.sha256,
+        "versions": _versions(),
+        "sampling": {
+            "scheduler": sampling.scheduler,
+            "num_inference_steps": sampling.num_inference_steps,
+            "guidance_scale": sampling.guidance_scale,
+        },
+        "scheduler_config": dict(spec.scheduler_config),
+        "scaling_factor": spec.scaling_factor,
+        "objects": spec.objects,
+        "signatures": {name: s.to_json() for name, s in spec.signatures.items()},
+    }
+
+
+def _versions() -> dict[str, str]:
+    return {"fastgen": __version__} | {p: importlib.metadata.version(p) for p in PACKAGES}
+
+
+def _listed(folder: Path) -> dict[str, dict[str, Any]]:
+    """Every file below `folder` with its size and hash."""
+    files = sorted(f for f in folder.rglob("*") if f.is_file())
+    return {f.relative_to(folder).as_posix(): {"bytes": f.stat().st_size, "sha256": sha256_file(f)} for f in files}

@@ -1,0 +1,120 @@
+"""Commands about engines: what can run here (`doctor`), and the compiled ones on disk (`engines`)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from fastgen.errors import FastgenError
+
+POSITIVE = click.IntRange(min=1)
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print everything that was found as JSON.")
+def doctor(as_json: bool) -> None:
+    """Show GPU, driver, libraries and caches, and for each engine `ready` or what is in its way and what helps.
+
+    Exits with 1 when no engine can run.
+    """
+    from fastgen.doctor import examine
+
+    report = examine()
+    click.echo(json.dumps(report.to_json(), indent=2) if as_json else "\n".join(report.lines()))
+    if not report.ready:
+        raise FastgenError("no engine can run here (see above)")
+
+
+@click.group()
+def engines() -> None:
+    """Look after the compiled engines on disk: list them, find out why one is missing, delete old ones."""
+
+
+@engines.command("ls")
+@click.option("--engine", help="Only this engine's.")
+@click.option("--json", "as_json", is_flag=True, help="Print all fields as JSON.")
+def list_engines(engine: str | None, as_json: bool) -> None:
+    """List the compiled engines: network, batch (rows), precision, device, versions, size, build time, last use (UTC)."""
+    from fastgen import artifacts
+    from fastgen.engine_cache import check_engine, row, size_text, table
+
+    check_engine(engine)
+    sound, damaged = artifacts.scan(engine)
+    rows = [row(artifact) for artifact in sound]
+    if as_json:
+        broken = [{"folder": str(one.folder), "engine": one.engine, "reason": one.reason} for one in damaged]
+        click.echo(json.dumps({"engines": rows, "damaged": broken}, indent=2))
+        return
+    for line in table(rows) if rows else []:
+        click.echo(line)
+    for one in damaged:
+        click.echo(f"damaged: {one.reason}")
+    click.echo(f"{len(rows)} compiled engines, {size_text(sum(a.bytes for a in sound))}")
+
+
+@engines.command()
+@click.argument("model", metavar="[BUNDLE|MODEL]", type=click.Path(path_type=Path), required=False)
+@click.option("--engine", required=True, help="The engine that is asked about.")
+@click.option("--dtype", help="fp32, bf16 or fp16.  [default: the engine's]")
+@click.option("--batch-size", type=POSITIVE, help="Images per batch that must be there.  [default: any]")
+@click.option("--device", help="cpu, cuda, cuda:1, ...")
+def why(model: Path | None, engine: str, dtype: str | None, batch_size: int | None, device: str | None) -> None:
+    """Say for each network that generation needs whether its compiled engine is found, or what differs from the nearest.
+
+    BUNDLE or MODEL is the latest run's by default. Exits with 1 when an engine is missing that must be built beforehand.
+    """
+    from fastgen.engine_cache import BEFOREHAND, build_command, check_engine, explain
+
+    check_engine(engine)
+    from fastgen.pipeline import load
+    from fastgen.runs import latest_model
+
+    folder = model or latest_model(engine)
+    pipeline = load(folder, engine, device=device, dtype=dtype)
+    findings = explain(pipeline, batch_size)
+    for finding in findings:
+        click.echo(str(finding))
+    missing = [finding.network for finding in findings if finding.problem]
+    if missing and engine in BEFOREHAND:
+        raise FastgenError(
+            f"not ready: {', '.join(missing)}; run `{build_command(folder, pipeline.engine, batch_size)}`"
+        )
+    if missing:
+        click.echo("what is missing is built when it is first needed, by the same `fastgen generate`")
+
+
+@engines.command()
+@click.option("--all", "everything", is_flag=True, help="Delete every compiled engine.")
+@click.option("--engine", help="Only this engine's.")
+@click.option("--unused-days", type=click.FloatRange(min=0), help="Delete what was not used for so many days.")
+@click.option("--max-size", metavar="SIZE", help="Delete what was used longest ago until SIZE (5GB, 500MB) is left.")
+@click.option("--damaged", is_flag=True, help="Verify every file, and delete what is damaged.")
+@click.option("--dry-run", is_flag=True, help="Only list what would be deleted.")
+def gc(
+    everything: bool,
+    engine: str | None,
+    unused_days: float | None,
+    max_size: str | None,
+    damaged: bool,
+    dry_run: bool,
+) -> None:
+    """Delete compiled engines that are of no use any more; never one that another process is building.
+
+    By default: leftovers of killed builds, damaged records, and what another version of a library than the installed one made.
+    """
+    from fastgen.engine_cache import check_engine, size_text
+    from fastgen.engine_gc import Selection, collect, parse_size
+
+    check_engine(engine)
+    selection = Selection(everything, damaged, unused_days, None if max_size is None else parse_size(max_size))
+    freed = count = 0
+    for doomed, gone in collect(selection, engine, dry_run=dry_run):
+        click.echo(
+            f"{doomed.what} ({size_text(doomed.bytes)}): {doomed.why}" + ("" if gone else "; in use, left alone")
+        )
+        freed, count = freed + gone * doomed.bytes, count + gone
+    click.echo(
+        f"{count} {'would be deleted' if dry_run else 'deleted'}, {size_text(freed)} {'in all' if dry_run else 'freed'}"
+    )

@@ -1,0 +1,221 @@
+"""Exact rewrites of OpenVINO graphs: the same function up to rounding, in forms that its CPU kernels run faster.
+
+All work on a model that was just read (`openvino.Core.read_model`), in place; its inputs are in the order of the signature.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+VERSION = 1  # of these rewrites: part of the address of what was compiled with them
+TIMESTEP, CONDITION = 1, 2  # places among the UNet's inputs
+MIN_PIXELS = 64 * 64  # smaller images are normalised faster in OpenVINO's own way
+LAYOUT = ("Reshape", "Transpose", "Unsqueeze", "Squeeze")
+
+
+def share_rows(unet: Any) -> bool:
+    """Make a UNet take half as many rows of sample and timestep as of the condition, for guidance: what does not depend on the
+    condition is computed once, and doubled where it meets what does. Before the shapes are fixed.
+
+    False, and the graph as it was, where shapes are computed from the sample, which would be those of half the rows.
+    """
+    from openvino import opset13
+
+    parameters = unet.get_parameters()
+    condition = parameters[CONDITION]
+    both = _reached([condition])
+    either = _reached([p for p in parameters if p is not condition])
+    either |= {p.get_friendly_name() for p in parameters} - {condition.get_friendly_name()}
+    nodes = unet.get_ordered_ops()
+    for node in reversed(nodes):  # layouts and scalings stay with the attention that they are fused into
+        if node.get_friendly_name() in either - both and _is_cheap(node) and _consumed_by(node, both):
+            both.add(node.get_friendly_name())
+    frontier = [
+        port
+        for node in nodes
+        if node.get_friendly_name() in both and node.get_type_name() != "ShapeOf"
+        for port in node.inputs()
+        if port.get_source_output().get_node().get_friendly_name() in either - both
+    ]
+    if any(not port.get_source_output().get_element_type().is_real() for port in frontier):
+        return False
+    doubled: dict[Any, Any] = {}
+    for port in frontier:
+        value = port.get_source_output()
+        if value not in doubled:
+            doubled[value] = opset13.concat([value, value], 0)
+        port.replace_source_output(doubled[value].output(0))
+    return True
+
+
+def _reached(starts: Sequence[Any]) -> set[str]:
+    """Names of the nodes that depend on one of these."""
+    found: set[str] = set()
+    front = list(starts)
+    for node in front:
+        for consumer in (port.get_node() for output in node.outputs() for port in output.get_target_inputs()):
+            if consumer.get_friendly_name() not in found:
+                found.add(consumer.get_friendly_name())
+                front.append(consumer)
+    return found
+
+
+def _is_cheap(node: Any) -> bool:
+    constant = any(v.get_node().get_type_name() == "Constant" for v in node.input_values())
+    return node.get_type_name() in LAYOUT or (node.get_type_name() == "Multiply" and constant)
+
+
+def _consumed_by(node: Any, names: set[str]) -> bool:
+    return all(port.get_node().get_friendly_name() in names for port in node.output(0).get_target_inputs())
+
+
+def normalise_channels_last(model: Any) -> None:
+    """Group normalisation from the moments of single channels, where the images are large. With fixed shapes.
+
+    As exported, (B, G, C / G * H * W) is normalised, for which OpenVINO turns its channels-last images to channels-first and
+    back: a tenth of the time of a VAE decoder. A group's variance is the mean over its channels of their own variance and
+    of the squared distance of their mean from the group's (the law of total variance), so large means do no harm.
+    """
+    from openvino import opset13 as op
+
+    for mvn, x, normalised in _group_norms(model):
+        (batch, channels, height, width), groups = x.get_shape(), mvn.get_output_shape(0)[1]
+        if height * width < MIN_PIXELS:
+            continue
+        pixels, members = op.constant(np.array([2, 3])), op.constant(np.array([2]))
+        grouped = op.constant(np.array([batch, groups, channels // groups]))
+        single = op.constant(np.array([batch, channels, 1, 1]))
+        mean = op.reduce_mean(x, pixels, True)  # (B, C, 1, 1)
+        deviation = op.subtract(x, mean)
+        variance = op.reduce_mean(op.multiply(deviation, deviation), pixels, True)  # (B, C, 1, 1)
+        mean = op.reshape(mean, grouped, False)
+        group_mean = op.reduce_mean(mean, members, True)  # (B, G, 1)
+        distance = op.subtract(mean, group_mean)
+        total = op.add(op.reshape(variance, grouped, False), op.multiply(distance, distance))
+        eps = op.constant(np.float32(mvn.get_attributes()["eps"]))
+        factor = op.divide(op.constant(np.float32(1)), op.sqrt(op.add(op.reduce_mean(total, members, True), eps)))
+        shift, scale = (op.reshape(op.broadcast(y, grouped), single, False) for y in (group_mean, factor))
+        _replace(normalised, op.multiply(op.subtract(x, shift), scale))
+
+
+def _group_norms(model: Any) -> Iterator[tuple[Any, Any, Any]]:
+    """The MVN of each group normalisation, the images (B, C, H, W) it normalises, and the output that holds them again."""
+    for mvn in model.get_ordered_ops():
+        if mvn.get_type_name() != "MVN" or mvn.input_value(0).get_node().get_type_name() != "Reshape":
+            continue
+        x = mvn.input_value(0).get_node().input_value(0)
+        before, after = list(x.get_shape()), list(mvn.get_output_shape(0))
+        back = _after_nothing(mvn)
+        if back is None or back.get_type_name() != "Reshape" or list(back.get_output_shape(0)) != before:
+            continue
+        if len(before) == 4 and len(after) == 3 and before[0] == after[0] and _axes(mvn) == [2]:
+            yield mvn, x, back.output(0)
+
+
+def _after_nothing(node: Any) -> Any | None:
+    """The next node that changes the values of this one, where a single one takes them."""
+    found = _consumer(node)
+    while found is not None and _changes_nothing(found):
+        found = _consumer(found)
+    return found
+
+
+def _consumer(node: Any) -> Any | None:
+    """The only node that takes a node's values, or None; shapes do not count."""
+    nodes = [port.get_node() for port in node.output(0).get_target_inputs()]
+    nodes = [node for node in nodes if node.get_type_name() != "ShapeOf"]
+    return nodes[0] if len(nodes) == 1 else None
+
+
+def _changes_nothing(node: Any) -> bool:
+    """A product with ones or a sum with zeros, of which the exporter makes the scale and bias of an instance norm."""
+    neutral = {"Multiply": 1.0, "Add": 0.0}.get(node.get_type_name())
+    values = [_constant(v.get_node()) for v in node.input_values()]
+    return neutral is not None and any(value is not None and bool((value == neutral).all()) for value in values)
+
+
+def _constant(node: Any) -> np.ndarray | None:
+    """The values of a constant, reshaped or not."""
+    if node.get_type_name() == "Reshape":
+        return _constant(node.input_value(0).get_node())
+    return np.asarray(node.get_data()) if node.get_type_name() == "Constant" else None
+
+
+def _axes(mvn: Any) -> list[int]:
+    axes = _constant(mvn.input_value(1).get_node())
+    return [] if axes is None else [int(axis) % 3 for axis in axes.reshape(-1)]
+
+
+def interleave_channels_last(model: Any) -> None:
+    """Depth to space of four stacked images (B, C, h, w), as `export.rewrite.SubpixelUpsample` interleaves them, so that whole
+    pixels are copied: their channels lie side by side in memory."""
+    from openvino import opset13
+
+    for node in model.get_ordered_ops():
+        if node.get_type_name() != "DepthToSpace" or node.get_attributes()["mode"].lower() != "depth_first":
+            continue
+        stack = node.input_value(0).get_node()
+        stack = stack.input_value(0).get_node() if stack.get_type_name() == "Reshape" else stack
+        phases = [value.get_node() for value in stack.input_values()]
+        if stack.get_type_name() == "Concat" and stack.get_attributes()["axis"] == 2 and all(map(_adds_axis_2, phases)):
+            joined = opset13.concat(
+                [phase.input_value(0) for phase in phases], 1
+            )  # (B, 4 * C, h, w), one after another
+            _replace(
+                node.output(0), opset13.depth_to_space(joined, "blocks_first", node.get_attributes()["block_size"])
+            )
+
+
+def _adds_axis_2(node: Any) -> bool:
+    if node.get_type_name() not in ("Unsqueeze", "Reshape"):
+        return False
+    before, after = node.input_value(0).get_shape(), node.get_output_shape(0)
+    return list(after) == [*before[:2], 1, *before[2:]]
+
+
+def time_embedding(unet: Any) -> Any:
+    """The part of a UNet between its timestep and the first matrix products, as a model with the UNet's inputs.
+
+    It is executed in fp32: in bf16 the timestep 999 is 1000, which costs more accuracy than all the rest together.
+    """
+    import openvino
+
+    return openvino.Model(list(_embedded(unet)), unet.get_parameters(), "time_embedding")
+
+
+def take_embedding(unet: Any) -> None:
+    """Make a UNet take what `time_embedding` computes, behind its other inputs, instead of the timestep."""
+    import openvino
+
+    timestep = unet.get_parameters()[TIMESTEP]
+    for output, consumers in _embedded(unet).items():
+        parameter = openvino.opset13.parameter(output.get_shape(), np.float32)
+        for consumer in consumers:
+            consumer.replace_source_output(parameter.output(0))
+        unet.add_parameters([parameter])
+    unet.remove_parameter(timestep)
+    unet.validate_nodes_and_infer_types()
+
+
+def _embedded(unet: Any) -> dict[Any, list[Any]]:
+    """What is computed from the timestep without a matrix product -> the inputs of the matrix products that take it."""
+    found: dict[Any, list[Any]] = {}
+    reached, front = set(), [unet.get_parameters()[TIMESTEP].output(0)]
+    for output in front:
+        for consumer in output.get_target_inputs():
+            node = consumer.get_node()
+            if node.get_type_name() == "MatMul":
+                found.setdefault(output, []).append(consumer)
+            elif node.get_friendly_name() not in reached:
+                reached.add(node.get_friendly_name())
+                front += node.outputs()
+    return found
+
+
+def _replace(output: Any, node: Any) -> None:
+    """Let whoever takes `output` take the node's only output."""
+    for port in output.get_target_inputs():
+        port.replace_source_output(node.output(0))

@@ -1,0 +1,223 @@
+"""TensorRT on a GPU, or why there is none: what the builder (export/trt.py) and the runner (trt.py) start from.
+
+One code path for TensorRT 10.13 and newer, 11.x included: networks are strongly typed, and nothing is used that either major
+lacks. The names used here and there are checked against the real bindings of both in tests/test_trt_bindings.py.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import os
+import platform
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from fastgen.errors import FastgenError, InputError
+
+MINIMUM = (10, 13)
+
+
+class DeviceMemoryError(FastgenError, MemoryError):
+    """TensorRT ran out of GPU memory: a smaller batch might succeed."""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A CUDA device as torch names it; `memory` in bytes."""
+
+    device: str
+    name: str
+    compute_capability: str
+    memory: int
+
+    def active(self) -> AbstractContextManager[Any]:
+        """Within it, this is the thread's current CUDA device."""
+        import torch
+
+        return torch.cuda.device(self.device)
+
+    @contextmanager
+    def stream(self) -> Iterator[int]:
+        """The handle of a stream that runs after what the current one holds and before what it will hold.
+
+        It is the current stream itself, unless that is the default one, on which TensorRT would synchronise the device.
+        """
+        import torch
+
+        with torch.cuda.device(self.device):
+            current = torch.cuda.current_stream()
+            if current.cuda_stream != 0:
+                yield current.cuda_stream
+                return
+            side = _side_stream(self.device)
+            side.wait_stream(current)
+            yield side.cuda_stream
+            current.wait_stream(side)
+
+
+@dataclass(frozen=True)
+class Platform:
+    """TensorRT's module and runtime on a GPU; `log` collects what TensorRT reports as errors."""
+
+    trt: Any
+    log: Any
+    runtime: Any
+    gpu: Gpu
+
+    @property
+    def fields(self) -> dict[str, str]:
+        """What a plan is bound to, as fields of its recipe."""
+        return {
+            "tensorrt": self.trt.__version__,
+            "gpu": self.gpu.name,
+            "compute_capability": self.gpu.compute_capability,
+            "platform": f"{sys.platform} {platform.machine()}",
+        }
+
+    def failure(self, what: str) -> FastgenError:
+        """An error of one line with what TensorRT logged since the last one; a DeviceMemoryError where memory ran out."""
+        told = "; ".join(dict.fromkeys(self.log.errors)) or "no reason given"
+        self.log.errors.clear()
+        kind = DeviceMemoryError if re.search("out ?of ?memory", told, re.IGNORECASE) else FastgenError
+        return kind(f"{what}: TensorRT {self.trt.__version__}: {' '.join(told.split())}")
+
+
+def open_platform(device: str | None = None) -> Platform:
+    """Import TensorRT, find the GPU, and make a runtime on it.
+
+    Raises InputError, with what helps, for a missing or too old TensorRT, no GPU, or a driver that is too old for either.
+    """
+    gpu = open_gpu(device)
+    trt = import_tensorrt()
+    needed, driver = _wheel_cuda(), driver_cuda()
+    if needed and driver and driver[0] < needed:
+        raise InputError(
+            f"the NVIDIA driver supports CUDA {_dotted(driver)}, the installed TensorRT {trt.__version__} needs {needed}: "
+            f"update the driver, or `pip install tensorrt-cu{driver[0]}`"
+        )
+    log = _make_log(trt)
+    with gpu.active():
+        return Platform(trt, log, create(trt.Runtime, log, "TensorRT's runtime"), gpu)
+
+
+def open_gpu(device: str | None) -> Gpu:
+    """The CUDA device `cuda` or `cuda:N` (default: the current one); InputError that says why there is none."""
+    import torch
+
+    from fastgen.engines.base_torch import check_device
+
+    if not torch.cuda.is_available():
+        raise InputError(f"engine trt needs an NVIDIA GPU: {_no_gpu(torch)}")
+    name = check_device("trt", device or "cuda", ("cuda",))
+    found = torch.cuda.get_device_properties(name)
+    return Gpu(name, found.name, f"{found.major}.{found.minor}", found.total_memory)
+
+
+def import_tensorrt() -> Any:
+    """The module `tensorrt`; InputError, with the command, when it is missing, cannot be loaded, or is too old."""
+    command = f"`pip install {wheel()}`"
+    try:
+        import tensorrt as trt
+    except ModuleNotFoundError as missing:
+        raise InputError(f"engine trt needs {missing.name}, not installed here: {command}") from None
+    except (ImportError, OSError) as error:
+        raise InputError(f"tensorrt is installed but cannot be loaded: {error}; {command}") from None
+    version = getattr(trt, "__version__", "?")
+    if tuple(int(n) for n in re.findall(r"\d+", version)[:2]) < MINIMUM:
+        raise InputError(f"TensorRT is {version}, expected {_dotted(MINIMUM)} or newer: {command} --upgrade")
+    return trt
+
+
+def create(kind: Any, log: Any, what: str, *arguments: Any) -> Any:
+    """`kind(*arguments, log)`; an InputError with TensorRT's words where it gives a null pointer instead of an object."""
+    try:
+        return kind(*arguments, log)
+    except (TypeError, RuntimeError) as error:  # pybind11's words for a null pointer
+        told = "; ".join(dict.fromkeys(log.errors)) or str(error)
+        log.errors.clear()
+        driver = driver_cuda()
+        found = f"the driver supports CUDA {_dotted(driver)}" if driver else "no NVIDIA driver was found"
+        raise InputError(
+            f"{what} cannot be made: {' '.join(told.split())} ({found}; `fastgen doctor` tells more)"
+        ) from None
+
+
+def wheel() -> str:
+    """The pip name of the TensorRT that suits torch's CUDA, or the driver's where torch has none."""
+    import torch
+
+    cuda = torch.version.cuda or _dotted(driver_cuda() or (13, 0))
+    return f"tensorrt-cu{cuda.partition('.')[0]}"
+
+
+def driver_cuda() -> tuple[int, int] | None:
+    """The newest CUDA that the installed NVIDIA driver supports, such as (13, 0); None without a driver."""
+    try:
+        library = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return None
+    version = ctypes.c_int()
+    if library.cuDriverGetVersion(ctypes.byref(version)) != 0:
+        return None
+    return version.value // 1000, version.value % 1000 // 10
+
+
+def _no_gpu(torch: Any) -> str:
+    """Why torch sees no GPU, and what helps."""
+    built, driver = torch.version.cuda, driver_cuda()
+    if built is None:
+        return f"torch {torch.__version__} is built without CUDA; install torch as https://pytorch.org/get-started says"
+    if driver is None:
+        return "no NVIDIA driver was found (libcuda cannot be loaded)"
+    if driver[0] < int(built.partition(".")[0]):
+        return (
+            f"the driver supports CUDA {_dotted(driver)}, torch {torch.__version__} is built for {built}: update the driver, "
+            f"or install a torch for CUDA {driver[0]}"
+        )
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    hint = "" if visible is None else f" (CUDA_VISIBLE_DEVICES is {visible!r})"
+    return f"the driver supports CUDA {_dotted(driver)}, but torch sees no device{hint}; `nvidia-smi` lists them"
+
+
+def _wheel_cuda() -> int | None:
+    """The CUDA major that the installed TensorRT wheel was built for; None when it is no wheel that tells."""
+    for major in (12, 13, 14):
+        try:
+            importlib.metadata.version(f"tensorrt-cu{major}")
+            return major
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def _make_log(trt: Any) -> Any:
+    """A TensorRT logger with `errors`, a list of messages."""
+    severities = (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR)
+
+    class Log(trt.ILogger):
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)  # pybind11 insists
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, msg: str) -> None:
+            if severity in severities:
+                self.errors.append(msg)
+
+    return Log()
+
+
+@cache
+def _side_stream(device: str) -> Any:
+    import torch
+
+    return torch.cuda.Stream(device)
+
+
+def _dotted(version: tuple[int, int]) -> str:
+    return f"{version[0]}.{version[1]}"

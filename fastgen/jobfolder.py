@@ -1,0 +1,85 @@
+"""A job's folder: whose it is, and what is written when all images are there."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fastgen.errors import InputError
+from fastgen.folders import make_folder
+from fastgen.images import save_contact_sheet
+from fastgen.jsonfiles import read_json, write_bytes, write_json
+from fastgen.requests import CONTACT_SHEET, Request
+from fastgen.shards import remove_parts
+
+MANIFEST, JOB = "manifest.jsonl", "job.json"
+
+
+def claim(out: Path, files: Sequence[Path], identity: dict[str, Any], *, sweep: bool) -> None:
+    """Make `out` this job's folder, or refuse: it belongs to another job, or holds files that would be overwritten."""
+    path = out / JOB
+    for folder in (out, *out.parents):
+        if os.path.lexists(folder) and not folder.is_dir():
+            raise InputError(f"{folder}: is not a folder; choose another --out")
+    if not os.path.lexists(path):
+        taken = [file for file in (*files, out / MANIFEST, out / CONTACT_SHEET) if os.path.lexists(file)]
+        if taken and not os.path.lexists(path):  # which another shard may have written meanwhile
+            raise InputError(
+                f"{out}: {len(taken)} of the files to write exist already, such as {taken[0].name}, but no {JOB}; "
+                "choose another --out"
+            )
+        make_folder(out)
+        write_json(path, {"job": identity, "runs": []})
+        return
+    held = _read_record(path)["job"]
+    for key, value in identity.items():
+        if held.get(key) != value:
+            raise InputError(
+                f"{out}: holds another job: {key} is {held.get(key)!r} there and {value!r} now; choose another --out"
+            )
+    if sweep:
+        _sweep(files)
+
+
+def _sweep(files: Sequence[Path]) -> None:
+    """Delete what processes left that were killed while writing."""
+    for folder in {file.parent for file in files}:
+        for leftover in folder.glob(".tmp-*"):
+            leftover.unlink(missing_ok=True)
+
+
+def held_batch_size(out: Path) -> int | None:
+    """The batch size of the job that `out` holds, so that a resumed one cuts its requests in the same way."""
+    path = out / JOB
+    held = _read_record(path)["job"].get("batch_size") if path.is_file() else None
+    return held if isinstance(held, int) and held > 0 else None
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    record = read_json(path)
+    if not (isinstance(record, dict) and isinstance(record.get("job"), dict) and isinstance(record.get("runs"), list)):
+        raise InputError(f"{path}: is not the record of a fastgen job; choose another --out")
+    return record
+
+
+def finish(
+    out: Path,
+    requests: Sequence[Request],
+    files: Sequence[Path],
+    lines: Sequence[dict[str, Any]],
+    identity: dict[str, Any],
+    runs: Sequence[dict[str, Any]],
+) -> None:
+    """What concerns the whole job: the manifest, the contact sheet, the record."""
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    write_bytes(out / MANIFEST, text.encode())
+    done = [(f, r) for f, r, line in zip(files, requests, lines, strict=True) if "error" not in line]
+    if done:
+        captions = [r.prompt or ", ".join(r.labels or ()) for _, r in done]
+        save_contact_sheet(out / CONTACT_SHEET, [f for f, _ in done], captions)
+    write_json(out / JOB, {"job": identity, "runs": [*_read_record(out / JOB)["runs"], *runs]})
+    remove_parts(out)
+    _sweep(files)

@@ -1,0 +1,147 @@
+"""What hardware is here: GPUs and driver as nvidia-smi tells, CPU, memory. Parsers take text: any machine can be fed in."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+X86 = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_int8", "amx_bf16", "amx_fp16")
+ARM = ("asimd", "asimddp", "fphp", "i8mm", "bf16", "sve", "sve2")
+ISA = (*X86, *ARM)  # what decides which kernels a CPU runs
+QUERIES = ("name,memory.total,driver_version,compute_cap", "name,memory.total,driver_version")  # drivers before 510
+Smi = Callable[..., tuple[int, str]]  # nvidia-smi's arguments -> (exit status, stdout and stderr)
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """An NVIDIA GPU. `memory_mib` and `compute_capability` ("9.0") are None where they are not told."""
+
+    name: str
+    memory_mib: int | None
+    compute_capability: str | None
+
+
+@dataclass(frozen=True)
+class Driver:
+    """The NVIDIA driver. `cuda`: the newest CUDA version it supports; `error`: why nothing is known."""
+
+    version: str | None
+    cuda: str | None
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Cpu:
+    """`cores`: those this process may use; `isa`: the instruction sets among `ISA`; memory in bytes, None if not told."""
+
+    name: str
+    cores: int
+    isa: tuple[str, ...]
+    memory: int | None
+    memory_free: int | None
+
+
+def nvidia_smi(*arguments: str) -> tuple[int, str]:
+    """Run nvidia-smi -> (exit status, output). Raises FileNotFoundError where there is none."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        raise FileNotFoundError("nvidia-smi")
+    try:
+        done = subprocess.run([program, *arguments], capture_output=True, text=True, errors="replace", timeout=20)
+    except subprocess.TimeoutExpired:
+        return 124, "no answer within 20 s"
+    except OSError as error:
+        return 126, error.strerror or str(error)
+    return done.returncode, done.stdout + done.stderr
+
+
+def gpus(smi: Smi = nvidia_smi) -> tuple[list[Gpu], Driver]:
+    """The NVIDIA GPUs of this machine and their driver."""
+    status, text, first_failure = 0, "", ""
+    for query in QUERIES:
+        try:
+            status, text = smi(f"--query-gpu={query}", "--format=csv,noheader")
+        except FileNotFoundError:
+            return [], Driver(None, None, "no NVIDIA driver (nvidia-smi is not there)")
+        if status == 0:
+            break
+        first_failure = first_failure or f"nvidia-smi fails with status {status}: {_first_line(text)}"
+    if status != 0:
+        return [], Driver(None, None, first_failure)
+    rows = [row for row in map(_cells, text.splitlines()) if len(row) >= 3]
+    if not rows:
+        return [], Driver(None, None, f"nvidia-smi lists no GPU: {_first_line(text)}")
+    found = [Gpu(name, _mib(memory), _capability(rest)) for name, memory, _, *rest in rows]
+    return found, Driver(rows[0][2], _driver_cuda(smi))
+
+
+def cpu(cpuinfo: str | None = None, meminfo: str | None = None) -> Cpu:
+    """The CPU and the memory, from the text of /proc/cpuinfo and /proc/meminfo."""
+    info = _pairs(_read("/proc/cpuinfo") if cpuinfo is None else cpuinfo)
+    memory = _pairs(_read("/proc/meminfo") if meminfo is None else meminfo)
+    flags = set((info.get("flags") or info.get("Features") or "").split())
+    name = info.get("model name") or info.get("Model") or platform.processor() or platform.machine()
+    isa = tuple(flag for flag in ISA if flag in flags)
+    return Cpu(name, usable_cores(), isa, _kib(memory, "MemTotal"), _kib(memory, "MemAvailable"))
+
+
+def usable_cores() -> int:
+    """CPU cores that this process may run on."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def version(text: str) -> tuple[int, ...]:
+    """`12.4` -> (12, 4): the leading numbers of a version."""
+    return tuple(int(part) for part in re.findall(r"\d+", text.partition("+")[0]))
+
+
+def _driver_cuda(smi: Smi) -> str | None:
+    status, text = smi()
+    found = re.search(r"CUDA (?:UMD )?Version\s*:\s*(\d+\.\d+)", text)
+    return found[1] if status == 0 and found else None
+
+
+def _cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.split(",")]
+
+
+def _mib(text: str) -> int | None:
+    found = re.fullmatch(r"(\d+) MiB", text)
+    return int(found[1]) if found else None
+
+
+def _capability(cells: list[str]) -> str | None:
+    return cells[0] if cells and re.fullmatch(r"\d+\.\d+", cells[0]) else None
+
+
+def _first_line(text: str) -> str:
+    return next((line.strip() for line in text.splitlines() if line.strip()), "no output")
+
+
+def _pairs(text: str) -> dict[str, str]:
+    """`key : value` lines, the first of each key."""
+    pairs: dict[str, str] = {}
+    for line in text.splitlines():
+        key, separator, value = line.partition(":")
+        if separator:
+            pairs.setdefault(key.strip(), value.strip())
+    return pairs
+
+
+def _kib(pairs: Mapping[str, str], key: str) -> int | None:
+    found = re.fullmatch(r"(\d+) kB", pairs.get(key, ""))
+    return int(found[1]) * 1024 if found else None
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text(errors="replace")
+    except OSError:  # not Linux
+        return ""

@@ -1,0 +1,98 @@
+"""Final latents -> pictures: decoded, looked at for broken ones, and quantised; on a GPU beside the next batch's sampling."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fastgen.buckets import cut
+from fastgen.errors import FastgenError
+from fastgen.images import problem_of, quantised
+
+if TYPE_CHECKING:
+    from fastgen.engines.base import Array, Engine
+    from fastgen.spec import Spec
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Finished images (B, H, W, 3) uint8, and for each what is wrong with it: not finite, or flat; None for a picture."""
+
+    pixels: np.ndarray
+    problems: list[str | None]
+
+
+class Decoder:
+    """Latents -> images on an engine. `open_exact` makes the same engine in fp32, for what comes out broken in less."""
+
+    def __init__(self, engine: Engine, spec: Spec, open_exact: Callable[[], Engine] | None = None) -> None:
+        self._engine, self._spec, self._open_exact = engine, spec, open_exact
+        self._exact: Decoder | None = None
+        self._stream: Any = None
+        self.limit: int | None = None  # images per forward, where memory allows fewer than the engine would take
+
+    def decode(self, x: Array) -> Array:
+        """(B, C, h, w) -> (B, 3, H, W) float32, nominally in [-1, 1], in a few forwards of the VAE decoder."""
+        engine = self._engine
+        if self._spec.family == "labels":
+            return x
+        x = x / self._spec.scaling_factor
+        sizes = engine.batch_sizes("vae_decoder")
+        limit = self.limit or max(1, engine.decode_pixels // self._spec.image_size**2)
+        parts = []
+        for batch in cut(len(x), limit if sizes is None else max(limit, min(sizes)), sizes):
+            rows = x[batch.rows]
+            if engine.static_shapes:
+                rows = engine.padded(rows, batch.bucket)
+            parts.append(engine.run("vae_decoder", rows)[0][: len(batch)])
+        return parts[0] if len(parts) == 1 else engine.xp.concatenate(parts)
+
+    @np.errstate(over="ignore", invalid="ignore")  # broken images are looked for in the end
+    def start(self, x: Array) -> Callable[[], Pictures]:
+        """Begin to decode x (B, C, h, w); the call that is returned waits for the pictures.
+
+        On a GPU everything is queued on a stream of its own behind what is queued already, down to the copy into the host's
+        memory; elsewhere the pictures are ready at once.
+        """
+        if not self._engine.device.startswith("cuda"):
+            ready = quantised(self._engine.numpy(self.decode(x)))
+            return lambda: self._finish(x, *ready)
+        import torch
+
+        device = self._engine.device
+        self._stream = self._stream or torch.cuda.Stream(device)
+        self._stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(self._stream):
+            found = quantised(self.decode(x))
+            host = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True) for t in found]
+            done = torch.cuda.Event()
+            done.record(self._stream)
+
+        def wait() -> Pictures:
+            done.synchronize()
+            return self._finish(x, *(t.numpy() for t in host))  # and x lives until here
+
+        return wait
+
+    def _finish(self, x: Array, pixels: np.ndarray, broken: np.ndarray, low: np.ndarray, high: np.ndarray) -> Pictures:
+        size = pixels[0].size
+        problems = [problem_of(size, *values) for values in zip(broken, low, high, strict=True)]
+        retry = [i for i, problem in enumerate(problems) if problem]
+        if not retry or self._spec.family == "labels" or self._engine.dtype == "fp32" or self._open_exact is None:
+            return Pictures(pixels, problems)
+        pixels = np.array(pixels)
+        try:
+            self._exact = self._exact or Decoder(self._open_exact(), self._spec)
+            again = self._exact.start(x[retry])()
+        except Exception as error:
+            if not isinstance(error, FastgenError) and not self._engine.is_out_of_memory(error):
+                raise
+            for i in retry:
+                problems[i] = f"{problems[i]}; decoding in fp32 instead failed: {str(error).splitlines()[0]}"
+            return Pictures(pixels, problems)
+        for j, i in enumerate(retry):
+            pixels[i], problems[i] = again.pixels[j], again.problems[j]
+        return Pictures(pixels, problems)

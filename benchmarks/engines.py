@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import click
 
-from benchmarks import sides
-from benchmarks.matrix import RESULTS, compare, report
+from benchmarks.matrix import run
+from benchmarks.measure import Plan
+from benchmarks.report import RESULTS
+from benchmarks.table import markdown
 from fastgen.engines import missing_packages
 
 FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
@@ -34,11 +35,19 @@ def main(
     out: Path,
 ) -> None:
     """Generate one batch with eager, ort and openvino: images/s, ratio to eager, parity with eager fp32."""
-    names = [name for name in ("ort", "openvino") if not missing_packages(name)]
-    options: dict[str, Any] = {"batch_size": batch_size, "steps": steps, "threads": threads}
-    chosen = [sides.engine("eager", model, **options), *(sides.engine(name, bundle, **options) for name in names)]
-    rows = compare(chosen, rounds=rounds, seconds=seconds)
-    report(out, {"model": model.name} | {k: v for k, v in options.items() if v is not None}, rows)
+    sides = ["eager:fp32", *(name for name in ("ort", "openvino") if not missing_packages(name))]
+    plan = Plan(
+        model,
+        out.parent,
+        batches=(batch_size,),
+        steps=(steps,) if steps else (),
+        images=batch_size,
+        rounds=rounds,
+        seconds=seconds,
+        threads=threads,
+        bundle=bundle,
+    )
+    print(f"\n{markdown(run(plan, sides, out))}\n\n{out}")
 
 
 if __name__ == "__main__":

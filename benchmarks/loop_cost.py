@@ -10,9 +10,9 @@ from typing import Any
 
 import click
 
-from benchmarks import sides
-from benchmarks.matrix import RESULTS, report, spread, timed
 from benchmarks.models import prepared
+from benchmarks.prompts import conditions
+from benchmarks.report import RESULTS, report, spread, timed
 from fastgen.cachedir import cache_dir
 from fastgen.pipeline import Pipeline, load
 
@@ -37,7 +37,7 @@ def loop_cost(bundle: Path, engine: str, *, batch_size: int, rounds: int, **sett
     """One row: seconds of `Pipeline.generate` for a batch, and the share of it outside the networks."""
     pipeline = load(bundle, engine)
     clock = NetworkClock(pipeline)
-    given = sides.conditions(pipeline.spec.family, batch_size)
+    given = conditions(pipeline.spec.family, batch_size)
 
     def generate() -> None:
         pipeline.generate(**given, seeds=range(batch_size), batch_size=batch_size, **settings)

@@ -1,157 +1,109 @@
-"""What all benchmarks share: interleaved timing, parity beside every figure, and the machine they were taken on."""
+"""Every engine and what people use today, side by side: `python -m benchmarks.matrix --synthetic medium`.
+
+Rows are sides x batch sizes x steps; the columns are explained in benchmarks/rows.py.
+"""
 
 from __future__ import annotations
 
-import importlib.metadata
-import json
-import os
-import platform
-import statistics
-import subprocess
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import click
 
-REPOSITORY = Path(__file__).parents[1]
-RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("numpy", "torch", "diffusers", "transformers", "onnxruntime", "openvino")
+from benchmarks.measure import Matrix, Plan
+from benchmarks.models import ARCHITECTURES, architecture, random_model
+from benchmarks.report import RESULTS, save
+from benchmarks.rows import UNITS
+from benchmarks.sides import Side, default_sides
+from benchmarks.table import markdown
+from fastgen.cachedir import cache_dir
+from fastgen.errors import FastgenError
 
-
-@dataclass(frozen=True)
-class Opened:
-    """A side that is loaded. `generate` makes one batch, uint8 (B, H, W, 3)."""
-
-    generate: Callable[[], np.ndarray]
-    dtype: str
-
-
-@dataclass(frozen=True)
-class Side:
-    """One way to generate the same images; `open` imports and loads what it needs."""
-
-    name: str
-    open: Callable[[], Opened]
+FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
 
 
-def compare(sides: Sequence[Side], *, rounds: int, seconds: float = float("inf")) -> list[dict[str, Any]]:
-    """Time the sides in turn, `rounds` times after a first batch each, and compare their images with the first side's.
+def run(plan: Plan, sides: Sequence[str], out: Path | None) -> list[dict[str, Any]]:
+    """Measure, printing each row when it is there; the JSON is complete after every row."""
+    matrix = Matrix(plan, [Side.parse(side) for side in sides])
+    names = list(map(str, matrix.sides))
+    rows: list[dict[str, Any]] = []
 
-    No new round begins after `seconds`. Rows: `first_s` is loading and the first batch (compilation included), the ratios
-    are of batches of one round, so that a busy machine slows both; spreads are minimum and maximum.
-    """
-    start = time.perf_counter()
-    opened, images, first = [], [], []
-    for side in sides:
-        began = time.perf_counter()
-        opened.append(side.open())
-        images.append(opened[-1].generate())
-        first.append(time.perf_counter() - began)
-    times: list[list[float]] = [[] for _ in sides]
-    for done in range(rounds):
-        if done and time.perf_counter() - start > seconds:
-            break
-        for one, taken in zip(opened, times, strict=True):
-            taken.append(timed(one.generate))
-    return [
-        {"side": side.name, "dtype": opened[i].dtype}
-        | _speed(times[i], times[0], len(images[i]))
-        | {"first_s": first[i]}
-        | parity(images[0], images[i])
-        for i, side in enumerate(sides)
-    ]
+    def order(row: dict[str, Any]) -> tuple[int, int, int]:
+        return row["steps"], min(plan.batches) if "@" in row["side"] else row["batch"], names.index(row["side"])
+
+    for row in matrix.rows():
+        rows.append(row)
+        rows.sort(key=order)
+        print(line(row), flush=True)
+        if out is not None:
+            save(out, matrix.settings(), rows, columns=UNITS)
+    return rows
 
 
-def timed(call: Callable[[], Any]) -> float:
-    """Wall-clock seconds of a call."""
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
+def line(row: dict[str, Any]) -> str:
+    """A row in brief."""
+    head = f"{row['side']:24} batch {row['batch']:<4} steps {row['steps']:<5}"
+    if row["images_per_s"] is None:
+        return f"{head} {row['note']}"
+    parts = [f"{row['images_per_s']:8.3g} images/s"]
+    parts += [f"{row['ratio']:6.3g} x"] if row["ratio"] else []
+    parts += [f"{row['peak_mib']:7.0f} MiB", f"{row['floor_percent']:5.1f}% of the floor"]
+    parts += [f"max {row['max_abs_255']}/255"] if row["max_abs_255"] is not None else []
+    return " ".join([head, *parts])
 
 
-def spread(values: Sequence[float]) -> str:
-    return f"{min(values):.3g} to {max(values):.3g}"
-
-
-def _speed(times: Sequence[float], reference: Sequence[float], count: int) -> dict[str, Any]:
-    ratios = [r / t for r, t in zip(reference, times, strict=True)]
-    median = statistics.median(times)
-    return {
-        "seconds": median,
-        "spread_s": spread(times),
-        "images_per_s": count / median,
-        "ratio": statistics.median(ratios),
-        "ratio_spread": spread(ratios),
-        "rounds": len(times),
-    }
-
-
-def parity(expected: np.ndarray, found: np.ndarray) -> dict[str, Any]:
-    """PSNR in dB (None where nothing differs) and the largest difference in grey levels, of uint8 images."""
-    difference = expected.astype(np.int16) - found
-    error = float(np.mean(np.square(difference, dtype=np.float64)))
-    return {
-        "psnr_db": 10 * np.log10(255**2 / error) if error else None,
-        "max_abs_255": int(np.abs(difference).max()),
-    }
-
-
-def environment() -> dict[str, Any]:
-    """Hardware, versions, commit, and how busy the machine is (load average over a minute)."""
-    return {
-        "cpu": _cpu_name(),
-        "cores": os.cpu_count(),
-        "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
-        "python": platform.python_version(),
-        "versions": {p: v for p in PACKAGES if (v := _version(p))},
-        "commit": _commit(),
-    }
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    flags = next((line.split() for line in lines if line.startswith("flags")), [])
-    name = names[0] if names else platform.processor() or platform.machine()
-    return name + "".join(f" {f}" for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f in flags)
-
-
-def _version(package: str) -> str | None:
+@click.command()
+@click.option("--model", type=FOLDER, help="A model folder.")
+@click.option(
+    "--synthetic", metavar="ARCH", help=f"Random weights instead: {', '.join(ARCHITECTURES)}, a preset or TOML."
+)
+@click.option("--bundle", type=FOLDER, help="Its bundle.  [default: exported into the work folder]")
+@click.option("--device", default=None, help="[default: cuda where there is one, else cpu]")
+@click.option("--side", "sides", multiple=True, help="NAME[:DTYPE][:graphs|:nographs][@BATCH].  [default: all]")
+@click.option("--batch", "batches", multiple=True, type=click.IntRange(1), default=(4,), show_default=True)
+@click.option("--steps", multiple=True, type=click.IntRange(1), help="[default: the model's]")
+@click.option("--images", default=1, show_default=True, type=click.IntRange(1), help="Per round, at least a batch.")
+@click.option("--job", default=1063, show_default=True, type=click.IntRange(1), help="Images of the whole job.")
+@click.option("--requests", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="[default: made up]")
+@click.option("--threads", type=click.IntRange(1), help="[default: the engines']")
+@click.option("--rounds", default=2, show_default=True, type=click.IntRange(1))
+@click.option("--seconds", default=1500.0, show_default=True, help="No first batch and no round begins later.")
+@click.option("--work", type=click.Path(path_type=Path), help="Models and exports, kept.  [default: in the cache]")
+@click.option("--out", type=click.Path(path_type=Path), help="[default: benchmarks/results/matrix-MODEL-DEVICE.json]")
+def main(
+    model: Path | None,
+    synthetic: str | None,
+    device: str | None,
+    sides: Sequence[str],
+    work: Path | None,
+    **options: Any,
+) -> None:
+    """Measure, print a markdown table, write the JSON. The first side is the one that the others' speed is compared with."""
+    if (model is None) == (synthetic is None):
+        raise click.UsageError("give either --model FOLDER or --synthetic ARCH")
+    work = work or cache_dir() / "benchmarks"
+    device = device or default_device()
+    out = options.pop("out")
     try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+        chosen = sides or default_sides(device)
+        for side in chosen:
+            Side.parse(side)
+        if model is None:
+            model = random_model(str(synthetic), work / architecture(str(synthetic)).name)
+        plan = Plan(model, work, device, **options)
+        out = out or RESULTS / f"matrix-{model.name}-{device.partition(':')[0]}.json"
+        rows = run(plan, chosen, out)
+    except FastgenError as error:
+        raise SystemExit(f"error: {error}") from None
+    print(f"\n{markdown(rows)}\n\n{out}")
 
 
-def _commit() -> str | None:
-    try:
-        command = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--abbrev=12"]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
+def default_device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def report(out: Path, settings: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write the JSON and print the table."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    value = {"settings": dict(settings), "environment": environment(), "rows": rows}
-    out.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    print(", ".join(f"{key.replace('_', ' ')} {value}" for key, value in settings.items()))
-    print(table(rows))
-
-
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows of the same keys, aligned; floats with three digits."""
-    cells = [[key.replace("_", " ") for key in rows[0]], *([_cell(v) for v in row.values()] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in cells)
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+if __name__ == "__main__":
+    main()

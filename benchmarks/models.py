@@ -1,87 +1,116 @@
-"""Model folders with random weights, of any preset's size, so that anyone can measure without a checkpoint."""
+"""Model folders with random weights, so that anyone can measure without a checkpoint."""
 
 from __future__ import annotations
 
+import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks.sides import PROMPTS
-from fastgen.config import Preset, load_preset
+from benchmarks.prompts import prompts
+from fastgen.config import Preset, load_preset, preset_names
+from fastgen.errors import unknown
 from fastgen.jsonfiles import write_json
 from fastgen.names import ICLEVR_OBJECTS
 from fastgen.networks import LabelConditioner, Model, save_model
-from fastgen.training.modules import build_module, build_text_encoder
+from fastgen.training.modules import build_text_encoder
 from fastgen.training.tokenizer import train_tokenizer
 
-MEDIUM = Path(__file__).with_name("medium.toml")
+ARCHITECTURES = {file.stem: file for file in sorted(Path(__file__).with_name("architectures").glob("*.toml"))}
 
 
-def random_model(preset_name: str | Path, folder: Path, seed: int = 0) -> Path:
-    """The preset's networks with random weights as a model folder at `folder`; made once, then reused.
+def architecture(name_or_file: str | Path) -> Preset:
+    """One of benchmarks/architectures/, else a preset of the package or a TOML file. InputError for an unknown name."""
+    name = str(name_or_file)
+    if name not in ARCHITECTURES and not name.endswith(".toml") and name not in preset_names():
+        raise unknown("architecture", name, [*ARCHITECTURES, *preset_names(), "a TOML file"])
+    return load_preset(ARCHITECTURES.get(name, name))
 
-    The last layers are scaled so that the UNet predicts, and the decoder paints, with the contrast of trained ones:
-    otherwise every engine would agree on grey.
+
+def random_model(name_or_file: str | Path, folder: Path, seed: int = 0) -> Path:
+    """The architecture's networks with random weights as a model folder at `folder`; made once, then reused.
+
+    Weights are drawn as torch draws them, on the GPU where there is one; no layer is zero, as those that a training starts
+    with: products with zeros take less power and run faster. The last layers are scaled so that the UNet predicts, and the
+    decoder paints, with the contrast of trained ones: otherwise every engine would agree on grey.
     """
     if (folder / "model_index.json").exists():
         return folder
-    preset = load_preset(preset_name)
-    model = _text(preset, seed) if preset.family == "text" else _labels(preset, seed)
-    _scale_outputs(model)
+    preset = architecture(name_or_file)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = _text(preset, seed) if preset.family == "text" else _labels(preset, seed)
+        _scale_outputs(model)
     save_model(model, folder)
     return folder
 
 
-def _config(preset: Preset, name: str) -> Any:
+def build(preset: Preset, name: str, seed: int = 0) -> Any:
+    """The preset's `unet` or `vae` with torch's own random weights, on the default device (`meta` for none at all)."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel
+
+    torch.manual_seed(seed)
+    cls: Any = AutoencoderKL if name == "vae" else UNet2DConditionModel if preset.family == "text" else UNet2DModel
+    return cls(**_config(preset, name)).eval().requires_grad_(False)
+
+
+def _config(preset: Preset, name: str) -> Mapping[str, Any]:
     return getattr(preset, name).config
 
 
 def _text(preset: Preset, seed: int) -> Model:
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-
     text = _config(preset, "text_encoder")
-    tokenizer = train_tokenizer(PROMPTS * 2, text["vocab_size"], text.get("max_position_embeddings", 77))
-    unet = build_module(UNet2DConditionModel, _config(preset, "unet"), "unet", seed)
+    tokenizer = train_tokenizer(prompts(64), text["vocab_size"], text.get("max_position_embeddings", 77))
+    unet = build(preset, "unet", seed)
     model = Model(None, "text", unet, dict(preset.scheduler), preset.sampling, tokenizer=tokenizer)
     model.text_encoder = build_text_encoder(text, tokenizer, seed + 1)
-    model.vae = build_module(AutoencoderKL, _config(preset, "vae"), "vae", seed + 2)
+    model.vae = build(preset, "vae", seed + 2)
     return model
 
 
 def _labels(preset: Preset, seed: int) -> Model:
-    from diffusers import UNet2DModel
-
-    unet = build_module(UNet2DModel, _config(preset, "unet"), "unet", seed)
+    unet = build(preset, "unet", seed)
     table = {"dim": 4 * unet.config.block_out_channels[0], **(preset.conditioner or {})}
     conditioner = LabelConditioner(num_labels=len(ICLEVR_OBJECTS), **table)
     return Model(None, "labels", unet, dict(preset.scheduler), preset.sampling, conditioner, ICLEVR_OBJECTS)
 
 
+@torch.inference_mode()
 def _scale_outputs(model: Model) -> None:
     """Scale the UNet's last layer to outputs of unit variance, the decoder's to a standard deviation of 0.4."""
     layers: list[tuple[str, Any, float]] = [("unet", model.unet.conv_out, 1.0)]
     if model.vae is not None:
         layers.append(("vae_decoder", model.vae.decoder.conv_out, 0.4))  # type: ignore[union-attr]
     for name, layer, deviation in layers:
-        inputs = model.signatures()[name].sample_inputs(2, np.random.default_rng(0))
-        with torch.inference_mode():
-            output = model.networks()[name](*map(torch.from_numpy, inputs.values()))
-            layer.weight *= deviation / output.std()
+        inputs = model.signatures()[name].sample_inputs(1, np.random.default_rng(0))
+        output = model.networks()[name](*(torch.asarray(x, device=layer.weight.device) for x in inputs.values()))
+        layer.weight *= deviation / output.std()
 
 
-def prepared(preset_name: str | Path, work: Path) -> tuple[Path, Path]:
-    """(model folder, bundle) of a random model of this preset below `work`, made and exported once."""
+def prepared(name_or_file: str | Path, work: Path) -> tuple[Path, Path]:
+    """(model folder, bundle) of a random model of this architecture below `work`, made and exported once."""
+    model = random_model(name_or_file, work / Path(name_or_file).stem)
+    return model, bundled(model, work)
+
+
+def bundled(model: Path, work: Path) -> Path:
+    """The bundle of a model folder below `work`, exported once."""
     from export import export
     from fastgen.bundle import is_bundle
 
-    name = Path(preset_name).stem
-    model, bundle = random_model(preset_name, work / name), work / f"{name}-bundle"
+    bundle = work / f"{model.name}-bundle"
     if not is_bundle(bundle):
         print(f"exporting {model}", flush=True)
         start = time.perf_counter()
         export(model, bundle)
-        write_json(work / f"{name}-export.json", {"seconds": time.perf_counter() - start})
-    return model, bundle
+        write_json(work / f"{model.name}-export.json", {"seconds": time.perf_counter() - start})
+    return bundle
+
+
+def export_seconds(bundle: Path) -> float | None:
+    """What `bundled` took, if it made this bundle."""
+    record = bundle.with_name(bundle.name.removesuffix("-bundle") + "-export.json")
+    return json.loads(record.read_text())["seconds"] if record.is_file() else None

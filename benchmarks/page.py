@@ -10,6 +10,8 @@ from typing import Any
 
 import click
 
+from benchmarks.table import cells
+
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1000px; margin: 2rem auto; padding: 0 1rem; color: #222 }
 img { max-width: 100%; border: 1px solid #ddd } table { border-collapse: collapse; margin: .5rem 0 1.5rem }
@@ -66,7 +68,7 @@ def sections(folder: Path) -> Iterator[str]:
         yield f"<p>{score['accuracy']:.3f}, standard error {error} over {score['standard_error_over']}</p>"
     for file in sorted(folder.glob("engines-*.json")):
         yield f"<h2>Engines: {html.escape(file.stem.removeprefix('engines-'))}</h2>"
-        yield table(json.loads(file.read_text())["rows"])
+        yield table(cells(json.loads(file.read_text())["rows"]))
     for bundle in sorted(folder.glob("*-bundle")):
         yield f"<h2>Certificate: {html.escape(bundle.name)}</h2>"
         yield table(list(certificates(bundle))).replace("<td>MISSED", '<td class="miss">MISSED')

@@ -1,71 +1,99 @@
-"""The sides of a comparison: this package's engines, and diffusers' own pipeline."""
+"""The sides of a comparison, written `NAME[:DTYPE][:graphs|:nographs][@BATCH]`:
+this package's engines, and what people use today."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+import importlib.util
+from dataclasses import dataclass
 
-import numpy as np
+from fastgen.engines import engine_class, engine_names, missing_packages
+from fastgen.errors import InputError, unknown
 
-from benchmarks.matrix import Opened, Side
-from fastgen.pipeline import load
-
-LABELS = (["gray cube"], ["red cube", "blue sphere"], ["green cylinder"], ["yellow cube", "cyan sphere", "brown cube"])
-PROMPTS = (
-    "A red dragon with wings and horns. The monster is attacking.",
-    "A small blue slime with one big eye. The monster is idling.",
-    "Green robot with a sword and a shield.",
-    "Purple insect with many legs and big teeth. The monster is moving.",
-)
-
-
-def conditions(family: str, count: int) -> dict[str, list[Any]]:
-    """`count` prompts or label lists, as keywords of Pipeline.generate."""
-    values: Sequence[Any] = PROMPTS if family == "text" else LABELS
-    return {"prompts" if family == "text" else "labels": [values[i % len(values)] for i in range(count)]}
+DTYPES = ("fp32", "bf16", "fp16")
+PEERS = {
+    "diffusers": "diffusers' own pipeline, one UNet call for both halves of guidance",
+    "diffusers-compile": "the same with torch.compile on its UNet and channels_last",
+    "two-calls": "a loop written by hand: a prompt at a time, conditional and unconditional UNet calls apart",
+    "optimum-onnx": "ORTStableDiffusionPipeline, exported by optimum, in an environment of its own",
+    "optimum-intel": "OVStableDiffusionPipeline, exported by optimum, in an environment of its own",
+}
+FOREIGN = ("optimum-onnx", "optimum-intel")
+REFERENCE = "eager:fp32"  # of parity
 
 
-def engine(name: str, folder: Path, *, batch_size: int, threads: int | None, steps: int | None) -> Side:
-    """An engine of this package generating one batch, image i from seed i, with the model's own sampling but for the steps."""
+@dataclass(frozen=True)
+class Side:
+    """One way to generate the same images."""
 
-    def open_side() -> Opened:
-        pipeline = load(folder, name, threads=threads)
-        given = conditions(pipeline.spec.family, batch_size)
+    name: str  # an engine, or one of PEERS
+    dtype: str | None = None  # None: the side's own default
+    graphs: bool | None = None  # whole-loop CUDA graphs; None: the engine's default
+    batch: int | None = None  # its own batch size, whatever the others have
 
-        def generate() -> np.ndarray:
-            images = pipeline.generate(
-                **given, seeds=range(batch_size), batch_size=batch_size, num_inference_steps=steps
-            )
-            return np.stack([np.asarray(image) for image in images])
+    @staticmethod
+    def parse(text: str) -> Side:
+        """Raises InputError for an unknown name, precision or flag."""
+        spelled, at, batch = text.partition("@")
+        if at and not (batch.isdecimal() and int(batch)):
+            raise InputError(f"side {text!r}: {batch!r} after the @, expected a batch size")
+        name, *rest = spelled.split(":")
+        if name not in (*engine_names(), *PEERS):
+            raise unknown("side", name, [*engine_names(), *PEERS])
+        dtype, graphs = None, None
+        for part in rest:
+            if part in DTYPES:
+                dtype = part
+            elif part in ("graphs", "nographs") and name not in PEERS:
+                graphs = part == "graphs"
+            else:
+                raise InputError(
+                    f"side {text!r}: {part!r} is none of {', '.join(DTYPES)}, graphs, nographs (engines only)"
+                )
+        return Side(name, dtype, graphs, int(batch) if at else None)
 
-        return Opened(generate, pipeline.engine.dtype)
+    def __str__(self) -> str:
+        flags = {None: (), True: ("graphs",), False: ("nographs",)}[self.graphs]
+        return ":".join([self.name, *((self.dtype,) if self.dtype else ()), *flags]) + (
+            f"@{self.batch}" if self.batch else ""
+        )
 
-    return Side(name, open_side)
+    @property
+    def is_peer(self) -> bool:
+        return self.name in PEERS
+
+    @property
+    def needs_bundle(self) -> bool:
+        return self.name not in PEERS and engine_class(self.name).source_kind == "bundle"
 
 
-def diffusers_pipeline(folder: Path, latents: np.ndarray, *, threads: int, steps: int, guidance_scale: float) -> Side:
-    """StableDiffusionPipeline as its users call it, from the given initial latents (B, C, h, w)."""
+def default_sides(device: str) -> list[str]:
+    """Every side that makes sense on this device; the first is what the others' speed is compared with."""
+    if device.startswith("cuda"):
+        own = ["eager:fp32", "eager:bf16", "eager:fp16:nographs", "eager:fp16:graphs", "compile:fp16:nographs"]
+        own += ["compile:fp16:graphs", "ort:fp16", "trt:fp16"]
+        return ["diffusers:fp16", *own, "diffusers:fp32", "diffusers-compile:fp16", "two-calls:fp32@1", "optimum-onnx"]
+    own = ["openvino:bf16", "ort:fp32", "compile:bf16", "eager:fp32"]
+    peers = ["optimum-intel", "optimum-onnx", "diffusers-compile:bf16", "diffusers:bf16", "two-calls:fp32@1"]
+    return ["diffusers:fp32", *own, *peers]
 
-    def open_side() -> Opened:
-        import torch
-        from diffusers import StableDiffusionPipeline
 
-        torch.set_num_threads(threads)
-        pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
-        pipeline.set_progress_bar_config(disable=True)
-        prompts = conditions("text", len(latents))["prompts"]
+def missing(side: Side, device: str) -> str | None:
+    """Why the side cannot run here, as far as that can be seen before anything is exported or loaded."""
+    if side.name in FOREIGN:
+        from benchmarks.environments import interpreter
 
-        def generate() -> np.ndarray:
-            images = pipeline(
-                prompts,
-                num_inference_steps=steps,
-                guidance_scale=guidance_scale,
-                latents=torch.from_numpy(latents),
-                output_type="pil",
-            ).images
-            return np.stack([np.asarray(image) for image in images])
+        if interpreter(side.name) is None:
+            return f"no environment: python -m benchmarks.environments {side.name}"
+        return None
+    if side.name in PEERS:
+        absent = [p for p in ("torch", "diffusers", "transformers") if importlib.util.find_spec(p) is None]
+    else:
+        absent = missing_packages(side.name)
+    if absent:
+        return f"not installed: {', '.join(absent)}"
+    if side.name == "ort" and device.startswith("cuda"):
+        import onnxruntime
 
-        return Opened(generate, "fp32")
-
-    return Side("diffusers", open_side)
+        if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+            return f"onnxruntime {onnxruntime.__version__} has no CUDA provider here"
+    return None

@@ -49,7 +49,7 @@ def export(
     model, out = Path(model), Path(out)
     dtype = _check_dtype(dtype, trt)
     _check_batch_sizes(batch_sizes)
-    chosen = _engines(engines, model)
+    chosen = _engines(engines, model, trt)
     if not is_bundle(model):
         write_bundle(model, out, Wanted(solvers, dtype), overwrite, say)
     elif model.resolve() != out.resolve():
@@ -68,9 +68,8 @@ def export(
         add(name, precision)
     if trt:
         _build_trt(read_bundle(out), dtype, batch_sizes, say)
-        add(
-            "trt", dtype, [n for n in read_bundle(out).spec.signatures if n != "vae_encoder"]
-        )  # nothing generates with it
+        generating = [n for n in read_bundle(out).spec.signatures if n != "vae_encoder"]
+        add("trt", dtype, generating)
     return certificates
 
 
@@ -94,12 +93,13 @@ def _check_holds(bundle: Bundle, dtype: str) -> None:
             bundle.network(name, network_dtype(name, dtype))
 
 
-def _engines(asked: Sequence[str] | None, model: Path) -> list[tuple[str, str | None]]:
+def _engines(asked: Sequence[str] | None, model: Path, trt: bool) -> list[tuple[str, str | None]]:
     """(engine, precision or None for its default) to certify: those asked for, if they can be, else all that are installed
     and need nothing built beforehand."""
     if not asked:
         names = [n for n in engine_names() if engine_class(n).source_kind == "bundle" and n != "trt"]
-        if not (names := [n for n in names if not missing_packages(n)]):
+        names = [n for n in names if not missing_packages(n)]
+        if not names and not trt:
             raise InputError(f"no engine for bundles is installed: {engine_class('ort').install}")
         return [(name, None) for name in names]
     chosen = []
@@ -128,6 +128,9 @@ def _build_trt(bundle: Bundle, dtype: str, batch_sizes: Sequence[int], say: Say)
         check_installed("trt")
         from export.trt import build_engines
 
-        build_engines(bundle, dtype=dtype, batch_sizes=sorted(set(batch_sizes)), say=say)
+        sizes = sorted(set(batch_sizes))
+        build_engines(bundle, dtype=dtype, batch_sizes=sizes, say=say)
+        if dtype != "fp32" and bundle.spec.family == "text":  # in which pictures that come out broken are decoded again
+            build_engines(bundle, dtype="fp32", batch_sizes=sizes, networks=["vae_decoder"], say=say)
     except FastgenError as error:
         raise type(error)(f"{bundle.folder} is complete, but no TensorRT engines were built: {error}") from None

@@ -16,8 +16,9 @@ from fastgen.bundle import REFERENCE, Bundle
 from fastgen.errors import FastgenError, InputError
 from fastgen.images import problem
 from fastgen.jsonfiles import read_json, write_bytes, write_json
-from fastgen.pipeline import Pipeline, Settings
+from fastgen.pipeline import Pipeline
 from fastgen.requests import Request
+from fastgen.settings import Settings
 from fastgen.signatures import Signature
 
 if TYPE_CHECKING:

@@ -9,17 +9,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastgen.graphs import Graph
 from fastgen.noise import normal
-from fastgen.sampling import guide, guided_rows, pack_rows, step, take_rows, unconditional_first
+from fastgen.sampling import Row, guide, guided_rows, pack_rows, step, take_rows, unconditional_first
 from fastgen.tables import SolverTable
 
 if TYPE_CHECKING:
     from fastgen.engines.base import Engine
 
 Tensor = Any  # torch.Tensor
+
+
+class _Prepared(NamedTuple):
+    """What is known of a row before the network runs; `noise` None where the solver draws none."""
+
+    row: Row
+    noise: Tensor | None
+    sample: Tensor  # (B, C, h, w)
+    timestep: Tensor  # (B,)
 
 
 class DeviceLoop:
@@ -45,6 +54,7 @@ class DeviceLoop:
         self._scale = torch.zeros((), **new)
         self._seeds = torch.zeros(batch, dtype=torch.int64, device=engine.device)
         self._index = torch.zeros(1, dtype=torch.int64, device=engine.device)
+        self._prepared: dict[bool, _Prepared] = {}  # guided or not -> what its rows begin with
         self._prediction: dict[bool, Tensor] = {}
         self._stochastic = bool((table.c != 0).any())
         self._side = torch.cuda.Stream(engine.device) if engine.device.startswith("cuda") else None
@@ -97,7 +107,7 @@ class DeviceLoop:
         device, reset = self._engine.device, self._index.zero_  # no row is looked up behind the table's end
         if self._engine.capturable:
             return Graph(lambda: self._whole_row(guided), device, self._pool(), reset)
-        before = Graph(self._before, device, self._pool(), reset)
+        before = Graph(lambda: self._before(guided), device, self._pool(), reset)
         self._predict(guided)
         after = Graph(lambda: self._after(guided), device, before.pool)
 
@@ -114,26 +124,27 @@ class DeviceLoop:
         return next((recorded.pool for recorded in self._recorded.values()), None)  # type: ignore[attr-defined]
 
     def _whole_row(self, guided: bool) -> None:
-        self._before()
+        self._before(guided)
         self._predict(guided)
         self._after(guided)
 
-    def _before(self) -> None:
-        """The row's coefficients, noise and network inputs."""
+    def _before(self, guided: bool) -> None:
+        """The row's coefficients, noise and network inputs; recorded ones stay at the addresses that they had."""
         torch = self._torch
-        self._current = take_rows(self._rows, self._index, self._x.ndim)
-        self._noise = None
+        row = take_rows(self._rows, self._index, self._x.ndim)
+        noise = None
         if self._stochastic:
             with self._beside():  # while the network runs
-                self._noise = normal(self._seeds, self._current.stream, self._x.shape[1:])
-        self._input = self._current.scale * self._x
-        self._timestep = self._current.timestep + torch.zeros_like(self._seeds, dtype=torch.float32)  # (B,)
+                noise = normal(self._seeds, row.stream, self._x.shape[1:])
+        timestep = row.timestep + torch.zeros_like(self._seeds, dtype=torch.float32)  # (B,)
+        self._prepared[guided] = _Prepared(row, noise, row.scale * self._x, timestep)
 
     def _predict(self, guided: bool) -> None:
+        sample, timestep = self._prepared[guided].sample, self._prepared[guided].timestep
         if guided:
-            prediction = self._engine.run_guided(self._input, self._timestep, self._conds)  # (2B, ...)
+            prediction = self._engine.run_guided(sample, timestep, self._conds)  # (2B, ...)
         else:
-            prediction = self._engine.run("unet", self._input, self._timestep, self._cond)[0]
+            prediction = self._engine.run("unet", sample, timestep, self._cond)[0]
         if self._graphs and not self._engine.capturable:  # the second graph reads a fixed address
             held = self._prediction.setdefault(guided, self._torch.empty_like(prediction))
             prediction = held.copy_(prediction)
@@ -142,10 +153,10 @@ class DeviceLoop:
     def _after(self, guided: bool) -> None:
         """Guidance, step, and on to the next row."""
         self._join()
-        prediction = self._prediction[guided]
+        prediction, prepared = self._prediction[guided], self._prepared[guided]
         if guided:
             prediction = guide(prediction, self._scale)
-        x, history = step(self._x, tuple(self._history), prediction, self._current, self._noise)
+        x, history = step(self._x, tuple(self._history), prediction, prepared.row, prepared.noise)
         self._x.copy_(x)
         for held, new in reversed(
             list(zip(self._history, history, strict=True))

@@ -19,9 +19,10 @@ from fastgen.conditions import Conditions, PromptConditions
 from fastgen.errors import FastgenError, InputError
 from fastgen.jobfolder import MANIFEST, claim, finish, held_batch_size
 from fastgen.pictures import Pictures
-from fastgen.pipeline import Pipeline, Settings
+from fastgen.pipeline import Pipeline
 from fastgen.plan import Estimate, automatic_batch_size, estimate
 from fastgen.requests import Request, resolve_seed, safe_path
+from fastgen.settings import Settings
 from fastgen.shards import Shard, save_part, whole_job
 from fastgen.tables import SolverTable
 from fastgen.writing import StepBar, Writer, progress_bar

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import operator
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,57 +12,23 @@ import numpy as np
 
 from fastgen.buckets import cut
 from fastgen.bundle import is_bundle, read_bundle
+from fastgen.choose import default_engine
 from fastgen.conditions import Conditions, LabelConditions, PromptConditions
 from fastgen.device_loop import DeviceLoop
-from fastgen.engines import check_installed, create_engine, engine_class, missing_packages
+from fastgen.engines import check_installed, create_engine, engine_class
 from fastgen.errors import InputError
 from fastgen.names import check_labels, read_objects
 from fastgen.pictures import Decoder, Pictures
 from fastgen.requests import Request, resolve_seed
 from fastgen.sampling import initial_latents, sample
-from fastgen.solver import SolverTable
+from fastgen.settings import Settings
+from fastgen.tables import SolverTable
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from fastgen.engines.base import Array, Engine
     from fastgen.spec import Source
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How images are sampled. `guidance_interval` limits guidance to the steps lo <= i < hi."""
-
-    scheduler: str
-    num_inference_steps: int
-    guidance_scale: float
-    guidance_interval: tuple[int, int] | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not self.scheduler or ":" in self.scheduler:
-            raise InputError(f"scheduler is {self.scheduler!r}, expected a name such as ddim (steps are given apart)")
-        if self.num_inference_steps < 1:
-            raise InputError(f"num_inference_steps is {self.num_inference_steps}, expected at least 1")
-        if not (math.isfinite(self.guidance_scale) and self.guidance_scale >= 0):
-            raise InputError(f"guidance_scale is {self.guidance_scale}, expected a finite number, 0 or more")
-
-    @property
-    def solver(self) -> str:
-        """The key of the solver table."""
-        return f"{self.scheduler}:{self.num_inference_steps}"
-
-    @property
-    def guided(self) -> bool:
-        return self.guidance_scale != 1.0
-
-    def check_interval(self, table: SolverTable) -> None:
-        """InputError for a guidance interval outside the table's rows."""
-        lo, hi = self.guidance_interval or (0, len(table))
-        if not 0 <= lo < hi <= len(table):
-            raise InputError(
-                f"guidance_interval is {lo} {hi}, expected 0 <= LO < HI <= {len(table)}, the solver's rows"
-            )
 
 
 class Pipeline:
@@ -271,15 +235,15 @@ def load(
 ) -> Pipeline:
     """Load a bundle or a model folder onto an engine.
 
-    `engine`: for a bundle `openvino` or `ort`, the first that is installed; for a model folder `eager`. `dtype`: fp32,
-    bf16 or fp16, by default what suits the engine. `graphs`: see Pipeline. Raises InputError when the folder is neither, is
-    damaged, or does not suit the engine.
+    `engine`: by default what `choose.default_engine` says. `dtype`: fp32, bf16 or fp16, by default what suits the engine and
+    the hardware. `graphs`: see Pipeline. Raises InputError when the folder is neither, is damaged, or does not suit the
+    engine.
     """
     folder = Path(path)
     bundled = is_bundle(folder)
     if not bundled and not (folder / "model_index.json").is_file():
         raise InputError(f"{folder}: neither a bundle (bundle.json) nor a model folder (model_index.json)")
-    name = engine or default_engine(bundled)
+    name = engine or default_engine(folder, device)
     kind = engine_class(name).source_kind
     if kind == "bundle" and not bundled:
         raise InputError(
@@ -318,13 +282,3 @@ def model_objects(path: str | os.PathLike[str]) -> Mapping[str, int] | None:
         return read_bundle(folder).spec.objects
     file = folder / "labels.json"
     return read_objects(file) if file.is_file() else None
-
-
-def default_engine(bundled: bool) -> str:
-    """The fastest installed engine that runs a bundle, or `eager` for a model folder."""
-    if not bundled:
-        return "eager"
-    installed = [name for name in ("openvino", "ort") if not missing_packages(name)]
-    if not installed:
-        raise InputError(f"no engine for bundles is installed: {engine_class('ort').install}")
-    return installed[0]

@@ -15,7 +15,8 @@ from fastgen.tables import SolverTable
 
 if TYPE_CHECKING:
     from fastgen.engines.base import Engine
-    from fastgen.pipeline import Pipeline, Settings
+    from fastgen.pipeline import Pipeline
+    from fastgen.settings import Settings
 
 CPU_BATCH = 16
 MAX_BATCH = 128  # images; beyond it GPUs gain nothing, and a job's last batches grow

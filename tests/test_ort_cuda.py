@@ -131,7 +131,7 @@ def test_nodes_on_the_cpu_are_an_error(label_bundle, whole, words):
     ],
 )
 def test_cuda_without_its_packages_is_one_line_with_the_command(label_bundle, monkeypatch, installed, words):
-    monkeypatch.setattr(engine_ort, "_installed", installed.__contains__)
+    monkeypatch.setattr(engine_ort, "has_distribution", installed.__contains__)
     monkeypatch.setattr(ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
     with pytest.raises(InputError) as error:
         create_engine("ort", read_bundle(label_bundle), device="cuda")
@@ -198,8 +198,14 @@ def test_on_cuda_it_runs_the_fp16_graphs_and_the_text_encoder_in_fp32(lowered_bu
     assert [engine.executed(name) for name in ("unet", "text_encoder")] == ["fp16", "fp32"]
 
 
-def test_a_bundle_without_fp16_graphs_names_the_command(label_bundle, cuda_engine):
+def test_a_bundle_without_fp16_graphs_runs_in_fp32_by_default_and_this_is_told(label_bundle, cuda_engine, capsys):
     engine, _ = cuda_engine(read_bundle(label_bundle))
+    assert engine.dtype == "fp32"
+    assert "engine ort runs in fp32: the bundle has no fp16 graphs" in capsys.readouterr().err
+
+
+def test_a_bundle_without_fp16_graphs_names_the_command(label_bundle, cuda_engine):
+    engine, _ = cuda_engine(read_bundle(label_bundle), "fp16")
     with pytest.raises(InputError, match=r"has no fp16 graph of unet; `fastgen export MODEL --out \S+ --dtype fp16`"):
         engine.run("unet", torch.zeros(1, 3, 16, 16), torch.zeros(1), torch.zeros(1, 24))
 

@@ -11,7 +11,8 @@ import pytest
 
 import fastgen
 from fastgen.errors import InputError
-from fastgen.pipeline import Settings, load, model_objects
+from fastgen.pipeline import load, model_objects
+from fastgen.settings import Settings
 
 PROMPTS = [f"monster number {i}, red, with horns" for i in range(5)]
 LABELS = [["gray cube"], ["red cube", "blue sphere"], ["green cylinder"], ["yellow cube"], ["cyan sphere"]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import importlib.util
 import pkgutil
 from typing import TYPE_CHECKING
@@ -29,6 +30,15 @@ def engine_class(name: str) -> type[Engine]:
 def missing_packages(name: str) -> list[str]:
     """The packages that the engine needs and that are not installed."""
     return [package for package in engine_class(name).packages if importlib.util.find_spec(package) is None]
+
+
+def has_distribution(name: str) -> bool:
+    """Whether a distribution is installed: `onnxruntime-gpu` and `onnxruntime` are imported under one name."""
+    try:
+        importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def check_installed(name: str) -> None:

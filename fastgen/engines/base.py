@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -117,3 +118,8 @@ def choose_dtype(engine: type[Engine], dtype: str | None, default: str) -> str:
     if dtype not in engine.dtypes:
         raise InputError(f"engine {engine.name} executes {', '.join(engine.dtypes)}, not {dtype}")
     return dtype
+
+
+def announce(line: str) -> None:
+    """Tell the user about something that takes long, or is not what they might expect."""
+    print(line, file=sys.stderr, flush=True)

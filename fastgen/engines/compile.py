@@ -14,7 +14,6 @@ would pay after 5,000 prompts. On a GPU packages hold code only: all numbers of 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -24,6 +23,7 @@ import numpy as np
 from fastgen import __version__, artifacts, signatures
 from fastgen.artifacts import Recipe
 from fastgen.engines import base
+from fastgen.engines.base import announce
 from fastgen.engines.base_torch import TorchEngine
 from fastgen.errors import FastgenError, InputError
 
@@ -118,7 +118,7 @@ class Engine(TorchEngine):
 
         recipe = self.recipe(network, rows)
         assert recipe is not None
-        artifact = artifacts.obtain(recipe, lambda folder: self._build(network, rows, folder), _say)
+        artifact = artifacts.obtain(recipe, lambda folder: self._build(network, rows, folder), announce)
         weights = None if "freezing" in self._options else named_weights(self._module(network))
         try:
             package = open_package(artifact.folder, self._torch.device(self.device), weights)
@@ -177,7 +177,3 @@ def _checked(value: Tensor, tensor: signatures.Tensor, rows: int) -> Tensor:
         expected = f"{tensor.dtype} {tensor.with_batch(rows)}"
         raise InputError(f"{tensor.name} is {str(value.dtype)[6:]} {tuple(value.shape)}, expected {expected}")
     return value.contiguous()
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

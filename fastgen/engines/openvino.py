@@ -7,7 +7,6 @@ from the bundle.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 
 from fastgen.artifacts import Artifact, Recipe, obtain
 from fastgen.engines import base
+from fastgen.engines.base import announce
 from fastgen.engines.base_openvino import (
     CONDITION,
     TIMESTEP,
@@ -223,11 +223,6 @@ def _run_all(lanes: Sequence[Lane], inputs: Sequence[Sequence[np.ndarray]]) -> l
     for lane, own in zip(lanes, inputs, strict=True):
         lane.start(own)
     return [lane.outputs() for lane in lanes]
-
-
-def announce(line: str) -> None:
-    """Where lines about compiling go."""
-    print(line, file=sys.stderr, flush=True)
 
 
 def _unusual(line: str) -> None:

@@ -1,16 +1,18 @@
 """onnxruntime on the bundle's ONNX graphs, those with its own attention operator where the bundle has them.
 
-On the CPU in fp32, on NumPy arrays. On CUDA in fp16 or fp32, on torch tensors; not in bf16, for which onnxruntime's CUDA
-provider lacks operators (Resize, and in older releases convolutions).
+On the CPU in fp32, on NumPy arrays. On CUDA in fp16 (the default where the bundle has it) or fp32, on torch tensors; not in
+bf16, for which onnxruntime's CUDA provider lacks operators (Resize, and in older releases convolutions).
 """
 
 from __future__ import annotations
 
-import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fastgen.bundle import graph_name
+from fastgen.engines import has_distribution
+from fastgen.engines.base import announce
 from fastgen.engines.base_ort_cuda import PROVIDER, Runner, open_session, provider_options
 from fastgen.engines.base_torch import TorchEngine
 from fastgen.errors import FastgenError, InputError
@@ -56,7 +58,18 @@ class Engine(TorchEngine):
         kind = "cuda" if self._on_gpu else "cpu"
         if dtype is not None and dtype not in DTYPES[kind]:
             raise InputError(f"engine ort executes {', '.join(DTYPES[kind])} on {kind}, not {dtype}")
-        self.dtype = dtype or DTYPES[kind][0]
+        self.dtype = dtype or ("fp16" if self._on_gpu and self._has_fp16() else "fp32")
+        if self._on_gpu and dtype is None and self.dtype == "fp32":
+            announce(
+                "engine ort runs in fp32: the bundle has no fp16 graphs; `fastgen export MODEL --dtype fp16` adds them"
+            )
+
+    def _has_fp16(self) -> bool:
+        """Whether the bundle was exported with fp16 graphs, the default on a GPU."""
+        from fastgen.precision import network_dtype
+
+        graphs = {n: graph_name(n, d) for n in self.signatures if (d := network_dtype(n, "fp16")) != "fp32"}
+        return all(graph in self._bundle.files for graph in graphs.values())
 
     def run(self, network: str, *inputs: Any) -> tuple[Any, ...]:
         if network not in self._runners:
@@ -128,7 +141,7 @@ def default_device() -> str:
     """The GPU where onnxruntime's CUDA build and torch see one, else the CPU."""
     import onnxruntime as ort
 
-    if PROVIDER not in getattr(ort, "get_available_providers", list)() or not _installed("torch"):
+    if PROVIDER not in getattr(ort, "get_available_providers", list)() or not has_distribution("torch"):
         return "cpu"
     import torch
 
@@ -140,11 +153,11 @@ def _check_gpu_build() -> None:
     import onnxruntime as ort
 
     install = "pip install " + " ".join(GPU_PACKAGES)
-    if not _installed("torch"):
+    if not has_distribution("torch"):
         raise InputError(f"engine ort on CUDA needs torch, not installed here: {install}")
     if PROVIDER in getattr(ort, "get_available_providers", list)():
         return
-    if _installed("onnxruntime") and _installed("onnxruntime-gpu"):
+    if has_distribution("onnxruntime") and has_distribution("onnxruntime-gpu"):
         raise InputError(
             "onnxruntime and onnxruntime-gpu are both installed and share one folder, so that CUDA is lost: "
             "pip uninstall -y onnxruntime onnxruntime-gpu && pip install onnxruntime-gpu"
@@ -152,11 +165,3 @@ def _check_gpu_build() -> None:
     raise InputError(
         "this onnxruntime is built for the CPU alone: pip uninstall -y onnxruntime && pip install onnxruntime-gpu"
     )
-
-
-def _installed(distribution: str) -> bool:
-    try:
-        importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True

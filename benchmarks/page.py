@@ -22,6 +22,8 @@ td:first-child, th:first-child { text-align: left } .miss { color: #b00; font-we
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Rows of one shape as an HTML table; floats with three significant digits."""
+    if not rows:
+        return "<p>not measured</p>"
 
     def cell(value: Any) -> str:
         if isinstance(value, float):

@@ -71,7 +71,7 @@ def _against_batch(rows: Sequence[Row], title: str) -> Any:
         memory.plot(batches, [(row["driver_mib"] or row["peak_mib"]) / 1024 for row in taken], "o-", label=side)
     speed.set(xscale="log", xlabel="batch size", ylabel="seconds per image")
     times = [1 / row["images_per_s"] for taken in lines.values() for row in taken]
-    if max(times) > 5 * min(times):
+    if max(times) > 20 * min(times):
         speed.set(yscale="log")
         speed.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         speed.yaxis.set_major_formatter("{x:g}")

@@ -75,7 +75,7 @@ def test_an_override_reaches_a_networks_own_arguments_and_the_top(tmp_path: Path
         ("unet.train.steps=many", r"unet\.train\.steps = 'many': expected a value of type int"),
         ("unet.train.steps=[1", r"unet\.train\.steps = '\[1': expected a TOML value"),
         ("unet.train.steps=true", r"unet\.train\.steps = True: expected a value of type int"),
-        ("unet.train.steps=0", r"train\.steps = 0: expected at least 1"),
+        ("unet.train.steps=0", r"train\.steps, train\.epochs = \(0, 0\): expected one of them"),
         ("unet.train.accumulation=5", r"train\.accumulation = 5: expected a divisor of batch_size = 32"),
         ("unet.train.precision=fp8", r"unknown train\.precision 'fp8'; did you mean"),
         ("unet.train.adam_betas=[0.9]", r"train\.adam_betas = \[0\.9\]: expected two numbers"),
@@ -97,7 +97,7 @@ def test_a_wrong_override_is_one_line_that_names_it(tmp_path: Path, override: st
     ("text", "message"),
     [
         ("family = \n", "not valid TOML.*line 1"),
-        (LABELS.replace("steps = 10", ""), r"unet\.train\.steps is missing"),
+        (LABELS.replace("steps = 10", ""), r"train\.steps, train\.epochs = \(0, 0\): expected one of them"),
         (LABELS.replace("[conditioner]\nkind", "[vae.config]\nkind"), r"tables of family 'labels'"),
         (LABELS.replace("[unet.train]\nsteps = 10\nadam_betas = [0.9, 0.99]", ""), r"unet\.train = None"),
     ],
@@ -125,3 +125,16 @@ def test_the_text_family_needs_its_three_networks() -> None:
     trained = Network(config={"a": 1}, train=Training(steps=1))
     with pytest.raises(InputError, match=r"\[text_encoder\], \[vae\], \[unet\], \[scheduler\]"):
         Preset("x", "text", 64, "pad", unet=trained, scheduler={"_class_name": "DDPMScheduler"})
+
+
+def test_epochs_become_steps_of_the_training_examples() -> None:
+    recipe = Training(epochs=30, batch_size=128, warmup_fraction=0.05, validate_every_epochs=2).for_examples(43_294)
+    assert (recipe.steps, recipe.warmup_steps, recipe.validate_every) == (10147, 507, 676)
+    assert recipe.for_examples(43_294) == recipe
+
+
+def test_an_override_of_steps_replaces_epochs(tmp_path: Path) -> None:
+    path = write(tmp_path, LABELS.replace("steps = 10", "epochs = 3"))
+    assert load_preset(path).unet.train.epochs == 3  # type: ignore[union-attr]
+    recipe = load_preset(path, ["unet.train.steps=7"]).unet.train  # type: ignore[union-attr]
+    assert (recipe.steps, recipe.epochs) == (7, 0)  # type: ignore[union-attr]

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
-from diffusers.models.downsampling import Downsample2D
 from diffusers.models.embeddings import Timesteps
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from diffusers.models.upsampling import Upsample2D
@@ -43,7 +42,7 @@ class BroadcastUNet(ModelMixin, ConfigMixin):
         self.time_proj = Timesteps(time_dim, flip_sin_to_cos=True, downscale_freq_shift=0)
         inputs = zip([in_channels, *widths], widths, strict=False)
         self.down_blocks = nn.ModuleList(DoubleConv(c + condition, width, groups) for c, width in inputs)
-        self.downsamplers = nn.ModuleList(Downsample2D(width, use_conv=True) for width in widths[:-1])
+        self.downsamplers = nn.ModuleList(nn.Conv2d(w, w, 3, stride=2, padding=1) for w in widths[:-1])
         deeper = list(zip(widths[::-1], widths[-2::-1], strict=False))  # (width below, width here)
         self.upsamplers = nn.ModuleList(Upsample2D(below, use_conv=True, out_channels=w) for below, w in deeper)
         self.up_blocks = nn.ModuleList(DoubleConv(2 * width + condition, width, groups) for _, width in deeper)
@@ -53,7 +52,7 @@ class BroadcastUNet(ModelMixin, ConfigMixin):
         self, sample: Tensor, timestep: Tensor, class_labels: Tensor, return_dict: bool = True
     ) -> UNet2DOutput | tuple[Tensor]:
         """sample (B, C, H, W), timestep (B,), class_labels (B, label_dim) -> prediction (B, out_channels, H, W)."""
-        time = self.time_proj(timestep.expand(len(sample))).to(sample.dtype)  # (B, time_dim)
+        time = self.time_proj(timestep.expand(sample.shape[0])).to(sample.dtype)  # (B, time_dim)
         condition = torch.cat([class_labels, time], dim=1)[:, :, None, None]  # (B, label_dim + time_dim, 1, 1)
         x, skips = self.down_blocks[0](sample, condition), []
         for downsample, block in zip(self.downsamplers, self.down_blocks[1:], strict=True):

@@ -31,6 +31,7 @@ UNETS = {
     "monsters-pndm-rag": (846.2, 62.33),
     "monsters-ddim": (241.4, 70.82),
     "monsters-dpmpp": (241.4, 70.82),
+    "monsters-best": (296.4, None),
     "iclevr-class-embed": (113.7, 31.03),
     "iclevr-concat": (157.9, 46.35),
     "medium": (139.7, None),

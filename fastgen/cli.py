@@ -100,7 +100,7 @@ def train(preset: str, data_folder: Path | None, out: Path | None, overrides: Se
     if folder is None:
         raise InputError("no dataset in this folder; give --data DATA, or render one: `fastgen data iclevr DATA`")
     from fastgen.training import train as run
-    from fastgen.training.processes import launched
+    from fastgen.training.processes import is_main, launched
 
     if out is None and launched() > 1:
         raise InputError("several processes need one output folder: give --out")
@@ -108,7 +108,8 @@ def train(preset: str, data_folder: Path | None, out: Path | None, overrides: Se
     run(chosen, folder, target, **options)
     if out is None and chosen.family != "evaluator":
         set_latest(target)
-    click.echo(f"model: {target}")
+    if is_main():
+        click.echo(f"model: {target}")
 
 
 @cli.command()

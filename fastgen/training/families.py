@@ -36,12 +36,14 @@ def train_text(preset: Preset, data: Examples, job: Job) -> None:
 
     _fit_vae(vae, preset, data, job)
     _fit_text_encoder(text_encoder, tokenizer, preset, data, job)
-    moments = cached_moments(vae, data.images, data.pixel_fields, recipe.flip, device, job.progress)
+    with job.processes.main_first():
+        moments = cached_moments(vae, data.images, data.pixel_fields, recipe.flip, device, job.progress)
     if _network(preset.vae).path is None:
         vae.register_to_config(scaling_factor=latent_scale(moments, data.rows(recipe)[0]))
     texts, choices = data.captions
     ids = tokenize(tokenizer, texts, text_encoder.config.max_position_embeddings)
-    states = cached_states(text_encoder, ids, device, job.progress)
+    with job.processes.main_first():
+        states = cached_states(text_encoder, ids, device, job.progress)
     space, conditions = Latents(moments, data.images, vae, device), Captions(states, choices, device)
     _fit_unet(TextUNet(unet), space, conditions, preset, data, job)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
+import os
 import statistics
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -19,7 +20,7 @@ import numpy as np
 
 from benchmarks.memory import Meter
 from benchmarks.models import ARCHITECTURES, architecture
-from benchmarks.report import RESULTS, report, timed
+from benchmarks.report import RESULTS, report, save, timed
 from fastgen.config import Preset, Training
 
 EXAMPLES = 4
@@ -59,6 +60,7 @@ def full_size(name: str, *, device: str, threads: int, steps: int) -> dict[str, 
         "evaluation_s": statistics.median(sampling[1:] or sampling),
         "evaluation_peak_mib": meter.end()["peak_mib"],
         "loss": loss,
+        "load_average": os.getloadavg()[0],
     }
 
 
@@ -153,14 +155,14 @@ def _evaluation(task: Any, precision: Any, *, guided: bool) -> tuple[Callable[[]
 )
 def main(presets: Sequence[str], device: str, threads: int, steps: int, out: Path | None) -> None:
     """Seconds and memory of one optimiser step and one sampling evaluation of full-size presets."""
-    rows = []
+    target = out or RESULTS / f"full_size-{device.partition(':')[0]}.json"
+    settings = {"device": device, "threads": threads, "steps": steps, "batch": 1}
+    rows: list[dict[str, Any]] = []
     for name in presets:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
-            options: dict[str, Any] = {"device": device, "threads": threads, "steps": steps}
-            rows.append(fresh.submit(full_size, name, **options).result())
-            print(rows[-1], flush=True)
-    settings = {"device": device, "threads": threads, "steps": steps, "batch": 1}
-    report(out or RESULTS / f"full_size-{device.partition(':')[0]}.json", settings, rows)
+            rows.append(fresh.submit(full_size, name, device=device, threads=threads, steps=steps).result())
+        save(target, settings, rows)
+    report(target, settings, rows)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,9 @@ class Rates:
 def count(model: Path) -> Work:
     """The work of a model folder or bundle, from its configs alone."""
     import torch
-    from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
+    from fastgen.label_networks import label_unet_class
 
     config = json.loads((model / "unet" / "config.json").read_text())
     vae = model / "vae" if (model / "vae").is_dir() else model / "vae_decoder"
@@ -44,9 +46,10 @@ def count(model: Path) -> Work:
     with torch.device("meta"):
         sample, timestep = torch.empty(1, config["in_channels"], size, size), torch.empty(1)
         if not (vae / "config.json").is_file():
-            unet: Any = UNet2DModel.from_config(config)
+            unet: Any = label_unet_class(config["_class_name"]).from_config(config)
             identity = config.get("class_embed_type") == "identity"
-            labels = torch.empty(1, 4 * config["block_out_channels"][0]) if identity else None
+            width = 4 * config["block_out_channels"][0] if identity else config.get("label_dim")
+            labels = None if width is None else torch.empty(1, width)
             return Work(*_counted(unet, lambda: unet(sample, timestep, class_labels=labels)))
         unet = UNet2DConditionModel.from_config(config)
         states = torch.empty(1, 77, config["cross_attention_dim"])

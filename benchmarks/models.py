@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +13,57 @@ import numpy as np
 import torch
 
 from benchmarks.prompts import prompts
-from fastgen.config import Preset, load_preset, preset_names
+from fastgen.config import Network, Preset, Training, load_preset, preset_names
 from fastgen.errors import unknown
 from fastgen.jsonfiles import write_json
+from fastgen.label_networks import LabelConditioner, conditioner_dim, unet_class
 from fastgen.names import ICLEVR_OBJECTS
-from fastgen.networks import LabelConditioner, Model, save_model
+from fastgen.networks import Model, save_model
 from fastgen.training.modules import build_text_encoder
 from fastgen.training.tokenizer import train_tokenizer
 
-ARCHITECTURES = {file.stem: file for file in sorted(Path(__file__).with_name("architectures").glob("*.toml"))}
+MEDIUM = Path(__file__).with_name("medium.toml")  # for measurements on CPUs
+ARCHITECTURES = (
+    "monsters-pndm-rag",
+    "monsters-ddim",
+    "monsters-dpmpp",
+    "monsters-best",
+    "iclevr-class-embed",
+    "iclevr-concat",
+    "medium",
+)
+# What text presets load frozen: CLIP ViT-B/32, but for the vocabulary, which is learnt from the benchmark's own prompts, and
+# Stable Diffusion's autoencoder.
+TEXT_ENCODER = {
+    "vocab_size": 600,
+    "hidden_size": 512,
+    "intermediate_size": 2048,
+    "num_attention_heads": 8,
+    "num_hidden_layers": 12,
+}
+VAE = {
+    "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "layers_per_block": 2,
+    "latent_channels": 4,
+    "sample_size": 256,
+}
 
 
 def architecture(name_or_file: str | Path) -> Preset:
-    """One of benchmarks/architectures/, else a preset of the package or a TOML file. InputError for an unknown name."""
+    """`medium`, a preset of the package or a TOML file, with networks of the true size where it loads frozen ones. InputError
+    for an unknown name."""
     name = str(name_or_file)
-    if name not in ARCHITECTURES and not name.endswith(".toml") and name not in preset_names():
-        raise unknown("architecture", name, [*ARCHITECTURES, *preset_names(), "a TOML file"])
-    return load_preset(ARCHITECTURES.get(name, name))
+    if name != MEDIUM.stem and not name.endswith(".toml") and name not in preset_names():
+        raise unknown("architecture", name, [MEDIUM.stem, *preset_names(), "a TOML file"])
+    preset = load_preset(MEDIUM if name == MEDIUM.stem else name)
+    for part, config in (("text_encoder", TEXT_ENCODER), ("vae", VAE)):
+        network = getattr(preset, part)
+        if network is not None and network.path is not None:
+            built: Any = {part: Network(config, train=Training(steps=1))}
+            preset = replace(preset, **built)
+    return preset
 
 
 def random_model(name_or_file: str | Path, folder: Path, seed: int = 0) -> Path:
@@ -50,10 +85,11 @@ def random_model(name_or_file: str | Path, folder: Path, seed: int = 0) -> Path:
 
 def build(preset: Preset, name: str, seed: int = 0) -> Any:
     """The preset's `unet` or `vae` with torch's own random weights, on the default device (`meta` for none at all)."""
-    from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel
+    from diffusers import AutoencoderKL, UNet2DConditionModel
 
     torch.manual_seed(seed)
-    cls: Any = AutoencoderKL if name == "vae" else UNet2DConditionModel if preset.family == "text" else UNet2DModel
+    text_class: Any = AutoencoderKL if name == "vae" else UNet2DConditionModel
+    cls = text_class if preset.conditioner is None else unet_class(preset.conditioner["kind"])
     return cls(**_config(preset, name)).eval().requires_grad_(False)
 
 
@@ -73,7 +109,8 @@ def _text(preset: Preset, seed: int) -> Model:
 
 def _labels(preset: Preset, seed: int) -> Model:
     unet = build(preset, "unet", seed)
-    table = {"dim": 4 * unet.config.block_out_channels[0], **(preset.conditioner or {})}
+    assert preset.conditioner is not None
+    table = {"dim": conditioner_dim(preset.conditioner["kind"], unet.config)[0], **preset.conditioner}
     conditioner = LabelConditioner(num_labels=len(ICLEVR_OBJECTS), **table)
     return Model(None, "labels", unet, dict(preset.scheduler), preset.sampling, conditioner, ICLEVR_OBJECTS)
 

@@ -1,4 +1,4 @@
-"""Model folders (diffusers layout, safetensors) <-> PyTorch modules, and the modules with the interfaces of signatures.py.
+"""Model folders (diffusers layout, safetensors) <-> PyTorch modules.
 
 This is the one module of generation that needs torch, diffusers and transformers: bundles do not.
 """
@@ -15,112 +15,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastgen.config import Sampling
 from fastgen.errors import InputError
 from fastgen.jsonfiles import read_json, write_json
+from fastgen.label_networks import (
+    LabelConditioner,
+    LabelUNet,
+    class_record,
+    label_unet_class,
+    load_conditioner,
+    save_conditioner,
+)
 from fastgen.names import read_objects
 from fastgen.prompts import Tokenizer
 from fastgen.schedulers import default_name
 from fastgen.signatures import Signature, label_signatures, text_signatures
 from fastgen.solver import SolverTable, compile_key
 from fastgen.spec import Spec, sha256_files
+from fastgen.text_networks import TextEncoder, TextUNet, VaeDecoder, VaeEncoder
 
 WEIGHTS = ("unet", "conditioner", "text_encoder", "vae")  # folders whose weights identify a model
 SETTINGS = "fastgen.json"  # generation defaults and training record, beside model_index.json
-
-
-class LabelConditioner(nn.Module):
-    """Multi-hot labels (B, num_labels) -> embedding (B, dim): Linear, or Linear-SiLU-Linear when `hidden` > 0.
-
-    `kind` says where the embedding enters the UNet: "class_embed" is added to the time embedding (dim = 4 x the first
-    width), "concat" is broadcast over the image and concatenated to its channels.
-    """
-
-    def __init__(self, kind: str, num_labels: int, dim: int, hidden: int = 0) -> None:
-        super().__init__()
-        self.config = {"kind": kind, "num_labels": num_labels, "dim": dim, "hidden": hidden}
-        self.kind = kind
-        if hidden:
-            self.embed: nn.Module = nn.Sequential(nn.Linear(num_labels, hidden), nn.SiLU(), nn.Linear(hidden, dim))
-        else:
-            self.embed = nn.Linear(num_labels, dim)
-
-    def forward(self, class_labels: Tensor) -> Tensor:
-        return self.embed(class_labels)
-
-
-class LabelUNet(nn.Module):
-    """UNet2DModel and its conditioner as one network."""
-
-    unet: Any
-    conditioner: Any
-
-    def __init__(self, unet: nn.Module, conditioner: LabelConditioner) -> None:
-        super().__init__()
-        self.unet, self.conditioner = unet, conditioner
-
-    def forward(self, sample: Tensor, timestep: Tensor, class_labels: Tensor) -> Tensor:
-        """sample (B, C, H, W), timestep (B,), class_labels (B, num_labels) -> prediction (B, C, H, W)."""
-        embedding = self.conditioner(class_labels)  # (B, dim)
-        if self.conditioner.kind == "class_embed":
-            return self.unet(sample, timestep, class_labels=embedding, return_dict=False)[0]
-        planes = embedding[:, :, None, None].expand(-1, -1, *sample.shape[-2:])  # (B, dim, H, W)
-        return self.unet(torch.cat([sample, planes], dim=1), timestep, return_dict=False)[0]
-
-
-class TextUNet(nn.Module):
-    """UNet2DConditionModel with positional tensors in and one tensor out."""
-
-    unet: Any
-
-    def __init__(self, unet: nn.Module) -> None:
-        super().__init__()
-        self.unet = unet
-
-    def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
-        """sample (B, C, h, w), timestep (B,), encoder_hidden_states (B, 77, D) -> prediction (B, C, h, w)."""
-        return self.unet(sample, timestep, encoder_hidden_states, return_dict=False)[0]
-
-
-class TextEncoder(nn.Module):
-    """CLIPTextModel: ids (B, 77) -> last_hidden_state (B, 77, D), pooler_output (B, D)."""
-
-    def __init__(self, text_model: nn.Module) -> None:
-        super().__init__()
-        self.text_model = text_model
-
-    def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-        out = self.text_model(input_ids=input_ids)
-        return out.last_hidden_state, out.pooler_output
-
-
-class VaeDecoder(nn.Module):
-    """Unscaled latents (B, C, h, w) -> image (B, 3, H, W), nominally in [-1, 1]."""
-
-    vae: Any
-
-    def __init__(self, vae: nn.Module) -> None:
-        super().__init__()
-        self.vae = vae
-
-    def forward(self, latent_sample: Tensor) -> Tensor:
-        return self.vae.decode(latent_sample, return_dict=False)[0]
-
-
-class VaeEncoder(nn.Module):
-    """Image (B, 3, H, W) in [-1, 1] -> moments of the latents (B, 2C, h, w): mean and log-variance, unscaled."""
-
-    vae: Any
-
-    def __init__(self, vae: nn.Module) -> None:
-        super().__init__()
-        self.vae = vae
-
-    def forward(self, sample: Tensor) -> Tensor:
-        hidden = self.vae.encoder(sample)
-        return hidden if self.vae.quant_conv is None else self.vae.quant_conv(hidden)
 
 
 @dataclass
@@ -213,9 +130,9 @@ def save_model(model: Model, folder: Path, record: Mapping[str, Any] | None = No
     index: dict[str, Any] = {"scheduler": ["diffusers", scheduler_class]}
     if model.family == "labels":
         assert model.conditioner is not None
-        _save_conditioner(model.conditioner, folder / "conditioner")
+        save_conditioner(model.conditioner, folder / "conditioner")
         write_json(folder / "labels.json", model.objects)
-        index |= {"_class_name": "LabelDiffusion", "unet": ["diffusers", "UNet2DModel"]}
+        index |= {"_class_name": "LabelDiffusion", "unet": class_record(model.unet)}
         index |= {"conditioner": ["fastgen.networks", "LabelConditioner"]}
     else:
         assert model.vae is not None
@@ -240,14 +157,6 @@ def save_model(model: Model, folder: Path, record: Mapping[str, Any] | None = No
 
 def _save_module(module: Any, folder: Path) -> None:
     module.save_pretrained(folder, safe_serialization=True)
-
-
-def _save_conditioner(conditioner: LabelConditioner, folder: Path) -> None:
-    from safetensors.torch import save_file
-
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.contiguous() for k, v in conditioner.state_dict().items()}, folder / "model.safetensors")
-    write_json(folder / "config.json", conditioner.config)
 
 
 def save_text_encoder(text_encoder: Any, tokenizer: Any, folder: Path) -> None:
@@ -280,7 +189,7 @@ def load_model(folder: str | os.PathLike[str]) -> Model:
     scheduler_config = read_json(folder / "scheduler" / "scheduler_config.json")
     sampling = _sampling(folder, scheduler_config)
     if "conditioner" in index:
-        return _load_labels(folder, scheduler_config, sampling)
+        return _load_labels(folder, index, scheduler_config, sampling)
     if "text_encoder" in index and "vae" in index:
         return _load_text(folder, scheduler_config, sampling)
     kind = index.get("_class_name")
@@ -297,25 +206,15 @@ def _sampling(folder: Path, scheduler_config: Mapping[str, Any]) -> Sampling:
     return Sampling(default_name(scheduler_config), 50, guidance)
 
 
-def _load_labels(folder: Path, scheduler_config: dict[str, Any], sampling: Sampling) -> Model:
-    from diffusers import UNet2DModel
-
-    unet = _from_pretrained(UNet2DModel, folder / "unet")
-    conditioner = _load_conditioner(folder / "conditioner")
+def _load_labels(folder: Path, index: Mapping[str, Any], scheduler_config: dict[str, Any], sampling: Sampling) -> Model:
+    try:
+        cls = label_unet_class(str(index["unet"][1]))
+    except (KeyError, IndexError, TypeError, InputError) as error:
+        raise InputError(f"{folder / 'model_index.json'}: unet: {error}") from None
+    unet = _from_pretrained(cls, folder / "unet")
+    conditioner = load_conditioner(folder / "conditioner")
     objects = read_objects(folder / "labels.json")
     return Model(folder, "labels", unet, scheduler_config, sampling, conditioner.eval(), objects)
-
-
-def _load_conditioner(folder: Path) -> LabelConditioner:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        conditioner = LabelConditioner(**read_json(folder / "config.json"))
-        conditioner.load_state_dict(load_file(folder / "model.safetensors"))
-    except (OSError, TypeError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"{folder}: cannot be loaded as a conditioner: {' '.join(str(error).split())}") from None
-    return conditioner
 
 
 def _load_text(folder: Path, scheduler_config: dict[str, Any], sampling: Sampling) -> Model:

@@ -31,6 +31,7 @@ UNETS = {
     "monsters-pndm-rag": (846.2, 62.33),
     "monsters-ddim": (241.4, 70.82),
     "monsters-dpmpp": (241.4, 70.82),
+    "monsters-best": (296.4, None),
     "iclevr-class-embed": (113.7, 31.03),
     "iclevr-concat": (157.9, 46.35),
     "medium": (139.7, None),
@@ -292,3 +293,19 @@ def test_an_unknown_architecture_or_side_is_one_line(tmp_path):
         result = CliRunner().invoke(matrix.main, [*arguments, "--work", str(tmp_path), "--device", "cpu"])
         assert result.exit_code == 1
         assert "Did you mean" in str(result.exception) or "error: " in str(result.exception)
+
+
+def test_full_size_presets_take_a_real_optimiser_step_and_an_evaluation(monkeypatch):
+    from dataclasses import replace
+
+    from benchmarks import full_size
+    from fastgen.config import load_preset
+
+    small = load_preset("iclevr-small", ["unet.config.block_out_channels=[32, 32, 32]", "conditioner.dim=128"])
+    monkeypatch.setattr(full_size, "architecture", lambda name: replace(small, name=name))
+    row = full_size.full_size("iclevr-small", device="cpu", threads=1, steps=1)
+    assert row["output"] == "3x64x64"
+    assert row["parameters"] < 1_711_363
+    assert 0.5 < row["loss"] < 1.5  # of the noise, by a network that begins with 0
+    assert row["step_s"] > 0
+    assert row["step_peak_mib"] > 0

@@ -9,7 +9,9 @@ import torch
 from fastgen import evaluator
 from fastgen.config import Network, Preset, Training
 from fastgen.errors import InputError
-from fastgen.networks import LabelConditioner, LabelUNet, Model, TextUNet, save_model
+from fastgen.label_networks import LabelConditioner, LabelUNet, conditioner_dim, unet_class
+from fastgen.networks import Model, save_model
+from fastgen.text_networks import TextUNet
 from fastgen.training.classifier import ClassifierTask
 from fastgen.training.contrastive import ContrastiveTask
 from fastgen.training.diffusion import DiffusionTask, NoiseSchedule
@@ -52,12 +54,11 @@ def train_text(preset: Preset, data: Examples, job: Job) -> None:
 
 def train_labels(preset: Preset, data: Examples, job: Job) -> None:
     """The UNet and its conditioner, on pixels."""
-    from diffusers import UNet2DModel
-
     recipe = _recipe(preset.unet, "unet")
     device = job.run("unet", recipe.precision).precision.device
     objects = dict(data.dataset.objects or {})
-    unet = build_module(UNet2DModel, _network(preset.unet).config, "unet", recipe.seed)
+    cls = unet_class((preset.conditioner or {})["kind"])
+    unet = build_module(cls, _network(preset.unet).config, "unet", recipe.seed)
     conditioner = LabelConditioner(num_labels=len(objects), **_conditioner(preset, unet.config))
     if unet.config.sample_size != preset.image_size:
         raise InputError(
@@ -139,14 +140,9 @@ def _check_text_unet(unet: Any, vae: Any, text_encoder: Any, preset: Preset) -> 
 
 def _conditioner(preset: Preset, unet: Any) -> dict[str, Any]:
     table = dict(preset.conditioner or {})
-    if table["kind"] == "class_embed":
-        width = 4 * unet.block_out_channels[0]
-        if unet.class_embed_type != "identity":
-            raise InputError("unet.config.class_embed_type: expected 'identity' with conditioner.kind 'class_embed'")
-        if table.setdefault("dim", width) != width:
-            raise InputError(f"conditioner.dim = {table['dim']}: expected {width}, 4 x the UNet's first width")
-    elif unet.in_channels != 3 + table.get("dim", 0):
-        raise InputError(f"unet.config.in_channels = {unet.in_channels}: expected 3 + conditioner.dim")
+    width, where = conditioner_dim(table["kind"], unet)
+    if table.setdefault("dim", width) != width:
+        raise InputError(f"conditioner.dim = {table['dim']}: expected {width}, {where}")
     return table
 
 

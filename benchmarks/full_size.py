@@ -1,0 +1,155 @@
+"""Every published preset at full size for a few optimiser steps and evaluations: `python -m benchmarks.full_size`.
+
+Batch 1, random weights, latents and conditions; the steps are the trainer's own. Each preset has a process of its own.
+"""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import statistics
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import click
+import numpy as np
+
+from benchmarks.memory import Meter
+from benchmarks.models import ARCHITECTURES, architecture
+from benchmarks.report import RESULTS, report, timed
+from fastgen.config import Preset, Training
+
+EXAMPLES = 4
+PRESETS = (*(name for name in ARCHITECTURES if name != "medium"), "iclevr-small", "iclevr-broadcast")
+
+
+def full_size(name: str, *, device: str, threads: int, steps: int) -> dict[str, Any]:
+    """One row: parameters, output shape, seconds and peak memory of an optimiser step and of a sampling evaluation, which
+    has two rows where the preset guides. The first of `steps` warms up where there are several."""
+    import torch
+
+    from fastgen.training.precision import choose
+
+    torch.set_num_threads(threads)
+    meter = Meter(device)
+    preset = architecture(name)
+    assert preset.unet is not None
+    assert preset.unet.train is not None
+    precision = choose(preset.unet.train.precision, device)
+    task = _task(preset, precision.device)
+    meter.begin()
+    training, loss = _train(task, preset.unet.train, precision, steps)
+    trained = meter.end()["peak_mib"]
+
+    task.module.eval().requires_grad_(False)
+    gc.collect()
+    evaluate, output = _evaluation(task, precision, guided=preset.sampling.guidance_scale != 1)
+    meter.begin()
+    sampling = [timed(evaluate) for _ in range(steps)]
+    return {
+        "preset": name,
+        "parameters": sum(parameter.numel() for parameter in task.module.parameters()),
+        "output": "x".join(map(str, output)),
+        "precision": precision.name,
+        "step_s": statistics.median(training[1:] or training),
+        "step_peak_mib": trained,
+        "evaluation_s": statistics.median(sampling[1:] or sampling),
+        "evaluation_peak_mib": meter.end()["peak_mib"],
+        "loss": loss,
+    }
+
+
+def _train(task: Any, recipe: Training, precision: Any, steps: int) -> tuple[list[float], float]:
+    """(seconds of each optimiser step, the last one's loss)."""
+    from fastgen.training.optimise import optimise
+    from fastgen.training.processes import Processes
+    from fastgen.training.state import initial
+
+    recipe = replace(recipe, batch_size=1, accumulation=1).for_examples(EXAMPLES)
+    state = initial(task.module, recipe, precision, EXAMPLES)
+    losses: list[float] = []
+
+    def step() -> None:
+        losses.append(float(optimise(task, state, recipe, precision, Processes())[0]))  # waits for the device
+        state.step += 1
+
+    return [timed(step) for _ in range(steps)], losses[-1]
+
+
+def _task(preset: Preset, device: Any) -> Any:
+    """The preset's UNet as training begins with it, on random data of the right shape."""
+    from diffusers import UNet2DConditionModel
+
+    from fastgen.label_networks import LabelConditioner, LabelUNet, unet_class
+    from fastgen.names import ICLEVR_OBJECTS
+    from fastgen.text_networks import TextUNet
+    from fastgen.training.diffusion import DiffusionTask
+    from fastgen.training.modules import build_module
+    from fastgen.training.sources import Captions, Labels, Latents, Pixels
+
+    rng, examples = np.random.default_rng(0), np.arange(EXAMPLES)
+    images = rng.integers(0, 256, (EXAMPLES, preset.image_size, preset.image_size, 3), np.uint8)
+    assert preset.unet is not None
+    assert preset.unet.train is not None
+    config, recipe = preset.unet.config, preset.unet.train
+    space: Any
+    conditions: Any
+    if preset.conditioner is None:
+        module: Any = TextUNet(build_module(UNet2DConditionModel, config, "unet", recipe.seed))
+        moments = np.zeros((EXAMPLES, 1 + recipe.flip, 8, config["sample_size"], config["sample_size"]), np.float16)
+        space = Latents(moments, images, SimpleNamespace(config=SimpleNamespace(scaling_factor=1.0)), device)
+        states = rng.standard_normal((EXAMPLES, 77, config["cross_attention_dim"])).astype(np.float16)
+        conditions = Captions(states, list(examples[:, None]), device)
+    else:
+        unet = build_module(unet_class(preset.conditioner["kind"]), config, "unet", recipe.seed)
+        module = LabelUNet(unet, LabelConditioner(num_labels=len(ICLEVR_OBJECTS), **preset.conditioner))
+        space = Pixels(images, device)
+        conditions = Labels(np.eye(EXAMPLES, len(ICLEVR_OBJECTS), dtype=np.float32), device)
+    rows, dropout = (examples, examples), recipe.condition_dropout
+    return DiffusionTask(module, space, conditions, preset.scheduler, rows, dropout=dropout, flip=recipe.flip)
+
+
+def _evaluation(task: Any, precision: Any, *, guided: bool) -> tuple[Callable[[], Any], tuple[int, ...]]:
+    """(one evaluation of the network for one image, the shape of its prediction)."""
+    import torch
+
+    rows = np.arange(2 if guided else 1)
+    x = torch.randn(len(rows), *task.space.shape, device=precision.device)
+    timesteps = torch.full((len(rows),), 500.0, device=precision.device)
+    condition = task.conditions.fixed(rows)[0]
+
+    def predict() -> Any:
+        with torch.inference_mode(), precision.autocast():
+            return task.module(x, timesteps, condition)
+
+    return lambda: predict().cpu(), tuple(predict().shape[1:])
+
+
+@click.command()
+@click.option("--preset", "presets", multiple=True, default=PRESETS, show_default=True)
+@click.option("--device", default="cpu", show_default=True)
+@click.option("--threads", type=click.IntRange(1), default=2, show_default=True)
+@click.option("--steps", type=click.IntRange(1), default=3, show_default=True, help="Of each kind; the first warms up.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="JSON file.  [default: benchmarks/results/full_size-DEVICE.json]",
+)
+def main(presets: Sequence[str], device: str, threads: int, steps: int, out: Path | None) -> None:
+    """Seconds and memory of one optimiser step and one sampling evaluation of full-size presets."""
+    rows = []
+    for name in presets:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
+            options = {"device": device, "threads": threads, "steps": steps}
+            rows.append(fresh.submit(full_size, name, **options).result())
+            print(rows[-1], flush=True)
+    settings = {"device": device, "threads": threads, "steps": steps, "batch": 1}
+    report(out or RESULTS / f"full_size-{device.partition(':')[0]}.json", settings, rows)
+
+
+if __name__ == "__main__":
+    main()

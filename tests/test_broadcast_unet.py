@@ -1,0 +1,108 @@
+"""BroadcastUNet: label and time are planes in the input of every level, and it saves, loads, exports like other UNets."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers.models.embeddings import get_timestep_embedding
+
+from fastgen.broadcast_unet import BroadcastUNet
+from fastgen.config import Sampling
+from fastgen.errors import InputError
+from fastgen.names import ICLEVR_OBJECTS
+from fastgen.networks import LabelConditioner, LabelUNet, Model, load_model, save_model
+from fastgen.precision import lowered
+
+SCHEDULE = {"_class_name": "DDPMScheduler", "num_train_timesteps": 1000, "beta_schedule": "squaredcos_cap_v2"}
+LABELS, DIM, TIME = len(ICLEVR_OBJECTS), 6, 8
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder with widths for every rewriting of the export: the deepest upsampling is wide."""
+    torch.manual_seed(0)
+    unet = BroadcastUNet(16, block_out_channels=(8, 16, 128), label_dim=DIM, time_dim=TIME, norm_num_groups=4)
+    conditioner = LabelConditioner("broadcast", LABELS, DIM)
+    model = Model(None, "labels", unet, SCHEDULE, Sampling("ddpm", 3, 1.0), conditioner, ICLEVR_OBJECTS)
+    save_model(model, out := tmp_path_factory.mktemp("models") / "broadcast")
+    return out
+
+
+def inputs(batch: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(batch)
+    labels = (torch.rand(batch, LABELS, generator=generator) < 0.1).float()
+    return torch.randn(batch, 3, 16, 16, generator=generator), torch.linspace(0, 999, batch), labels
+
+
+def test_every_level_is_told_label_and_time_by_constant_planes(folder: Path) -> None:
+    model = load_model(folder)
+    unet: LabelUNet = model.networks()["unet"]  # type: ignore[assignment]
+    x, timesteps, labels = inputs(2)
+    seen = []
+    blocks = [*unet.unet.down_blocks, *unet.unet.up_blocks]
+    for block in blocks:
+        block.conv1.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad():
+        unet(x, timesteps, labels)
+        told = torch.cat([unet.conditioner(labels), get_timestep_embedding(timesteps, TIME, True, 0)], dim=1)
+    assert [tuple(plane.shape[-2:]) for plane in seen] == [(16, 16), (8, 8), (4, 4), (8, 8), (16, 16)]
+    for planes in seen:
+        found = planes[:, -(DIM + TIME) :]
+        torch.testing.assert_close(found, told[:, :, None, None].expand_as(found))
+    assert not any("attn" in name or "attention" in name for name, _ in unet.named_modules())
+
+
+def test_a_model_folder_names_the_class_and_loads_to_the_same_network(folder: Path, tmp_path: Path) -> None:
+    index = json.loads((folder / "model_index.json").read_text())
+    assert index["unet"] == ["fastgen.broadcast_unet", "BroadcastUNet"]
+    model = load_model(folder)
+    assert type(model.unet) is BroadcastUNet
+    save_model(model, tmp_path / "copy")
+    with torch.no_grad():
+        first, second = (m.networks()["unet"](*inputs(2)) for m in (model, load_model(tmp_path / "copy")))
+    assert torch.equal(first, second)
+    assert first.abs().sum() > 0
+
+
+def test_an_unknown_class_of_unet_is_one_line(folder: Path, tmp_path: Path) -> None:
+    save_model(load_model(folder), tmp_path / "copy")
+    file = tmp_path / "copy" / "model_index.json"
+    file.write_text(file.read_text().replace('"BroadcastUNet"', '"BroadcastUNett"'))
+    with pytest.raises(InputError, match=r"model_index\.json: unet: unknown UNet class 'BroadcastUNett'; did you mean"):
+        load_model(tmp_path / "copy")
+
+
+def test_sizes_that_do_not_halve_are_refused() -> None:
+    with pytest.raises(ValueError, match="sample_size = 18: expected a multiple of 4"):
+        BroadcastUNet(18, block_out_channels=(8, 8, 8), norm_num_groups=4)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_its_onnx_graph_computes_the_same_at_any_batch_size(folder: Path, tmp_path_factory, batch: int) -> None:
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    from export.onnx import export_onnx
+
+    model = load_model(folder)
+    path = tmp_path_factory.getbasetemp() / "broadcast-onnx" / "model.onnx"
+    if not path.exists():
+        export_onnx(model.networks()["unet"], model.signatures()["unet"], path)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    tensors = inputs(batch)
+    names = [tensor.name for tensor in model.signatures()["unet"].inputs]
+    found = session.run(None, {n: x.numpy() for n, x in zip(names, tensors, strict=True)})[0]
+    with torch.no_grad():
+        expected = model.networks()["unet"](*tensors)
+    np.testing.assert_allclose(found, expected.numpy(), rtol=1e-3, atol=1e-5)
+
+
+def test_bf16_keeps_timesteps_apart(folder: Path) -> None:
+    unet = load_model(folder).networks()["unet"]
+    x, timesteps, labels = inputs(4)
+    with torch.no_grad():
+        exact, rounded = unet(x, timesteps, labels), lowered(unet, "bf16")(x, timesteps, labels)
+    assert torch.nn.functional.cosine_similarity(exact.flatten(), rounded.flatten(), dim=0) > 0.999

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastgen.config import Training
 from fastgen.errors import FastgenError, InputError
-from fastgen.training.diffusion import DiffusionTask, NoiseSchedule
+from fastgen.training.diffusion import DiffusionTask, NoiseSchedule, rehearse
 from fastgen.training.draws import VALIDATION, Draws
 from fastgen.training.encode import cached_moments
 from fastgen.training.losses import (
@@ -26,6 +26,7 @@ from fastgen.training.losses import (
     objective_of,
     refuse_unet_keys,
 )
+from fastgen.training.precision import choose
 from fastgen.training.sources import Labels, Latents, Pixels
 
 CPU = torch.device("cpu")
@@ -359,6 +360,28 @@ def test_the_parts_are_means_since_the_last_call_and_only_told_where_there_are_s
     weighed = 2 * parts["loss_mse"] + 0.5 * parts["loss_kl"]
     assert weighed == pytest.approx(float(torch.cat(totals).mean()), rel=1e-5)
     assert task.parts() == {}
+
+
+def test_terms_that_set_in_late_are_rehearsed_once_without_a_trace(lpips: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = replace(RECIPE, batch_size=6, accumulation=2, loss={"lpips": 0.1, "kl": 0.1}, loss_from_epoch={"kl": 130})
+    task = task_on(latents(), objective=objective_of(recipe, latents=True, image_size=32))
+    before = task.module.state_dict()["answer"].clone()
+    seen: list[tuple[int, set[str]]] = []
+    monkeypatch.setattr(task, "_remember", lambda terms: seen.append((len(terms["mse"]), set(terms))))
+    task.module.answer.data = task.module.answer.data[:3]
+    rehearse(task, recipe, choose("fp32", "cpu"))
+    assert seen == [(3, {"mse", "lpips", "kl"})]
+    assert torch.equal(task.module.state_dict()["answer"], before[:3])
+    assert task.module.answer.grad is None
+    rehearse(task_on(latents()), recipe, choose("fp32", "cpu"))
+    assert len(seen) == 1
+
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(task, "losses", full)
+    with pytest.raises(FastgenError, match=r"3 examples with the loss terms mse, lpips, kl do not fit .*accumulation"):
+        rehearse(task, recipe, choose("fp32", "cpu"))
 
 
 # --- what is refused before training

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -12,9 +13,11 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fastgen.errors import InputError
+from fastgen.config import Training
+from fastgen.errors import FastgenError, InputError
 from fastgen.training.draws import VALIDATION, Draws
 from fastgen.training.losses import Denoised, Objective, evaluate
+from fastgen.training.precision import Precision
 from fastgen.training.sources import NOISE, TIMESTEP, Conditions, Space
 
 Preview = Callable[[nn.Module], Image.Image]
@@ -101,6 +104,32 @@ class DiffusionTask:
             total = values.detach().sum()
             self._sums[name] = self._sums[name] + total if name in self._sums else total
             self._counts[name] = self._counts.get(name, 0) + len(values)
+
+
+def rehearse(task: DiffusionTask, recipe: Training, precision: Precision) -> None:
+    """One micro-batch with every term, forward and backward, where terms set in later: so that what does not fit into
+    memory fails now, not after hours. It leaves no trace in the weights.
+
+    Raises FastgenError when the device has not enough memory.
+    """
+    last = max((task.objective.from_epoch.get(name, 0) for name in task.objective.active(math.inf)), default=0)
+    if last == 0:
+        return
+    step = math.ceil(last * len(task.train_rows) / recipe.batch_size)
+    positions = np.arange(recipe.batch_size // recipe.accumulation)
+    draws = Draws(recipe.seed, step, positions, recipe.batch_size, precision.device)
+    module = task.module.to(precision.device).train()
+    try:
+        with precision.autocast():
+            losses = task.losses(module, np.resize(task.train_rows, len(positions)), draws)
+        losses.mean().backward()
+    except torch.OutOfMemoryError:
+        terms = ", ".join(task.objective.active(math.inf))
+        what = f"{len(positions)} examples with the loss terms {terms} do not fit into the device's memory"
+        raise FastgenError(f"unet: {what}; use a larger unet.train.accumulation") from None
+    finally:
+        module.zero_grad(set_to_none=True)
+        task.parts()
 
 
 class NoiseSchedule:

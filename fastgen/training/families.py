@@ -13,7 +13,7 @@ from fastgen.errors import InputError
 from fastgen.networks import LabelConditioner, LabelUNet, Model, TextUNet, save_model
 from fastgen.training.classifier import ClassifierTask
 from fastgen.training.contrastive import ContrastiveTask
-from fastgen.training.diffusion import DiffusionTask, NoiseSchedule
+from fastgen.training.diffusion import DiffusionTask, NoiseSchedule, rehearse
 from fastgen.training.encode import cached_moments, cached_states, latent_scale, tokenize
 from fastgen.training.examples import Examples, multi_hot
 from fastgen.training.job import Job
@@ -220,6 +220,7 @@ def _fit_unet(
         objective=objective,
         preview=preview,
     )
+    rehearse(task, recipe, run.precision)
     fit(task, recipe, run)
 
 

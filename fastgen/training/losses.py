@@ -135,7 +135,7 @@ def evaluate(objective: Objective, active: Mapping[str, float], seen: Denoised) 
 
 
 def min_snr_weights(alphas_cumprod: Tensor, gamma: float, prediction_type: str) -> Tensor:
-    """Weights (b,) of the squared error (Hang et al., Efficient Diffusion Training via Min-SNR Weighting, 2023, section 3.4).
+    """Weights (b,) of the squared error (Hang et al., Efficient Diffusion Training via Min-SNR Weighting, 2023).
 
     They are min(SNR, gamma) for the clean sample, divided by SNR for noise and by SNR + 1 for velocity, written in
     a = alphas_cumprod, SNR = a / (1 - a), so that all are finite at a = 0 and a = 1. At zero terminal SNR the last

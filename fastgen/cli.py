@@ -81,8 +81,16 @@ def iclevr(out: Path, **options: Any) -> None:
 @click.option("--out", type=FOLDER, help="Model folder.  [default: runs/PRESET-TIME]")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key: unet.train.steps=300.")
 @click.option("--skip-bad", is_flag=True, help="Leave out unreadable images (counted) instead of stopping.")
-def train(preset: str, data_folder: Path | None, out: Path | None, overrides: Sequence[str], skip_bad: bool) -> None:
-    """Train PRESET (a name, or a TOML file) on a dataset. The same command continues a run that was interrupted."""
+@click.option("--device", help="cpu, cuda, cuda:1, ...  [default: the GPU if there is one]")
+@click.option("--tracker", help="tensorboard, wandb, mlflow, ..., or none.  [default: tensorboard if installed]")
+@click.option(
+    "--resume", type=FOLDER, metavar="CHECKPOINT", help="Begin at another run's: RUN/checkpoints/unet/step-000500."
+)
+def train(preset: str, data_folder: Path | None, out: Path | None, overrides: Sequence[str], **options: Any) -> None:
+    """Train PRESET (a name, or a TOML file) on a dataset. The same command continues a run that was interrupted.
+
+    `accelerate launch -m fastgen train ...` trains on several GPUs.
+    """
     from fastgen.config import load_preset
     from fastgen.data import find_dataset
     from fastgen.runs import new_run, set_latest
@@ -91,13 +99,17 @@ def train(preset: str, data_folder: Path | None, out: Path | None, overrides: Se
     folder = data_folder or find_dataset(Path())
     if folder is None:
         raise InputError("no dataset in this folder; give --data DATA, or render one: `fastgen data iclevr DATA`")
-    target = out or new_run(chosen.name)
     from fastgen.training import train as run
+    from fastgen.training.processes import is_main, launched
 
-    run(chosen, folder, target, skip_bad=skip_bad)
+    if out is None and launched() > 1:
+        raise InputError("several processes need one output folder: give --out")
+    target = out or new_run(chosen.name)
+    run(chosen, folder, target, **options)
     if out is None and chosen.family != "evaluator":
         set_latest(target)
-    click.echo(f"model: {target}")
+    if is_main():
+        click.echo(f"model: {target}")
 
 
 @cli.command()

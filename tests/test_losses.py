@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastgen.config import Training
 from fastgen.errors import FastgenError, InputError
-from fastgen.training.diffusion import DiffusionTask, NoiseSchedule, rehearse
+from fastgen.training.diffusion import DiffusionTask, NoiseSchedule
 from fastgen.training.draws import VALIDATION, Draws
 from fastgen.training.encode import cached_moments
 from fastgen.training.losses import (
@@ -26,7 +26,6 @@ from fastgen.training.losses import (
     objective_of,
     refuse_unet_keys,
 )
-from fastgen.training.precision import choose
 from fastgen.training.sources import Labels, Latents, Pixels
 
 CPU = torch.device("cpu")
@@ -345,43 +344,28 @@ def test_a_term_counts_from_its_epoch_on_and_validation_stays_comparable(lpips: 
         assert torch.equal(ours, theirs) == (step != 2)
 
 
-def test_the_parts_are_means_since_the_last_call_and_only_told_where_there_are_several(lpips: Any) -> None:
+def test_the_parts_are_means_since_the_last_call_over_all_processes_and_only_of_terms_that_counted() -> None:
     recipe = replace(RECIPE, loss={"mse": 2.0, "kl": 0.5}, loss_from_epoch={"kl": 1})
     task = task_on(latents(), objective=objective_of(recipe, latents=True, image_size=32))
-    task.losses(task.module, np.arange(6), draws(0))
-    assert task.parts() == {}
+    rows = np.arange(6)
+    alone = float(task.losses(task.module, rows, draws(0)).detach().mean())
+    assert task.parts() == {"loss_mse": pytest.approx(alone / 2)}
     totals = []
     for step in (1, 2):
         for positions in (np.arange(3), np.arange(3, 6)):
             totals.append(task.losses(task.module, positions, draws(step, positions)).detach())
-    task.losses(task.module.eval(), np.arange(6), draws(VALIDATION))
+    task.losses(task.module.eval(), rows, draws(VALIDATION))
     parts = task.parts()
     assert set(parts) == {"loss_mse", "loss_kl"}
     weighed = 2 * parts["loss_mse"] + 0.5 * parts["loss_kl"]
     assert weighed == pytest.approx(float(torch.cat(totals).mean()), rel=1e-5)
     assert task.parts() == {}
-
-
-def test_terms_that_set_in_late_are_rehearsed_once_without_a_trace(lpips: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = replace(RECIPE, batch_size=6, accumulation=2, loss={"lpips": 0.1, "kl": 0.1}, loss_from_epoch={"kl": 130})
-    task = task_on(latents(), objective=objective_of(recipe, latents=True, image_size=32))
-    before = task.module.state_dict()["answer"].clone()
-    seen: list[tuple[int, set[str]]] = []
-    monkeypatch.setattr(task, "_remember", lambda terms: seen.append((len(terms["mse"]), set(terms))))
-    task.module.answer.data = task.module.answer.data[:3]
-    rehearse(task, recipe, choose("fp32", "cpu"))
-    assert seen == [(3, {"mse", "lpips", "kl"})]
-    assert torch.equal(task.module.state_dict()["answer"], before[:3])
-    assert task.module.answer.grad is None
-    rehearse(task_on(latents()), recipe, choose("fp32", "cpu"))
-    assert len(seen) == 1
-
-    def full(*_: Any) -> None:
-        raise torch.OutOfMemoryError("out of memory")
-
-    monkeypatch.setattr(task, "losses", full)
-    with pytest.raises(FastgenError, match=r"3 examples with the loss terms mse, lpips, kl do not fit .*accumulation"):
-        rehearse(task, recipe, choose("fp32", "cpu"))
+    elsewhere = torch.tensor([[60.0, 6.0], [0.0, 0.0]], dtype=torch.float64)  # another process's sums
+    task.losses(task.module, rows, draws(0))
+    assert task.parts(lambda sums: sums + elsewhere) == {"loss_mse": pytest.approx((alone / 2 + 10) / 2)}
+    plain = task_on(latents())
+    plain.losses(plain.module, rows, draws(0))
+    assert plain.parts(lambda sums: pytest.fail("nothing to add up")) == {}
 
 
 # --- what is refused before training

@@ -14,15 +14,17 @@ from torch import Tensor, nn
 
 from fastgen.config import Training
 from fastgen.errors import FastgenError, InputError
+from fastgen.training import checkpoints
 from fastgen.training.contrastive import ContrastiveTask
 from fastgen.training.diffusion import DiffusionTask
 from fastgen.training.draws import Draws, batch_rows
 from fastgen.training.ema import Ema
 from fastgen.training.logs import Log
+from fastgen.training.optimise import learning_rate
 from fastgen.training.optimizers import Muon
 from fastgen.training.precision import choose
 from fastgen.training.sources import Labels, Pixels
-from fastgen.training.trainer import Run, fit, learning_rate
+from fastgen.training.trainer import Run, fit
 
 CPU = torch.device("cpu")
 RECIPE = Training(
@@ -178,7 +180,7 @@ def test_a_loss_that_is_nan_names_the_step_and_the_last_good_checkpoint(tmp_path
     task.__class__ = Exploding
     with pytest.raises(FastgenError, match=r"unet: .* at step 18; the last good checkpoint is .*step-000016"):
         trained(tmp_path, task=task)
-    assert sorted(f.name for f in (tmp_path / "checkpoints").iterdir()) == ["step-000008", "step-000016"]
+    assert sorted(f.name for f in (tmp_path / "checkpoints").glob("step-*")) == ["step-000008", "step-000016"]
 
 
 def test_checkpoints_of_another_job_are_refused(tmp_path: Path) -> None:
@@ -372,3 +374,131 @@ def test_captions_of_one_monster_are_never_negatives() -> None:
     losses = task.losses(task.module, np.arange(4), Draws(0, 0, np.arange(4), 4, CPU))
     assert losses.shape == (4,)
     assert (losses > 0).all()
+
+
+def test_every_average_is_kept_in_the_checkpoints_and_equals_a_run_with_that_decay_alone(tmp_path: Path) -> None:
+    trained(tmp_path / "both", replace(RECIPE, ema_decay=0.9, further_ema_decays=(0.5, 0.0)))
+    trained(tmp_path / "alone", replace(RECIPE, ema_decay=0.5))
+    both, alone = (checkpoints.read(tmp_path / n / "checkpoints" / "step-000024") for n in ("both", "alone"))
+    assert set(both.parts) == {"model", "ema", "ema-0.5", "optimizer"}  # an average with decay 0 is the model itself
+    assert all(torch.equal(value, both.load("ema-0.5")[name]) for name, value in alone.load("ema").items())
+
+
+def test_without_an_average_the_model_is_the_weights_themselves(tmp_path: Path) -> None:
+    weights = trained(tmp_path, replace(RECIPE, ema_decay=0.0))
+    last = checkpoints.read(tmp_path / "checkpoints" / "step-000024")
+    assert set(last.parts) == {"model", "optimizer"}
+    assert all(torch.equal(value, last.load("model")[name]) for name, value in weights.items())
+
+
+def test_an_average_that_begins_late_starts_from_the_weights_of_that_epoch(tmp_path: Path) -> None:
+    late = replace(RECIPE, ema_decay=0.9, ema_from_epoch=2.2)  # 30 examples, batches of 8: step 8
+    trained(tmp_path, replace(late, checkpoint_limit=0))
+    first, second = (checkpoints.read(tmp_path / "checkpoints" / f"step-{n:06d}") for n in (8, 16))
+    assert all(torch.equal(v, first.load("ema")[name]) for name, v in first.load("model").items())
+    assert any(not torch.equal(v, second.load("ema")[name]) for name, v in second.load("model").items())
+
+
+@pytest.mark.parametrize(("final", "key"), [("best-validation", "validation_loss"), ("best-loss", "loss")])
+def test_the_best_weights_are_kept_and_become_the_model(tmp_path: Path, final: str, key: str) -> None:
+    class Worsening(DiffusionTask):
+        def losses(self, module: nn.Module, rows: np.ndarray, draws: Draws) -> Tensor:
+            losses = super().losses(module, rows, draws)
+            return 100 - losses if draws.step >= 32 else losses
+
+    task = diffusion_task()
+    task.__class__ = Worsening
+    recipe = replace(RECIPE, lr_schedule="constant", ema_decay=0.0, steps=48, final=final, checkpoint_limit=0)
+    weights = trained(tmp_path, recipe, task)
+    best = checkpoints.read(tmp_path / "checkpoints" / "best")
+    assert all(torch.equal(value, best.load("ema")[name]) for name, value in weights.items())
+    rows = figures(tmp_path)
+    assert best.extra["loss"] < min(r[key] for r in rows if r["step"] == 8)
+    if key == "validation_loss":
+        lowest = min((r for r in rows if key in r), key=lambda r: r[key])
+        assert (best.step, best.extra["loss"]) == (lowest["step"], lowest[key])
+    assert 16 <= best.step <= 40
+    at_best = checkpoints.read(tmp_path / "checkpoints" / f"step-{best.step:06d}")
+    assert all(torch.equal(value, at_best.load("model")[name]) for name, value in weights.items())
+
+
+def test_plateau_lowers_the_rate_as_torchs_scheduler_does(tmp_path: Path) -> None:
+    recipe = replace(RECIPE, learning_rate=0.3, lr_schedule="plateau", warmup_steps=0, plateau_patience=1, steps=96)
+    trained(tmp_path, recipe)
+    rows = [row for row in figures(tmp_path) if "validation_loss" in row]
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.3)
+    reference = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.1, patience=1)
+    rates = []
+    for row in rows:
+        rates.append(optimizer.param_groups[0]["lr"])  # what the steps before this validation used
+        reference.step(row["validation_loss"])
+    assert [row["learning_rate"] for row in rows] == pytest.approx(rates)
+    assert min(rates) < 0.3
+
+
+def test_intervals_in_epochs_fall_on_the_first_step_behind_each(tmp_path: Path) -> None:
+    recipe = replace(RECIPE, checkpoint_every=10**6, checkpoint_every_epochs=2, checkpoint_limit=0)
+    trained(tmp_path, recipe)  # an epoch is 30 / 8 = 3.75 steps
+    found = sorted(f.name for f in (tmp_path / "checkpoints").glob("step-*"))
+    assert found == [f"step-{step:06d}" for step in (8, 15, 23, 24)]
+
+
+def test_a_run_that_branches_off_a_checkpoint_equals_the_run_it_left(tmp_path: Path) -> None:
+    whole = trained(tmp_path / "whole", replace(RECIPE, checkpoint_limit=0))
+    run = run_in(tmp_path / "branch", "b")
+    run.log.path.parent.mkdir()
+    task = diffusion_task()
+    at = checkpoints.read(tmp_path / "whole" / "checkpoints" / "step-000008")
+    fit(task, RECIPE, replace(run, resume=at))
+    assert all(torch.equal(whole[name], value) for name, value in task.module.state_dict().items())
+    assert min(row["step"] for row in figures(tmp_path / "branch")) > 8
+
+
+def test_a_checkpoint_of_another_architecture_is_refused_key_by_key(tmp_path: Path) -> None:
+    trained(tmp_path / "a")
+    task = diffusion_task()
+    task.module.outer = nn.Conv2d(8, 3, 1)
+    at = checkpoints.read(tmp_path / "a" / "checkpoints" / "step-000024")
+    with pytest.raises(InputError, match=r"step-000024: is of another architecture: size mismatch for outer\.weight"):
+        fit(task, RECIPE, replace(run_in(tmp_path / "b"), resume=at))
+
+
+class Crowded(DiffusionTask):
+    """More than `room` examples at a time do not fit into memory."""
+
+    room = 2
+
+    def losses(self, module: nn.Module, rows: np.ndarray, draws: Draws) -> Tensor:
+        losses = super().losses(module, rows, draws)
+        if len(rows) > self.room and module.training:
+            losses.sum().backward()  # some gradients are there already
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return losses
+
+
+def test_where_memory_runs_out_micro_batches_halve_and_the_curve_stays(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = diffusion_task(0.0)
+    task.__class__ = Crowded
+    short = trained(tmp_path / "short", task=task)
+    said = capsys.readouterr().err
+    assert "out of memory at step 0; going on with micro-batches of 4, accumulation 2" in said
+    assert "going on with micro-batches of 2, accumulation 4 (train.accumulation=4 avoids the detour)" in said
+    assert said.count("out of memory") == 2
+    whole = trained(tmp_path / "whole", task=diffusion_task(0.0))
+    assert all(torch.allclose(whole[name], short[name], atol=1e-5) for name in whole)
+
+
+def test_an_example_that_does_not_fit_alone_is_one_line(tmp_path: Path) -> None:
+    task = diffusion_task()
+    task.__class__ = Crowded
+    task.room = 0  # type: ignore[attr-defined]
+    with pytest.raises(FastgenError, match=r"unet: out of memory at step 0, and even one example does not fit"):
+        trained(tmp_path, task=task)
+
+
+def test_the_curves_are_drawn_beside_the_checkpoints(tmp_path: Path) -> None:
+    trained(tmp_path)
+    with Image.open(tmp_path / "checkpoints" / "loss.png") as image:
+        assert len(np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0)) > 10  # lines, axes, words

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 from fastgen.config import Preset
 from fastgen.data import read_dataset
+from fastgen.errors import InputError
 from fastgen.training.examples import load_examples
 from fastgen.training.families import train_evaluator, train_labels, train_text
-from fastgen.training.job import open_job
+from fastgen.training.job import flat, open_job
 from fastgen.training.logs import say
+from fastgen.training.precision import choose
+from fastgen.training.processes import join
+from fastgen.training.trackers import tracking
 
 __all__ = ["train"]
 
@@ -17,20 +22,37 @@ FAMILIES = {"text": train_text, "labels": train_labels, "evaluator": train_evalu
 
 
 def train(
-    preset: Preset, data: Path, out: Path, *, skip_bad: bool = False, progress: bool = True, device: str | None = None
+    preset: Preset,
+    data: Path,
+    out: Path,
+    *,
+    skip_bad: bool = False,
+    progress: bool = True,
+    device: str | None = None,
+    tracker: str | None = None,
+    resume: Path | None = None,
 ) -> Path:
     """Train all networks of a preset on a dataset folder, and return `out`, which then is a model folder.
 
     The same call continues a job that was interrupted, from its last checkpoint, with the same result as if it had not
-    been; for a finished job it does nothing. `skip_bad` leaves unreadable images out. `device`: "cpu", "cuda", ...; the
-    GPU if there is one. Raises InputError for data that does not suit the preset and for a folder with another job,
-    FastgenError when the loss is not finite or the disk is full.
+    been; for a finished job it does nothing. Started by `accelerate launch`, the processes share every batch.
+    `skip_bad` leaves unreadable images out. `device`: "cpu", "cuda", ...; the GPU if there is one. `tracker`: see
+    `trackers.tracking`. `resume`: the checkpoint of another run, RUN/checkpoints/STAGE/step-NNNNNN, at which this one begins.
+    Raises InputError for data that does not suit the preset and for a folder with another job, FastgenError when the loss is
+    not finite or the disk is full.
     """
+    out = Path(out)
     dataset = read_dataset(data)
-    job = open_job(Path(out), preset, dataset.fingerprint, device, progress)
-    if job.finished:
-        say(f"{out}: already finished")
-        return Path(out)
-    examples = load_examples(dataset, preset, skip_bad)
-    FAMILIES[preset.family](preset, examples, job)
-    return Path(out)
+    target = choose("fp32", device).device
+    processes = join(target)
+    with processes.main_first():
+        job = open_job(out, preset, dataset.fingerprint, device=device, progress=progress, processes=processes)
+        if job.finished:
+            say(f"{out}: already finished")
+            return out
+        if resume is not None and resume.resolve().is_relative_to(out.resolve()):
+            raise InputError(f"{resume}: is this run's own checkpoint; to branch off there, choose another --out")
+        examples = load_examples(dataset, preset, skip_bad)
+    with tracking(tracker, out, dict(flat(job.identity)), target.type == "cpu") as tell:
+        FAMILIES[preset.family](preset, examples, dataclasses.replace(job, tracker=tell, resume=resume))
+    return out

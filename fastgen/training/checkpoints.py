@@ -1,6 +1,7 @@
 """Checkpoints: folders that appear complete or not at all, and whose damage is noticed.
 
 step-000500/  model.safetensors  ema.safetensors  optimizer.safetensors  state.json (step, job, SHA-256 of the files)
+best/         ema.safetensors  state.json: the averaged weights with the lowest loss
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import hashlib
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from fastgen.errors import FastgenError, InputError
 from fastgen.folders import sync_folder, sync_tree
 from fastgen.jsonfiles import read_json, write_json
 
-STATE = "state.json"
+STATE, BEST = "state.json", "best"
 _NAME = re.compile(r"step-(\d{6,})")
 
 Tensors = Mapping[str, Tensor]
@@ -35,24 +36,43 @@ class Checkpoint:
     folder: Path
     step: int  # optimiser steps done
     extra: Mapping[str, Any]
+    sha256: Mapping[str, str]  # part -> of its file
+
+    @property
+    def parts(self) -> Collection[str]:
+        """What it holds: "model", "ema", "optimizer", ..."""
+        return self.sha256.keys()
 
     def load(self, part: str) -> dict[str, Tensor]:
         return load_file(self.folder / f"{part}.safetensors")
 
 
 def save(parent: Path, step: int, parts: Mapping[str, Tensors], extra: Mapping[str, Any], limit: int) -> Path:
-    """Write `parent/step-NNNNNN` and delete all but the newest `limit` checkpoints.
+    """Write `parent/step-NNNNNN` and delete all but the newest `limit` checkpoints; none where that is 0.
 
     Raises FastgenError when the disk refuses; the older checkpoints are untouched then.
     """
     target = parent / f"step-{step:06d}"
+    _write(target, step, parts, extra)
+    for old in _folders(parent)[limit:] if limit else ():
+        shutil.rmtree(old)
+    return target
+
+
+def save_best(parent: Path, step: int, weights: Tensors, extra: Mapping[str, Any]) -> None:
+    """Write `parent/best`, in the place of the one before. Raises FastgenError when the disk refuses."""
+    _write(parent / BEST, step, {"ema": weights}, extra)
+
+
+def _write(target: Path, step: int, parts: Mapping[str, Tensors], extra: Mapping[str, Any]) -> None:
+    parent = target.parent
     temporary = parent / f".tmp-{secrets.token_hex(8)}"
     try:
         temporary.mkdir(parents=True)
         hashes = {name: _write_part(temporary / f"{name}.safetensors", tensors) for name, tensors in parts.items()}
         write_json(temporary / STATE, {"step": step, "extra": dict(extra), "sha256": hashes})
         sync_tree(temporary)
-        if target.exists():  # a damaged one, or of a run that went on from an older checkpoint
+        if target.exists():  # the best before, a damaged one, or of a run that went on from an older checkpoint
             shutil.rmtree(target)
         temporary.rename(target)
         sync_folder(parent)
@@ -60,21 +80,32 @@ def save(parent: Path, step: int, parts: Mapping[str, Tensors], extra: Mapping[s
         raise FastgenError(f"{target}: the checkpoint cannot be written: {error}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    for old in _folders(parent)[limit:]:
-        shutil.rmtree(old)
-    return target
 
 
 def latest(parent: Path, warn: Callable[[str], None]) -> Checkpoint | None:
     """The newest checkpoint that is intact; a damaged one is named to `warn` and passed over."""
     for leftover in parent.glob(".tmp-*"):
-        shutil.rmtree(leftover)
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink()
     for folder in _folders(parent):
         problem, checkpoint = _verify(folder)
         if checkpoint is not None:
             return checkpoint
         warn(f"warning: {folder}: {problem}; using the checkpoint before it")
     return None
+
+
+def read(folder: Path) -> Checkpoint:
+    """The checkpoint in `folder`. Raises InputError when there is none, or when it is damaged."""
+    if not folder.is_dir():
+        steps = ", ".join(other.name for other in reversed(_folders(folder.parent))) or "none"
+        raise InputError(f"{folder}: no such checkpoint; there are: {steps}")
+    problem, checkpoint = _verify(folder)
+    if checkpoint is None:
+        raise InputError(f"{folder}: {problem}")
+    return checkpoint
 
 
 def _verify(folder: Path) -> tuple[str, Checkpoint | None]:
@@ -90,7 +121,7 @@ def _verify(folder: Path) -> tuple[str, Checkpoint | None]:
         return f"{error.filename}: {error.strerror}", None
     except (KeyError, TypeError, AttributeError):
         return f"{STATE} is no checkpoint's", None
-    return "", Checkpoint(folder, step, extra)
+    return "", Checkpoint(folder, step, extra, hashes)
 
 
 def _folders(parent: Path) -> list[Path]:

@@ -13,11 +13,9 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fastgen.config import Training
-from fastgen.errors import FastgenError, InputError
+from fastgen.errors import InputError
 from fastgen.training.draws import VALIDATION, Draws
 from fastgen.training.losses import Denoised, Objective, evaluate
-from fastgen.training.precision import Precision
 from fastgen.training.sources import NOISE, TIMESTEP, Conditions, Space
 
 Preview = Callable[[nn.Module], Image.Image]
@@ -56,8 +54,7 @@ class DiffusionTask:
         if self.objective.lpips is not None:
             self.objective.lpips.to(space.device)
         self.schedule = NoiseSchedule(scheduler_config)
-        self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = {}
+        self._sums: dict[str, Tensor] = {}  # of each term since `parts` was called: (2,) losses and examples
 
     def losses(self, module: nn.Module, rows: np.ndarray, draws: Draws) -> Tensor:
         changes = (self.flip, self.jitter) if module.training else (False, 0.0)
@@ -86,12 +83,17 @@ class DiffusionTask:
         self._remember(terms)
         return total
 
-    def parts(self) -> dict[str, float]:
+    def parts(self, total: Callable[[Tensor], Tensor] = lambda sums: sums) -> dict[str, float]:
         """{"loss_lpips": the term's mean per example, before its weight, ...} of the training since the last call, where
-        the loss has more than one term. Waits for the device."""
-        means = {f"loss_{name}": float(value) / self._counts[name] for name, value in self._sums.items()}
-        self._sums, self._counts = {}, {}
-        return means if len(means) > 1 else {}
+        the objective has more than one term. Waits for the device, once; `total` adds up a tensor over processes."""
+        names = list(self.objective.active(math.inf))
+        if len(names) == 1:
+            return {}
+        zero = torch.zeros(2, dtype=torch.float64, device=self.space.device)
+        sums = torch.stack([self._sums.get(name, zero) for name in names])  # (n, 2): of the losses, of the examples
+        self._sums = {}
+        rows = zip(names, total(sums).tolist(), strict=True)
+        return {f"loss_{name}": loss / count for name, (loss, count) in rows if count}
 
     def figures(self, module: nn.Module) -> dict[str, float]:
         return {}
@@ -101,35 +103,9 @@ class DiffusionTask:
 
     def _remember(self, terms: Mapping[str, Tensor]) -> None:
         for name, values in terms.items():
-            total = values.detach().sum()
-            self._sums[name] = self._sums[name] + total if name in self._sums else total
-            self._counts[name] = self._counts.get(name, 0) + len(values)
-
-
-def rehearse(task: DiffusionTask, recipe: Training, precision: Precision) -> None:
-    """One micro-batch with every term, forward and backward, where terms set in later: so that what does not fit into
-    memory fails now, not after hours. It leaves no trace in the weights.
-
-    Raises FastgenError when the device has not enough memory.
-    """
-    last = max((task.objective.from_epoch.get(name, 0) for name in task.objective.active(math.inf)), default=0)
-    if last == 0:
-        return
-    step = math.ceil(last * len(task.train_rows) / recipe.batch_size)
-    positions = np.arange(recipe.batch_size // recipe.accumulation)
-    draws = Draws(recipe.seed, step, positions, recipe.batch_size, precision.device)
-    module = task.module.to(precision.device).train()
-    try:
-        with precision.autocast():
-            losses = task.losses(module, np.resize(task.train_rows, len(positions)), draws)
-        losses.mean().backward()
-    except torch.OutOfMemoryError:
-        terms = ", ".join(task.objective.active(math.inf))
-        what = f"{len(positions)} examples with the loss terms {terms} do not fit into the device's memory"
-        raise FastgenError(f"unet: {what}; use a larger unet.train.accumulation") from None
-    finally:
-        module.zero_grad(set_to_none=True)
-        task.parts()
+            total = values.detach().double().sum()
+            pair = torch.stack([total, torch.full_like(total, len(values))])
+            self._sums[name] = self._sums[name] + pair if name in self._sums else pair
 
 
 class NoiseSchedule:

@@ -1,4 +1,4 @@
-"""Exponential moving average of a network's weights."""
+"""Exponential moving averages of a network's weights."""
 
 from __future__ import annotations
 
@@ -10,19 +10,24 @@ from torch import Tensor, nn
 
 
 class Ema:
-    """Average of a module's parameters and floating-point buffers, float32, begun with its initial weights.
+    """Average of a module's parameters and floating-point buffers, float32, begun with its weights at step `begin`.
 
     The decay rises as (1 + n) / (10 + n) towards `decay`, so that a short run's average forgets its random beginning.
+    Decay 0 is no average: the weights themselves, without a copy.
     """
 
-    def __init__(self, module: nn.Module, decay: float) -> None:
-        self.decay = decay
-        self.weights = {name: value.detach().clone() for name, value in module.state_dict().items()}
+    def __init__(self, module: nn.Module, decay: float, begin: int = 0) -> None:
+        self.decay, self.begin = decay, begin
+        state = module.state_dict()
+        self.weights = {name: v.detach().clone() if decay else v.detach() for name, v in state.items()}
 
     @torch.no_grad()
     def update(self, module: nn.Module, step: int) -> None:
         """After optimiser step `step`, counted from 0."""
-        decay = min(self.decay, (1 + step) / (10 + step))
+        if not self.decay:
+            return
+        count = step - self.begin
+        decay = min(self.decay, (1 + count) / (10 + count)) if count >= 0 else 0.0
         averages, values = [], []
         for name, value in module.state_dict().items():
             if value.is_floating_point():
@@ -32,6 +37,7 @@ class Ema:
                 self.weights[name].copy_(value)
         torch._foreach_lerp_(averages, values, 1 - decay)
 
+    @torch.no_grad()
     def load(self, weights: Mapping[str, Tensor]) -> None:
         for name, value in weights.items():
             self.weights[name].copy_(value)
@@ -39,11 +45,14 @@ class Ema:
     @contextmanager
     def swapped_in(self, module: nn.Module) -> Iterator[None]:
         """The module has the averaged weights, and is in eval mode, inside the block."""
-        training, own = module.training, {k: v.detach().clone() for k, v in module.state_dict().items()}
-        module.load_state_dict(self.weights)
+        training = module.training
+        own = {k: v.detach().clone() for k, v in module.state_dict().items()} if self.decay else None
+        if own is not None:
+            module.load_state_dict(self.weights)
         module.eval()
         try:
             yield
         finally:
-            module.load_state_dict(own)
+            if own is not None:
+                module.load_state_dict(own)
             module.train(training)

@@ -13,7 +13,7 @@ from fastgen.errors import InputError
 from fastgen.networks import LabelConditioner, LabelUNet, Model, TextUNet, save_model
 from fastgen.training.classifier import ClassifierTask
 from fastgen.training.contrastive import ContrastiveTask
-from fastgen.training.diffusion import DiffusionTask, NoiseSchedule, rehearse
+from fastgen.training.diffusion import DiffusionTask, NoiseSchedule
 from fastgen.training.encode import cached_moments, cached_states, latent_scale, tokenize
 from fastgen.training.examples import Examples, multi_hot
 from fastgen.training.job import Job
@@ -38,19 +38,22 @@ def train_text(preset: Preset, data: Examples, job: Job) -> None:
 
     _fit_vae(vae, preset, data, job)
     _fit_text_encoder(text_encoder, tokenizer, preset, data, job)
-    moments = cached_moments(
-        vae, data.images, data.pixel_fields, recipe.flip, device, job.progress, recipe.color_jitter
-    )
+    with job.processes.main_first():
+        moments = cached_moments(
+            vae, data.images, data.pixel_fields, recipe.flip, device, job.progress, recipe.color_jitter
+        )
     if _network(preset.vae).path is None:
         vae.register_to_config(scaling_factor=latent_scale(moments, data.rows(recipe)[0]))
     texts, choices = data.captions
     ids = tokenize(tokenizer, texts, text_encoder.config.max_position_embeddings)
-    states = cached_states(text_encoder, ids, device, job.progress)
+    with job.processes.main_first():
+        states = cached_states(text_encoder, ids, device, job.progress)
     space, conditions = Latents(moments, data.images, vae, device), Captions(states, choices, device)
     fixed = None
     if prompts:
         ids = tokenize(tokenizer, prompts, text_encoder.config.max_position_embeddings)
-        own = np.array(cached_states(text_encoder, ids, device, job.progress))
+        with job.processes.main_first():
+            own = np.array(cached_states(text_encoder, ids, device, job.progress))
         fixed = Shown(torch.from_numpy(own).to(device).float(), prompts)
     _fit_unet(TextUNet(unet), space, conditions, objective, fixed, preset, data, job)
 
@@ -220,7 +223,6 @@ def _fit_unet(
         objective=objective,
         preview=preview,
     )
-    rehearse(task, recipe, run.precision)
     fit(task, recipe, run)
 
 

@@ -9,7 +9,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,22 @@ from fastgen.config import Preset
 from fastgen.errors import FastgenError, InputError
 from fastgen.folders import sync_tree
 from fastgen.jsonfiles import read_json, write_json
-from fastgen.training.logs import Log
+from fastgen.training import checkpoints
+from fastgen.training.checkpoints import Checkpoint
+from fastgen.training.logs import Log, Tracker, say
 from fastgen.training.precision import choose
+from fastgen.training.processes import Processes
 from fastgen.training.trainer import Run
 
 FILE = "training.json"
-OPERATIONAL = ("checkpoint_every", "checkpoint_limit", "preview_every", "accumulation")  # do not change what is learned
+OPERATIONAL = (  # they do not change what is learned
+    "checkpoint_every",
+    "checkpoint_every_epochs",
+    "checkpoint_limit",
+    "preview_every",
+    "preview_every_epochs",
+    "accumulation",
+)
 
 
 @dataclass(frozen=True)
@@ -31,8 +41,11 @@ class Job:
 
     folder: Path
     identity: Mapping[str, Any]
-    device: str | None
-    progress: bool
+    device: str | None = None
+    progress: bool = True
+    processes: Processes = field(default_factory=Processes)
+    tracker: Tracker | None = None
+    resume: Path | None = None  # a checkpoint of another run to begin at
 
     @property
     def finished(self) -> bool:
@@ -40,7 +53,7 @@ class Job:
 
     @property
     def log(self) -> Log:
-        return Log(self.folder / "log.jsonl")
+        return Log(self.folder / "log.jsonl", self.tracker)
 
     def run(self, stage: str, precision: str) -> Run:
         """Where and on what `stage` is trained."""
@@ -52,10 +65,14 @@ class Job:
             precision=choose(precision, self.device),
             job=hashlib.sha256(text.encode()).hexdigest(),
             progress=self.progress,
+            processes=self.processes,
+            resume=None if self.resume is None else _resumed(self.resume, stage),
         )
 
     def finish(self, write: Callable[[Path], None]) -> None:
         """Put what `write(folder)` writes into the job's folder, each entry complete, and mark the job finished."""
+        if not self.processes.is_main:
+            return
         temporary = self.folder / f".tmp-{secrets.token_hex(8)}"
         try:
             write(temporary)
@@ -72,8 +89,8 @@ class Job:
         write_json(self.folder / FILE, {"finished": True, **self.identity})
 
 
-def open_job(folder: Path, preset: Preset, fingerprint: str, device: str | None = None, progress: bool = True) -> Job:
-    """Claim an empty folder for a job, or return to the job that was begun there.
+def open_job(folder: Path, preset: Preset, fingerprint: str, **settings: Any) -> Job:
+    """Claim an empty folder for a job, or return to the job that was begun there. `settings`: further fields of Job.
 
     Raises InputError when the folder holds something else, or the job of another preset or other data; it names the
     first difference.
@@ -92,11 +109,20 @@ def open_job(folder: Path, preset: Preset, fingerprint: str, device: str | None 
         write_json(folder / FILE, {"finished": False, **identity})
     for leftover in folder.glob(".tmp-*"):
         shutil.rmtree(leftover, ignore_errors=True)
-    return Job(folder, identity, device, progress)
+    return Job(folder, identity, **settings)
+
+
+def _resumed(checkpoint: Path, stage: str) -> Checkpoint | None:
+    """Where a stage begins that follows another run's checkpoint, RUN/checkpoints/STAGE/step-NNNNNN: at it, or, if it belongs
+    to a later stage, at the end of that run's same stage."""
+    if checkpoint.parent.name == stage:
+        return checkpoints.read(checkpoint)
+    return checkpoints.latest(checkpoint.parent.parent / stage, say)
 
 
 def _plain(preset: Preset) -> dict[str, Any]:
     values = json.loads(json.dumps(dataclasses.asdict(preset)))
+    del values["preview"]
     for part in values.values():
         for key in OPERATIONAL:
             if isinstance(part, dict) and part.get("train"):
@@ -105,7 +131,7 @@ def _plain(preset: Preset) -> dict[str, Any]:
 
 
 def _compare(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    there, here = (dict(_flat(job.get("preset", {}))) for job in (found, wanted))
+    there, here = (dict(flat(job.get("preset", {}))) for job in (found, wanted))
     for key in sorted(there.keys() | here.keys()):
         if there.get(key) != here.get(key):
             what = f"{key} = {there.get(key)!r} there and {here.get(key)!r} here"
@@ -114,9 +140,10 @@ def _compare(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) 
         raise InputError(f"{folder}: holds a job on other data; continue with that data, or choose another --out")
 
 
-def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested tables as pairs of dotted key and value."""
     if isinstance(value, Mapping) and value:
         for key, inner in value.items():
-            yield from _flat(inner, f"{prefix}.{key}" if prefix else key)
+            yield from flat(inner, f"{prefix}.{key}" if prefix else key)
     else:
         yield prefix, value

@@ -4,24 +4,31 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from tqdm import tqdm
 
 from fastgen.jsonfiles import read_jsonl, write_bytes
+from fastgen.training.processes import is_main
+
+Tracker = Callable[[Mapping[str, float], int], None]
 
 
 def say(text: str) -> None:
-    """A line on stderr that does not tear a progress bar apart."""
-    tqdm.write(text, file=sys.stderr)
+    """A line on stderr that does not tear a progress bar apart, from the main process alone."""
+    if is_main():
+        tqdm.write(text, file=sys.stderr)
 
 
 class Log:
-    """log.jsonl: one row per interval of a stage. Rows that a resumed run will write again are dropped."""
+    """log.jsonl: one row per interval of a stage. Rows that a resumed run will write again are dropped.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    `tracker(values, step)` is told the numbers too, as "stage/name".
+    """
+
+    def __init__(self, path: Path, tracker: Tracker | None = None) -> None:
+        self.path, self.tracker = path, tracker
 
     def rewind(self, stage: str, step: int) -> None:
         """Forget the rows of `stage` after `step`, and a last line that a killed run left unfinished."""
@@ -36,6 +43,9 @@ class Log:
     def write(self, row: Mapping[str, str | int | float]) -> None:
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+        if self.tracker is not None:
+            stage, step = row["stage"], int(row["step"])
+            self.tracker({f"{stage}/{k}": float(v) for k, v in row.items() if k not in ("stage", "step")}, step)
 
     def rows(self, stage: str) -> list[dict[str, float]]:
         return [row for _, row in read_jsonl(self.path) if row["stage"] == stage] if self.path.exists() else []

@@ -1,4 +1,4 @@
-"""AdamW, and Muon: momentum made orthogonal, which needs about half as many steps for convolutional networks."""
+"""AdamW, Adam, and Muon: momentum made orthogonal, which needs about half as many steps for convolutional networks."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from fastgen.config import Training
 def build_optimizer(module: nn.Module, recipe: Training, fast: torch.dtype) -> torch.optim.Optimizer:
     """The recipe's optimiser. `fast` is the type that Muon multiplies matrices in."""
     options = {"lr": recipe.learning_rate, "betas": recipe.adam_betas, "weight_decay": recipe.weight_decay}
-    if recipe.optimizer == "adamw":
-        return torch.optim.AdamW(module.parameters(), fused=True, **options)  # type: ignore[arg-type]
+    if recipe.optimizer in ("adamw", "adam"):
+        kind = torch.optim.AdamW if recipe.optimizer == "adamw" else torch.optim.Adam
+        return kind(module.parameters(), fused=True, **options)  # type: ignore[arg-type]
     embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
     matrices = [p for p in module.parameters() if p.ndim >= 2 and id(p) not in embeddings]
     chosen = {id(p) for p in matrices}

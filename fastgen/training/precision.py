@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -30,7 +31,10 @@ def choose(name: str, device: str | None = None) -> Precision:
 
     Raises InputError for a device that is not there, and for fp16 on a CPU.
     """
-    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    local = (
+        f":{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else ""
+    )  # set by the launcher: a GPU per process
+    target = torch.device(device or (f"cuda{local}" if torch.cuda.is_available() else "cpu"))
     if target.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"device {device}: PyTorch finds no CUDA device; `fastgen doctor` says why")
     if target.type == "cuda":

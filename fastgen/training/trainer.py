@@ -2,33 +2,35 @@
 
 from __future__ import annotations
 
-import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 from tqdm import tqdm
 
-from fastgen.config import Training
 from fastgen.errors import FastgenError, InputError
+from fastgen.recipes import Training
 from fastgen.training import checkpoints
-from fastgen.training.draws import VALIDATION, Draws, batch_rows
-from fastgen.training.ema import Ema
+from fastgen.training.checkpoints import Checkpoint
+from fastgen.training.curves import plot_losses
+from fastgen.training.draws import VALIDATION, Draws
 from fastgen.training.logs import Log, say
-from fastgen.training.optimizers import build_optimizer
+from fastgen.training.optimise import learning_rate, optimise
 from fastgen.training.precision import Precision
+from fastgen.training.processes import Processes
+from fastgen.training.state import State, initial, load, save
 from fastgen.training.tasks import Task, check_accumulation
 
 LOG_EVERY = 10  # steps between rows of the log, and between looks at the loss, which make a GPU wait
+PLOT_EVERY_S = 60
 
 
 @dataclass(frozen=True)
 class Run:
-    """Where one stage of a job writes, and what it computes on."""
+    """Where one stage of a job writes, and what it computes on. `resume`: another run's checkpoint to begin at."""
 
     checkpoints: Path
     previews: Path
@@ -36,143 +38,120 @@ class Run:
     precision: Precision
     job: str  # recorded in every checkpoint
     progress: bool = True
-
-
-@dataclass
-class State:
-    """Everything that changes during training."""
-
-    module: nn.Module
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    ema: Ema
-    step: int = 0  # optimiser steps done
-    pending: list[Tensor] = field(default_factory=list)  # (loss, gradient norm) of steps not yet looked at
+    processes: Processes = field(default_factory=Processes)
+    resume: Checkpoint | None = None
 
 
 def fit(task: Task, recipe: Training, run: Run) -> None:
     """Optimise `task.module` by the recipe, from the newest intact checkpoint on; it ends up in eval mode, with the
-    averaged weights.
+    averaged weights, the last or the best ones.
 
     Raises FastgenError when the loss is not finite, or a checkpoint cannot be written.
     """
     check_accumulation(task, recipe.accumulation)
+    recipe = recipe.for_examples(len(task.train_rows))
     state = begin(task, recipe, run)
-    run.log.rewind(task.name, state.step)
-    with tqdm(total=recipe.steps, initial=state.step, desc=task.name, unit="step", disable=not run.progress) as bar:
-        clock = time.perf_counter(), state.step
+    if run.processes.is_main:
+        run.log.rewind(task.name, state.step)
+    if recipe.compile:
+        state.module.compile()
+    show = run.progress and run.processes.is_main
+    with tqdm(total=recipe.steps, initial=state.step, desc=task.name, unit="step", disable=not show) as bar:
+        clock, plotted = (time.perf_counter(), state.step), time.perf_counter()
         while state.step < recipe.steps:
-            state.pending.append(optimise(task, state, recipe, run.precision))
+            state.pending.append(optimise(task, state, recipe, run.precision, run.processes))
             state.step += 1
             bar.update()
-            due = {name: _due(state.step, every, recipe) for name, every in _intervals(recipe).items()}
-            row: dict[str, float] = {}
-            if any(due.values()):  # always look before a checkpoint: it must not hold NaN
-                images_per_s = (state.step - clock[1]) * recipe.batch_size / (time.perf_counter() - clock[0])
-                row = look(task, state, recipe, run) | {"images_per_s": round(images_per_s, 1)}
-                bar.set_postfix(loss=f"{row['loss']:.4f}", images_per_s=f"{images_per_s:.1f}")
-            if due["validation"]:
-                row |= validate(task, state, recipe, run.precision)
-            if row:
+            due = _due(state.step, recipe, len(task.train_rows))
+            if not due:
+                continue
+            images_per_s = (state.step - clock[1]) * recipe.batch_size / (time.perf_counter() - clock[0])
+            row = look(task, state, recipe, run) | {"images_per_s": round(images_per_s, 1)}
+            bar.set_postfix(loss=f"{row['loss']:.4f}", images_per_s=f"{images_per_s:.1f}")
+            with torch.compiler.set_stance("force_eager"):  # other batch sizes would be compiled for
+                if "validation" in due:
+                    row |= validate(task, state, recipe, run)
+                if "preview" in due:
+                    preview(task, state, run)
+            if run.processes.is_main:
                 run.log.write({"stage": task.name, "step": state.step, **row})
-                clock = time.perf_counter(), state.step
-            if due["preview"]:
-                preview(task, state, run)
-            if due["checkpoint"]:
-                save(state, recipe, run)
-    state.module.load_state_dict(state.ema.weights)
+                if "checkpoint" in due:
+                    save(state, run.checkpoints, run.job, recipe.checkpoint_limit)
+                    if state.step == recipe.steps or time.perf_counter() - plotted > PLOT_EVERY_S:
+                        plot_losses(run.log, task.name, run.checkpoints)
+                        plotted = time.perf_counter()
+            clock = time.perf_counter(), state.step
+    state.module.load_state_dict(final_weights(state, recipe, run))
     state.module.eval().requires_grad_(False)
 
 
 def begin(task: Task, recipe: Training, run: Run) -> State:
-    """The state at the newest intact checkpoint of this stage, or the initial one."""
-    device = run.precision.device
-    layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
-    module = task.module.to(device=device, memory_format=layout).train()  # type: ignore[call-overload]
-    optimizer = build_optimizer(module, recipe, run.precision.dtype)
-    scaler = torch.amp.GradScaler(device.type, enabled=run.precision.name == "fp16")
-    state = State(module, optimizer, scaler, Ema(module, recipe.ema_decay))
+    """The state at the newest intact checkpoint of this stage, else at `run.resume`, or the initial one."""
+    state = initial(task.module, recipe, run.precision, len(task.train_rows))
     checkpoint = checkpoints.latest(run.checkpoints, say)
+    if checkpoint is not None and checkpoint.extra["job"] != run.job:
+        raise InputError(f"{checkpoint.folder}: belongs to another job; delete {run.checkpoints}, or use another --out")
+    checkpoint = checkpoint or run.resume
     if checkpoint is not None:
-        if checkpoint.extra["job"] != run.job:
-            raise InputError(
-                f"{checkpoint.folder}: belongs to another job; delete {run.checkpoints}, or use another --out"
-            )
-        module.load_state_dict(checkpoint.load("model"))
-        state.ema.load(checkpoint.load("ema"))
-        _load_optimizer(optimizer, checkpoint.load("optimizer"))
-        scaler.load_state_dict(dict(checkpoint.extra["scaler"]))
-        state.step = checkpoint.step
+        load(state, checkpoint)
         if 0 < state.step < recipe.steps:
             say(f"{task.name}: continues at step {state.step} of {recipe.steps}")
     return state
 
 
-def optimise(task: Task, state: State, recipe: Training, precision: Precision) -> Tensor:
-    """One optimiser step over one global batch; returns its (loss, gradient norm), still on the device."""
-    for group in state.optimizer.param_groups:
-        group["lr"] = learning_rate(recipe, state.step)
-    torch.manual_seed(recipe.seed + state.step)  # for modules that draw by themselves, such as dropout layers
-    rows = task.train_rows[batch_rows(len(task.train_rows), recipe.batch_size, recipe.seed, state.step)]
-    total = torch.zeros((), device=precision.device)
-    for positions in np.split(np.arange(recipe.batch_size), recipe.accumulation):
-        draws = Draws(recipe.seed, state.step, positions, recipe.batch_size, precision.device)
-        with precision.autocast():
-            losses = task.losses(state.module, rows[positions], draws)  # (b,)
-        loss = losses.sum() / recipe.batch_size
-        state.scaler.scale(loss).backward()
-        total += loss.detach()
-    state.scaler.unscale_(state.optimizer)
-    norm = nn.utils.clip_grad_norm_(state.module.parameters(), recipe.max_grad_norm)
-    state.scaler.step(state.optimizer)
-    state.scaler.update()
-    state.optimizer.zero_grad(set_to_none=True)
-    state.ema.update(state.module, state.step)
-    return torch.stack([total, norm.to(total)])
-
-
-def learning_rate(recipe: Training, step: int) -> float:
-    """Linear warm-up, then constant, or half a cosine down to 0 (Loshchilov & Hutter, SGDR, 2017, eq. 5)."""
-    if step < recipe.warmup_steps:
-        return recipe.learning_rate * (step + 1) / recipe.warmup_steps
-    if recipe.lr_schedule == "constant":
-        return recipe.learning_rate
-    share = (step - recipe.warmup_steps) / max(1, recipe.steps - recipe.warmup_steps)
-    return recipe.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
-
-
 def look(task: Task, state: State, recipe: Training, run: Run) -> dict[str, float]:
     """The steps since the last look as a row of the log. Raises FastgenError for a loss that is not finite."""
-    losses, norms = torch.stack(state.pending).cpu().numpy().T
+    losses, norms = torch.stack(state.pending).T  # (n,) each
+    losses = run.processes.sum(losses.contiguous()).double().cpu().numpy()
+    norms = norms.double().cpu().numpy()
     state.pending.clear()
-    bad = ~np.isfinite(losses) | (~np.isfinite(norms) & (not state.scaler.is_enabled()))
+    bad = ~np.isfinite(losses) | (~np.isfinite(norms) & (run.precision.name != "fp16"))
     if bad.any():
         step = state.step - len(losses) + int(bad.argmax()) + 1
         good = checkpoints.latest(run.checkpoints, say)
         where = f"the last good checkpoint is {good.folder}" if good else "there is no checkpoint yet"
         hint = "a smaller learning_rate or precision fp32 may help"
         raise FastgenError(f"{task.name}: the loss or its gradient is NaN or infinite at step {step}; {where}; {hint}")
-    rate = learning_rate(recipe, state.step - 1)
+    state.progress.loss_sum += float(losses.sum())
+    state.progress.loss_count += len(losses)
+    rate = learning_rate(recipe, state.step - 1) * state.progress.rate_scale
     return {"loss": float(losses.mean()), "grad_norm": float(norms.mean()), "learning_rate": rate}
 
 
 @torch.no_grad()
-def validate(task: Task, state: State, recipe: Training, precision: Precision) -> dict[str, float]:
-    """The averaged weights' loss on the validation examples, with the same noise every time."""
-    rows = task.validation_rows[: recipe.validation_limit]
-    size = recipe.batch_size // recipe.accumulation
-    total = 0.0
+def validate(task: Task, state: State, recipe: Training, run: Run) -> dict[str, float]:
+    """The averaged weights' loss on the validation examples, with the same noise every time; the best weights are kept."""
     with state.ema.swapped_in(state.module):
-        for positions in np.array_split(np.arange(len(rows)), -(-len(rows) // size)):
-            draws = Draws(recipe.seed, VALIDATION, positions, len(rows), precision.device)
-            with precision.autocast():
-                total += float(task.losses(state.module, rows[positions], draws).sum())
-        figures = task.figures(state.module)
-    return {"validation_loss": total / len(rows), **figures}
+        loss = _validation_loss(task, state, recipe, run)
+        figures = dict(task.figures(state.module))
+    progress = state.progress
+    figure = progress.loss_sum / progress.loss_count if recipe.final == "best-loss" else loss
+    progress.loss_sum, progress.loss_count = 0.0, 0
+    progress.adapt_rate(loss, recipe)
+    if progress.improved(figure, state.step) and run.processes.is_main:
+        extra = {"job": run.job, "loss": figure, "of": recipe.final}
+        checkpoints.save_best(run.checkpoints, state.step, state.ema.weights, extra)
+    return {"validation_loss": loss, **figures}
+
+
+def _validation_loss(task: Task, state: State, recipe: Training, run: Run) -> float:
+    rows = task.validation_rows[: recipe.validation_limit]
+    mine = run.processes.part(np.arange(len(rows))) if task.splits_batches else np.arange(len(rows))
+    total = torch.zeros((), dtype=torch.float64, device=run.precision.device)
+    for positions in np.array_split(mine, max(1, -(-len(mine) // state.micro_batch))):
+        if len(positions):
+            draws = Draws(recipe.seed, VALIDATION, positions, len(rows), run.precision.device)
+            with run.precision.autocast():
+                total += task.losses(state.module, rows[positions], draws).sum()
+    if task.splits_batches:
+        total = run.processes.sum(total)
+    return float(total) / len(rows)
 
 
 @torch.no_grad()
 def preview(task: Task, state: State, run: Run) -> None:
+    if not run.processes.is_main:
+        return
     with state.ema.swapped_in(state.module):
         image = task.preview(state.module)
     if image is not None:
@@ -181,36 +160,26 @@ def preview(task: Task, state: State, run: Run) -> None:
         image.save(run.previews / f"{prefix}{state.step:06d}.png")
 
 
-def save(state: State, recipe: Training, run: Run) -> None:
-    parts = {
-        "model": state.module.state_dict(),
-        "ema": state.ema.weights,
-        "optimizer": {
-            f"{index}.{name}": value
-            for index, values in state.optimizer.state_dict()["state"].items()
-            for name, value in values.items()
-        },
+def final_weights(state: State, recipe: Training, run: Run) -> Mapping[str, torch.Tensor]:
+    """The last averaged weights, or the best ones where the recipe says so."""
+    if recipe.final == "last":
+        return state.ema.weights
+    with run.processes.main_first():
+        return checkpoints.read(run.checkpoints / checkpoints.BEST).load("ema")
+
+
+def _due(step: int, recipe: Training, examples: int) -> set[str]:
+    """What is to be done after this step."""
+
+    def due(every: int, epochs: float = 0) -> bool:
+        by_step = every > 0 and step % every == 0
+        before, now = ((s * recipe.batch_size) // (epochs * examples) if epochs else 0 for s in (step - 1, step))
+        return step == recipe.steps or by_step or now > before
+
+    found = {
+        "log": due(LOG_EVERY),
+        "validation": due(recipe.validate_every),
+        "preview": due(recipe.preview_every, recipe.preview_every_epochs),
+        "checkpoint": due(recipe.checkpoint_every, recipe.checkpoint_every_epochs),
     }
-    extra: dict[str, Any] = {"job": run.job, "scaler": state.scaler.state_dict()}
-    checkpoints.save(run.checkpoints, state.step, parts, extra, recipe.checkpoint_limit)
-
-
-def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def _intervals(recipe: Training) -> dict[str, int]:
-    return {
-        "log": LOG_EVERY,
-        "validation": recipe.validate_every,
-        "preview": recipe.preview_every,
-        "checkpoint": recipe.checkpoint_every,
-    }
-
-
-def _due(step: int, every: int, recipe: Training) -> bool:
-    return step == recipe.steps or (every > 0 and step % every == 0)
+    return {name for name, is_due in found.items() if is_due}

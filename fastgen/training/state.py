@@ -1,0 +1,133 @@
+"""Everything that changes during training, and its checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastgen.errors import InputError
+from fastgen.recipes import Training
+from fastgen.training import checkpoints
+from fastgen.training.checkpoints import Checkpoint
+from fastgen.training.ema import Ema
+from fastgen.training.optimizers import build_optimizer
+from fastgen.training.precision import Precision
+
+GAIN = 1e-4  # relative; a smaller one is none (torch's ReduceLROnPlateau)
+
+
+@dataclass
+class Progress:
+    """The numbers that decide what happens next."""
+
+    best: float | None = None  # lowest loss, see Training.final
+    best_step: int = 0
+    loss_sum: float = 0.0  # of the training losses since the last validation
+    loss_count: int = 0
+    rate_scale: float = 1.0  # lr_schedule plateau
+    plateau_best: float | None = None
+    plateau_bad: int = 0
+
+    def improved(self, loss: float, step: int) -> bool:
+        """Take note of a loss; whether it is the lowest so far."""
+        if self.best is not None and loss >= self.best:
+            return False
+        self.best, self.best_step = loss, step
+        return True
+
+    def adapt_rate(self, loss: float, recipe: Training) -> None:
+        """ReduceLROnPlateau: Training.plateau_patience validations in a row without a gain lower the learning rate."""
+        if recipe.lr_schedule != "plateau":
+            return
+        if self.plateau_best is None or loss < self.plateau_best * (1 - GAIN):
+            self.plateau_best, self.plateau_bad = loss, 0
+        else:
+            self.plateau_bad += 1
+        if self.plateau_bad > recipe.plateau_patience:
+            self.rate_scale *= recipe.plateau_factor
+            self.plateau_bad = 0
+
+
+@dataclass
+class State:
+    """`emas`: the averages by the name of their file in a checkpoint, "ema" the first of them."""
+
+    module: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    emas: dict[str, Ema]
+    micro_batch: int  # examples that a process runs at a time; halved where memory is short
+    step: int = 0  # optimiser steps done
+    progress: Progress = field(default_factory=Progress)
+    pending: list[Tensor] = field(default_factory=list)  # (loss, gradient norm) of steps not yet looked at
+
+    @property
+    def ema(self) -> Ema:
+        return self.emas["ema"]
+
+
+def initial(module: nn.Module, recipe: Training, precision: Precision, examples: int) -> State:
+    """The state before the first step. `examples`: how many are trained on."""
+    layout = torch.channels_last if precision.device.type == "cuda" else torch.contiguous_format
+    module = module.to(device=precision.device, memory_format=layout).train()  # type: ignore[call-overload]
+    begin = round(recipe.ema_from_epoch * examples / recipe.batch_size)
+    emas = {"ema": Ema(module, recipe.ema_decay, begin)}
+    emas |= {f"ema-{decay}": Ema(module, decay, begin) for decay in recipe.further_ema_decays}
+    return State(
+        module,
+        build_optimizer(module, recipe, precision.dtype),
+        torch.amp.GradScaler(precision.device.type, enabled=precision.name == "fp16"),
+        emas,
+        recipe.batch_size // recipe.accumulation,
+    )
+
+
+def load(state: State, checkpoint: Checkpoint) -> None:
+    """Continue where the checkpoint was written. Raises InputError when it is another network's."""
+    try:
+        state.module.load_state_dict(checkpoint.load("model"))
+    except RuntimeError as error:
+        raise InputError(f"{checkpoint.folder}: is of another architecture: {_listed(error)}") from None
+    for name, ema in state.emas.items():
+        ema.load(checkpoint.load(name if name in checkpoint.parts else "model"))
+    _load_optimizer(state.optimizer, checkpoint.load("optimizer"))
+    state.scaler.load_state_dict(dict(checkpoint.extra["scaler"]))
+    state.progress = Progress(**checkpoint.extra["progress"])
+    state.step = checkpoint.step
+
+
+def save(state: State, folder: Path, job: str, limit: int) -> None:
+    """Write a checkpoint of everything. A file is written for every average that is not the weights themselves."""
+    optimizer = {
+        f"{index}.{name}": value
+        for index, values in state.optimizer.state_dict()["state"].items()
+        for name, value in values.items()
+    }
+    averages = {name: ema.weights for name, ema in state.emas.items() if ema.decay}
+    parts = {"model": state.module.state_dict(), **averages, "optimizer": optimizer}
+    extra = {
+        "job": job,
+        "scaler": state.scaler.state_dict(),
+        "progress": dataclasses.asdict(state.progress),
+    }
+    checkpoints.save(folder, state.step, parts, extra, limit)
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = value
+    settings: dict[str, Any] = optimizer.state_dict()
+    optimizer.load_state_dict({"state": state, "param_groups": settings["param_groups"]})
+
+
+def _listed(error: RuntimeError) -> str:
+    lines = [line.strip() for line in str(error).splitlines()[1:]]
+    return "; ".join(lines[:5]) + ("; ..." if len(lines) > 5 else "")

@@ -1,0 +1,65 @@
+"""Experiment trackers, through accelerate: tensorboard, wandb, mlflow, ..., whatever it knows and is installed."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fastgen.errors import InputError, unknown
+from fastgen.training.logs import Tracker, say
+
+DEFAULT, NONE = "tensorboard", "none"
+FOLDER = "tracking"
+
+
+@contextmanager
+def tracking(name: str | None, folder: Path, settings: Mapping[str, Any], cpu: bool) -> Iterator[Tracker | None]:
+    """A function that tells the tracker `name` some numbers, which it keeps in `folder`/tracking if it keeps files.
+
+    None is tensorboard where it is installed; "none" is none. Raises InputError for a tracker that accelerate does not know,
+    or that is not installed.
+    """
+    chosen = _chosen(name)
+    if chosen is None:
+        yield None
+        return
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=cpu, log_with=chosen, project_dir=folder / FOLDER)
+    accelerator.init_trackers(
+        folder.name or "fastgen", config={name: _plain(value) for name, value in settings.items()}
+    )
+    try:
+        yield lambda values, step: accelerator.log(dict(values), step=step)
+    finally:
+        for tracker in accelerator.trackers:
+            tracker.finish()
+
+
+def _plain(value: Any) -> int | float | str | bool:
+    return value if isinstance(value, int | float | str | bool) else json.dumps(value)
+
+
+def _chosen(name: str | None) -> str | None:
+    if name == NONE:
+        return None
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+    known = [str(getattr(kind, "value", kind)) for kind in LOGGER_TYPE_TO_CLASS]
+    wanted = name or DEFAULT
+    if wanted not in known:
+        raise unknown("tracker", wanted, [*known, NONE])
+    if wanted == DEFAULT:
+        installed = any(map(importlib.util.find_spec, ("tensorboard", "tensorboardX")))
+    else:
+        installed = importlib.util.find_spec(wanted) is not None
+    if installed:
+        return wanted
+    if name is None:
+        say("note: tensorboard is not installed: the curves are in log.jsonl and loss.png alone")
+        return None
+    raise InputError(f"tracker {wanted}: is not installed; pip install {wanted}")

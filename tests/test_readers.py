@@ -173,6 +173,31 @@ def test_a_bad_iclevr_file_is_named(tmp_path, labels, message):
     assert message in error_of(iclevr(tmp_path, labels, ["a.png"]))
 
 
+def test_iclevr_images_and_labels_without_each_other_are_counted_and_the_first_ten_named(tmp_path):
+    labels = {f"gone_{i}.png": ["red cube"] for i in range(12)} | {"a_0.png": ["red cube"]}
+    root = iclevr(tmp_path, labels, ["a_0.png", "notes.txt", *[f"new_{i}.JPG" for i in range(1236)]])
+    gone, new = (", ".join(sorted(f"{name}_{i}.{end}" for i in count)[:10]) for name, end, count in (
+        ("gone", "png", range(10)), ("new", "JPG", range(1236))))  # fmt: skip
+    assert read_dataset(root).notes == (
+        f"12 images listed in train.json but missing: {gone}, ...",
+        f"1,236 images not listed in train.json: {new}, ...",
+    )
+
+
+def test_a_folder_that_matches_nothing_counts_and_names_the_first_ten_of_both_sides(tmp_path):
+    listed, there = ([f"{name}{i}.png" for i in range(12)] for name in "ab")
+    first, other = ", ".join(listed[:10]), ", ".join(sorted(there)[:10])
+    counts = f"; 12 are listed: {first}, ...; 12 other images are in "
+    message = error_of(iclevr(tmp_path / "i", {name: ["red cube"] for name in listed}, there))
+    assert f"{counts}{tmp_path / 'i' / 'iclevr'}: {other}, ..." in message
+    message = error_of(imagefolder(tmp_path / "f", [{"file_name": name, "text": "x"} for name in listed], there))
+    assert f"{counts}{tmp_path / 'f'}: {other}, ..." in message
+    message = error_of(monsters(tmp_path / "m", there, a={"num_frames": 12}))
+    frames = ", ".join(f"a_{i}.png" for i in range(10))
+    assert f"; 12 are listed: {frames}, ...; 12 other images are in {tmp_path / 'm' / 'train'}: {other}" in message
+    assert "no image is in " in error_of(iclevr(tmp_path / "e", {"a.png": ["red cube"]}, []))
+
+
 # --- imagefolder
 
 
@@ -188,6 +213,13 @@ def test_imagefolder_captions_are_read_from_any_of_their_fields(tmp_path, folder
         Example(tmp_path / folder / "sub/1.jpg", ("two", "2"), (), "sub/1.jpg"),
     )
     assert dataset.notes == ("1 images listed in metadata.jsonl but missing: 2.png",)
+
+
+def test_imagefolder_images_without_a_line_are_counted_in_every_folder_that_is_mentioned(tmp_path):
+    rows = [{"file_name": "0.png", "text": "x"}, {"file_name": "sub/1.png", "text": "x"}]
+    images = ["0.png", "sub/1.png", "sub/2.webp", "3.png", "elsewhere/4.png", "readme.md"]
+    dataset = read_dataset(imagefolder(tmp_path, rows, images))
+    assert dataset.notes == ("2 images not listed in metadata.jsonl: 3.png, sub/2.webp",)
 
 
 def test_imagefolder_labels_are_numbered_by_objects_json_or_by_name(tmp_path):
@@ -333,6 +365,14 @@ def test_a_split_outside_iclevr_is_spread_over_the_file_and_does_not_depend_on_i
     assert len(chosen) == 20
     assert 70 < np.mean([int(group) for group in chosen]) < 130
     assert chosen != {example.group for example in split(dataset, seed=1)[1].examples}
+
+
+def test_the_iclevr_split_is_the_reference_implementations_16206_and_1803():
+    dataset = labelled([3] * 6003, in_file_order=True)
+    count = int(18_009 / 3 * 0.9) * 3
+    train, validation = split(dataset)
+    assert (len(train.examples), len(validation.examples)) == (count, 18_009 - count) == (16_206, 1_803)
+    assert train.examples == dataset.examples[:count]
 
 
 @pytest.mark.parametrize("fraction", [-0.1, 1.0, float("nan")])
@@ -487,7 +527,7 @@ def test_what_is_no_image_is_refused(tmp_path):
         image_file(tmp_path, b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "a.eps")
     )
     assert "floating-point" in image_error(image_file(tmp_path, Image.new("F", (4, 4)), "f.tiff"))
-    with pytest.raises(InputError, match="stretch, pad, crop"):
+    with pytest.raises(InputError, match="stretch, pad, crop, figure"):
         load_image(tmp_path / "nothing.png", 8, mode="fit")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="size"):
         load_image(tmp_path / "nothing.png", 0)
@@ -504,8 +544,8 @@ def folder_of_images(root: Path, bad: set[int], count: int = 12) -> Dataset:
 
 @pytest.mark.parametrize("workers", [0, 1, 4])
 def test_load_images_returns_the_examples_in_order(tmp_path, workers):
-    images, kept, notes = load_images(folder_of_images(tmp_path, set()), 8, workers=workers)
-    assert (images.dtype, images.shape, notes) == (np.uint8, (12, 8, 8, 3), ())
+    images, kept, remarks = load_images(folder_of_images(tmp_path, set()), 8, workers=workers)
+    assert (images.dtype, images.shape, remarks.notes) == (np.uint8, (12, 8, 8, 3), ())
     assert images[:, 0, 0, 0].tolist() == [10 * i for i in range(12)]
     assert kept.tolist() == list(range(12))
 
@@ -514,7 +554,8 @@ def test_a_bad_image_stops_or_is_skipped_and_counted(tmp_path):
     dataset = folder_of_images(tmp_path, bad={0, 5, 6, 11})
     with pytest.raises(InputError, match=r"0\.png \(example 0\)"):
         load_images(dataset, 8)
-    images, kept, notes = load_images(dataset, 8, skip_bad=True)
+    images, kept, remarks = load_images(dataset, 8, skip_bad=True)
+    notes = remarks.notes
     assert kept.tolist() == [1, 2, 3, 4, 7, 8, 9, 10]
     assert images[:, 4, 4, 1].tolist() == [10 * i for i in kept]
     assert len(notes) == 1

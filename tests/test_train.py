@@ -173,7 +173,7 @@ def test_a_label_model_is_trained_saved_and_loaded(labelled: Path, tmp_path: Pat
         prediction = unet(torch.randn(2, 3, 16, 16), torch.tensor([5.0, 9.0]), torch.eye(3)[:2])
     assert prediction.shape == (2, 3, 16, 16)
     with Image.open(out / "previews" / "000006.png") as preview:
-        assert preview.size == (3 * 16, 2 * 16)  # the three validation images above three generated ones
+        assert preview.size == sheet_size(2)  # the three validation images above three generated ones
     training = json.loads((out / "fastgen.json").read_text())["training"]
     assert training["images"] == 12
     assert training["stages"]["unet"]["step"] == 6
@@ -394,3 +394,58 @@ def test_the_second_run_takes_pixels_from_the_cache(
     monkeypatch.setattr("fastgen.data.cache.load_images", lambda *_, **__: pytest.fail("decoded again"))
     second = train(preset, labelled, tmp_path / "second", progress=False)
     assert same(weights(first), weights(second))
+
+
+def sheet_size(rows: int, cell: int = 96, columns: int = 8, lines: int = 1) -> tuple[int, int]:
+    """Of a contact sheet whose longest caption has that many lines."""
+    font = max(9, cell // 12)
+    return columns * (cell + 6) + 6, rows * (cell + int(font * 1.25) * lines + 2 + 6) + 6
+
+
+def test_every_option_of_the_loss_and_the_data_trains_a_text_model(described: Path, tmp_path: Path) -> None:
+    text = (
+        TEXT_PRESET.replace('image_mode = "pad"', 'image_mode = "figure"')
+        .replace(
+            "flip = true\n",
+            "flip = true\ncolor_jitter = 0.2\nmin_snr_gamma = 5.0\nloss = {kl = 0.01, latent_perceptual = 0.1}\n"
+            "loss_from_epoch = {kl = 0.3}\n",
+        )
+        .replace(
+            "clip_sample = false", "clip_sample = false\nrescale_betas_zero_snr = true\ntimestep_spacing = 'trailing'"
+        )
+    )
+    prompts = '\n[preview]\nprompts = ["A red slime number 0.", "Nothing like it."]\n'
+    out = train(preset_of(text + prompts, tmp_path), described, tmp_path / "model", progress=False)
+    with Image.open(out / "previews" / "000004.png") as preview:
+        assert preview.size == sheet_size(3, lines=2)
+    row = json.loads((out / "log.jsonl").read_text().splitlines()[-1])
+    assert np.isfinite(row["loss"])
+    assert np.isfinite(row["validation_loss"])
+
+
+def test_a_label_model_previews_the_presets_own_labels(labelled: Path, tmp_path: Path) -> None:
+    text = LABEL_PRESET.replace("flip = true", "flip = true\ncolor_jitter = 0.2")
+    good = text + '\n[preview]\nlabels = [["red cube", "blue cube"], ["green cube"]]\n'
+    out = train(preset_of(good, tmp_path), labelled, tmp_path / "model", progress=False)
+    with Image.open(out / "previews" / "000006.png") as preview:
+        assert preview.size == sheet_size(3)
+    bad = text + '\n[preview]\nlabels = [["red cubes"]]\n'
+    with pytest.raises(InputError, match="did you mean 'red cube'"):
+        train(preset_of(bad, tmp_path), labelled, tmp_path / "other", progress=False)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("unet.train.loss={latent_perceptual=0.1}", "a label model works on pixels"),
+        ("unet.train.loss={mes=1}", "unknown loss term 'mes'; did you mean 'mse'"),
+        ("scheduler.rescale_betas_zero_snr=true", 'use prediction_type = "v_prediction"'),
+    ],
+)
+def test_an_objective_that_cannot_work_is_refused_before_the_first_step(
+    labelled: Path, tmp_path: Path, override: str, message: str
+) -> None:
+    text = LABEL_PRESET.replace("v_prediction", "epsilon")
+    with pytest.raises(InputError, match=message):
+        train(preset_of(text, tmp_path, (override,)), labelled, tmp_path / "model", progress=False)
+    assert not (tmp_path / "model" / "checkpoints").exists()

@@ -19,7 +19,7 @@ import numpy as np
 
 from fastgen.cachedir import cache_dir
 from fastgen.data.dataset import Dataset
-from fastgen.data.images import Mode, load_images
+from fastgen.data.images import Mode, Remarks, load_images
 from fastgen.errors import FastgenError
 from fastgen.folders import sync_tree
 from fastgen.jsonfiles import read_json, write_json
@@ -94,16 +94,17 @@ def _publish(temporary: Path, entry: Path) -> None:
 def _write_pixels(folder: Path, dataset: Dataset, size: int, mode: Mode, skip_bad: bool) -> None:
     count = len(dataset.examples)
     kept: list[np.ndarray] = []
-    notes: list[str] = []
+    remarks = Remarks()
 
     def fill(images: np.ndarray) -> None:
+        nonlocal remarks
         for rows in np.array_split(np.arange(count), -(-count // CHUNK)):
             part = replace(dataset, examples=tuple(dataset.examples[row] for row in rows))
             decoded, good, found = load_images(part, size, skip_bad=skip_bad, mode=mode)
             images[rows[good]] = decoded
             kept.append(rows[good])
-            notes.extend(found)
+            remarks = Remarks(remarks.bad + found.bad, remarks.without_figure + found.without_figure)
 
     write_array(folder, "images", (count, size, size, 3), "uint8", fill)
     np.save(folder / "kept.npy", np.concatenate(kept))
-    write_json(folder / "notes.json", notes)
+    write_json(folder / "notes.json", remarks.notes)

@@ -14,6 +14,7 @@ from typing import Literal
 from fastgen.errors import InputError
 
 FIRST = 10  # how many names a note lists
+IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 
 
 @dataclass(frozen=True)
@@ -80,14 +81,27 @@ def files_in(folder: Path) -> set[str]:
         raise InputError(f"{folder}: cannot be read as a folder: {error.strerror}") from None
 
 
-def existing(folder: Path, names: Iterable[str]) -> set[str]:
-    """Those of `names` (POSIX paths below `folder`) that are files; one scan for every folder that they mention."""
-    names = list(names)
+def existing(folder: Path, names: Iterable[str]) -> tuple[set[str], list[str]]:
+    """(those of `names`, POSIX paths below `folder`, that are files; the images beside them that are not named, sorted).
+
+    Costs one scan for every folder that the names mention.
+    """
+    names = set(names)
     found: set[str] = set()
-    for parent in dict.fromkeys(name.rpartition("/")[0] for name in names):
+    for parent in {name.rpartition("/")[0] for name in names}:
         if os.path.isdir(folder / parent):
             found.update(f"{parent}/{name}" if parent else name for name in files_in(folder / parent))
-    return found.intersection(names)
+    others = [name for name in found - names if name.lower().endswith(IMAGES)]
+    return found & names, sorted(others)
+
+
+def nothing_matches(path: Path, folder: Path, names: Collection[str], others: Collection[str]) -> InputError:
+    """The error for a file that names images none of which lies in `folder`: counts, and the first of either side."""
+    there = "; ".join(note(others, f"other images are in {folder}")) or f"no image is in {folder}"
+    listed = note(names, "are listed")[0]
+    return InputError(
+        f"no image matches {path}: the first one expected is {folder / next(iter(names))}; {listed}; {there}"
+    )
 
 
 def scene(name: str) -> str:

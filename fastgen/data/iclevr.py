@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from fastgen.data.dataset import Dataset, Example, existing, note, scene
+from fastgen.data.dataset import Dataset, Example, existing, note, nothing_matches, scene
 from fastgen.errors import InputError
 from fastgen.jsonfiles import brief, located, read_json
 from fastgen.names import check_known, check_labels, check_relative, read_objects
@@ -31,16 +31,24 @@ def read(root: Path) -> Dataset:
             check_relative(name, "image name")
             labels[name] = check_labels(value)
             check_known(labels[name], objects)
-    folder, found = _images(root, list(labels))
+    folder, found, others = _images(root, list(labels))
     if not found:
-        raise InputError(f"no image matches {path}: the first one expected is {root / FOLDERS[0] / next(iter(labels))}")
+        raise nothing_matches(path, folder, labels, others)
     examples = tuple(Example(folder / name, (), labels[name], scene(name)) for name in labels if name in found)
-    missing = note([name for name in labels if name not in found], f"images listed in {LABELS} but missing")
-    return Dataset("labels", root, examples, objects, missing, splits_in_file_order=True)
+    notes = (
+        *note([name for name in labels if name not in found], f"images listed in {LABELS} but missing"),
+        *note(others, f"images not listed in {LABELS}"),
+    )
+    return Dataset("labels", root, examples, objects, notes, splits_in_file_order=True)
 
 
-def _images(root: Path, names: list[str]) -> tuple[Path, set[str]]:
-    for folder in FOLDERS:
-        if found := existing(root / folder, names):
-            return root / folder, found
-    return root, set()
+def _images(root: Path, names: list[str]) -> tuple[Path, set[str], list[str]]:
+    """The folder of the images, those of `names` in it, and the other images in it; where none matches, the first folder
+    that exists."""
+    folders = [root / folder for folder in FOLDERS]
+    for folder in folders:
+        found, others = existing(folder, names)
+        if found:
+            return folder, found, others
+    folder = next(folder for folder in folders if folder.is_dir())
+    return folder, set(), existing(folder, names)[1]

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from fastgen.data.dataset import Dataset, Example, existing, note
+from fastgen.data.dataset import Dataset, Example, existing, note, nothing_matches
 from fastgen.errors import InputError
 from fastgen.jsonfiles import brief, located, read_jsonl
 from fastgen.names import check_known, check_labels, check_relative, check_text, read_objects
@@ -33,17 +33,20 @@ def read(root: Path) -> Dataset:
             if name in lines:
                 raise InputError(f"file_name {brief(name)} was on line {lines[name]}; list its captions in one row")
             values[name], lines[name] = value, line
-    found = existing(folder, values)
+    found, others = existing(folder, values)
     if not found:
-        raise InputError(f"no image matches {path}: the first one expected is {folder / next(iter(values))}")
-    missing = note([name for name in values if name not in found], f"images listed in {METADATA} but missing")
+        raise nothing_matches(path, folder, values, others)
+    notes = (
+        *note([name for name in values if name not in found], f"images listed in {METADATA} but missing"),
+        *note(others, f"images not listed in {METADATA}"),
+    )
     kept = {name: value for name, value in values.items() if name in found}
     if field != "labels":
         captioned = tuple(Example(folder / name, value, (), group=name) for name, value in kept.items())
-        return Dataset("text", root, captioned, None, missing)
+        return Dataset("text", root, captioned, None, notes)
     objects = _objects(path, values, lines)
     labelled = tuple(Example(folder / name, (), value, group=name) for name, value in kept.items())
-    return Dataset("labels", root, labelled, objects, missing)
+    return Dataset("labels", root, labelled, objects, notes)
 
 
 def _field(path: Path, rows: list[tuple[int, Any]]) -> str:

@@ -6,17 +6,19 @@ import os
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from fastgen.data.dataset import Dataset, note
+from fastgen.data.figure import find_figure
 from fastgen.errors import InputError
 
-Mode = Literal["stretch", "pad", "crop"]
+Mode = Literal["stretch", "pad", "crop", "figure"]
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # none that starts an interpreter, as EPS does
 WHITE = (255, 255, 255)
+MARGIN = 0.04  # of the side, left around a figure
 
 _opening = threading.Lock()  # warnings.catch_warnings changes the state of the whole process
 
@@ -25,9 +27,64 @@ def load_image(path: str | os.PathLike[str], size: int, *, row: str = "", mode: 
     """The image as RGB, size x size pixels, what is transparent on white.
 
     `mode` says what becomes of one that is not square: "stretch" ignores the proportions, "pad" adds white, "crop"
-    takes the middle. Resizing is bilinear with antialiasing, as in torchvision. Raises InputError, naming the file and
-    `row`, for a file that is missing, truncated, damaged, of another format or a decompression bomb.
+    takes the middle; "figure" takes what differs from a plain or transparent background, whatever the shape of the
+    image, and adds background around it, or pads an image without such a figure. Resizing is bilinear with antialiasing,
+    as in torchvision. Raises InputError, naming the file and `row`, for a file that is missing, truncated, damaged, of
+    another format or a decompression bomb.
     """
+    return _load(path, size, row, mode)[0]
+
+
+class Remarks(NamedTuple):
+    """What was noticed while loading, one text per image."""
+
+    bad: tuple[str, ...] = ()
+    without_figure: tuple[str, ...] = ()
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """A line for each sort that occurred."""
+        padded = "images padded as they are: no figure on a plain or transparent background"
+        return (*note(self.bad, "bad images skipped"), *note(self.without_figure, padded))
+
+
+def load_images(
+    dataset: Dataset, size: int, skip_bad: bool = False, workers: int = 2, mode: Mode = "stretch"
+) -> tuple[np.ndarray, np.ndarray, Remarks]:
+    """(images (N, size, size, 3) uint8, indices (N,) of their examples, remarks), in the order of the examples.
+
+    A bad image raises InputError with its row; with `skip_bad` it is left out and remarked on, and only a dataset
+    without any good image raises.
+    """
+    examples = dataset.examples
+    images = np.empty((len(examples), size, size, 3), np.uint8)
+
+    def load(index: int) -> tuple[str, bool]:
+        try:
+            image, as_asked = _load(examples[index].image, size, f"example {index}", mode)
+        except InputError as error:
+            if not skip_bad:
+                raise
+            return str(error), True
+        images[index] = np.asarray(image)
+        return "", as_asked
+
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        found = list(pool.map(load, range(len(examples))))
+    bad = tuple(error for error, _ in found if error)
+    padded = tuple(example.image.name for example, (_, as_asked) in zip(examples, found, strict=True) if not as_asked)
+    if not bad:
+        return images, np.arange(len(examples)), Remarks((), padded)
+    if len(bad) == len(examples):
+        raise InputError(f"none of the {len(examples):,} images can be read; the first: {bad[0]}")
+    kept = np.array([index for index, (error, _) in enumerate(found) if not error])
+    for new, old in enumerate(kept):
+        images[new] = images[old]  # in place: a copy could double gigabytes
+    return images[: len(kept)], kept, Remarks(bad, padded)
+
+
+def _load(path: str | os.PathLike[str], size: int, row: str, mode: Mode) -> tuple[Image.Image, bool]:
+    """The image, and whether it could be brought to its size as `mode` says."""
     place = f"{path} ({row})" if row else str(path)
     if size < 1:
         raise InputError(f"image size: found {size}, expected at least 1")
@@ -36,7 +93,7 @@ def load_image(path: str | os.PathLike[str], size: int, *, row: str = "", mode: 
     try:
         with _open(path) as image:
             image.load()
-            return _square(_rgb(ImageOps.exif_transpose(image)), size, mode)
+            return _square(_eight_bits(ImageOps.exif_transpose(image)), size, mode)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         limit = Image.MAX_IMAGE_PIXELS or 0
         raise InputError(f"{place}: more than {limit:,} pixels, a decompression bomb? Shrink it") from None
@@ -48,48 +105,14 @@ def load_image(path: str | os.PathLike[str], size: int, *, row: str = "", mode: 
         raise InputError(f"{place}: cannot be read as an image: {error or type(error).__name__}") from error
 
 
-def load_images(
-    dataset: Dataset, size: int, skip_bad: bool = False, workers: int = 2, mode: Mode = "stretch"
-) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
-    """(images (N, size, size, 3) uint8, indices (N,) of their examples, notes), in the order of the examples.
-
-    A bad image raises InputError with its row; with `skip_bad` it is left out and counted in the notes, and only a
-    dataset without any good image raises.
-    """
-    examples = dataset.examples
-    images = np.empty((len(examples), size, size, 3), np.uint8)
-
-    def load(index: int) -> str | None:
-        try:
-            image = load_image(examples[index].image, size, row=f"example {index}", mode=mode)
-        except InputError as error:
-            if not skip_bad:
-                raise
-            return str(error)
-        images[index] = np.asarray(image)
-        return None
-
-    with ThreadPoolExecutor(max(1, workers)) as pool:
-        errors = list(pool.map(load, range(len(examples))))
-    bad = [error for error in errors if error]
-    if not bad:
-        return images, np.arange(len(examples)), ()
-    if len(bad) == len(examples):
-        raise InputError(f"none of the {len(examples):,} images can be read; the first: {bad[0]}")
-    kept = np.array([index for index, error in enumerate(errors) if not error])
-    for new, old in enumerate(kept):
-        images[new] = images[old]  # in place: a copy could double gigabytes
-    return images[: len(kept)], kept, note(bad, "bad images skipped")
-
-
 def _open(path: str | os.PathLike[str]) -> Image.Image:
     with _opening, warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         return Image.open(path, formats=FORMATS)
 
 
-def _rgb(image: Image.Image) -> Image.Image:
-    """Any mode to RGB; transparency (a channel, or one colour of the palette) becomes white; 16 bits become 8."""
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Any mode to RGB, or RGBA where there is transparency (a channel, or one colour of the palette)."""
     if image.mode.startswith("I"):
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:
@@ -97,20 +120,34 @@ def _rgb(image: Image.Image) -> Image.Image:
         image = Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
     if image.mode == "F":
         raise ValueError("floating-point pixels, expected 8 or 16 bits")
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    image = image.convert("RGBA")
+    return image.convert("RGBA" if image.has_transparency_data else "RGB")
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB":
+        return image
     return Image.alpha_composite(Image.new("RGBA", image.size, (*WHITE, 255)), image).convert("RGB")
 
 
-def _square(image: Image.Image, size: int, mode: Mode) -> Image.Image:
+def _square(image: Image.Image, size: int, mode: Mode) -> tuple[Image.Image, bool]:
     bilinear = Image.Resampling.BILINEAR
+    figure = find_figure(image, WHITE) if mode == "figure" else None
+    image = _on_white(image)
     if mode == "crop":
-        return ImageOps.fit(image, (size, size), bilinear)
+        return ImageOps.fit(image, (size, size), bilinear), True
     if mode == "stretch":
-        return image.resize((size, size), bilinear)
-    scale = size / max(image.size)
+        return image.resize((size, size), bilinear), True
+    if figure is None:
+        return _padded(image, size, size, WHITE), mode == "pad"
+    inner = max(1, round(size * (1 - 2 * MARGIN)))
+    return _padded(image.crop(figure.box), size, inner, figure.background), True
+
+
+def _padded(image: Image.Image, size: int, inner: int, background: tuple[int, int, int]) -> Image.Image:
+    """The image, its longer side `inner` px, in the middle of size x size px."""
+    scale = inner / max(image.size)
     width, height = (max(1, round(side * scale)) for side in image.size)
-    canvas = Image.new("RGB", (size, size), WHITE)
-    canvas.paste(image.resize((width, height), bilinear), ((size - width) // 2, (size - height) // 2))
+    canvas = Image.new("RGB", (size, size), background)
+    small = image.resize((width, height), Image.Resampling.BILINEAR)
+    canvas.paste(small, ((size - width) // 2, (size - height) // 2))
     return canvas

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from fastgen.data.dataset import Dataset, Example, files_in, note
+from fastgen.data.dataset import Dataset, Example, files_in, note, nothing_matches
 from fastgen.errors import InputError
 from fastgen.jsonfiles import brief, located, read_json
 from fastgen.names import check_text
@@ -34,8 +34,10 @@ def read(root: Path) -> Dataset:
             captions[key], counts[key] = _captions(entry), _count(entry)
     frames, unknown_files = _frames(root / FRAMES, captions)
     if not any(frames.values()):
-        expected = root / FRAMES / f"{next(iter(info))}_0.png"
-        raise InputError(f"no image matches {path}: the first one expected is {expected}")
+        expected = [
+            f"{key}_{number}.png" for key, count in counts.items() for number in range(1 if count is None else count)
+        ]
+        raise nothing_matches(path, root / FRAMES, expected or [f"{next(iter(info))}_0.png"], unknown_files)
     examples = tuple(
         Example(root / FRAMES / name, captions[key], (), group=key)
         for key, numbers in frames.items()

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 
 from fastgen.errors import InputError
-from fastgen.training.draws import Draws
+from fastgen.training.draws import VALIDATION, Draws
+from fastgen.training.losses import Denoised, Objective, evaluate
 from fastgen.training.sources import NOISE, TIMESTEP, Conditions, Space
 
 Preview = Callable[[nn.Module], Image.Image]
@@ -19,7 +23,12 @@ Preview = Callable[[nn.Module], Image.Image]
 
 class DiffusionTask:
     """Predict what noise did to clean samples (Ho et al., Denoising Diffusion Probabilistic Models, 2020, eq. 14), as
-    noise, clean sample or velocity, whichever the schedule's `prediction_type` names."""
+    noise, clean sample or velocity, whichever the schedule's `prediction_type` names.
+
+    Training optimises the objective's terms of the current epoch, step * batch_size / number of training rows.
+    Validation is the plain squared error of the prediction, whatever the objective: so its losses can be compared over a
+    run in which terms set in, and between runs.
+    """
 
     name = "unet"
     splits_batches = True
@@ -34,27 +43,69 @@ class DiffusionTask:
         *,
         dropout: float,
         flip: bool,
+        jitter: float = 0,
+        objective: Objective | None = None,
         preview: Preview | None = None,
     ) -> None:
         self.module, self.space, self.conditions = module, space, conditions
         self.train_rows, self.validation_rows = rows
-        self.dropout, self.flip, self._preview = dropout, flip, preview
+        self.dropout, self.flip, self.jitter, self._preview = dropout, flip, jitter, preview
+        self.objective = objective or Objective()
+        if self.objective.lpips is not None:
+            self.objective.lpips.to(space.device)
         self.schedule = NoiseSchedule(scheduler_config)
+        self._sums: dict[str, Tensor] = {}  # of each term since `parts` was called: (2,) losses and examples
 
     def losses(self, module: nn.Module, rows: np.ndarray, draws: Draws) -> Tensor:
-        x0 = self.space.clean(rows, draws, self.flip and module.training)  # (b, C, h, w)
+        changes = (self.flip, self.jitter) if module.training else (False, 0.0)
+        x0 = self.space.clean(rows, draws, *changes)  # (b, C, h, w)
         condition = self.conditions.of(rows, draws, self.dropout if module.training else 0.0)
         noise = draws.normal(NOISE, self.space.shape)
         timesteps = draws.timesteps(TIMESTEP, self.schedule.count)  # (b,)
         noisy, target = self.schedule.example(x0, noise, timesteps)
-        prediction = module(noisy, timesteps.float(), condition)  # (b, C, h, w)
-        return functional.mse_loss(prediction.float(), target, reduction="none").mean(dim=(1, 2, 3))
+        prediction = module(noisy, timesteps.float(), condition).float()  # (b, C, h, w)
+        if draws.step == VALIDATION:
+            return functional.mse_loss(prediction, target, reduction="none").mean(dim=(1, 2, 3))
+        seen = Denoised(
+            prediction,
+            target,
+            x0,
+            self.schedule.alphas_cumprod(timesteps),
+            self.schedule.prediction_type,
+            implied=partial(self.schedule.x0, noisy, prediction, timesteps),
+            images=partial(self.space.pictures, rows, draws, *changes),
+            decode=self.space.decode,
+            vae=self.space.vae,
+            scaling_factor=self.space.scaling_factor,
+        )
+        epoch = draws.step * draws.batch_size / len(self.train_rows)
+        total, terms = evaluate(self.objective, self.objective.active(epoch), seen)
+        self._remember(terms)
+        return total
+
+    def parts(self, total: Callable[[Tensor], Tensor] = lambda sums: sums) -> dict[str, float]:
+        """{"loss_lpips": the term's mean per example, before its weight, ...} of the training since the last call, where
+        the objective has more than one term. Waits for the device, once; `total` adds up a tensor over processes."""
+        names = list(self.objective.active(math.inf))
+        if len(names) == 1:
+            return {}
+        zero = torch.zeros(2, dtype=torch.float64, device=self.space.device)
+        sums = torch.stack([self._sums.get(name, zero) for name in names])  # (n, 2): of the losses, of the examples
+        self._sums = {}
+        rows = zip(names, total(sums).tolist(), strict=True)
+        return {f"loss_{name}": loss / count for name, (loss, count) in rows if count}
 
     def figures(self, module: nn.Module) -> dict[str, float]:
         return {}
 
     def preview(self, module: nn.Module) -> Image.Image | None:
         return self._preview(module) if self._preview else None
+
+    def _remember(self, terms: Mapping[str, Tensor]) -> None:
+        for name, values in terms.items():
+            total = values.detach().double().sum()
+            pair = torch.stack([total, torch.full_like(total, len(values))])
+            self._sums[name] = self._sums[name] + pair if name in self._sums else pair
 
 
 class NoiseSchedule:
@@ -69,6 +120,11 @@ class NoiseSchedule:
         if self.prediction_type not in ("epsilon", "sample", "v_prediction"):
             expected = "epsilon, sample or v_prediction"
             raise InputError(f"scheduler.prediction_type = {self.prediction_type!r}: expected {expected}")
+        if self.prediction_type == "epsilon" and float(self._scheduler.alphas_cumprod[-1]) <= 0:
+            # Lin et al., Common Diffusion Noise Schedules and Sample Steps are Flawed, 2024, section 3.2
+            reason = "the last timestep is nothing but noise, from which noise says nothing of the image"
+            flag = "scheduler.rescale_betas_zero_snr (zero terminal SNR)"
+            raise InputError(f"{flag} with prediction_type 'epsilon': {reason}; use prediction_type = \"v_prediction\"")
 
     def example(self, x0: Tensor, noise: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """(noisy samples, what the network should say), both (b, C, h, w)."""
@@ -76,3 +132,16 @@ class NoiseSchedule:
         if self.prediction_type == "v_prediction":  # Salimans & Ho, Progressive Distillation, 2022, appendix D
             return noisy, self._scheduler.get_velocity(x0, noise, timesteps)
         return noisy, noise if self.prediction_type == "epsilon" else x0
+
+    def alphas_cumprod(self, timesteps: Tensor) -> Tensor:
+        """(b,) float32: the share of the clean sample's variance in the noisy one."""
+        return self._scheduler.alphas_cumprod.to(timesteps.device)[timesteps].float()
+
+    def x0(self, noisy: Tensor, prediction: Tensor, timesteps: Tensor) -> Tensor:
+        """The clean samples (b, C, h, w) that a prediction implies (DDPM, eq. 15; Salimans & Ho, appendix D)."""
+        if self.prediction_type == "sample":
+            return prediction
+        a = self.alphas_cumprod(timesteps)[:, None, None, None]  # (b, 1, 1, 1)
+        if self.prediction_type == "v_prediction":
+            return torch.sqrt(a) * noisy - torch.sqrt(1 - a) * prediction
+        return (noisy - torch.sqrt(1 - a) * prediction) / torch.sqrt(a)

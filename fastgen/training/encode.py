@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from torch import nn
 from tqdm import tqdm
 
 from fastgen.data.cache import cached, read_array, write_array
+from fastgen.training.augment import VARIANTS, light_variant
+from fastgen.training.logs import say
 from fastgen.training.sources import to_signed
 from fastgen.training.vae import moments
 
@@ -32,31 +35,46 @@ def weights_hash(module: nn.Module) -> str:
 
 @torch.no_grad()
 def cached_moments(
-    vae: Any, images: np.ndarray, fields: Mapping[str, Any], flip: bool, device: torch.device, progress: bool
+    vae: Any,
+    images: np.ndarray,
+    fields: Mapping[str, Any],
+    flip: bool,
+    device: torch.device,
+    progress: bool,
+    jitter: float = 0,
 ) -> np.ndarray:
-    """Moments of the latents (N, 1, 2C, h, w) float16, or (N, 2, ...) with the mirrored images' behind.
+    """Moments of the latents (N, V, S, 2C, h, w) float16, of every image (N, H, W, 3) uint8 in V = VARIANTS lights where
+    there is colour jitter, else 1, and on S = 2 sides where images are mirrored, else 1.
 
-    `images` (N, H, W, 3) uint8; `fields` say where they come from.
+    `fields` say where the images come from.
     """
     vae.to(device)
-    sides = 2 if flip else 1
-    shape = tuple(moments(vae, to_signed(images[:1], device)).shape[1:])
+    variants, sides = VARIANTS if jitter else 1, 2 if flip else 1
+    shape = (len(images), variants, sides, *moments(vae, to_signed(images[:1], device)).shape[1:])
 
     def encode(array: np.ndarray) -> None:
         for rows in _batches(len(images), IMAGES, "latents", progress):
             x = to_signed(images[rows], device)
-            for side in range(sides):
-                array[rows, side] = moments(vae, x.flip(-1) if side else x).cpu().numpy()
+            for variant in range(variants):
+                lit = light_variant(x, rows, variant, jitter) if variant else x
+                for side in range(sides):
+                    array[rows, variant, side] = moments(vae, lit.flip(-1) if side else lit).cpu().numpy()
 
     def fill(folder: Path) -> None:
-        write_array(folder, "moments", (len(images), sides, *shape), "float16", encode)
+        if jitter:
+            size = math.prod(shape) * 2 / 1e9
+            say(
+                f"note: color_jitter: the latents of {VARIANTS} variants of every image are cached, {size:.2g} GB in all"
+            )
+        write_array(folder, "moments", shape, "float16", encode)
 
-    return read_array(cached("moments", {**fields, "flip": flip, "vae": weights_hash(vae)}, fill), "moments")
+    identity = {**fields, "flip": flip, "jitter": jitter, "variants": variants, "vae": weights_hash(vae)}
+    return read_array(cached("moments", identity, fill), "moments")
 
 
 def latent_scale(moments: np.ndarray, rows: np.ndarray) -> float:
     """1 / standard deviation of the latents: what makes them of unit variance (Rombach et al., 2022, appendix G)."""
-    mean, logvar = np.split(moments[rows[:STATISTICS], 0].astype(np.float64), 2, axis=1)
+    mean, logvar = np.split(moments[rows[:STATISTICS], 0, 0].astype(np.float64), 2, axis=1)
     return float(1 / np.sqrt(mean.var() + np.exp(logvar).mean()))
 
 

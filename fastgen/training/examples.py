@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import cast
@@ -46,11 +47,7 @@ class Examples:
     @cached_property
     def multi_hot(self) -> np.ndarray:
         """(N, num_labels) float32."""
-        objects = self.dataset.objects or {}
-        labels = np.zeros((len(self.dataset.examples), len(objects)), np.float32)
-        for row, example in enumerate(self.dataset.examples):
-            labels[row, [objects[name] for name in example.labels]] = 1
-        return labels
+        return multi_hot([example.labels for example in self.dataset.examples], self.dataset.objects or {})
 
     @cached_property
     def captions(self) -> tuple[list[str], list[np.ndarray]]:
@@ -58,6 +55,11 @@ class Examples:
         texts = ["", *sorted({text for example in self.dataset.examples for text in example.captions} - {""})]
         index = {text: number for number, text in enumerate(texts)}
         return texts, [np.array([index[text] for text in example.captions]) for example in self.dataset.examples]
+
+    def captions_of(self, rows: np.ndarray) -> list[str]:
+        """What each example shows, in words: its first caption, or its labels."""
+        examples = [self.dataset.examples[row] for row in rows]
+        return [example.captions[0] if example.captions else ", ".join(example.labels) for example in examples]
 
     @cached_property
     def subjects(self) -> tuple[np.ndarray, np.ndarray]:
@@ -82,6 +84,14 @@ def load_examples(dataset: Dataset, preset: Preset, skip_bad: bool) -> Examples:
         say(f"note: {line}")
     fields: dict[str, str | int] = {"data": dataset.fingerprint, "size": preset.image_size, "mode": preset.image_mode}
     return Examples(dataset, pixels.images, pixels.kept, fields)
+
+
+def multi_hot(lists: Sequence[Sequence[str]], objects: Mapping[str, int]) -> np.ndarray:
+    """Lists of labels -> (n, num_labels) float32."""
+    values = np.zeros((len(lists), len(objects)), np.float32)
+    for row, labels in enumerate(lists):
+        values[row, [objects[name] for name in labels]] = 1
+    return values
 
 
 def _numbered(values: list[tuple[str, ...]]) -> np.ndarray:

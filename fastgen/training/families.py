@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 
 from fastgen import evaluator
@@ -16,10 +17,11 @@ from fastgen.training.classifier import ClassifierTask
 from fastgen.training.contrastive import ContrastiveTask
 from fastgen.training.diffusion import DiffusionTask, NoiseSchedule
 from fastgen.training.encode import cached_moments, cached_states, latent_scale, tokenize
-from fastgen.training.examples import Examples
+from fastgen.training.examples import Examples, multi_hot
 from fastgen.training.job import Job
+from fastgen.training.losses import Objective, objective_of, refuse_unet_keys
 from fastgen.training.modules import build_module, build_text_encoder, load_text_encoder, load_vae
-from fastgen.training.previews import default_table, sampled_preview
+from fastgen.training.previews import Shown, default_table, fixed_labels, fixed_prompts, sampled_preview, shown_rows
 from fastgen.training.sources import Captions, Conditions, Labels, Latents, Pixels, Space
 from fastgen.training.tokenizer import train_tokenizer
 from fastgen.training.trainer import fit
@@ -32,12 +34,16 @@ def train_text(preset: Preset, data: Examples, job: Job) -> None:
     _check_text_unet(unet, vae, text_encoder, preset)
     _check_process(preset)
     recipe = _recipe(preset.unet, "unet")
+    objective = objective_of(recipe, latents=True, image_size=preset.image_size)
+    prompts = fixed_prompts(preset)
     device = job.run("unet", recipe.precision).precision.device
 
     _fit_vae(vae, preset, data, job)
     _fit_text_encoder(text_encoder, tokenizer, preset, data, job)
     with job.processes.main_first():
-        moments = cached_moments(vae, data.images, data.pixel_fields, recipe.flip, device, job.progress)
+        moments = cached_moments(
+            vae, data.images, data.pixel_fields, recipe.flip, device, job.progress, recipe.color_jitter
+        )
     if _network(preset.vae).path is None:
         vae.register_to_config(scaling_factor=latent_scale(moments, data.rows(recipe)[0]))
     texts, choices = data.captions
@@ -45,7 +51,13 @@ def train_text(preset: Preset, data: Examples, job: Job) -> None:
     with job.processes.main_first():
         states = cached_states(text_encoder, ids, device, job.progress)
     space, conditions = Latents(moments, data.images, vae, device), Captions(states, choices, device)
-    _fit_unet(TextUNet(unet), space, conditions, preset, data, job)
+    fixed = None
+    if prompts:
+        ids = tokenize(tokenizer, prompts, text_encoder.config.max_position_embeddings)
+        with job.processes.main_first():
+            own = np.array(cached_states(text_encoder, ids, device, job.progress))
+        fixed = Shown(torch.from_numpy(own).to(device).float(), prompts)
+    _fit_unet(TextUNet(unet), space, conditions, objective, fixed, preset, data, job)
 
     model = Model(None, "text", unet, dict(preset.scheduler), preset.sampling)
     model.text_encoder, model.tokenizer, model.vae = text_encoder, tokenizer, vae
@@ -65,9 +77,14 @@ def train_labels(preset: Preset, data: Examples, job: Job) -> None:
             f"unet.config.sample_size = {unet.config.sample_size}: expected image_size, {preset.image_size}"
         )
     _check_process(preset)
+    objective = objective_of(recipe, latents=False, image_size=preset.image_size)
+    lists = fixed_labels(preset, objects)
+    fixed = (
+        Shown(torch.from_numpy(multi_hot(lists, objects)).to(device), tuple(map(", ".join, lists))) if lists else None
+    )
 
     space, conditions = Pixels(data.images, device), Labels(data.multi_hot, device)
-    _fit_unet(LabelUNet(unet, conditioner), space, conditions, preset, data, job)
+    _fit_unet(LabelUNet(unet, conditioner), space, conditions, objective, fixed, preset, data, job)
     model = Model(None, "labels", unet, dict(preset.scheduler), preset.sampling, conditioner, objects)
     job.finish(lambda folder: save_model(_on_cpu(model), folder, record(preset, data, job)))
 
@@ -172,11 +189,24 @@ def _fit_text_encoder(encoder: Any, tokenizer: Any, preset: Preset, data: Exampl
     fit(ContrastiveTask(encoder, ids, choices, data.subjects, data.images, rows, run.precision.device), recipe, run)
 
 
-def _fit_unet(module: Any, space: Space, conditions: Conditions, preset: Preset, data: Examples, job: Job) -> None:
+def _fit_unet(
+    module: Any,
+    space: Space,
+    conditions: Conditions,
+    objective: Objective,
+    fixed: Shown | None,
+    preset: Preset,
+    data: Examples,
+    job: Job,
+) -> None:
     recipe = _recipe(preset.unet, "unet")
     run = job.run("unet", recipe.precision)
     rows = data.rows(recipe)
-    preview = sampled_preview(space, conditions, rows[1], preset.scheduler, preset.sampling, run.precision)
+    shown = shown_rows(rows[1])
+    captions = data.captions_of(shown)
+    preview = sampled_preview(
+        space, conditions, shown, captions, preset.scheduler, preset.sampling, run.precision, fixed
+    )
     task = DiffusionTask(
         module,
         space,
@@ -185,6 +215,8 @@ def _fit_unet(module: Any, space: Space, conditions: Conditions, preset: Preset,
         rows,
         dropout=recipe.condition_dropout,
         flip=recipe.flip,
+        jitter=recipe.color_jitter,
+        objective=objective,
         preview=preview,
     )
     fit(task, recipe, run)
@@ -199,6 +231,8 @@ def _recipe(part: Network | None, name: str) -> Training:
     network = _network(part)
     if network.train is None:
         raise InputError(f"{name}.path: this network is what the preset trains; give {name}.config and {name}.train")
+    if name != "unet":
+        refuse_unet_keys(network.train, name)
     return network.train
 
 

@@ -1,8 +1,10 @@
-"""Pictures of how far a diffusion model is: a row of the validation split's own images above a row of generated ones."""
+"""Pictures of how far a diffusion model is: images of the validation split, above what the model generates for their
+conditions, above what it generates for the preset's own."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,16 +12,30 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from fastgen.config import Sampling
+from fastgen.config import Preset, Sampling
+from fastgen.errors import InputError
+from fastgen.images import contact_sheet
+from fastgen.jsonfiles import brief, located
+from fastgen.names import check_known, check_labels, check_text
 from fastgen.sampling import initial_latents, sample
 from fastgen.schedulers import make_scheduler
 from fastgen.solver import compile_table
 from fastgen.tables import SolverTable
 from fastgen.training.diffusion import Preview
 from fastgen.training.precision import Precision
-from fastgen.training.sources import Conditions, Space, stack_rows
+from fastgen.training.sources import Conditions, Space
 
-COUNT = 8
+COUNT = 8  # images side by side, and generated at a time
+MAX_FIXED = 64  # conditions of the preset's own
+CELL = 96  # px, at least, so that captions can be read
+
+
+@dataclass(frozen=True)
+class Shown:
+    """Conditions to draw: (n, ...), and the caption of each."""
+
+    condition: Tensor
+    captions: tuple[str, ...]
 
 
 def default_table(scheduler_config: Mapping[str, Any], sampling: Sampling) -> SolverTable:
@@ -28,18 +44,43 @@ def default_table(scheduler_config: Mapping[str, Any], sampling: Sampling) -> So
     return compile_table(scheduler, sampling.num_inference_steps, name=sampling.scheduler)
 
 
+def fixed_prompts(preset: Preset) -> tuple[str, ...]:
+    """`preview.prompts` of a preset. Raises InputError for what is no list of texts."""
+    return tuple(check_text(text, f"preview.prompts: entry {i}") for i, text in _entries(preset, "prompts"))
+
+
+def fixed_labels(preset: Preset, objects: Mapping[str, int]) -> tuple[tuple[str, ...], ...]:
+    """`preview.labels` of a preset. Raises InputError for what is no list of label lists, and for a label that is not
+    among the data's objects, with the nearest one."""
+    lists = []
+    for i, labels in _entries(preset, "labels"):
+        with located(f"preview.labels: entry {i}"):
+            lists.append(check_labels(labels))
+            check_known(lists[-1], objects)
+    return tuple(lists)
+
+
+def shown_rows(rows: np.ndarray) -> np.ndarray:
+    """Up to COUNT of the examples, evenly spaced."""
+    return rows[np.unique(np.linspace(0, len(rows) - 1, COUNT).astype(int))]
+
+
 def sampled_preview(
     space: Space,
     conditions: Conditions,
     rows: np.ndarray,
+    captions: Sequence[str],
     scheduler_config: Mapping[str, Any],
     sampling: Sampling,
     precision: Precision,
+    fixed: Shown | None = None,
 ) -> Preview:
-    """A function that draws the same conditions from the same noise every time, as `generate` would by default."""
-    rows = rows[np.unique(np.linspace(0, len(rows) - 1, COUNT).astype(int))]
+    """A function that draws the same conditions from the same noise every time, as `generate` would by default.
+
+    Top: the images of the examples `rows`, with their `captions`; below: generated for the same conditions; then, for
+    those in `fixed`.
+    """
     table = default_table(scheduler_config, sampling)
-    seeds = list(range(len(rows)))
 
     def preview(module: nn.Module) -> Image.Image:
         def network(x: Tensor, timestep: Any, condition: Tensor) -> Tensor:
@@ -47,9 +88,37 @@ def sampled_preview(
             with precision.autocast():
                 return module(x, timesteps, condition).float()
 
+        def generated(condition: Tensor, first_seed: int) -> list[np.ndarray]:
+            images: list[np.ndarray] = []
+            for part in condition.split(COUNT):
+                seeds = [first_seed + len(images) + i for i in range(len(part))]
+                x = initial_latents(table, seeds, space.shape, xp=torch, device=precision.device)
+                scale = sampling.guidance_scale
+                x = sample(network, table, x, part, seeds=seeds, guidance_scale=scale, uncond=uncond[:1])
+                images += list(space.images(x))
+            return images
+
         cond, uncond = conditions.fixed(rows)
-        x = initial_latents(table, seeds, space.shape, xp=torch, device=precision.device)
-        x = sample(network, table, x, cond, seeds=seeds, guidance_scale=sampling.guidance_scale, uncond=uncond[:1])
-        return stack_rows(space.truth(rows), space.images(x))
+        cells = _line(space.truth(rows), captions, "real: ") + _line(generated(cond, 0), captions)
+        if fixed is not None:
+            cells += _line(generated(fixed.condition, len(rows)), fixed.captions)
+        images, texts = zip(*cells, strict=True)
+        return contact_sheet(images, texts, cell=max(CELL, images[0].width), columns=COUNT)
 
     return preview
+
+
+def _entries(preset: Preset, key: str) -> list[tuple[int, Any]]:
+    values = preset.preview.get(key, [])
+    if not isinstance(values, list) or len(values) > MAX_FIXED:
+        raise InputError(f"preview.{key}: found {brief(values)}, expected a list of up to {MAX_FIXED}")
+    return list(enumerate(values, start=1))
+
+
+def _line(
+    images: Sequence[np.ndarray] | np.ndarray, captions: Sequence[str], prefix: str = ""
+) -> list[tuple[Any, str]]:
+    """(image, caption) of each, and blank ones that fill the last line."""
+    cells = [(Image.fromarray(image), prefix + text) for image, text in zip(images, captions, strict=True)]
+    blank = Image.new("RGB", cells[0][0].size, "white")
+    return cells + [(blank, "")] * (-len(cells) % COUNT)

@@ -10,18 +10,33 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from fastgen.training.augment import VARIANT, color_jitter, light_variant
 from fastgen.training.draws import Draws
 
 NOISE, TIMESTEP, FLIP, CAPTION, DROPOUT, POSTERIOR = range(6)  # streams of Draws
 
 
 class Space(Protocol):
-    """Where diffusion happens: clean samples of examples, and how samples are looked at."""
+    """Where diffusion happens: clean samples of examples, and how samples are looked at.
+
+    `flip` mirrors half of the examples, `jitter` is the largest relative change of their light; both from `draws`.
+    """
 
     shape: tuple[int, int, int]
+    device: torch.device
+    vae: Any  # None where samples are pixels
+    scaling_factor: float
 
-    def clean(self, rows: np.ndarray, draws: Draws, flip: bool) -> Tensor:
+    def clean(self, rows: np.ndarray, draws: Draws, flip: bool = False, jitter: float = 0) -> Tensor:
         """(b, *shape) float32."""
+        ...
+
+    def pictures(self, rows: np.ndarray, draws: Draws, flip: bool = False, jitter: float = 0) -> Tensor:
+        """The images behind `clean` of the same arguments: (b, 3, H, W) float32 in [-1, 1]."""
+        ...
+
+    def decode(self, samples: Tensor) -> Tensor:
+        """(b, *shape) -> (b, 3, H, W), differentiable."""
         ...
 
     def images(self, samples: Tensor) -> np.ndarray:
@@ -48,13 +63,24 @@ class Conditions(Protocol):
 class Pixels:
     """Images themselves, scaled to [-1, 1]."""
 
+    vae = None
+    scaling_factor = 1.0
+
     def __init__(self, images: np.ndarray, device: torch.device) -> None:
         self.pixels, self.device = images, device
         self.shape = (3, images.shape[1], images.shape[2])
 
-    def clean(self, rows: np.ndarray, draws: Draws, flip: bool) -> Tensor:
+    def clean(self, rows: np.ndarray, draws: Draws, flip: bool = False, jitter: float = 0) -> Tensor:
         x = to_signed(self.pixels[rows], self.device)  # (b, 3, H, W)
+        if jitter:
+            x = color_jitter(x, draws, jitter)
         return flip_some(x, draws) if flip else x
+
+    def pictures(self, rows: np.ndarray, draws: Draws, flip: bool = False, jitter: float = 0) -> Tensor:
+        return self.clean(rows, draws, flip, jitter)
+
+    def decode(self, samples: Tensor) -> Tensor:
+        return samples
 
     def images(self, samples: Tensor) -> np.ndarray:
         return to_uint8(samples)
@@ -64,24 +90,37 @@ class Pixels:
 
 
 class Latents:
-    """Scaled VAE latents, drawn from cached moments (N, 1 or 2 with the mirrored image's, 2C, h, w)."""
+    """Scaled VAE latents, drawn from cached moments (N, V, S, 2C, h, w): of V variants of each image's light, the first
+    being the image as it is, and S = 1 or, with the mirrored images', 2 sides."""
 
     def __init__(self, moments: np.ndarray, images: np.ndarray, vae: Any, device: torch.device) -> None:
         self.moments, self.pixels, self.vae, self.device = moments, images, vae, device
-        self.shape = (moments.shape[2] // 2, *moments.shape[3:])
+        self.shape = (moments.shape[3] // 2, *moments.shape[4:])
         self.scaling_factor = float(vae.config.scaling_factor)
 
-    def clean(self, rows: np.ndarray, draws: Draws, flip: bool) -> Tensor:
+    def clean(self, rows: np.ndarray, draws: Draws, flip: bool = False, jitter: float = 0) -> Tensor:
         mirrored = draws.integers(FLIP, 2) if flip else 0
-        moments = torch.from_numpy(self.moments[rows, mirrored]).to(self.device).float()  # (b, 2C, h, w)
-        mean, logvar = moments.chunk(2, dim=1)
+        moments = torch.from_numpy(self.moments[rows, self._variant(draws, jitter), mirrored]).to(self.device).float()
+        mean, logvar = moments.chunk(2, dim=1)  # (b, C, h, w) each
         return (mean + torch.exp(0.5 * logvar) * draws.normal(POSTERIOR, self.shape)) * self.scaling_factor
 
+    def pictures(self, rows: np.ndarray, draws: Draws, flip: bool = False, jitter: float = 0) -> Tensor:
+        x = to_signed(self.pixels[rows], self.device)  # (b, 3, H, W)
+        if jitter:
+            x = light_variant(x, rows, self._variant(draws, jitter), jitter)
+        return flip_some(x, draws) if flip else x
+
+    def decode(self, samples: Tensor) -> Tensor:
+        return self.vae.decode(samples / self.scaling_factor, return_dict=False)[0]
+
     def images(self, samples: Tensor) -> np.ndarray:
-        return to_uint8(self.vae.decode(samples / self.scaling_factor, return_dict=False)[0])
+        return to_uint8(self.decode(samples))
 
     def truth(self, rows: np.ndarray) -> np.ndarray:
         return self.pixels[rows]
+
+    def _variant(self, draws: Draws, jitter: float) -> np.ndarray | int:
+        return draws.integers(VARIANT, self.moments.shape[1]) if jitter else 0
 
 
 class Labels:

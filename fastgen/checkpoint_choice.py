@@ -1,0 +1,75 @@
+"""Which of a run's weights are meant by `--checkpoint best | last | ema | STEP`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastgen.errors import InputError
+
+if TYPE_CHECKING:
+    from fastgen.training.checkpoints import Checkpoint
+
+CHOICES = "best, last, ema, ema-DECAY or a step such as 500"
+SKELETON = "model"  # in a run's checkpoints: the model folder without the UNet's weights, until training is finished
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The UNet's weights (in the label family the conditioner's too) in a checkpoint of a run.
+
+    `label` names them for good: best@115, last@230, ema@230.
+    """
+
+    label: str
+    checkpoint: Checkpoint
+    part: str
+
+    @property
+    def sha256(self) -> str:
+        return self.checkpoint.sha256[self.part]
+
+    def weights(self, network: str) -> dict[str, Any]:
+        """The state dict of "unet" or "conditioner"."""
+        found: Mapping[str, Any] = self.checkpoint.load(self.part)
+        return {k.removeprefix(f"{network}."): v for k, v in found.items() if k.startswith(f"{network}.")}
+
+
+def choose_checkpoint(run: Path, name: str) -> Chosen:
+    """`name`: best (lowest loss, by the recipe's measure), last (the weights themselves at the newest checkpoint), ema (their
+    average there; the weights where the recipe keeps none), ema-DECAY (another average), or a step (ema of that checkpoint).
+
+    Raises InputError, listing what there is, when the run has no such checkpoint, or it is damaged.
+    """
+    from fastgen.training import checkpoints
+
+    parent = run / "checkpoints" / "unet"
+    steps = sorted(int(f.name.removeprefix("step-")) for f in parent.glob("step-*") if f.name[5:].isdigit())
+    if not steps:
+        raise InputError(f"{run}: holds no checkpoints/unet, so there is no checkpoint {name!r} to choose")
+    if name == checkpoints.BEST:
+        if not (parent / name).is_dir():
+            raise InputError(f"{parent}: no validation yet, so no checkpoint {name!r}; there are steps {_listed(steps)}")
+        best = checkpoints.read(parent / name)
+        return Chosen(f"best@{best.step}", best, "ema")
+    average = re.fullmatch(r"ema(-0\.\d+)?", name)
+    if not (name == "last" or average or (name.isascii() and name.isdigit())):
+        raise InputError(f"checkpoint is {name!r}, expected {CHOICES}")
+    step = int(name) if name.isdigit() else steps[-1]
+    if step not in steps:
+        raise InputError(f"{parent}: no checkpoint of step {step}; there are {_listed(steps)}")
+    found = checkpoints.read(parent / f"step-{step:06d}")
+    part = "model" if name == "last" else name if average else "ema"
+    if part == "ema" and part not in found.parts:
+        part = "model"
+    if part not in found.parts:
+        kept = ", ".join(sorted(p for p in found.parts if p.startswith("ema"))) or "none"
+        raise InputError(f"{found.folder}: holds no average {part!r}; there are: {kept}")
+    return Chosen(f"{'last' if part == 'model' else part}@{step}", found, part)
+
+
+def _listed(steps: list[int]) -> str:
+    return ", ".join(map(str, steps))

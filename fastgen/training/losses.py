@@ -1,0 +1,230 @@
+"""The terms of the denoising loss: the error of the prediction itself, and what the clean sample it implies looks like.
+
+A preset names them in `unet.train.loss` with their weights, and in `unet.train.loss_from_epoch` when each sets in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fastgen.config import Training
+from fastgen.errors import FastgenError, InputError
+from fastgen.training.tasks import loss_weights
+
+TERMS = {
+    "mse": 1.0,
+    "lpips": 0.0,
+    "kl": 0.0,
+    "latent_perceptual": 0.0,
+}  # and their weights unless the preset says otherwise
+LATENTS_ONLY = ("kl", "latent_perceptual")
+UP_BLOCKS = 2  # of the VAE decoder that latent_perceptual runs, behind its middle block
+LPIPS_SIZE = 32  # px, the smallest image that its VGG-16 can see
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Which terms are weighed how, and from which epoch on; made by `objective_of`."""
+
+    weights: Mapping[str, float] = field(default_factory=lambda: dict(TERMS))
+    from_epoch: Mapping[str, float] = field(default_factory=dict)
+    min_snr_gamma: float = 0  # 0: every timestep weighs the same
+    lpips: nn.Module | None = None
+
+    def active(self, epoch: float) -> dict[str, float]:
+        """The weights of the terms that count in this (fraction of an) epoch."""
+        begun = {name for name in self.weights if self.from_epoch.get(name, 0) <= epoch}
+        return {name: weight for name, weight in self.weights.items() if weight > 0 and name in begun}
+
+
+@dataclass(frozen=True)
+class Denoised:
+    """What the terms see of some examples. Tensors are float32."""
+
+    prediction: Tensor  # (b, C, h, w), the network's
+    target: Tensor  # (b, C, h, w), what it should be
+    x0: Tensor  # (b, C, h, w), clean samples
+    alphas_cumprod: Tensor  # (b,), at the examples' timesteps
+    prediction_type: str
+    implied: Callable[[], Tensor]  # the clean samples that the prediction implies
+    images: Callable[[], Tensor]  # the examples' own images (b, 3, H, W) in [-1, 1]
+    decode: Callable[[Tensor], Tensor]  # (b, C, h, w) -> (b, 3, H, W), differentiable
+    vae: Any = None  # None where samples are pixels
+    scaling_factor: float = 1.0
+
+    @cached_property
+    def x0_hat(self) -> Tensor:
+        """(b, C, h, w)."""
+        return self.implied()
+
+
+def objective_of(recipe: Training, *, latents: bool, image_size: int) -> Objective:
+    """The objective of a recipe, checked before hours of training; loads what its terms need.
+
+    Raises InputError for unknown terms, negative weights, terms that need latents where there are none, an objective
+    that is empty at first, and a missing package; FastgenError when LPIPS cannot be loaded.
+    """
+    where = "unet.train.loss"
+    weights = loss_weights(recipe.loss, TERMS)
+    loss_weights(recipe.loss_from_epoch, TERMS)
+    for table, values in ((where, weights), (f"{where}_from_epoch", recipe.loss_from_epoch)):
+        for name, value in values.items():
+            if not 0 <= value < float("inf"):
+                raise InputError(f"{table}.{name} = {value}: expected 0 or more")
+    for name in LATENTS_ONLY:
+        if weights[name] > 0 and not latents:
+            reason = "looks at the autoencoder's latents, and a label model works on pixels; use lpips, or mse alone"
+            raise InputError(f"{where}.{name} = {weights[name]}: {reason}")
+    objective = Objective(weights, dict(recipe.loss_from_epoch), recipe.min_snr_gamma)
+    if not objective.active(0):
+        raise InputError(
+            f"{where} = {dict(recipe.loss)}: no term counts in the first epoch, so nothing would be learned"
+        )
+    if weights["lpips"] == 0:
+        return objective
+    if image_size < LPIPS_SIZE:
+        raise InputError(
+            f"{where}.lpips = {weights['lpips']}: needs images of at least {LPIPS_SIZE} px, not {image_size}"
+        )
+    return replace(objective, lpips=load_lpips(weights["lpips"]))
+
+
+def refuse_unet_keys(recipe: Training, name: str) -> None:
+    """InputError for a key of another network's recipe that its training would ignore."""
+    known = ("loss",) if name == "vae" else ()
+    for key in ("loss", "loss_from_epoch", "min_snr_gamma", "color_jitter"):
+        if (value := getattr(recipe, key)) and key not in known:
+            raise InputError(f"{name}.train.{key} = {value!r}: belongs to unet.train; {name} is trained without it")
+
+
+def load_lpips(weight: float) -> nn.Module:
+    """LPIPS with VGG-16 features (Zhang et al., 2018), frozen: its authors' package, which loads its weights itself."""
+    place = f"unet.train.loss.lpips = {weight}"
+    try:
+        import lpips
+    except ImportError as error:
+        if error.name == "lpips":
+            raise InputError(f"{place} needs the package lpips: pip install lpips") from None
+        raise InputError(f"{place} needs the package lpips, which cannot be imported here: {error}") from None
+    except (RuntimeError, OSError) as error:  # a torchvision built for another torch
+        raise InputError(f"{place} needs the package lpips, which cannot be imported here: {error}") from None
+    try:
+        return lpips.LPIPS(net="vgg", verbose=False).eval().requires_grad_(False)
+    except (RuntimeError, OSError) as error:  # its backbone's weights are downloaded at the first use
+        raise FastgenError(f"{place}: the weights of LPIPS cannot be loaded: {error}") from None
+
+
+def evaluate(objective: Objective, active: Mapping[str, float], seen: Denoised) -> tuple[Tensor, dict[str, Tensor]]:
+    """(the weighed loss (b,), each active term before its weight (b,)).
+
+    mse is weighed by min-SNR-gamma. The terms on the clean sample are multiplied by alphas_cumprod, which is what the
+    error of x0_hat grows by (x0_hat = (x_t - sqrt(1 - a) eps) / sqrt(a)): where x_t is nearly all noise, x0_hat is a
+    guess, and decoding it says little; at zero terminal SNR they vanish.
+    """
+    terms = {name: _TERMS[name](seen, objective) for name in active}  # (b,)
+    total = torch.stack([active[name] * value for name, value in terms.items()]).sum(0)
+    return total, terms
+
+
+def min_snr_weights(alphas_cumprod: Tensor, gamma: float, prediction_type: str) -> Tensor:
+    """Weights (b,) of the squared error (Hang et al., Efficient Diffusion Training via Min-SNR Weighting, 2023).
+
+    They are min(SNR, gamma) for the clean sample, divided by SNR for noise and by SNR + 1 for velocity, written in
+    a = alphas_cumprod, SNR = a / (1 - a), so that all are finite at a = 0 and a = 1. At zero terminal SNR the last
+    timestep weighs nothing for velocity: it is learned from its neighbours.
+    """
+    a = alphas_cumprod
+    if prediction_type == "epsilon":
+        return (gamma * (1 - a) / a).clamp(max=1)
+    if prediction_type == "v_prediction":
+        return torch.minimum(a, gamma * (1 - a))
+    return (a / (1 - a)).clamp(max=gamma)
+
+
+def _mse(seen: Denoised, objective: Objective) -> Tensor:
+    error = functional.mse_loss(seen.prediction, seen.target, reduction="none").mean(dim=(1, 2, 3))
+    if objective.min_snr_gamma == 0:
+        return error
+    return error * min_snr_weights(seen.alphas_cumprod, objective.min_snr_gamma, seen.prediction_type)
+
+
+def _lpips(seen: Denoised, objective: Objective) -> Tensor:
+    assert objective.lpips is not None
+    with _wide_range(seen.x0):
+        distance = objective.lpips(seen.decode(seen.x0_hat).float(), seen.images())  # (b, 1, 1, 1)
+    return distance.float().flatten() * seen.alphas_cumprod
+
+
+def _kl(seen: Denoised, objective: Objective) -> Tensor:
+    return moments_kl(seen.x0_hat) * seen.alphas_cumprod
+
+
+def _latent_perceptual(seen: Denoised, objective: Objective) -> Tensor:
+    with _wide_range(seen.x0):
+        found = decoder_features(seen.vae, seen.x0_hat / seen.scaling_factor)
+        with torch.no_grad():
+            true = decoder_features(seen.vae, seen.x0 / seen.scaling_factor)
+    return feature_distance(found, true) * seen.alphas_cumprod
+
+
+_TERMS: dict[str, Callable[[Denoised, Objective], Tensor]] = {
+    "mse": _mse,
+    "lpips": _lpips,
+    "kl": _kl,
+    "latent_perceptual": _latent_perceptual,
+}
+
+
+def moments_kl(x: Tensor) -> Tensor:
+    """KL(N(m, s^2) || N(0, 1)) = (m^2 + s^2 - 1 - ln s^2) / 2, where m and s^2 are the mean and the variance over space of
+    one channel of one example of x (b, C, h, w); averaged over the channels: (b,).
+
+    It keeps the predicted latents at the scale that the autoencoder's were brought to. An image's own latents are not
+    at its minimum, so its weight should be small.
+    """
+    mean, variance = x.mean(dim=(2, 3)), x.var(dim=(2, 3), correction=0).clamp(min=1e-6)  # (b, C)
+    return 0.5 * (mean**2 + variance - 1 - variance.log()).mean(dim=1)
+
+
+def decoder_features(vae: Any, z: Tensor) -> list[Tensor]:
+    """What the first blocks of an AutoencoderKL's decoder make of its latents z (b, C, h, w), unscaled: the output of the
+    middle block and of up to UP_BLOCKS upward blocks, (b, D, H, W) each."""
+    decoder = vae.decoder
+    hidden = decoder.conv_in(z if vae.post_quant_conv is None else vae.post_quant_conv(z))
+    features = []
+    for block in (decoder.mid_block, *decoder.up_blocks[:UP_BLOCKS]):
+        hidden = block(hidden, None)
+        features.append(hidden)
+    return features
+
+
+def feature_distance(found: list[Tensor], true: list[Tensor]) -> Tensor:
+    """(b,): the squared distance of the feature vectors of every place, each of length 1, averaged over places and layers.
+
+    Zhang et al., The Unreasonable Effectiveness of Deep Features as a Perceptual Metric, 2018, eq. 1 without learned
+    weights, on the autoencoder's own features as in Berrada et al., Boosting Latent Diffusion with Perceptual
+    Objectives, 2024.
+    """
+    layers = [
+        (functional.normalize(a.float(), dim=1, eps=1e-6) - functional.normalize(b.float(), dim=1, eps=1e-6))
+        .square()
+        .sum(dim=1)
+        .mean(dim=(1, 2))
+        for a, b in zip(found, true, strict=True)
+    ]
+    return torch.stack(layers).mean(0)
+
+
+def _wide_range(x: Tensor) -> AbstractContextManager[None]:
+    """Autocast as it is, but none instead of fp16: a far-off x0_hat overflows it in the decoder."""
+    device = x.device.type
+    dtype, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+    return torch.autocast(device, dtype=dtype, enabled=enabled and dtype is not torch.float16)

@@ -52,7 +52,9 @@ def choose_checkpoint(run: Path, name: str) -> Chosen:
         raise InputError(f"{run}: holds no checkpoints/unet, so there is no checkpoint {name!r} to choose")
     if name == checkpoints.BEST:
         if not (parent / name).is_dir():
-            raise InputError(f"{parent}: no validation yet, so no checkpoint {name!r}; there are steps {_listed(steps)}")
+            raise InputError(
+                f"{parent}: no validation yet, so no checkpoint {name!r}; there are steps {_listed(steps)}"
+            )
         best = checkpoints.read(parent / name)
         return Chosen(f"best@{best.step}", best, "ema")
     average = re.fullmatch(r"ema(-0\.\d+)?", name)

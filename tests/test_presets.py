@@ -246,7 +246,6 @@ def test_the_help_of_train_names_every_preset(fastgen: Any) -> None:
 
 TEXT_SMALL = [
     "image_size=64",
-    "image_mode=pad",
     "unet.config.sample_size=16",
     "unet.config.norm_num_groups=8",
     "unet.config.cross_attention_dim=32",

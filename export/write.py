@@ -56,13 +56,15 @@ class Wanted:
         return list(dict.fromkeys(["bf16", *([self.dtype] if self.dtype in LOWERED else [])]))
 
 
-def write_bundle(model_folder: Path, out: Path, wanted: Wanted, overwrite: bool, say: Say) -> None:
+def write_bundle(
+    model_folder: Path, out: Path, wanted: Wanted, overwrite: bool, say: Say, checkpoint: str | None = None
+) -> None:
     """Make `out` the bundle of this model folder: written anew, extended by what it lacks, or left as it is."""
     from fastgen.networks import load_model
 
     for key in wanted.solvers:
         parse_key(key)
-    model = load_model(model_folder)
+    model = load_model(model_folder, checkpoint)
     held = _held(out, model, wanted, overwrite)
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
@@ -239,6 +241,7 @@ def _manifest(spec: Spec) -> dict[str, Any]:
         "format_version": FORMAT_VERSION,
         "family": spec.family,
         "source_sha256": spec.sha256,
+        "checkpoint": spec.checkpoint,
         "versions": _versions(),
         "sampling": {
             "scheduler": sampling.scheduler,

@@ -126,6 +126,7 @@ def train(preset: str, data_folder: Path | None, out: Path | None, overrides: Se
     metavar="NAME[:DTYPE]",
     help="Engine to certify.  [default: every installed one]",
 )
+@click.option("--checkpoint", help="A run's weights: best, last, ema or a step.  [default: the finished model's]")
 @click.option("--overwrite", is_flag=True, help="Replace another bundle at --out.")
 def export(
     model: Path | None, out: Path | None, trt: bool, batch_sizes: str | None, engines: Sequence[str], **options: Any
@@ -174,6 +175,7 @@ def _batch_sizes(text: str) -> list[int]:
     "--batch-size", type=POSITIVE, help="Images per batch, at most.  [default: 16 on a CPU, what fits on a GPU]"
 )
 @click.option("--limit", type=POSITIVE, help="Only the first N requests.")
+@click.option("--checkpoint", help="A run's weights: best, last, ema or a step.  [default: the finished model's]")
 @click.option("--device", help="cpu, cuda, cuda:1, ...")
 @click.option("--dtype", help="fp32, bf16 or fp16.  [default: what suits the engine and the hardware]")
 @click.option("--threads", type=POSITIVE, help="CPU threads.  [default: the engine's]")
@@ -204,6 +206,7 @@ def generate(
     devices: str | None,
     shard: str | None,
     dry_run: bool,
+    checkpoint: str | None,
     **sampling: Any,
 ) -> None:
     """Generate an image for every request of a JSON file. The same command continues a job that was interrupted."""
@@ -224,8 +227,9 @@ def generate(
         device, part = names[0], Shard(1, len(names))
 
     folder = model or latest_model(engine)
-    requests = read_requests(requests_file, model_objects(folder))[:limit]
-    pipeline = load(folder, engine, device=device, dtype=dtype, threads=threads, graphs=graphs)
+    requests = read_requests(requests_file, model_objects(folder, checkpoint))[:limit]
+    options: dict[str, Any] = {"device": device, "dtype": dtype, "threads": threads, "graphs": graphs}
+    pipeline = load(folder, engine, checkpoint=checkpoint, **options)
     target = out or Path("generated") / requests_file.stem
     settings = pipeline.settings(seed=seed, **sampling)
     if dry_run:

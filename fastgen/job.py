@@ -191,6 +191,7 @@ def _identity(pipeline: Pipeline, requests: Sequence[Request], settings: Setting
     return {
         "fastgen": __version__,
         "model_sha256": pipeline.spec.sha256,
+        "checkpoint": pipeline.spec.checkpoint,
         "requests_sha256": hashlib.sha256(rows.encode()).hexdigest(),
         "engine": pipeline.engine.name,
         "dtype": pipeline.engine.dtype,

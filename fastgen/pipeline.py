@@ -12,6 +12,7 @@ import numpy as np
 
 from fastgen.buckets import cut
 from fastgen.bundle import is_bundle, read_bundle
+from fastgen.checkpoint_choice import check_bundle_of, model_parts
 from fastgen.choose import default_engine
 from fastgen.conditions import Conditions, LabelConditions, PromptConditions
 from fastgen.device_loop import DeviceLoop
@@ -232,16 +233,17 @@ def load(
     dtype: str | None = None,
     threads: int | None = None,
     graphs: bool | None = None,
+    checkpoint: str | None = None,
 ) -> Pipeline:
     """Load a bundle or a model folder onto an engine.
 
     `engine`: by default what `choose.default_engine` says. `dtype`: fp32, bf16 or fp16, by default what suits the engine and
-    the hardware. `graphs`: see Pipeline. Raises InputError when the folder is neither, is damaged, or does not suit the
-    engine.
+    the hardware. `graphs`: see Pipeline. `checkpoint`: which of a training run's weights, see `checkpoint_choice`. Raises
+    InputError when the folder is neither, is damaged, or does not suit the engine.
     """
     folder = Path(path)
     bundled = is_bundle(folder)
-    if not bundled and not (folder / "model_index.json").is_file():
+    if not bundled and not (model_parts(folder, checkpoint) / "model_index.json").is_file():
         raise InputError(f"{folder}: neither a bundle (bundle.json) nor a model folder (model_index.json)")
     name = engine or default_engine(folder, device)
     kind = engine_class(name).source_kind
@@ -259,8 +261,9 @@ def load(
         if not bundled:
             from fastgen.networks import load_model
 
-            return load_model(folder)
+            return load_model(folder, checkpoint)
         bundle = read_bundle(folder)
+        check_bundle_of(folder, bundle.spec.checkpoint, checkpoint)
         bundle.verify()
         return bundle
 
@@ -275,10 +278,10 @@ def load(
     )
 
 
-def model_objects(path: str | os.PathLike[str]) -> Mapping[str, int] | None:
+def model_objects(path: str | os.PathLike[str], checkpoint: str | None = None) -> Mapping[str, int] | None:
     """The label names of a bundle or model folder and their indices, read without loading it; None where it has none."""
     folder = Path(path)
     if is_bundle(folder):
         return read_bundle(folder).spec.objects
-    file = folder / "labels.json"
+    file = model_parts(folder, checkpoint) / "labels.json"
     return read_objects(file) if file.is_file() else None

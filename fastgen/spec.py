@@ -21,7 +21,8 @@ class Spec:
     """Facts about a conditional diffusion model.
 
     `scaling_factor`: diffusion latents = VAE latents x this. `objects`: label name -> index (label family).
-    `sha256`: of the weights of all its networks.
+    `sha256`: of the weights of all its networks. `checkpoint`: which of a training run's weights were chosen, such as
+    best@115; None for those of the model folder itself.
     """
 
     family: str  # "text" | "labels"
@@ -31,6 +32,7 @@ class Spec:
     scaling_factor: float
     objects: Mapping[str, int] | None
     sha256: str
+    checkpoint: str | None = None
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:

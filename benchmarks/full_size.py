@@ -100,7 +100,7 @@ def _task(preset: Preset, device: Any) -> Any:
     conditions: Any
     if preset.conditioner is None:
         module: Any = TextUNet(build_module(UNet2DConditionModel, config, "unet", recipe.seed))
-        moments = np.zeros((EXAMPLES, 1 + recipe.flip, 8, config["sample_size"], config["sample_size"]), np.float16)
+        moments = np.zeros((EXAMPLES, 1, 1 + recipe.flip, 8, config["sample_size"], config["sample_size"]), np.float16)
         space = Latents(moments, images, SimpleNamespace(config=SimpleNamespace(scaling_factor=1.0)), device)
         states = rng.standard_normal((EXAMPLES, 77, config["cross_attention_dim"])).astype(np.float16)
         conditions = Captions(states, list(examples[:, None]), device)

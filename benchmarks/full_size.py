@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
+import os
 import statistics
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import click
@@ -20,7 +20,7 @@ import numpy as np
 
 from benchmarks.memory import Meter
 from benchmarks.models import ARCHITECTURES, architecture
-from benchmarks.report import RESULTS, report, timed
+from benchmarks.report import RESULTS, report, save, timed
 from fastgen.config import Preset, Training
 
 EXAMPLES = 4
@@ -60,6 +60,7 @@ def full_size(name: str, *, device: str, threads: int, steps: int) -> dict[str, 
         "evaluation_s": statistics.median(sampling[1:] or sampling),
         "evaluation_peak_mib": meter.end()["peak_mib"],
         "loss": loss,
+        "load_average": os.getloadavg()[0],
     }
 
 
@@ -89,10 +90,9 @@ def _task(preset: Preset, device: Any) -> Any:
     from fastgen.text_networks import TextUNet
     from fastgen.training.diffusion import DiffusionTask
     from fastgen.training.modules import build_module
-    from fastgen.training.sources import Captions, Labels, Latents, Pixels
+    from fastgen.training.sources import Captions, Labels, Pixels
 
     rng, examples = np.random.default_rng(0), np.arange(EXAMPLES)
-    images = rng.integers(0, 256, (EXAMPLES, preset.image_size, preset.image_size, 3), np.uint8)
     assert preset.unet is not None
     assert preset.unet.train is not None
     config, recipe = preset.unet.config, preset.unet.train
@@ -100,17 +100,31 @@ def _task(preset: Preset, device: Any) -> Any:
     conditions: Any
     if preset.conditioner is None:
         module: Any = TextUNet(build_module(UNet2DConditionModel, config, "unet", recipe.seed))
-        moments = np.zeros((EXAMPLES, 1, 1 + recipe.flip, 8, config["sample_size"], config["sample_size"]), np.float16)
-        space = Latents(moments, images, SimpleNamespace(config=SimpleNamespace(scaling_factor=1.0)), device)
+        space = _random_latents((config["in_channels"], config["sample_size"], config["sample_size"]), device)
         states = rng.standard_normal((EXAMPLES, 77, config["cross_attention_dim"])).astype(np.float16)
         conditions = Captions(states, list(examples[:, None]), device)
     else:
         unet = build_module(unet_class(preset.conditioner["kind"]), config, "unet", recipe.seed)
         module = LabelUNet(unet, LabelConditioner(num_labels=len(ICLEVR_OBJECTS), **preset.conditioner))
+        images = rng.integers(0, 256, (EXAMPLES, preset.image_size, preset.image_size, 3), np.uint8)
         space = Pixels(images, device)
         conditions = Labels(np.eye(EXAMPLES, len(ICLEVR_OBJECTS), dtype=np.float32), device)
     rows, dropout = (examples, examples), recipe.condition_dropout
     return DiffusionTask(module, space, conditions, preset.scheduler, rows, dropout=dropout, flip=recipe.flip)
+
+
+def _random_latents(shape: tuple[int, int, int], device: Any) -> Any:
+    """A space of Gaussian samples, which no autoencoder has to encode."""
+    from fastgen.training.sources import POSTERIOR, Latents
+
+    class RandomLatents(Latents):
+        def __init__(self) -> None:
+            self.shape, self.device, self.vae, self.scaling_factor = shape, device, None, 1.0
+
+        def clean(self, rows: Any, draws: Any, *changes: Any) -> Any:
+            return draws.normal(POSTERIOR, self.shape)
+
+    return RandomLatents()
 
 
 def _evaluation(task: Any, precision: Any, *, guided: bool) -> tuple[Callable[[], Any], tuple[int, ...]]:
@@ -141,14 +155,14 @@ def _evaluation(task: Any, precision: Any, *, guided: bool) -> tuple[Callable[[]
 )
 def main(presets: Sequence[str], device: str, threads: int, steps: int, out: Path | None) -> None:
     """Seconds and memory of one optimiser step and one sampling evaluation of full-size presets."""
-    rows = []
+    target = out or RESULTS / f"full_size-{device.partition(':')[0]}.json"
+    settings = {"device": device, "threads": threads, "steps": steps, "batch": 1}
+    rows: list[dict[str, Any]] = []
     for name in presets:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
-            options = {"device": device, "threads": threads, "steps": steps}
-            rows.append(fresh.submit(full_size, name, **options).result())
-            print(rows[-1], flush=True)
-    settings = {"device": device, "threads": threads, "steps": steps, "batch": 1}
-    report(out or RESULTS / f"full_size-{device.partition(':')[0]}.json", settings, rows)
+            rows.append(fresh.submit(full_size, name, device=device, threads=threads, steps=steps).result())
+        save(target, settings, rows)
+    report(target, settings, rows)
 
 
 if __name__ == "__main__":

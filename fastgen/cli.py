@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import textwrap
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +27,16 @@ class Commands(click.Group):
             return super().invoke(ctx)
         except KeyboardInterrupt:
             raise click.Abort from None
+
+
+class Train(click.Command):
+    """Its help names the presets."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        from fastgen.config import preset_names
+
+        text = f"Presets: {', '.join(preset_names())}."
+        formatter.write("\n" + textwrap.fill(text, formatter.width, break_on_hyphens=False) + "\n")
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -75,7 +86,7 @@ def iclevr(out: Path, **options: Any) -> None:
     click.echo(f"wrote {out}")
 
 
-@cli.command()
+@cli.command(cls=Train)
 @click.argument("preset")
 @click.option("--data", "data_folder", type=FOLDER, help="Dataset folder.  [default: the one found here]")
 @click.option("--out", type=FOLDER, help="Model folder.  [default: runs/PRESET-TIME]")

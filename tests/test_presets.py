@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,14 @@ from PIL import Image
 from torch import nn
 
 from fastgen.broadcast_unet import BroadcastUNet
-from fastgen.config import Preset, load_preset
+from fastgen.config import Preset, load_preset, preset_names
 from fastgen.label_networks import LabelConditioner, LabelUNet, conditioner_dim, unet_class
 from fastgen.names import ICLEVR_OBJECTS
 from fastgen.training.diffusion import NoiseSchedule
 from fastgen.training.previews import default_table
 
+PRESETS = Path(__file__).parents[1] / "fastgen" / "presets"
+DOCS = Path(__file__).parents[1] / "docs" / "presets.md"
 # name -> parameters that are trained, evaluations of the network by the sampling default
 SYSTEMS = {
     "monsters-pndm-rag": (846_230_244, 79),
@@ -197,11 +201,51 @@ def test_concat_trains_on_the_first_16206_of_18009_images(tmp_path: Path) -> Non
     assert recipe.validation_limit >= 1803
 
 
+def documented() -> dict[str, dict[str, Any]]:
+    """Section of docs/presets.md -> {dotted key: value} of its table."""
+    sections: dict[str, dict[str, Any]] = {}
+    for line in DOCS.read_text().splitlines():
+        if line.startswith("#"):
+            name = line.split("`")[1] if "`" in line else line.strip("# ")
+            sections[name] = {}
+        elif row := re.match(r"\| `([a-z_.]+) = (.+?)` \|", line):
+            abbreviated = row[1].endswith("block_types")
+            value = row[2].strip("[]").split(", ") if abbreviated else tomllib.loads(f"x = {row[2]}")["x"]
+            sections[name][row[1]] = value
+    return sections
+
+
+def flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in table.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_the_documentation_says_what_a_preset_says(name: str) -> None:
+    preset = flat(tomllib.loads((PRESETS / f"{name}.toml").read_text()))
+    sections = documented()
+    table = sections["The text presets" if name.startswith("monsters") else "The label presets"] | sections[name]
+    ablation = name in ("iclevr-small", "iclevr-broadcast")
+    blocks = {"CrossAttnDownBlock2D": "cross", "AttnDownBlock2D": "attn", "DownBlock2D": "plain"}
+    preset = {k: [blocks[b] for b in v] if k.endswith("down_block_types") else v for k, v in preset.items()}
+    assert {key: preset.get(key) for key in table} == table
+    for key, value in preset.items():
+        if key.startswith(("unet.train.", "sampling.", "conditioner.")):
+            assert (sections["iclevr-class-embed"] | table if ablation else table)[key] == value
+
+
+def test_the_help_of_train_names_every_preset(fastgen: Any) -> None:
+    code, out, _ = fastgen("train", "--help")
+    assert code == 0
+    assert set(preset_names()) <= set(re.split(r"[\s,.]+", out.partition("Presets:")[2]))
+
+
 # From here on: every preset at small size, from data to a score.
 
 TEXT_SMALL = [
     "image_size=64",
-    "image_mode=pad",
     "unet.config.sample_size=16",
     "unet.config.norm_num_groups=8",
     "unet.config.cross_attention_dim=32",
@@ -212,7 +256,12 @@ LABEL_SMALL = ["unet.config.norm_num_groups=4", "unet.config.layers_per_block=1"
 SMALL = {
     "monsters-pndm-rag": [*TEXT_SMALL, "unet.config.block_out_channels=[8, 8, 16, 16, 16]"],
     "monsters-ddim": [*TEXT_SMALL, "unet.config.block_out_channels=[8, 8, 16, 16]"],
-    "monsters-dpmpp": [*TEXT_SMALL, "unet.config.block_out_channels=[8, 8, 16, 16]"],
+    "monsters-dpmpp": [
+        *TEXT_SMALL,
+        "unet.config.block_out_channels=[8, 8, 16, 16]",
+        "unet.train.loss={mse = 1.0, kl = 0.01}",  # LPIPS has weights of its own, which tests do not have
+        "unet.train.loss_from_epoch={kl = 1}",
+    ],
     "monsters-best": [*TEXT_SMALL, "unet.config.block_out_channels=[8, 8, 16]"],
     "iclevr-class-embed": [*LABEL_SMALL, "unet.config.block_out_channels=[8, 8, 8, 8, 8, 8]", "conditioner.dim=32"],
     "iclevr-concat": [*LABEL_SMALL, "unet.config.block_out_channels=[8, 8, 8, 8, 8, 8]"],

@@ -21,22 +21,13 @@ WHITE = (255, 255, 255)
 _opening = threading.Lock()  # warnings.catch_warnings changes the state of the whole process
 
 
-def load_image(path: str | os.PathLike[str], size: int, *, row: str = "", mode: Mode = "stretch") -> Image.Image:
-    """The image as RGB, size x size pixels, what is transparent on white.
-
-    `mode` says what becomes of one that is not square: "stretch" ignores the proportions, "pad" adds white, "crop"
-    takes the middle. Resizing is bilinear with antialiasing, as in torchvision. Raises InputError, naming the file and
-    `row`, for a file that is missing, truncated, damaged, of another format or a decompression bomb.
-    """
+def open_image(path: str | os.PathLike[str], row: str = "") -> Image.Image:
+    """The image as RGB at its own size, what is transparent on white. Raises as `load_image` does."""
     place = f"{path} ({row})" if row else str(path)
-    if size < 1:
-        raise InputError(f"image size: found {size}, expected at least 1")
-    if mode not in get_args(Mode):
-        raise InputError(f"resize mode: found {mode!r}, expected one of {', '.join(get_args(Mode))}")
     try:
         with _open(path) as image:
             image.load()
-            return _square(_rgb(ImageOps.exif_transpose(image)), size, mode)
+            return _rgb(ImageOps.exif_transpose(image))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         limit = Image.MAX_IMAGE_PIXELS or 0
         raise InputError(f"{place}: more than {limit:,} pixels, a decompression bomb? Shrink it") from None
@@ -46,6 +37,20 @@ def load_image(path: str | os.PathLike[str], size: int, *, row: str = "", mode: 
         raise InputError(f"{place}: is no image of a known format ({', '.join(FORMATS)}), or it is damaged") from None
     except Exception as error:  # Pillow's decoders raise many types for damaged files
         raise InputError(f"{place}: cannot be read as an image: {error or type(error).__name__}") from error
+
+
+def load_image(path: str | os.PathLike[str], size: int, *, row: str = "", mode: Mode = "stretch") -> Image.Image:
+    """The image as RGB, size x size pixels, what is transparent on white.
+
+    `mode` says what becomes of one that is not square: "stretch" ignores the proportions, "pad" adds white, "crop"
+    takes the middle. Resizing is bilinear with antialiasing, as in torchvision. Raises InputError, naming the file and
+    `row`, for a file that is missing, truncated, damaged, of another format or a decompression bomb.
+    """
+    if size < 1:
+        raise InputError(f"image size: found {size}, expected at least 1")
+    if mode not in get_args(Mode):
+        raise InputError(f"resize mode: found {mode!r}, expected one of {', '.join(get_args(Mode))}")
+    return _square(open_image(path, row), size, mode)
 
 
 def load_images(

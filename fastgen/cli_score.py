@@ -46,7 +46,7 @@ def score(
         other = scorer.score(against, requests_file)
         difference = compare(result, other)
         value |= {"against": other.to_json(), "comparison": difference.to_json()}
-        tables += [f"\nagainst {', '.join(map(str, against))}\n{other.table()}", f"\n{difference.table()}"]
+        tables += [f"\nagainst {', '.join(map(str, against))}\n{other.table(details=False)}", f"\n{difference.table()}"]
         warnings += [warning for warning in (*other.warnings, *difference.warnings) if warning not in warnings]
     click.echo("\n".join(tables))
     for warning in warnings:

@@ -161,12 +161,14 @@ def _config(folder: Path, source: str) -> Mapping[str, Any]:
 
 def _model(folder: Path, source: str, allow_pickle: bool) -> Any:
     import transformers
+    from safetensors import SafetensorError
     from transformers.utils import logging
 
     if not allow_pickle and not any(folder.glob("*.safetensors")):
         raise InputError(f"{source}: holds no .safetensors weights; a pickle (.bin) is read with --allow-pickle")
-    verbosity = logging.get_verbosity()
+    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()  # what is missing becomes the error below
+    logging.disable_progress_bar()
     read: Any = transformers.CLIPModel.from_pretrained
     try:
         model, info = read(
@@ -176,11 +178,13 @@ def _model(folder: Path, source: str, allow_pickle: bool) -> Any:
             dtype=torch.float32,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"{source}: cannot be read as a CLIP: {reason}") from None
     finally:
         logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()
     wrong = sorted(map(str, (*info["missing_keys"], *info["mismatched_keys"])))
     if wrong:
         raise InputError(

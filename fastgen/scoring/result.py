@@ -112,11 +112,13 @@ class Score:
             "by_object": {name: _share_json(share) for name, share in self.by_object.items()},
         }
 
-    def table(self) -> str:
-        """Several lines of text: the figures, what they were measured on, then folders, object counts and objects."""
+    def table(self, details: bool = True) -> str:
+        """Several lines of text: the figures, what they were measured on, and with `details` folders, counts and objects."""
         rows = [(f.label, number(f.value), _error_text(f)) for f in self.metrics.values()]
         lines = columns([("metric", "value", "standard error"), *rows])
         lines += ["", *self._circumstances()]
+        if not details:
+            return "\n".join(lines)
         names = next(iter(self.metrics.values())).folders
         if len(names) > 1:
             values = [(name, *(number(f.folders[name]) for f in self.metrics.values())) for name in names]
@@ -157,7 +159,7 @@ def columns(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def number(value: float) -> str:
-    """Four significant digits at least, four decimals at least below 1,000: KID is small, FID is not."""
+    """Four decimals, or four significant digits for what is below 0.01, as KID often is."""
     if not np.isfinite(value):
         return "undefined"
     return f"{value:.4f}" if abs(value) >= 0.01 or value == 0 else f"{value:.4g}"

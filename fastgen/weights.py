@@ -22,11 +22,11 @@ def read_state(path: Path, allow_pickle: bool = False) -> Mapping[str, Any]:
 
     Raises InputError for a file that cannot be read, a pickle without permission, and another kind of file.
     """
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path)
-    if path.suffix in PICKLES:
-        return _read_pickle(path, allow_pickle)
-    raise InputError(f"{path}: expected a .safetensors file or one of {', '.join(PICKLES)}")
+    if path.suffix not in (".safetensors", *PICKLES):
+        raise InputError(f"{path}: expected a .safetensors file or one of {', '.join(PICKLES)}")
+    if not path.is_file():
+        raise InputError(f"{path}: no such file, expected weights")
+    return _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path, allow_pickle)
 
 
 def load_state(module: nn.Module, state: Mapping[str, Any], path: Path, kind: str) -> None:

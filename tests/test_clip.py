@@ -154,6 +154,20 @@ def test_a_hub_id_is_never_fetched_unasked(tmp_path, monkeypatch):
         load("nobody/no-such-clip")
 
 
+def test_a_hub_id_in_the_local_cache_is_read_without_a_connection(folder, tmp_path, monkeypatch):
+    import socket
+
+    import huggingface_hub
+
+    repository = tmp_path / "models--somebody--tiny-clip"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(folder, repository / "snapshots" / ("0" * 40))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(socket.socket, "connect", None)
+    assert load("somebody/tiny-clip").title == "somebody/tiny-clip: patch 8, 32 px, widths 16 and 16, 8-d"
+
+
 def test_a_path_that_is_nothing_is_one_line(tmp_path):
     with pytest.raises(InputError, match="no such folder, and no hub id"):
         load(tmp_path / "nowhere")

@@ -278,7 +278,7 @@ def test_images_generated_for_another_prompt_are_refused(clip, tmp_path):
     ("options", "words"),
     [
         ({}, "nothing to measure: give --evaluator E"),
-        ({"reference": "R"}, "nothing to measure"),
+        ({"reference": "R"}, "add --features evaluator, or inception.pth"),
         ({"features": "evaluator"}, "which need --reference DIR"),
         ({"reference": "R", "features": "evaluator"}, "--features evaluator needs the evaluator"),
         ({"reference": "R", "evaluator": "E"}, "add --features evaluator, or inception.pth"),

@@ -17,12 +17,12 @@ def check_options(*, evaluator: Any, reference: Any, features: Any, clip: Any, b
     """InputError for a combination of options that measures nothing or lacks a part."""
     if batch_size < 1:
         raise InputError(f"batch_size = {batch_size}: expected at least 1")
-    if evaluator is None and features is None and clip is None:
-        raise InputError(f"nothing to measure: give {ASK}")
     if features is not None and reference is None:
         raise InputError("--features are for FID and KID, which need --reference DIR: images to compare with")
     if reference is not None and features is None and clip is None:
         raise InputError("--reference is used by FID and KID (add --features evaluator, or inception.pth) and --clip")
+    if evaluator is None and features is None and clip is None:
+        raise InputError(f"nothing to measure: give {ASK}")
     if str(features) == "evaluator" and evaluator is None:
         raise InputError("--features evaluator needs the evaluator: --evaluator E")
 

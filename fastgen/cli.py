@@ -13,6 +13,7 @@ import click
 
 from fastgen import __version__
 from fastgen.cli_engines import doctor, engines
+from fastgen.cli_score import score
 from fastgen.errors import FastgenError, InputError
 
 FOLDER = click.Path(path_type=Path)
@@ -47,6 +48,7 @@ def cli() -> None:
 
 cli.add_command(doctor)
 cli.add_command(engines)
+cli.add_command(score)
 
 
 @cli.group()
@@ -260,22 +262,6 @@ def generate(
         raise FastgenError(
             f"{len(report.errors)} images failed and have no file, such as {name}: {why}; see manifest.jsonl"
         )
-
-
-@cli.command()
-@click.argument("images", nargs=-1, required=True, type=FOLDER)
-@click.option("--requests", "requests_file", required=True, type=FOLDER, help="The JSON file they were generated from.")
-@click.option("--evaluator", required=True, type=FOLDER, help="Evaluator folder, .safetensors, or .pth checkpoint.")
-@click.option("--allow-pickle", is_flag=True, help="Read .pth files (weights only).")
-@click.option("--out", type=FOLDER, help="JSON file for the result.  [default: score.json in the first folder]")
-def score(images: Sequence[Path], requests_file: Path, evaluator: Path, allow_pickle: bool, out: Path | None) -> None:
-    """Label accuracy of generated images; several IMAGES folders count as several seeds."""
-    from fastgen.jsonfiles import write_json
-    from fastgen.scoring import score as run
-
-    result = run(images, requests_file, evaluator=evaluator, allow_pickle=allow_pickle)
-    click.echo(result.table())
-    write_json(out or images[0] / "score.json", result.to_json())
 
 
 def _given_again(ctx: click.Context, leave_out: Sequence[str]) -> list[str]:

@@ -12,6 +12,7 @@ import click
 
 from fastgen import __version__
 from fastgen.cli_engines import doctor, engines
+from fastgen.cli_import import import_
 from fastgen.errors import FastgenError, InputError
 
 FOLDER = click.Path(path_type=Path)
@@ -36,6 +37,7 @@ def cli() -> None:
 
 cli.add_command(doctor)
 cli.add_command(engines)
+cli.add_command(import_)
 
 
 @cli.group()

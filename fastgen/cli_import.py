@@ -22,7 +22,9 @@ FOLDER = click.Path(path_type=Path)
     help="Noise schedule trained on: linear, scaled_linear:0.00085:0.012, squaredcos_cap_v2, KEY=VALUE,... of a "
     "DDPMScheduler, or a scheduler_config.json.  [default: the preset's]",
 )
-@click.option("--num-train-timesteps", type=click.IntRange(min=1), help="Timesteps of it.  [default: 1000]")
+@click.option(
+    "--num-train-timesteps", type=click.IntRange(min=1), help="Timesteps of it.  [default: 1000, or the preset's]"
+)
 @click.option("--prediction-type", help="epsilon, v_prediction or sample.  [default: epsilon, or the preset's]")
 @click.option("--text-encoder", metavar="PATH_OR_ID[:SUBFOLDER]", help="CLIP text encoder.  [default: the preset's]")
 @click.option("--vae", metavar="PATH_OR_ID[:SUBFOLDER]", help="Autoencoder of the latents.  [default: the preset's]")

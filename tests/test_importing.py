@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -422,7 +423,8 @@ def test_text_encoder_and_vae_must_be_named_and_suit_the_unet(tmp_path, text_mod
     options = {"text_encoder": str(text_model), "vae": str(text_model), "schedule": "linear"}
     for name, word in (("text_encoder", "--text-encoder"), ("vae", "--vae")):
         assert word in str(refused(tmp_path, tmp_path / "old", **options | {name: None}))
-        refused(tmp_path, tmp_path / "old", **options | {name: str(tmp_path / "nowhere")})
+        message = str(refused(tmp_path, tmp_path / "old", **options | {name: str(tmp_path / "nowhere")}))
+        assert f"give {word} FOLDER, or allow --download" in message
     assert "the text encoder's width is 32" in str(refused(tmp_path, tmp_path / "narrow", **options))
 
 
@@ -447,3 +449,20 @@ def test_the_command_prints_what_was_made_and_the_model_generates(fastgen, tmp_p
     arguments = ["--model", tmp_path / "out", "--out", tmp_path / "images", "--num-inference-steps", 2]
     assert fastgen("generate", tmp_path / "test.json", *arguments)[0] == 0
     assert (tmp_path / "images" / "1.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("preset", "word"),
+    [
+        (SimpleNamespace(name="p", family="evaluator", conditioner=None, unet=None), "family 'evaluator'"),
+        (
+            SimpleNamespace(name="p", family="labels", conditioner={"kind": "broadcast"}, unet=None),
+            "only class_embed, concat",
+        ),
+    ],
+)
+def test_presets_of_other_networks_are_refused(preset, word, tmp_path):
+    from fastgen.importing.architecture import decide
+
+    with pytest.raises(InputError, match=word):
+        decide(None, preset, tmp_path)

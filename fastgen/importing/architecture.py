@@ -14,6 +14,7 @@ from fastgen.config import Preset
 from fastgen.errors import InputError
 
 CLASSES = {"text": "UNet2DConditionModel", "labels": "UNet2DModel"}
+KINDS = ("class_embed", "concat")  # label conditioners of a plain UNet2DModel
 PATCHED = ("class_embed_type", "num_class_embeds")  # what a Linear in place of class_embedding makes void
 MORE_CONDITIONS = ("addition_embed_type", "class_embed_type", "num_class_embeds")  # which a text UNet here cannot have
 LISTED = 20
@@ -79,6 +80,9 @@ def fill(module: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> Any:
 def _preset_family(preset: Preset) -> str:
     if preset.family not in CLASSES:
         raise InputError(f"preset {preset.name} is of family {preset.family!r}, expected one of {', '.join(CLASSES)}")
+    kind = (preset.conditioner or {}).get("kind", KINDS[0])
+    if kind not in KINDS:
+        raise InputError(f"preset {preset.name}: conditioner.kind {kind!r} cannot be imported, only {', '.join(KINDS)}")
     return preset.family
 
 

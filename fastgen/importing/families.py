@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,8 +49,10 @@ def text_model(
     named = checkpoint.key is not None  # then what lies beside the UNet was left out on purpose
     _check_unet(parts, empty_unet(architecture), checkpoint.path, {} if named else parts.rest)
     model = Model(None, "text", fill(empty_unet(architecture), parts.unet), {}, Sampling())
-    model.text_encoder, model.tokenizer = load_text_encoder(where[0], local_files_only=not download)
-    model.vae = load_vae(where[1], local_files_only=not download)
+    with _named("--text-encoder", where[0], download):
+        model.text_encoder, model.tokenizer = load_text_encoder(where[0], local_files_only=not download)
+    with _named("--vae", where[1], download):
+        model.vae = load_vae(where[1], local_files_only=not download)
     _check_suits(architecture, model, preset)
     source: Any = fill(empty_unet(architecture), parts.unet)
 
@@ -190,6 +193,17 @@ def _network(name: str, given: str | None, preset: Preset | None) -> Network:
         trained = f": preset {preset.name} trains its own" if network and preset else ""
         raise InputError(f"the {name} is not named{trained}; give {option} PATH_OR_ID[:SUBFOLDER]")
     return network
+
+
+@contextmanager
+def _named(option: str, network: Network, download: bool) -> Iterator[None]:
+    """Adds to an InputError what helps where an id was not found on this machine."""
+    try:
+        yield
+    except InputError as error:
+        if download or Path(str(network.path)).exists():
+            raise
+        raise InputError(f"{error}; give {option} FOLDER, or allow --download") from None
 
 
 def _check_suits(architecture: Architecture, model: Model, preset: Preset | None) -> None:

@@ -13,6 +13,8 @@ import click
 
 from fastgen import __version__
 from fastgen.cli_engines import doctor, engines
+from fastgen.cli_import import import_
+from fastgen.cli_pictures import compare
 from fastgen.cli_score import score
 from fastgen.errors import FastgenError, InputError
 
@@ -49,6 +51,8 @@ def cli() -> None:
 cli.add_command(doctor)
 cli.add_command(engines)
 cli.add_command(score)
+cli.add_command(compare)
+cli.add_command(import_)
 
 
 @cli.group()
@@ -189,6 +193,24 @@ def _batch_sizes(text: str) -> list[int]:
 )
 @click.option("--limit", type=POSITIVE, help="Only the first N requests.")
 @click.option("--checkpoint", help="A run's weights: best, last, ema or a step.  [default: the finished model's]")
+@click.option(
+    "--normalize",
+    default="clamp",
+    show_default=True,
+    metavar="clamp|min-max",
+    help="Values to pixels: [-1, 1] clamped, or each image's own range stretched. Scores change with it.",
+)
+@click.option(
+    "--strip", metavar="900,500,200,0", help="Also show each image's denoising, x_t itself at these training timesteps."
+)
+@click.option(
+    "--grid",
+    type=POSITIVE,
+    is_flag=False,
+    flag_value=8,
+    metavar="[COLUMNS]",
+    help="Also write grid.png: all images, no captions, in 8 columns or as many as given.",
+)
 @click.option("--device", help="cpu, cuda, cuda:1, ...")
 @click.option("--dtype", help="fp32, bf16 or fp16.  [default: what suits the engine and the hardware]")
 @click.option("--threads", type=POSITIVE, help="CPU threads.  [default: the engine's]")
@@ -212,6 +234,8 @@ def generate(
     seed: int,
     batch_size: int | None,
     limit: int | None,
+    strip: str | None,
+    grid: int | None,
     device: str | None,
     dtype: str | None,
     threads: int | None,
@@ -228,8 +252,10 @@ def generate(
     from fastgen.requests import read_requests
     from fastgen.runs import latest_model
     from fastgen.shards import Shard, parse_devices, run_on_devices
+    from fastgen.strips import parse_timesteps
 
     part = Shard.parse(shard) if shard else None
+    timesteps = parse_timesteps(strip) if strip is not None else None
     if devices:
         if part or device:
             raise InputError(f"--devices chooses --{'shard' if part else 'device'} itself; give one of them")
@@ -249,7 +275,8 @@ def generate(
         estimated = estimate_job(pipeline, requests, settings, batch_size=batch_size, shard=part)
         click.echo(f"{f'shard {part}: ' if part else ''}{estimated}; nothing was written")
         return
-    report = run_job(pipeline, requests, target, settings, batch_size=batch_size, shard=part, say=_say)
+    options: dict[str, Any] = {"batch_size": batch_size, "strip": timesteps, "grid": grid, "shard": part}
+    report = run_job(pipeline, requests, target, settings, **options, say=_say)
     for prompt, tokens in report.truncated.items():
         _say(f"warning: a prompt of {tokens} tokens was truncated: {prompt[:60]!r}...")
     rate = f", {report.generated / report.seconds:.2f} images/s" if report.generated else ""

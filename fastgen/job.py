@@ -17,13 +17,14 @@ from fastgen import __version__
 from fastgen.buckets import Batch, cut, halved
 from fastgen.conditions import Conditions, PromptConditions
 from fastgen.errors import FastgenError, InputError
-from fastgen.jobfolder import MANIFEST, claim, finish, held_batch_size
+from fastgen.jobfolder import MANIFEST, claim, extra_files, finish, held_batch_size
 from fastgen.pictures import Pictures
 from fastgen.pipeline import Pipeline
 from fastgen.plan import Estimate, automatic_batch_size, estimate
 from fastgen.requests import Request, resolve_seed, safe_path
 from fastgen.settings import Settings
 from fastgen.shards import Shard, save_part, whole_job
+from fastgen.strips import StripFiles
 from fastgen.tables import SolverTable
 from fastgen.writing import StepBar, Writer, progress_bar
 
@@ -50,6 +51,8 @@ def run_job(
     settings: Settings,
     *,
     batch_size: int | None = None,
+    strip: Sequence[int] | None = None,
+    grid: int | None = None,
     shard: Shard | None = None,
     progress: bool = True,
     say: Callable[[str], None] = lambda line: None,
@@ -58,7 +61,8 @@ def run_job(
 
     Writes the PNGs, manifest.jsonl, job.json and contact_sheet.png; with a `shard` only that part of the batches, and what
     concerns the whole job when the last part is done. `batch_size` None: what suits the engine and its memory. Where memory
-    runs out all the same, the rest runs in batches of half the size, and `say` is told.
+    runs out all the same, the rest runs in batches of half the size, and `say` is told. `strip`: training timesteps at which
+    each image's denoising is shown in strips/<image_name>; `grid`: columns of grid.png, with all images.
     Raises InputError when `out` holds another job, and FastgenError when a file cannot be written or not even one image fits
     into memory; whole files written before that stay.
     """
@@ -70,17 +74,19 @@ def run_job(
     limit = batch_size or held_batch_size(out) or automatic_batch_size(pipeline, settings)
     batches = cut(len(requests), limit, pipeline.buckets(settings))
     identity = _identity(pipeline, requests, settings, limit)
-    claim(out, files, identity, sweep=shard is None)
+    strips = None if strip is None else StripFiles.plan_for(pipeline.spec, table, strip, out, files)
+    claim(out, [*files, *extra_files(out, files, strips, grid)], identity, sweep=shard is None)
     truncated = encoder.truncated if isinstance(encoder, PromptConditions) else {}
     lines = [_manifest_line(r, settings, identity, truncated) for r in requests]
 
     mine = batches if shard is None else shard.part(batches)
-    pending = [batch for batch in mine if not all(f.exists() for f in files[batch.rows])]
+    present = [f.exists() and (strips is None or strips.present(i)) for i, f in enumerate(files)]
+    pending = [batch for batch in mine if not all(present[batch.rows])]
     errors: dict[str, str] = {}
     count = sum(map(len, pending))
     with progress_bar(count, progress, shard) as bar, Writer(_writers(pipeline)) as writer:
         advance = StepBar(bar, writer, len(table))
-        begin = partial(_begin, pipeline, requests, encoder, table, settings, advance)
+        begin = partial(_begin, pipeline, requests, encoder, table, settings, advance, strips)
         for batch, pictures in _generated(pipeline, settings, pending, begin, say):
             rows = zip(lines[batch.rows], files[batch.rows], pictures.pixels, pictures.problems, strict=True)
             for line, file, pixels, problem in rows:
@@ -88,17 +94,20 @@ def run_job(
                     errors[line["image_name"]] = line["error"] = problem
                 else:
                     writer.submit(file, pixels, line)
+            if strips is not None:
+                strips.submit(writer, batch, pictures, lines)
             advance.to(len(batch))
     seconds = time.perf_counter() - start
     run = {"images": count, "seconds": round(seconds, 3), "smallest_batch": min(map(len, pending))} if count else None
     if shard is None:
-        finish(out, requests, files, lines, identity, [run] if run else [])
+        finish(out, requests, files, lines, identity, [run] if run else [], grid, strips)
         return Report(out, len(requests), count, seconds, errors, truncated)
     positions = [i for batch in mine for i in range(batch.start, batch.stop)]
     save_part(out, shard, [(i, lines[i]) for i in positions], run)
     with whole_job(out, shard) as collected:
         if collected is not None:
-            finish(out, requests, files, [line for _, line in collected.lines], identity, collected.runs)
+            all_lines = [line for _, line in collected.lines]
+            finish(out, requests, files, all_lines, identity, collected.runs, grid, strips)
     return Report(out, len(positions), count, seconds, errors, truncated, (out / MANIFEST).exists())
 
 
@@ -173,11 +182,13 @@ def _begin(
     table: SolverTable,
     settings: Settings,
     advance: StepBar,
+    strips: StripFiles | None,
     batch: Batch,
 ) -> Callable[[], Pictures]:
     """Start one batch; where that blocks, on a CPU, the bar follows its steps."""
-    on_step = None if pipeline.on_gpu else partial(advance.step, len(batch))
-    return pipeline.start_batch(requests[batch.rows], encoder, table, settings, bucket=batch.bucket, on_step=on_step)
+    options: dict[str, Any] = {"bucket": batch.bucket, "strip": strips.plan if strips else None}
+    options["on_step"] = None if pipeline.on_gpu else partial(advance.step, len(batch))
+    return pipeline.start_batch(requests[batch.rows], encoder, table, settings, **options)
 
 
 def _writers(pipeline: Pipeline) -> int:
@@ -200,6 +211,7 @@ def _identity(pipeline: Pipeline, requests: Sequence[Request], settings: Setting
         "num_inference_steps": settings.num_inference_steps,
         "guidance_scale": settings.guidance_scale,
         "guidance_interval": None if settings.guidance_interval is None else list(settings.guidance_interval),
+        "normalize": settings.normalize,
         "seed": settings.seed,
         "batch_size": min(limit, len(requests)),
     }

@@ -23,6 +23,7 @@ from fastgen.pictures import Decoder, Pictures
 from fastgen.requests import Request, resolve_seed
 from fastgen.sampling import initial_latents, sample
 from fastgen.settings import Settings
+from fastgen.strips import Frames, StripPlan
 from fastgen.tables import SolverTable
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ class Pipeline:
         guidance_scale: float | None = None,
         guidance_interval: tuple[int, int] | None = None,
         seed: int = 0,
+        normalize: str = "clamp",
     ) -> Settings:
         """Settings with the model's own defaults for what is None."""
         default = self.spec.sampling
@@ -73,6 +75,7 @@ class Pipeline:
             default.guidance_scale if guidance_scale is None else guidance_scale,
             guidance_interval,
             seed,
+            normalize=normalize,
         )
 
     def generate(
@@ -125,14 +128,18 @@ class Pipeline:
         *,
         bucket: int | None = None,
         on_step: Callable[[int, Array], None] | None = None,
+        strip: StripPlan | None = None,
     ) -> Callable[[], Pictures]:
         """Begin with one batch of requests; the call that is returned waits for its pictures.
 
         On a GPU this returns when everything is queued: start the next batch before waiting for this one. `bucket`: the size
-        to which an engine with static shapes pads the batch. `on_step(i, x)` sees the state after each row.
+        to which an engine with static shapes pads the batch. `on_step(i, x)` sees the state after each row, and with i = -1
+        the one that a run starts from. `strip`: keep the states that it names, for the pictures' strips.
         """
-        x = self.latents(requests, encoder, table, settings, bucket=bucket, on_step=on_step)
-        return self.decoder.start(x)
+        frames = None if strip is None else Frames(strip, len(requests), on_step)
+        x = self.latents(requests, encoder, table, settings, bucket=bucket, on_step=frames or on_step)
+        wait = self.decoder.start(x, settings.normalize)
+        return wait if frames is None else frames.start(self.decoder, settings.normalize, wait)
 
     def sample_batch(
         self,
@@ -164,6 +171,8 @@ class Pipeline:
             requests = [*requests, *[requests[-1]] * (bucket - count)]
         seeds = engine.array(np.array([resolve_seed(r, settings.seed) for r in requests], np.int64))
         x = initial_latents(table, seeds, self.spec.latent_shape)
+        if on_step is not None:
+            on_step(-1, x)
         cond = encoder(requests)
         options: dict[str, Any] = {
             "seeds": seeds,

@@ -5,21 +5,26 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from fastgen.errors import InputError
+from fastgen.errors import InputError, unknown
+from fastgen.images import NORMALIZE
 from fastgen.tables import SolverTable
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How images are sampled. `guidance_interval` limits guidance to the steps lo <= i < hi."""
+    """How images are sampled. `guidance_interval` limits guidance to the steps lo <= i < hi. `normalize`: how values become
+    pixels, see `images.quantised`."""
 
     scheduler: str
     num_inference_steps: int
     guidance_scale: float
     guidance_interval: tuple[int, int] | None = None
     seed: int = 0
+    normalize: str = "clamp"
 
     def __post_init__(self) -> None:
+        if self.normalize not in NORMALIZE:
+            raise unknown("normalize", self.normalize, NORMALIZE)
         if not self.scheduler or ":" in self.scheduler:
             raise InputError(f"scheduler is {self.scheduler!r}, expected a name such as ddim (steps are given apart)")
         if self.num_inference_steps < 1:

@@ -12,6 +12,7 @@ import click
 
 from fastgen import __version__
 from fastgen.cli_engines import doctor, engines
+from fastgen.cli_index import copies, index, rag_options
 from fastgen.errors import FastgenError, InputError
 
 FOLDER = click.Path(path_type=Path)
@@ -36,6 +37,8 @@ def cli() -> None:
 
 cli.add_command(doctor)
 cli.add_command(engines)
+cli.add_command(index)
+cli.add_command(copies)
 
 
 @cli.group()
@@ -157,6 +160,7 @@ def _batch_sizes(text: str) -> list[int]:
 @click.option("--num-inference-steps", type=POSITIVE, help="Denoising steps.  [default: the model's]")
 @click.option("--guidance-scale", type=float, help="1 turns guidance off.  [default: the model's]")
 @click.option("--guidance-interval", type=(int, int), metavar="LO HI", help="Guide only the steps LO <= i < HI.")
+@rag_options
 @click.option("--seed", default=0, show_default=True, help="Base of the images' seeds; a request's own seed wins.")
 @click.option(
     "--batch-size", type=POSITIVE, help="Images per batch, at most.  [default: 16 on a CPU, what fits on a GPU]"
@@ -192,12 +196,14 @@ def generate(
     devices: str | None,
     shard: str | None,
     dry_run: bool,
+    rag: Path | None,
     **sampling: Any,
 ) -> None:
     """Generate an image for every request of a JSON file. The same command continues a job that was interrupted."""
     from fastgen.job import estimate_job, run_job
     from fastgen.pipeline import load, model_objects
     from fastgen.requests import read_requests
+    from fastgen.retrieval import open_index
     from fastgen.runs import latest_model
     from fastgen.shards import Shard, parse_devices, run_on_devices
 
@@ -215,12 +221,13 @@ def generate(
     requests = read_requests(requests_file, model_objects(folder))[:limit]
     pipeline = load(folder, engine, device=device, dtype=dtype, threads=threads, graphs=graphs)
     target = out or Path("generated") / requests_file.stem
-    settings = pipeline.settings(seed=seed, **sampling)
+    held = open_index(rag) if rag else None
+    settings = pipeline.settings(seed=seed, rag=rag is not None, **sampling)
     if dry_run:
-        estimated = estimate_job(pipeline, requests, settings, batch_size=batch_size, shard=part)
+        estimated = estimate_job(pipeline, requests, settings, rag=held, batch_size=batch_size, shard=part)
         click.echo(f"{f'shard {part}: ' if part else ''}{estimated}; nothing was written")
         return
-    report = run_job(pipeline, requests, target, settings, batch_size=batch_size, shard=part, say=_say)
+    report = run_job(pipeline, requests, target, settings, rag=held, batch_size=batch_size, shard=part, say=_say)
     for prompt, tokens in report.truncated.items():
         _say(f"warning: a prompt of {tokens} tokens was truncated: {prompt[:60]!r}...")
     rate = f", {report.generated / report.seconds:.2f} images/s" if report.generated else ""

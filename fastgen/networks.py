@@ -25,9 +25,10 @@ from fastgen.prompts import Tokenizer
 from fastgen.schedulers import default_name
 from fastgen.signatures import Signature, label_signatures, text_signatures
 from fastgen.solver import SolverTable, compile_key
-from fastgen.spec import Spec, sha256_files
+from fastgen.spec import Spec, sha256_file, sha256_names
 
 WEIGHTS = ("unet", "conditioner", "text_encoder", "vae")  # folders whose weights identify a model
+COMPONENTS = ("text_encoder", "vae")  # whose own hashes are recorded: an index depends on them, not on the UNet
 SETTINGS = "fastgen.json"  # generation defaults and training record, beside model_index.json
 
 
@@ -174,7 +175,9 @@ class Model:
         """Raises InputError for a model that was never saved: its weights have no hash."""
         if self.folder is None:
             raise InputError("this model lives in memory only; save it with save_model and load the folder")
-        weights = [f for f in self.folder.glob("*/*.safetensors") if f.parent.name in WEIGHTS]
+        weights = sorted(f for f in self.folder.glob("*/*.safetensors") if f.parent.name in WEIGHTS)
+        hashes = {f.relative_to(self.folder).as_posix(): sha256_file(f) for f in weights}
+        parts = {c: {n: h for n, h in hashes.items() if n.startswith(f"{c}/")} for c in COMPONENTS}
         return Spec(
             family=self.family,
             signatures=self.signatures(),
@@ -182,7 +185,8 @@ class Model:
             scheduler_config=self.scheduler_config,
             scaling_factor=self.scaling_factor,
             objects=self.objects,
-            sha256=sha256_files(self.folder, weights),
+            sha256=sha256_names(hashes),
+            component_sha256={component: sha256_names(part) for component, part in parts.items() if part},
         )
 
     def prompt_tokenizer(self) -> Tokenizer:

@@ -27,17 +27,18 @@ def read(root: Path) -> Dataset:
     info = read_json(path)
     if not isinstance(info, dict) or not info:
         raise InputError(f'{path}: found {brief(info)}, expected {{"0_main": {{"given_description": [...], ...}}}}')
-    captions, counts = {}, {}
+    captions, descriptions, counts = {}, {}, {}
     for key, entry in info.items():
         with located(f"{path}: key {brief(key)}"):
             check_text(key, "key")
             captions[key], counts[key] = _captions(entry), _count(entry)
+            descriptions[key] = tuple(text.strip() for text in entry["given_description"])
     frames, unknown_files = _frames(root / FRAMES, captions)
     if not any(frames.values()):
         expected = root / FRAMES / f"{next(iter(info))}_0.png"
         raise InputError(f"no image matches {path}: the first one expected is {expected}")
     examples = tuple(
-        Example(root / FRAMES / name, captions[key], (), group=key)
+        Example(root / FRAMES / name, captions[key], (), key, descriptions[key])
         for key, numbers in frames.items()
         for _, name in sorted(numbers.items())
     )

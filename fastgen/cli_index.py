@@ -4,6 +4,7 @@ to it (`copies`)."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -49,14 +50,12 @@ def index(
     chosen = Options(text, frames, image_mode)  # type: ignore[arg-type]  # it checks them
     folder = model or latest_model(engine)
     pipeline = load(folder, engine or indexing_engine(folder, options["device"]), **options)
-    built = build_index(data, pipeline, out or default_folder(folder), chosen, limit=limit)
-    for note in built.notes:
-        click.echo(f"note: {note}", err=True)
-    found = built.index
-    counts, mode = found.info["counts"], found.info["image_mode"]
-    state = "written" if built.fresh else "up to date"
-    size = f"{found.info['image_size']} px, {mode}"
-    click.echo(f"{found.folder}: {counts['images']:,} images ({size}), {counts['texts']:,} distinct texts; {state}")
+    target = out or default_folder(folder)
+    say = partial(click.echo, err=True)
+    held, fresh = build_index(data, pipeline, target, chosen, limit=limit, say=say)
+    counts, state = held.info["counts"], "written" if fresh else "up to date"
+    size = f"{held.info['image_size']} px, {held.info['image_mode']}"
+    click.echo(f"{held.folder}: {counts['images']:,} images ({size}), {counts['texts']:,} distinct texts; {state}")
 
 
 @click.command()

@@ -6,7 +6,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +25,7 @@ from fastgen.data.images import Mode, load_images
 from fastgen.errors import FastgenError, InputError, unknown
 from fastgen.folders import sync_tree
 from fastgen.jsonfiles import read_json, write_bytes, write_json
+from fastgen.nearest import unit
 from fastgen.retrieval import (
     EMBEDDINGS,
     FORMAT_VERSION,
@@ -40,7 +41,6 @@ from fastgen.retrieval import (
     is_index,
     open_index,
     read_info,
-    unit,
 )
 from fastgen.spec import sha256_file
 
@@ -52,15 +52,6 @@ ENCODE = 16  # images per forward of the VAE's encoder
 LOADED = 8 * ENCODE  # images in memory at a time
 THUMBNAIL = 16  # px
 RECORD = "training.json"  # how a model folder was trained
-
-
-@dataclass(frozen=True)
-class Built:
-    """An index, and what its data's JSON and its images do not agree on. `fresh`: False where it was there already."""
-
-    index: Index
-    notes: tuple[str, ...]
-    fresh: bool
 
 
 @dataclass(frozen=True)
@@ -93,21 +84,24 @@ def build_index(
     *,
     limit: int | None = None,
     progress: bool = True,
-) -> Built:
+    say: Callable[[str], None] = lambda line: None,
+) -> tuple[Index, bool]:
     """Index the training data in the folder `data` with the text encoder and the VAE of a pipeline; the folder `out` is
-    written whole or not at all. `limit`: the first so many images.
+    written whole or not at all. `limit`: the first so many images. `say` hears where the data's JSON and images do not match.
 
-    An index of the same data, model and options is kept. Raises InputError for data without texts, a label model, bad
-    images, and an `out` that holds something else.
+    Returns the index, and whether it was built now: one of the same data, model and options is kept. Raises InputError for
+    data without texts, a label model, bad images, and an `out` that holds something else.
     """
     options, out = options or Options(), Path(out)
     if pipeline.spec.family != "text":
         raise InputError("an index needs a text encoder and a VAE; this model takes labels")
     dataset = chosen_examples(read_dataset(data, limit=limit), options)
+    for note in dataset.notes:
+        say(f"note: {note}")
     wanted = _wanted(pipeline, dataset, options)
     if is_index(out):
         _check_same(out, wanted)
-        return Built(open_index(out), dataset.notes, False)
+        return open_index(out), False
     if os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
         raise InputError(f"{out}: exists and is no index; choose another --out")
     partial = out.with_name(f".{out.name}.{secrets.token_hex(4)}.partial")
@@ -122,7 +116,7 @@ def build_index(
         raise FastgenError(f"{out}: cannot be written: {error.strerror or error}") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return Built(open_index(out), dataset.notes, True)
+    return open_index(out), True
 
 
 def chosen_examples(dataset: Dataset, options: Options) -> Dataset:

@@ -202,12 +202,12 @@ def _identity(
     pipeline: Pipeline, requests: Sequence[Request], settings: Settings, limit: int, rag: Index | None
 ) -> dict[str, Any]:
     """Everything the pixels depend on: two runs with the same identity are one job."""
-    texts = [] if rag is None else [query(r, rag.text) for r in requests]
-    rows = json.dumps([[r.image_name, r.prompt, r.labels, r.seed] for r in requests] + texts)
+    rows = [[r.image_name, r.prompt, r.labels, r.seed] for r in requests]
+    texts = None if rag is None else [query(r, rag.text) for r in requests]
     return {
         "fastgen": __version__,
         "model_sha256": pipeline.spec.sha256,
-        "requests_sha256": hashlib.sha256(rows.encode()).hexdigest(),
+        "requests_sha256": _sha256(rows),
         "engine": pipeline.engine.name,
         "dtype": pipeline.engine.dtype,
         "device": pipeline.engine.device.partition(":")[0],
@@ -220,7 +220,12 @@ def _identity(
         "rag_sha256": None if rag is None else rag.sha256,
         "noise_steps": settings.noise_steps,
         "rag_top_k": None if rag is None else settings.rag_top_k,
+        "queries_sha256": None if texts is None else _sha256(texts),
     }
+
+
+def _sha256(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def _manifest_line(
@@ -234,6 +239,6 @@ def _manifest_line(
     else:
         line["labels"] = list(request.labels or ())
     line["seed"] = resolve_seed(request, settings.seed)
-    left_out = ("requests_sha256", "seed", "batch_size", *(RAG if start is None else ()))
+    left_out = ("requests_sha256", "queries_sha256", "seed", "batch_size", *(RAG if start is None else ()))
     line |= {k: v for k, v in identity.items() if k not in left_out}
     return line if start is None else line | start.record(request)

@@ -55,6 +55,8 @@ class Request:
             check_text(self.prompt, "prompt")
         if self.labels is not None:
             check_labels(self.labels)
+        if self.description is not None:
+            check_text(self.description, "description")
         if self.seed is not None and (type(self.seed) is not int or not 0 <= self.seed < MAX_SEED):
             raise InputError(f"seed: found {brief(self.seed)}, expected an integer with 0 <= seed < 2**63")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -104,7 +103,8 @@ def build_index(
         return open_index(out), False
     if os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
         raise InputError(f"{out}: exists and is no index; choose another --out")
-    partial = out.with_name(f".{out.name}.{secrets.token_hex(4)}.partial")
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a command that was killed
     try:
         partial.mkdir(parents=True)
         _fill(partial, pipeline, dataset, wanted, progress)

@@ -219,7 +219,10 @@ def _check_options(folder: Path, info: Mapping[str, Any]) -> None:
     for field, choices in (("text", get_args(Text)), ("frames", get_args(Frames))):
         if info[field] not in choices:
             raise InputError(f"{folder / MANIFEST}: {field} is {info[field]!r}, expected one of {', '.join(choices)}")
-    for field in ("component_sha256", "model_sha256", "scaling_factor", "image_size", "image_mode", "copies"):
+    for field, kind in (("component_sha256", dict), ("model_sha256", str), ("scaling_factor", float)):
+        if not isinstance(info[field], kind):
+            raise TypeError(f"{field} is {info[field]!r}")
+    for field in ("image_size", "image_mode", "copies"):
         info[field]
 
 

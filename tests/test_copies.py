@@ -121,7 +121,7 @@ def test_nearest_distances_and_ratios_are_those_of_brute_force():
 def test_thumbnails_are_the_means_of_boxes():
     images = np.random.default_rng(0).integers(0, 255, (3, 32, 32, 3), dtype=np.uint8)
     expected = images.reshape(3, 8, 4, 8, 4, 3).mean(axis=(2, 4))
-    np.testing.assert_allclose(thumbnails(images, 8), expected, atol=0.51)
+    np.testing.assert_allclose(thumbnails(images, 8), expected, atol=1)  # Pillow rounds after each direction
 
 
 def test_subjects_are_images_that_share_texts_directly_or_through_others():

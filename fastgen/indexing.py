@@ -61,7 +61,8 @@ class Options:
     the default: requests' prompts are of that form, so like is compared with like, and the pose is retrieved too.
     `frames`: every frame of an animation, or its first. Frames share their texts, so the nearest image is the same one; all
     of them are the default because a copy can be one of any frame.
-    `image_mode`: how images that are not square are made so, None for what `trained_mode` finds.
+    `image_mode`: how images that are not square are made so; None for what `trained_mode` finds, else "stretch", the presets'
+    default.
     """
 
     text: Text = "caption"
@@ -86,7 +87,8 @@ def build_index(
     say: Callable[[str], None] = lambda line: None,
 ) -> tuple[Index, bool]:
     """Index the training data in the folder `data` with the text encoder and the VAE of a pipeline; the folder `out` is
-    written whole or not at all. `limit`: the first so many images. `say` hears where the data's JSON and images do not match.
+    written whole or not at all. `limit`: the first so many images. `say` hears where the data's JSON and images do not match,
+    and what had to be assumed.
 
     Returns the index, and whether it was built now: one of the same data, model and options is kept. Raises InputError for
     data without texts, a label model, bad images, and an `out` that holds something else.
@@ -97,7 +99,12 @@ def build_index(
     dataset = chosen_examples(read_dataset(data, limit=limit), options)
     for note in dataset.notes:
         say(f"note: {note}")
-    wanted = _wanted(pipeline, dataset, options)
+    mode = options.image_mode or trained_mode(pipeline.source.folder)
+    if mode is None:
+        say(
+            f"note: no {RECORD} with this model; images that are not square are stretched, unless --image-mode says otherwise"
+        )
+    wanted = _wanted(pipeline, dataset, replace(options, image_mode=mode or "stretch"))
     if is_index(out):
         _check_same(out, wanted)
         return open_index(out), False
@@ -144,16 +151,16 @@ def default_folder(model: Path) -> Path:
     return model.with_name("index") if is_bundle(model) else model / "index"
 
 
-def trained_mode(folder: Path | None) -> Mode:
-    """How a model folder's training made images square, by its record; for a bundle that of the folder it lies in.
-    "stretch", the presets' default, where there is no record."""
+def trained_mode(folder: Path | None) -> Mode | None:
+    """How a model folder's training made images square, by its record; for a bundle that of the folder it lies in. None where
+    there is no record."""
     for place in (folder, folder.resolve().parent) if folder else ():
         if (place / RECORD).is_file():
             preset = read_json(place / RECORD).get("preset")
             mode = preset.get("image_mode") if isinstance(preset, dict) else None
             if mode in get_args(Mode):
                 return cast(Mode, mode)
-    return "stretch"
+    return None
 
 
 def _wanted(pipeline: Pipeline, dataset: Dataset, options: Options) -> dict[str, Any]:
@@ -166,7 +173,7 @@ def _wanted(pipeline: Pipeline, dataset: Dataset, options: Options) -> dict[str,
         "latent_shape": list(spec.latent_shape),
         "scaling_factor": spec.scaling_factor,
         "image_size": spec.image_size,
-        "image_mode": options.image_mode or trained_mode(pipeline.source.folder),
+        "image_mode": options.image_mode,
         "text": options.text,
         "frames": options.frames,
         "data_sha256": dataset.fingerprint,

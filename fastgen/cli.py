@@ -14,6 +14,7 @@ import click
 from fastgen import __version__
 from fastgen.cli_engines import doctor, engines
 from fastgen.cli_import import import_
+from fastgen.cli_index import copies, index, rag_options
 from fastgen.cli_pictures import compare
 from fastgen.cli_score import score
 from fastgen.errors import FastgenError, InputError
@@ -53,6 +54,8 @@ cli.add_command(engines)
 cli.add_command(score)
 cli.add_command(compare)
 cli.add_command(import_)
+cli.add_command(index)
+cli.add_command(copies)
 
 
 @cli.group()
@@ -187,6 +190,7 @@ def _batch_sizes(text: str) -> list[int]:
 @click.option("--num-inference-steps", type=POSITIVE, help="Denoising steps.  [default: the model's]")
 @click.option("--guidance-scale", type=float, help="1 turns guidance off.  [default: the model's]")
 @click.option("--guidance-interval", type=(int, int), metavar="LO HI", help="Guide only the steps LO <= i < HI.")
+@rag_options
 @click.option("--seed", default=0, show_default=True, help="Base of the images' seeds; a request's own seed wins.")
 @click.option(
     "--batch-size", type=POSITIVE, help="Images per batch, at most.  [default: 16 on a CPU, what fits on a GPU]"
@@ -244,12 +248,14 @@ def generate(
     shard: str | None,
     dry_run: bool,
     checkpoint: str | None,
+    rag: Path | None,
     **sampling: Any,
 ) -> None:
     """Generate an image for every request of a JSON file. The same command continues a job that was interrupted."""
     from fastgen.job import estimate_job, run_job
     from fastgen.pipeline import load, model_objects
     from fastgen.requests import read_requests
+    from fastgen.retrieval import open_index
     from fastgen.runs import latest_model
     from fastgen.shards import Shard, parse_devices, run_on_devices
     from fastgen.strips import parse_timesteps
@@ -270,13 +276,14 @@ def generate(
     options: dict[str, Any] = {"device": device, "dtype": dtype, "threads": threads, "graphs": graphs}
     pipeline = load(folder, engine, checkpoint=checkpoint, **options)
     target = out or Path("generated") / requests_file.stem
-    settings = pipeline.settings(seed=seed, **sampling)
+    held = open_index(rag) if rag else None
+    settings = pipeline.settings(seed=seed, rag=rag is not None, **sampling)
     if dry_run:
-        estimated = estimate_job(pipeline, requests, settings, batch_size=batch_size, shard=part)
+        estimated = estimate_job(pipeline, requests, settings, rag=held, batch_size=batch_size, shard=part)
         click.echo(f"{f'shard {part}: ' if part else ''}{estimated}; nothing was written")
         return
-    options: dict[str, Any] = {"batch_size": batch_size, "strip": timesteps, "grid": grid, "shard": part}
-    report = run_job(pipeline, requests, target, settings, **options, say=_say)
+    options = {"batch_size": batch_size, "strip": timesteps, "grid": grid, "shard": part}
+    report = run_job(pipeline, requests, target, settings, rag=held, **options, say=_say)
     for prompt, tokens in report.truncated.items():
         _say(f"warning: a prompt of {tokens} tokens was truncated: {prompt[:60]!r}...")
     rate = f", {report.generated / report.seconds:.2f} images/s" if report.generated else ""

@@ -6,7 +6,6 @@ This is the one module of generation that needs torch, diffusers and transformer
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -35,11 +34,11 @@ from fastgen.prompts import Tokenizer
 from fastgen.schedulers import default_name
 from fastgen.signatures import Signature, label_signatures, text_signatures
 from fastgen.solver import SolverTable, compile_key
-from fastgen.spec import Spec, sha256_files
+from fastgen.spec import Spec, sha256_file, sha256_names
 from fastgen.text_networks import TextEncoder, TextUNet, VaeDecoder, VaeEncoder
 
-TRAINED_BEFORE = ("text_encoder", "vae")
-WEIGHTS = ("unet", "conditioner", *TRAINED_BEFORE)  # folders whose weights identify a model
+COMPONENTS = ("text_encoder", "vae")  # whose own hashes are recorded: an index depends on them, not on the UNet
+WEIGHTS = ("unet", "conditioner", *COMPONENTS)  # folders whose weights identify a model
 SETTINGS = "fastgen.json"  # generation defaults and training record, beside model_index.json
 
 
@@ -97,11 +96,12 @@ class Model:
         """Raises InputError for a model that was never saved: its weights have no hash."""
         if self.folder is None:
             raise InputError("this model lives in memory only; save it with save_model and load the folder")
-        frozen = WEIGHTS if self.chosen is None else TRAINED_BEFORE
-        weights = [f for f in self.folder.glob("*/*.safetensors") if f.parent.name in frozen]
-        sha256 = sha256_files(self.folder, weights)
+        identifying = WEIGHTS if self.chosen is None else COMPONENTS
+        weights = sorted(f for f in self.folder.glob("*/*.safetensors") if f.parent.name in identifying)
+        hashes = {f.relative_to(self.folder).as_posix(): sha256_file(f) for f in weights}
+        parts = {c: {n: h for n, h in hashes.items() if n.startswith(f"{c}/")} for c in COMPONENTS}
         if self.chosen is not None:
-            sha256 = hashlib.sha256(f"{sha256} {self.chosen.sha256}".encode()).hexdigest()
+            hashes["unet"] = self.chosen.sha256
         return Spec(
             family=self.family,
             signatures=self.signatures(),
@@ -109,8 +109,9 @@ class Model:
             scheduler_config=self.scheduler_config,
             scaling_factor=self.scaling_factor,
             objects=self.objects,
-            sha256=sha256,
+            sha256=sha256_names(hashes),
             checkpoint=None if self.chosen is None else self.chosen.label,
+            component_sha256={component: sha256_names(part) for component, part in parts.items() if part},
         )
 
     def prompt_tokenizer(self) -> Tokenizer:

@@ -18,7 +18,7 @@ from fastgen.data.readers import FORMATS, read_dataset
 from fastgen.errors import InputError
 from fastgen.jsonfiles import read_json, write_json
 from fastgen.names import CONTACT_SHEET
-from fastgen.spec import sha256_files
+from fastgen.spec import sha256_file, sha256_names
 
 if TYPE_CHECKING:
     from fastgen.scoring.networks import Network
@@ -42,7 +42,7 @@ class Reference:
 
     def fingerprint_of(self, files: Sequence[Path]) -> str:
         try:
-            return sha256_files(self.path, files)
+            return sha256_names({f.relative_to(self.path).as_posix(): sha256_file(f) for f in sorted(files)})
         except OSError as error:
             raise InputError(f"{error.filename}: cannot be read: {error.strerror}") from None
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from export.certificate import Certificate, certify
 from export.write import Wanted, write_bundle
 from fastgen.bundle import LOWERED, Bundle, is_bundle, read_bundle
+from fastgen.checkpoint_choice import check_bundle_of
 from fastgen.engines import check_installed, create_engine, engine_class, engine_names, missing_packages
 from fastgen.engines.base import choose_dtype
 from fastgen.errors import FastgenError, InputError, unknown
@@ -31,6 +32,7 @@ def export(
     solvers: Sequence[str] = (),
     engines: Sequence[str] | None = None,
     overwrite: bool = False,
+    checkpoint: str | None = None,
     say: Say = lambda line: None,
     show: Callable[[Certificate], None] = lambda certificate: None,
 ) -> list[Certificate]:
@@ -40,6 +42,8 @@ def export(
     default fp16, which every card has. `batch_sizes`: images per batch that TensorRT engines are built for. `solvers`: further
     tables to store, `NAME:STEPS[:NOISE_STEPS]`. `engines`: what to certify, as `NAME` or `NAME:DTYPE`, by default every
     installed engine that runs bundles, in its default precision.
+
+    `checkpoint`: which of a training run's weights, see `fastgen.checkpoint_choice`.
 
     A bundle of the same weights at `out` is kept, gets the graphs that it lacks, and is certified; another one is replaced
     with `overwrite`. A `model` that is a bundle itself is only built for and certified. `show` gets each certificate as it is
@@ -51,17 +55,19 @@ def export(
     _check_batch_sizes(batch_sizes)
     chosen = _engines(engines, model, trt)
     if not is_bundle(model):
-        write_bundle(model, out, Wanted(solvers, dtype), overwrite, say)
+        write_bundle(model, out, Wanted(solvers, dtype), overwrite, say, checkpoint)
     elif model.resolve() != out.resolve():
         raise InputError(f"{model} is a bundle already; to certify engines on it give it as --out too")
     else:
         _check_holds(read_bundle(model), dtype)
+        check_bundle_of(model, read_bundle(model).spec.checkpoint, checkpoint)
     certificates = []
 
     def add(name: str, precision: str | None, networks: Sequence[str] | None = None) -> None:
         say(f"certifying {name} against eager fp32")
         bundle = read_bundle(out)
-        certificates.append(certify(_open(name, precision, bundle, model), bundle, networks))
+        engine = _open(name, precision, bundle, model, checkpoint)
+        certificates.append(certify(engine, bundle, networks))
         show(certificates[-1])
 
     for name, precision in chosen:
@@ -115,12 +121,12 @@ def _engines(asked: Sequence[str] | None, model: Path, trt: bool) -> list[tuple[
     return chosen
 
 
-def _open(name: str, dtype: str | None, bundle: Bundle, model: Path) -> Engine:
+def _open(name: str, dtype: str | None, bundle: Bundle, model: Path, checkpoint: str | None) -> Engine:
     if engine_class(name).source_kind == "bundle":
         return create_engine(name, bundle, dtype=dtype)
     from fastgen.networks import load_model
 
-    return create_engine(name, load_model(model), dtype=dtype)
+    return create_engine(name, load_model(model, checkpoint), dtype=dtype)
 
 
 def _build_trt(bundle: Bundle, dtype: str, batch_sizes: Sequence[int], say: Say) -> None:

@@ -27,10 +27,12 @@ from fastgen.bundle import (
 from fastgen.errors import FastgenError, InputError
 from fastgen.folders import sync_tree
 from fastgen.jsonfiles import read_json, write_json
+from fastgen.settings import late_steps
 from fastgen.spec import Spec, sha256_file
-from fastgen.tables import parse_key
+from fastgen.tables import format_key, parse_key
 
 if TYPE_CHECKING:
+    from fastgen.config import Sampling
     from fastgen.networks import Model
 
 Say = Callable[[str], None]
@@ -56,13 +58,15 @@ class Wanted:
         return list(dict.fromkeys(["bf16", *([self.dtype] if self.dtype in LOWERED else [])]))
 
 
-def write_bundle(model_folder: Path, out: Path, wanted: Wanted, overwrite: bool, say: Say) -> None:
+def write_bundle(
+    model_folder: Path, out: Path, wanted: Wanted, overwrite: bool, say: Say, checkpoint: str | None = None
+) -> None:
     """Make `out` the bundle of this model folder: written anew, extended by what it lacks, or left as it is."""
     from fastgen.networks import load_model
 
     for key in wanted.solvers:
         parse_key(key)
-    model = load_model(model_folder)
+    model = load_model(model_folder, checkpoint)
     held = _held(out, model, wanted, overwrite)
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
@@ -191,7 +195,9 @@ def _differences(held: Bundle, model: Model) -> list[str]:
     """What of a model is not as in the bundle: config files and fields of its spec, the weights' hash among them."""
     configs = {name: sha256_file(file) for name, file in _config_files(model).items()}
     other = [name for name, sha256 in configs.items() if held.files.get(name, {}).get("sha256") != sha256]
-    return other + [f.name for f in fields(Spec) if getattr(held.spec, f.name) != getattr(model.spec, f.name)]
+    return other + [
+        f.name for f in fields(Spec) if f.compare and getattr(held.spec, f.name) != getattr(model.spec, f.name)
+    ]
 
 
 def _stored_reference(out: Path, model: Model) -> Path | None:
@@ -220,16 +226,28 @@ def _write_tables(model: Model, path: Path, solvers: Sequence[str], say: Say) ->
     config: Any = model.scheduler_config
     skipped: list[str] = []
     tables = dict(common_tables(config, on_skip=lambda key, error: skipped.append(key)))
-    if skipped:
-        more = f", ... ({len(skipped)} in all)" if len(skipped) > 6 else ""
-        say(f"not stored, as their schedulers cannot do them: {', '.join(skipped[:6])}{more}")
     default = model.sampling
     own = f"{default.scheduler}:{default.num_inference_steps}"
     for key in (own, f"{default.scheduler}:{IMAGE_STEPS}", *solvers):
         if key not in tables:
             tables[key] = compile_key(key, config)
+    for key in _late_keys(default) if model.family == "text" else ():
+        try:
+            tables[key] = compile_key(key, config)
+        except InputError:
+            skipped.append(key)
+    if skipped:
+        more = f", ... ({len(skipped)} in all)" if len(skipped) > 6 else ""
+        say(f"not stored, as their schedulers cannot do them: {', '.join(skipped[:6])}{more}")
     path.parent.mkdir(exist_ok=True)
     save_tables(path, tables)
+
+
+def _late_keys(default: Sampling) -> list[str]:
+    """The model's own solver begun late, `generate --rag`: with the default share of its steps, and every tenth of them."""
+    steps = default.num_inference_steps
+    kept = {late_steps(steps), *(late_steps(steps, strength=tenth / 10) for tenth in range(1, 11))}
+    return [format_key(default.scheduler, steps, count) for count in sorted(kept)]
 
 
 def _manifest(spec: Spec) -> dict[str, Any]:
@@ -239,6 +257,8 @@ def _manifest(spec: Spec) -> dict[str, Any]:
         "format_version": FORMAT_VERSION,
         "family": spec.family,
         "source_sha256": spec.sha256,
+        "checkpoint": spec.checkpoint,
+        "component_sha256": dict(spec.component_sha256),
         "versions": _versions(),
         "sampling": {
             "scheduler": sampling.scheduler,

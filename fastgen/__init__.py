@@ -4,9 +4,16 @@ __version__ = "0.1.0"
 
 from typing import Any
 
-__all__ = ["load", "score", "train"]
+__all__ = ["build_index", "check_copies", "load", "open_index", "score", "train"]
 
-_API = {"load": "fastgen.pipeline", "score": "fastgen.scoring", "train": "fastgen.training"}
+_API = {
+    "build_index": "fastgen.indexing",
+    "check_copies": "fastgen.copies",
+    "load": "fastgen.pipeline",
+    "open_index": "fastgen.retrieval",
+    "score": "fastgen.scoring",
+    "train": "fastgen.training",
+}
 
 
 def __getattr__(name: str) -> Any:

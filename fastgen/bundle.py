@@ -162,6 +162,8 @@ def read_bundle(folder: str | os.PathLike[str]) -> Bundle:
             scaling_factor=float(value["scaling_factor"]),
             objects=value["objects"],
             sha256=value["source_sha256"],
+            checkpoint=value.get("checkpoint"),
+            component_sha256={str(k): str(v) for k, v in value.get("component_sha256", {}).items()},
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{path}: {field_name}: malformed ({type(error).__name__}: {error})") from None

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from fastgen.training.checkpoints import Checkpoint
 
 CHOICES = "best, last, ema, ema-DECAY or a step such as 500"
-SKELETON = "model"  # in a run's checkpoints: the model folder without the UNet's weights, until training is finished
+OUTLINE = "model"  # in a run's checkpoints: the model folder without the UNet's weights, until training is finished
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,29 @@ def choose_checkpoint(run: Path, name: str) -> Chosen:
         kept = ", ".join(sorted(p for p in found.parts if p.startswith("ema"))) or "none"
         raise InputError(f"{found.folder}: holds no average {part!r}; there are: {kept}")
     return Chosen(f"{'last' if part == 'model' else part}@{step}", found, part)
+
+
+def model_parts(folder: Path, checkpoint: str | None) -> Path:
+    """Where a model's configs and frozen networks lie: the folder, or what an unfinished run has of it; the latter only to go
+    with a checkpoint. Raises InputError for an unfinished run without one."""
+    outline = folder / "checkpoints" / OUTLINE
+    if (folder / "model_index.json").is_file() or not (outline / "model_index.json").is_file():
+        return folder
+    if checkpoint is None:
+        raise InputError(f"{folder}: its training is not finished; choose weights with --checkpoint ({CHOICES})")
+    return outline
+
+
+def check_bundle_of(bundle: Path, label: str | None, wanted: str | None) -> None:
+    """InputError when a bundle's weights, `label`, are not those that are asked for."""
+    if wanted is None:
+        return
+    part, _, step = (label or "").partition("@")
+    if wanted in (part, label) or (wanted == step and part != "best"):
+        return
+    found = f"checkpoint {label}" if label else "the model folder's own weights"
+    command = f"fastgen export RUN --checkpoint {wanted} --out BUNDLE"
+    raise InputError(f"{bundle}: was exported from {found}, not from checkpoint {wanted}; `{command}` makes that one")
 
 
 def _listed(steps: list[int]) -> str:

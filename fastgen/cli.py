@@ -13,6 +13,10 @@ import click
 
 from fastgen import __version__
 from fastgen.cli_engines import doctor, engines
+from fastgen.cli_import import import_
+from fastgen.cli_index import copies, index, rag_options
+from fastgen.cli_pictures import compare
+from fastgen.cli_score import score
 from fastgen.errors import FastgenError, InputError
 
 FOLDER = click.Path(path_type=Path)
@@ -47,6 +51,11 @@ def cli() -> None:
 
 cli.add_command(doctor)
 cli.add_command(engines)
+cli.add_command(score)
+cli.add_command(compare)
+cli.add_command(import_)
+cli.add_command(index)
+cli.add_command(copies)
 
 
 @cli.group()
@@ -137,6 +146,7 @@ def train(preset: str, data_folder: Path | None, out: Path | None, overrides: Se
     metavar="NAME[:DTYPE]",
     help="Engine to certify.  [default: every installed one]",
 )
+@click.option("--checkpoint", help="A run's weights: best, last, ema or a step.  [default: the finished model's]")
 @click.option("--overwrite", is_flag=True, help="Replace another bundle at --out.")
 def export(
     model: Path | None, out: Path | None, trt: bool, batch_sizes: str | None, engines: Sequence[str], **options: Any
@@ -180,11 +190,31 @@ def _batch_sizes(text: str) -> list[int]:
 @click.option("--num-inference-steps", type=POSITIVE, help="Denoising steps.  [default: the model's]")
 @click.option("--guidance-scale", type=float, help="1 turns guidance off.  [default: the model's]")
 @click.option("--guidance-interval", type=(int, int), metavar="LO HI", help="Guide only the steps LO <= i < HI.")
+@rag_options
 @click.option("--seed", default=0, show_default=True, help="Base of the images' seeds; a request's own seed wins.")
 @click.option(
     "--batch-size", type=POSITIVE, help="Images per batch, at most.  [default: 16 on a CPU, what fits on a GPU]"
 )
 @click.option("--limit", type=POSITIVE, help="Only the first N requests.")
+@click.option("--checkpoint", help="A run's weights: best, last, ema or a step.  [default: the finished model's]")
+@click.option(
+    "--normalize",
+    default="clamp",
+    show_default=True,
+    metavar="clamp|min-max",
+    help="Values to pixels: [-1, 1] clamped, or each image's own range stretched. Scores change with it.",
+)
+@click.option(
+    "--strip", metavar="900,500,200,0", help="Also show each image's denoising, x_t itself at these training timesteps."
+)
+@click.option(
+    "--grid",
+    type=POSITIVE,
+    is_flag=False,
+    flag_value=8,
+    metavar="[COLUMNS]",
+    help="Also write grid.png: all images, no captions, in 8 columns or as many as given.",
+)
 @click.option("--device", help="cpu, cuda, cuda:1, ...")
 @click.option("--dtype", help="fp32, bf16 or fp16.  [default: what suits the engine and the hardware]")
 @click.option("--threads", type=POSITIVE, help="CPU threads.  [default: the engine's]")
@@ -208,6 +238,8 @@ def generate(
     seed: int,
     batch_size: int | None,
     limit: int | None,
+    strip: str | None,
+    grid: int | None,
     device: str | None,
     dtype: str | None,
     threads: int | None,
@@ -215,16 +247,21 @@ def generate(
     devices: str | None,
     shard: str | None,
     dry_run: bool,
+    checkpoint: str | None,
+    rag: Path | None,
     **sampling: Any,
 ) -> None:
     """Generate an image for every request of a JSON file. The same command continues a job that was interrupted."""
     from fastgen.job import estimate_job, run_job
     from fastgen.pipeline import load, model_objects
     from fastgen.requests import read_requests
+    from fastgen.retrieval import open_index
     from fastgen.runs import latest_model
     from fastgen.shards import Shard, parse_devices, run_on_devices
+    from fastgen.strips import parse_timesteps
 
     part = Shard.parse(shard) if shard else None
+    timesteps = parse_timesteps(strip) if strip is not None else None
     if devices:
         if part or device:
             raise InputError(f"--devices chooses --{'shard' if part else 'device'} itself; give one of them")
@@ -235,15 +272,18 @@ def generate(
         device, part = names[0], Shard(1, len(names))
 
     folder = model or latest_model(engine)
-    requests = read_requests(requests_file, model_objects(folder))[:limit]
-    pipeline = load(folder, engine, device=device, dtype=dtype, threads=threads, graphs=graphs)
+    requests = read_requests(requests_file, model_objects(folder, checkpoint))[:limit]
+    options: dict[str, Any] = {"device": device, "dtype": dtype, "threads": threads, "graphs": graphs}
+    pipeline = load(folder, engine, checkpoint=checkpoint, **options)
     target = out or Path("generated") / requests_file.stem
-    settings = pipeline.settings(seed=seed, **sampling)
+    held = open_index(rag) if rag else None
+    settings = pipeline.settings(seed=seed, rag=rag is not None, **sampling)
     if dry_run:
-        estimated = estimate_job(pipeline, requests, settings, batch_size=batch_size, shard=part)
+        estimated = estimate_job(pipeline, requests, settings, rag=held, batch_size=batch_size, shard=part)
         click.echo(f"{f'shard {part}: ' if part else ''}{estimated}; nothing was written")
         return
-    report = run_job(pipeline, requests, target, settings, batch_size=batch_size, shard=part, say=_say)
+    options = {"batch_size": batch_size, "strip": timesteps, "grid": grid, "shard": part}
+    report = run_job(pipeline, requests, target, settings, rag=held, **options, say=_say)
     for prompt, tokens in report.truncated.items():
         _say(f"warning: a prompt of {tokens} tokens was truncated: {prompt[:60]!r}...")
     rate = f", {report.generated / report.seconds:.2f} images/s" if report.generated else ""
@@ -256,22 +296,6 @@ def generate(
         raise FastgenError(
             f"{len(report.errors)} images failed and have no file, such as {name}: {why}; see manifest.jsonl"
         )
-
-
-@cli.command()
-@click.argument("images", nargs=-1, required=True, type=FOLDER)
-@click.option("--requests", "requests_file", required=True, type=FOLDER, help="The JSON file they were generated from.")
-@click.option("--evaluator", required=True, type=FOLDER, help="Evaluator folder, .safetensors, or .pth checkpoint.")
-@click.option("--allow-pickle", is_flag=True, help="Read .pth files (weights only).")
-@click.option("--out", type=FOLDER, help="JSON file for the result.  [default: score.json in the first folder]")
-def score(images: Sequence[Path], requests_file: Path, evaluator: Path, allow_pickle: bool, out: Path | None) -> None:
-    """Label accuracy of generated images; several IMAGES folders count as several seeds."""
-    from fastgen.jsonfiles import write_json
-    from fastgen.scoring import score as run
-
-    result = run(images, requests_file, evaluator=evaluator, allow_pickle=allow_pickle)
-    click.echo(result.table())
-    write_json(out or images[0] / "score.json", result.to_json())
 
 
 def _given_again(ctx: click.Context, leave_out: Sequence[str]) -> list[str]:

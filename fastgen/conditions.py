@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastgen.buckets import cut, even_size
+from fastgen.buckets import Batch, cut, even_size
 from fastgen.requests import Request, multi_hot
 
 if TYPE_CHECKING:
@@ -37,10 +37,9 @@ class PromptConditions:
 
     def __init__(self, engine: Engine, tokenizer: Any, prompts: Sequence[str], guided: bool) -> None:
         distinct = dict.fromkeys([*([""] if guided else []), *prompts])
-        sizes = engine.batch_sizes("text_encoder") or [even_size(len(distinct), ENCODE_BATCH)]
         self._engine = engine
         self._ids, counts = tokenizer.encode(list(distinct))
-        self._batches = cut(len(distinct), max(sizes), sizes)
+        self._batches = _batches(engine, len(distinct))
         places = [(number, row) for number, batch in enumerate(self._batches) for row in range(len(batch))]
         self._place = dict(zip(distinct, places, strict=True))
         self._states: dict[int, Array] = {}
@@ -55,12 +54,31 @@ class PromptConditions:
     def _state(self, prompt: str) -> Array:
         number, row = self._place[prompt]
         if number not in self._states:
-            batch = self._batches[number]
-            ids = self._engine.array(self._ids[batch.rows])
-            if self._engine.static_shapes:
-                ids = self._engine.padded(ids, batch.bucket)
-            self._states[number] = self._engine.run("text_encoder", ids)[0]
+            self._states[number] = _encode(self._engine, self._ids, self._batches[number])[0]
         return self._states[number][row]
 
 
 Conditions = LabelConditions | PromptConditions
+
+
+def pooled_states(
+    engine: Engine, tokenizer: Any, texts: Sequence[str], done: Callable[[int], None] = lambda count: None
+) -> np.ndarray:
+    """The text encoder's pooled state of every text, (N, D) float32; `done(n)` hears of each batch of n texts."""
+    ids, _ = tokenizer.encode(list(texts))
+    parts = []
+    for batch in _batches(engine, len(texts)):
+        parts.append(engine.numpy(_encode(engine, ids, batch)[1])[: len(batch)].copy())
+        done(len(batch))
+    return np.concatenate(parts)
+
+
+def _batches(engine: Engine, count: int) -> list[Batch]:
+    sizes = engine.batch_sizes("text_encoder") or [even_size(count, ENCODE_BATCH)]
+    return cut(count, max(sizes), sizes)
+
+
+def _encode(engine: Engine, ids: np.ndarray, batch: Batch) -> tuple[Array, ...]:
+    """What the text encoder says of one batch of token ids: states (B, tokens, D), pooled (B, D), perhaps padded."""
+    rows = engine.array(ids[batch.rows])
+    return engine.run("text_encoder", engine.padded(rows, batch.bucket) if engine.static_shapes else rows)

@@ -18,11 +18,10 @@ from torch import Tensor, nn
 from fastgen.errors import FastgenError, InputError
 from fastgen.jsonfiles import located, read_json, write_bytes, write_json
 from fastgen.names import check_objects, read_objects
+from fastgen.weights import PICKLES, load_state, read_state
 
 IMAGE_SIZE = 64
 WEIGHTS, LABELS, CONFIG = "model.safetensors", "labels.json", "config.json"
-PICKLES = (".pth", ".pt", ".ckpt", ".bin")
-LISTED = 10
 
 
 def _conv(width_in: int, width: int, size: int, stride: int) -> nn.Conv2d:
@@ -144,11 +143,9 @@ def load(path: Path, allow_pickle: bool = False) -> Evaluator:
         return _load_folder(path)
     if not path.is_file():
         raise InputError(f"{path}: not found, expected an evaluator: a folder, a .safetensors file or a checkpoint.pth")
-    if path.suffix == ".safetensors":
-        return Evaluator(_with_weights(_read_safetensors(path), path), None)
-    if path.suffix in PICKLES:
-        return Evaluator(_with_weights(_read_pickle(path, allow_pickle), path), None)
-    raise InputError(f"{path}: expected an evaluator folder, a .safetensors file or one of {', '.join(PICKLES)}")
+    if path.suffix not in (".safetensors", *PICKLES):
+        raise InputError(f"{path}: expected an evaluator folder, a .safetensors file or one of {', '.join(PICKLES)}")
+    return Evaluator(_with_weights(read_state(path, allow_pickle), path), None)
 
 
 def _load_folder(folder: Path) -> Evaluator:
@@ -159,7 +156,7 @@ def _load_folder(folder: Path) -> Evaluator:
     architecture = config.get("architecture") if isinstance(config, dict) else None
     if architecture != "resnet18":
         raise InputError(f"{folder / CONFIG}: architecture = {architecture!r}: expected 'resnet18'")
-    module = _with_weights(_read_safetensors(folder / WEIGHTS), folder / WEIGHTS)
+    module = _with_weights(read_state(folder / WEIGHTS), folder / WEIGHTS)
     objects = read_objects(folder / LABELS)
     with located(folder / LABELS):
         _check_fit(objects, module)
@@ -172,55 +169,8 @@ def _check_fit(objects: Mapping[str, int], module: ResNet18) -> None:
         raise InputError(f"found {len(objects)} objects, expected one for each of the {module.num_labels} outputs")
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path}: not a readable safetensors file: {error}") from None
-
-
-def _read_pickle(path: Path, allow_pickle: bool) -> Mapping[str, Any]:
-    import pickle
-
-    if not allow_pickle:
-        raise InputError(f"{path}: is a PyTorch pickle; if you trust where it came from, read it with --allow-pickle")
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise InputError(f"{path}: refused: it is damaged or holds more than tensors and plain containers") from None
-    except Exception as error:  # damaged pickles raise anything: https://docs.python.org/3/library/pickle.html
-        raise InputError(f"{path}: not a readable PyTorch checkpoint ({type(error).__name__})") from None
-    state = found.get("model", found) if isinstance(found, Mapping) else found
-    if not isinstance(state, Mapping):
-        raise InputError(f'{path}: holds a {type(state).__name__}, expected {{"model": state_dict}}')
-    return state
-
-
 def _with_weights(state: Mapping[str, Any], path: Path) -> ResNet18:
     head = state.get("fc.0.weight")
     module = ResNet18(head.shape[0] if isinstance(head, Tensor) and head.ndim == 2 else 24)
-    wrong = _mismatches(module.state_dict(), state)
-    if wrong:
-        first = f" (the first {LISTED} listed)" if len(wrong) > LISTED else ""
-        kind = f"ResNet-18 with {module.num_labels} outputs"
-        raise InputError(f"{path}: {len(wrong)} weights do not match {kind}{first}: {'; '.join(wrong[:LISTED])}")
-    module.load_state_dict(state)
+    load_state(module, state, path, f"ResNet-18 with {module.num_labels} outputs")
     return module.eval()
-
-
-def _mismatches(expected: Mapping[str, Tensor], found: Mapping[str, Any]) -> list[str]:
-    wrong = []
-    for key, tensor in expected.items():
-        value = found.get(key)
-        if value is None:
-            wrong.append(f"{key} is missing")
-        elif not isinstance(value, Tensor):
-            wrong.append(f"{key} is a {type(value).__name__}, expected a tensor")
-        elif value.shape != tensor.shape:
-            wrong.append(f"{key} is {tuple(value.shape)}, expected {tuple(tensor.shape)}")
-        elif not torch.isfinite(value).all():
-            wrong.append(f"{key} holds NaN or infinity")
-    return wrong + [f"{key} is unexpected" for key in found if key not in expected]

@@ -16,6 +16,7 @@ from fastgen.arrays import array_namespace
 from fastgen.jsonfiles import write_bytes
 
 METADATA_KEY = "fastgen"  # the PNG text chunk that holds an image's manifest line
+NORMALIZE = ("clamp", "min-max")  # how values become pixels
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:
@@ -23,16 +24,25 @@ def to_uint8(images: np.ndarray) -> np.ndarray:
     return quantised(images)[0]
 
 
-def quantised(images: Any) -> tuple[Any, Any, Any, Any]:
+def quantised(images: Any, normalize: str = "clamp") -> tuple[Any, Any, Any, Any]:
     """Images (B, C, H, W) float32 of any array library -> pixels (B, H, W, C) uint8, and per image how many values are not
-    finite, the lowest and the highest value, clamped to [-1, 1]: all (B,), all on the images' device."""
+    finite, the lowest and the highest value, clamped to [-1, 1]: all (B,), all on the images' device.
+
+    `normalize`: "clamp" maps [-1, 1] to 0 to 255; "min-max" the clamped image's own lowest value to 0 and highest to 255, as
+    torchvision's `save_image(image, normalize=True)` does with one image.
+    """
     xp = array_namespace(images)
     finite, axes = xp.isfinite(images), (1, 2, 3)
     broken = xp.sum(xp.astype(~finite, xp.int32), axis=axes)
     inside = xp.clip(xp.where(finite, images, xp.zeros_like(images)), -1.0, 1.0)
-    scaled = xp.round(inside * 127.5 + 127.5)
+    low, high = xp.min(inside, axis=axes), xp.max(inside, axis=axes)
+    if normalize == "min-max":
+        bottom, span = low[:, None, None, None], xp.clip(high - low, 1e-5, None)[:, None, None, None]
+        scaled = xp.floor((inside - bottom) / span * 255 + 0.5)
+    else:
+        scaled = xp.round(inside * 127.5 + 127.5)
     pixels = xp.permute_dims(xp.astype(scaled, xp.uint8), (0, 2, 3, 1))
-    return pixels, broken, xp.min(inside, axis=axes), xp.max(inside, axis=axes)
+    return pixels, broken, low, high
 
 
 def problem(image: np.ndarray) -> str | None:
@@ -64,6 +74,35 @@ def read_metadata(path: Path) -> dict[str, Any]:
     with Image.open(path) as image:
         image.load()
         return json.loads(image.info[METADATA_KEY])
+
+
+def image_grid(images: Sequence[np.ndarray], columns: int = 8, padding: int = 2) -> np.ndarray:
+    """Images (H, W, 3) uint8 of one size, in rows on black, with `padding` px between and around them: the layout of
+    torchvision's `make_grid(images, nrow=columns, padding=padding)`, which leaves a single image as it is."""
+    if len(images) == 1:
+        return images[0]
+    height, width, _ = images[0].shape
+    columns = min(columns, len(images))
+    rows = math.ceil(len(images) / columns)
+    shape = rows * (height + padding) + padding, columns * (width + padding) + padding, 3
+    grid = np.zeros(shape, np.uint8)
+    for i, image in enumerate(images):
+        y, x = i // columns * (height + padding) + padding, i % columns * (width + padding) + padding
+        grid[y : y + height, x : x + width] = image
+    return grid
+
+
+def save_image(path: Path, image: Image.Image) -> None:
+    """A PNG without metadata, written atomically."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    write_bytes(path, buffer.getvalue())
+
+
+def read_pixels(file: Path) -> np.ndarray:
+    """(H, W, 3) uint8 of an image file that fastgen wrote."""
+    with Image.open(file) as image:
+        return np.asarray(image.convert("RGB"))
 
 
 def contact_sheet(
@@ -100,10 +139,11 @@ def _wrap(text: str, font: Any, width: int, lines: int) -> list[str]:
         else:
             out.append(word)
     more = len(out) > lines
-    return [_fit(line, font, width, more and i == lines - 1) for i, line in enumerate(out[:lines])]
+    return [fit_text(line, font, width, more and i == lines - 1) for i, line in enumerate(out[:lines])]
 
 
-def _fit(text: str, font: Any, width: int, more: bool) -> str:
+def fit_text(text: str, font: Any, width: int, more: bool = False) -> str:
+    """As much of a line as `width` px hold, with an ellipsis where something is left out (or `more` follows)."""
     text, cut = text[:width], more or len(text) > width  # a character takes a pixel at least
     while text and font.getlength(text + ("…" if cut else "")) > width:
         text, cut = text[:-1], True
@@ -112,11 +152,5 @@ def _fit(text: str, font: Any, width: int, more: bool) -> str:
 
 def save_contact_sheet(path: Path, files: Sequence[Path], captions: Sequence[str], limit: int = 256) -> None:
     """A contact sheet of the first `limit` image files, written atomically."""
-    images = []
-    for file in files[:limit]:
-        with Image.open(file) as image:
-            images.append(image.convert("RGB"))
-    sheet = contact_sheet(images, captions[:limit], cell=max(96, min(192, images[0].width)))
-    buffer = io.BytesIO()
-    sheet.save(buffer, "PNG")
-    write_bytes(path, buffer.getvalue())
+    images = [Image.fromarray(read_pixels(file)) for file in files[:limit]]
+    save_image(path, contact_sheet(images, captions[:limit], cell=max(96, min(192, images[0].width))))

@@ -17,16 +17,19 @@ from fastgen import __version__
 from fastgen.buckets import Batch, cut, halved
 from fastgen.conditions import Conditions, PromptConditions
 from fastgen.errors import FastgenError, InputError
-from fastgen.jobfolder import MANIFEST, claim, finish, held_batch_size
+from fastgen.jobfolder import MANIFEST, claim, extra_files, finish, held_batch_size
 from fastgen.pictures import Pictures
 from fastgen.pipeline import Pipeline
 from fastgen.plan import Estimate, automatic_batch_size, estimate
 from fastgen.requests import Request, resolve_seed, safe_path
+from fastgen.retrieval import Index, Start, query
 from fastgen.settings import Settings
 from fastgen.shards import Shard, save_part, whole_job
+from fastgen.strips import StripFiles
 from fastgen.tables import SolverTable
 from fastgen.writing import StepBar, Writer, progress_bar
 
+RAG = ("rag_sha256", "noise_steps", "rag_top_k")  # of images that start from training images
 QUEUED = 2  # batches on a GPU at a time: one is sampled while the one before it is decoded
 
 
@@ -49,7 +52,10 @@ def run_job(
     out: Path,
     settings: Settings,
     *,
+    rag: Index | None = None,
     batch_size: int | None = None,
+    strip: Sequence[int] | None = None,
+    grid: int | None = None,
     shard: Shard | None = None,
     progress: bool = True,
     say: Callable[[str], None] = lambda line: None,
@@ -57,30 +63,37 @@ def run_job(
     """Generate every request's image below `out`, skipping batches whose files are all there.
 
     Writes the PNGs, manifest.jsonl, job.json and contact_sheet.png; with a `shard` only that part of the batches, and what
-    concerns the whole job when the last part is done. `batch_size` None: what suits the engine and its memory. Where memory
-    runs out all the same, the rest runs in batches of half the size, and `say` is told.
+    concerns the whole job when the last part is done. `rag`: the index that images start from, if `settings` say so.
+    `batch_size` None: what suits the engine and its memory. Where memory runs out all the same, the rest runs in batches of
+    half the size, and `say` is told. `strip`: training timesteps at which each image's denoising is shown in
+    strips/<image_name>; `grid`: columns of grid.png, with all images.
     Raises InputError when `out` holds another job, and FastgenError when a file cannot be written or not even one image fits
     into memory; whole files written before that stay.
     """
     start = time.perf_counter()
+    if rag is not None:
+        rag.check(pipeline.spec)
     table = pipeline.source.table(settings.solver)
     settings.check_interval(table)
     encoder = pipeline.encoder(requests, settings.guided)
     files = [safe_path(out, r.image_name) for r in requests]
     limit = batch_size or held_batch_size(out) or automatic_batch_size(pipeline, settings)
     batches = cut(len(requests), limit, pipeline.buckets(settings))
-    identity = _identity(pipeline, requests, settings, limit)
-    claim(out, files, identity, sweep=shard is None)
+    identity = _identity(pipeline, requests, settings, limit, rag)
+    strips = None if strip is None else StripFiles.plan_for(pipeline.spec, table, strip, out, files)
+    claim(out, [*files, *extra_files(out, files, strips, grid)], identity, sweep=shard is None)
+    start_from = pipeline.retrieve(requests, settings, rag)
     truncated = encoder.truncated if isinstance(encoder, PromptConditions) else {}
-    lines = [_manifest_line(r, settings, identity, truncated) for r in requests]
+    lines = [_manifest_line(r, settings, identity, truncated, start_from) for r in requests]
 
     mine = batches if shard is None else shard.part(batches)
-    pending = [batch for batch in mine if not all(f.exists() for f in files[batch.rows])]
+    present = [f.exists() and (strips is None or strips.present(i)) for i, f in enumerate(files)]
+    pending = [batch for batch in mine if not all(present[batch.rows])]
     errors: dict[str, str] = {}
     count = sum(map(len, pending))
     with progress_bar(count, progress, shard) as bar, Writer(_writers(pipeline)) as writer:
         advance = StepBar(bar, writer, len(table))
-        begin = partial(_begin, pipeline, requests, encoder, table, settings, advance)
+        begin = partial(_begin, pipeline, requests, encoder, table, settings, start_from, advance, strips)
         for batch, pictures in _generated(pipeline, settings, pending, begin, say):
             rows = zip(lines[batch.rows], files[batch.rows], pictures.pixels, pictures.problems, strict=True)
             for line, file, pixels, problem in rows:
@@ -88,17 +101,20 @@ def run_job(
                     errors[line["image_name"]] = line["error"] = problem
                 else:
                     writer.submit(file, pixels, line)
+            if strips is not None:
+                strips.submit(writer, batch, pictures, lines)
             advance.to(len(batch))
     seconds = time.perf_counter() - start
     run = {"images": count, "seconds": round(seconds, 3), "smallest_batch": min(map(len, pending))} if count else None
     if shard is None:
-        finish(out, requests, files, lines, identity, [run] if run else [])
+        finish(out, requests, files, lines, identity, [run] if run else [], grid, strips)
         return Report(out, len(requests), count, seconds, errors, truncated)
     positions = [i for batch in mine for i in range(batch.start, batch.stop)]
     save_part(out, shard, [(i, lines[i]) for i in positions], run)
     with whole_job(out, shard) as collected:
         if collected is not None:
-            finish(out, requests, files, [line for _, line in collected.lines], identity, collected.runs)
+            all_lines = [line for _, line in collected.lines]
+            finish(out, requests, files, all_lines, identity, collected.runs, grid, strips)
     return Report(out, len(positions), count, seconds, errors, truncated, (out / MANIFEST).exists())
 
 
@@ -107,17 +123,21 @@ def estimate_job(
     requests: Sequence[Request],
     settings: Settings,
     *,
+    rag: Index | None = None,
     batch_size: int | None = None,
     shard: Shard | None = None,
 ) -> Estimate:
     """How long `run_job` with these arguments would take, and how much memory: measured, and nothing is written."""
+    if rag is not None:
+        rag.check(pipeline.spec)
     table = pipeline.source.table(settings.solver)
     settings.check_interval(table)
     pipeline.encoder(requests, settings.guided)  # refuses requests of the wrong kind
+    texts = len({r.prompt for r in requests}) + (len({query(r, rag.text) for r in requests}) if rag else 0)
     limit = batch_size or automatic_batch_size(pipeline, settings)
     batches = cut(len(requests), limit, pipeline.buckets(settings))
     mine = batches if shard is None else shard.part(batches)
-    return estimate(pipeline, table, settings, mine, len({r.prompt for r in requests}))
+    return estimate(pipeline, table, settings, mine, texts)
 
 
 def _generated(
@@ -172,12 +192,15 @@ def _begin(
     encoder: Conditions,
     table: SolverTable,
     settings: Settings,
+    start: Start | None,
     advance: StepBar,
+    strips: StripFiles | None,
     batch: Batch,
 ) -> Callable[[], Pictures]:
     """Start one batch; where that blocks, on a CPU, the bar follows its steps."""
-    on_step = None if pipeline.on_gpu else partial(advance.step, len(batch))
-    return pipeline.start_batch(requests[batch.rows], encoder, table, settings, bucket=batch.bucket, on_step=on_step)
+    options: dict[str, Any] = {"bucket": batch.bucket, "strip": strips.plan if strips else None}
+    options["on_step"] = None if pipeline.on_gpu else partial(advance.step, len(batch))
+    return pipeline.start_batch(requests[batch.rows], encoder, table, settings, start, **options)
 
 
 def _writers(pipeline: Pipeline) -> int:
@@ -185,13 +208,17 @@ def _writers(pipeline: Pipeline) -> int:
     return min(8, os.cpu_count() or 1) if pipeline.on_gpu else 1
 
 
-def _identity(pipeline: Pipeline, requests: Sequence[Request], settings: Settings, limit: int) -> dict[str, Any]:
+def _identity(
+    pipeline: Pipeline, requests: Sequence[Request], settings: Settings, limit: int, rag: Index | None
+) -> dict[str, Any]:
     """Everything the pixels depend on: two runs with the same identity are one job."""
-    rows = json.dumps([[r.image_name, r.prompt, r.labels, r.seed] for r in requests])
+    rows = [[r.image_name, r.prompt, r.labels, r.seed] for r in requests]
+    texts = None if rag is None else [query(r, rag.text) for r in requests]
     return {
         "fastgen": __version__,
         "model_sha256": pipeline.spec.sha256,
-        "requests_sha256": hashlib.sha256(rows.encode()).hexdigest(),
+        "checkpoint": pipeline.spec.checkpoint,
+        "requests_sha256": _sha256(rows),
         "engine": pipeline.engine.name,
         "dtype": pipeline.engine.dtype,
         "device": pipeline.engine.device.partition(":")[0],
@@ -199,13 +226,22 @@ def _identity(pipeline: Pipeline, requests: Sequence[Request], settings: Setting
         "num_inference_steps": settings.num_inference_steps,
         "guidance_scale": settings.guidance_scale,
         "guidance_interval": None if settings.guidance_interval is None else list(settings.guidance_interval),
+        "normalize": settings.normalize,
         "seed": settings.seed,
         "batch_size": min(limit, len(requests)),
+        "rag_sha256": None if rag is None else rag.sha256,
+        "noise_steps": settings.noise_steps,
+        "rag_top_k": None if rag is None else settings.rag_top_k,
+        "queries_sha256": None if texts is None else _sha256(texts),
     }
 
 
+def _sha256(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
 def _manifest_line(
-    request: Request, settings: Settings, identity: dict[str, Any], truncated: dict[str, int]
+    request: Request, settings: Settings, identity: dict[str, Any], truncated: dict[str, int], start: Start | None
 ) -> dict[str, Any]:
     line: dict[str, Any] = {"id": request.id, "image_name": request.image_name}
     if request.prompt is not None:
@@ -215,5 +251,6 @@ def _manifest_line(
     else:
         line["labels"] = list(request.labels or ())
     line["seed"] = resolve_seed(request, settings.seed)
-    shared = {k: v for k, v in identity.items() if k not in ("requests_sha256", "seed", "batch_size")}
-    return line | shared
+    left_out = ("requests_sha256", "queries_sha256", "seed", "batch_size", *(RAG if start is None else ()))
+    line |= {k: v for k, v in identity.items() if k not in left_out}
+    return line if start is None else line | start.record(request)

@@ -8,12 +8,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from fastgen.errors import InputError
 from fastgen.folders import make_folder
-from fastgen.images import save_contact_sheet
+from fastgen.images import image_grid, read_pixels, save_contact_sheet, save_image
 from fastgen.jsonfiles import read_json, write_bytes, write_json
+from fastgen.names import GRID, STRIP_SHEET
 from fastgen.requests import CONTACT_SHEET, Request
 from fastgen.shards import remove_parts
+from fastgen.strips import StripFiles, save_strip_sheet
 
 MANIFEST, JOB = "manifest.jsonl", "job.json"
 
@@ -44,6 +48,20 @@ def claim(out: Path, files: Sequence[Path], identity: dict[str, Any], *, sweep: 
         _sweep(files)
 
 
+def extra_files(
+    out: Path, files: Sequence[Path], strips: StripFiles | None = None, grid: int | None = None
+) -> list[Path]:
+    """What is written besides the images where it is asked for. InputError when an image has one of these names."""
+    extra = [out / GRID] if grid is not None else []
+    extra += [*strips.files, out / STRIP_SHEET] if strips is not None else []
+    taken = {str(file).casefold() for file in files} & {str(file).casefold() for file in extra}
+    if taken:
+        raise InputError(
+            f"{min(taken)}: is a request's image, and what --strip or --grid would write; rename the image"
+        )
+    return extra
+
+
 def _sweep(files: Sequence[Path]) -> None:
     """Delete what processes left that were killed while writing."""
     for folder in {file.parent for file in files}:
@@ -72,14 +90,22 @@ def finish(
     lines: Sequence[dict[str, Any]],
     identity: dict[str, Any],
     runs: Sequence[dict[str, Any]],
+    grid: int | None = None,
+    strips: StripFiles | None = None,
 ) -> None:
-    """What concerns the whole job: the manifest, the contact sheet, the record."""
+    """What concerns the whole job: the manifest, the contact sheet, where asked for the grid of all images in so many columns
+    and the sheet of strips, the record."""
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     write_bytes(out / MANIFEST, text.encode())
     done = [(f, r) for f, r, line in zip(files, requests, lines, strict=True) if "error" not in line]
     if done:
         captions = [r.prompt or ", ".join(r.labels or ()) for _, r in done]
         save_contact_sheet(out / CONTACT_SHEET, [f for f, _ in done], captions)
+        if grid is not None:
+            save_image(out / GRID, Image.fromarray(image_grid([read_pixels(f) for f, _ in done], grid)))
+        if strips is not None:
+            by_image = dict(zip(files, strips.files, strict=True))
+            save_strip_sheet(out / STRIP_SHEET, [by_image[f] for f, _ in done], captions, strips.plan)
     write_json(out / JOB, {"job": identity, "runs": [*_read_record(out / JOB)["runs"], *runs]})
     remove_parts(out)
-    _sweep(files)
+    _sweep([*files, *(strips.files if strips else ())])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -89,21 +90,23 @@ def conditioner_dim(kind: str, unet: Any) -> tuple[int, str]:
     return int(unet.in_channels) - int(unet.out_channels), "unet.config.in_channels - out_channels"
 
 
-def save_conditioner(conditioner: LabelConditioner, folder: Path) -> None:
+def save_conditioner(conditioner: LabelConditioner, folder: Path, weights: bool = True) -> None:
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.contiguous() for k, v in conditioner.state_dict().items()}, folder / "model.safetensors")
+    if weights:
+        save_file({k: v.contiguous() for k, v in conditioner.state_dict().items()}, folder / "model.safetensors")
     write_json(folder / "config.json", conditioner.config)
 
 
-def load_conditioner(folder: Path) -> LabelConditioner:
+def load_conditioner(folder: Path, weights: Mapping[str, Tensor] | None = None) -> LabelConditioner:
+    """With the given weights, else with those in the folder."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
         conditioner = LabelConditioner(**read_json(folder / "config.json"))
-        conditioner.load_state_dict(load_file(folder / "model.safetensors"))
+        conditioner.load_state_dict(load_file(folder / "model.safetensors") if weights is None else weights)
     except (OSError, TypeError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{folder}: cannot be loaded as a conditioner: {' '.join(str(error).split())}") from None
     return conditioner

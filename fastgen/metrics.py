@@ -75,12 +75,17 @@ def standard_error_over_images(scores: np.ndarray, targets: np.ndarray) -> float
     sampling, N / (N - 1) * sum((hits - r k)^2) / sum(k)^2 (Cochran, Sampling Techniques, 1977, section 3.12), where a
     binomial error over labels would take the labels of one image for independent.
     """
-    accuracy = label_accuracy(scores, targets)
     hits, k = label_hits(scores, targets).sum(axis=1), np.count_nonzero(targets, axis=1)  # (N,), (N,)
-    n = len(k)
+    return ratio_standard_error(hits, k)
+
+
+def ratio_standard_error(parts: np.ndarray, wholes: np.ndarray) -> float:
+    """Standard error of sum(parts) / sum(wholes), both (N,), the N rows being independent; NaN for one row."""
+    n = len(parts)
     if n < 2:
         return math.nan
-    return math.sqrt(n / (n - 1) * float(np.sum((hits - accuracy * k) ** 2))) / int(k.sum())
+    ratio = parts.sum() / wholes.sum()
+    return math.sqrt(n / (n - 1) * float(np.sum((parts - ratio * wholes) ** 2))) / float(wholes.sum())
 
 
 def _checked(scores: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

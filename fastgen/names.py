@@ -10,7 +10,9 @@ from pathlib import Path, PurePosixPath
 from fastgen.errors import InputError, unknown
 from fastgen.jsonfiles import brief, located, read_json
 
-CONTACT_SHEET = "contact_sheet.png"  # written beside the images
+CONTACT_SHEET = "contact_sheet.png"  # written beside the images, as are:
+GRID, STRIP_SHEET = "grid.png", "strips.png"  # where they are asked for
+STRIP_FOLDER = "strips"  # with a strip for each image, under its name
 SHAPES = ("cube", "sphere", "cylinder")
 COLOURS = ("gray", "red", "blue", "green", "brown", "purple", "cyan", "yellow")
 ICLEVR_OBJECTS = {f"{colour} {shape}": 8 * i + j for i, shape in enumerate(SHAPES) for j, colour in enumerate(COLOURS)}

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastgen.checkpoint_choice import Chosen, choose_checkpoint, model_parts
 from fastgen.config import Sampling
 from fastgen.errors import InputError
 from fastgen.jsonfiles import read_json, write_json
@@ -33,10 +34,11 @@ from fastgen.prompts import Tokenizer
 from fastgen.schedulers import default_name
 from fastgen.signatures import Signature, label_signatures, text_signatures
 from fastgen.solver import SolverTable, compile_key
-from fastgen.spec import Spec, sha256_files
+from fastgen.spec import Spec, sha256_file, sha256_names
 from fastgen.text_networks import TextEncoder, TextUNet, VaeDecoder, VaeEncoder
 
-WEIGHTS = ("unet", "conditioner", "text_encoder", "vae")  # folders whose weights identify a model
+COMPONENTS = ("text_encoder", "vae")  # whose own hashes are recorded: an index depends on them, not on the UNet
+WEIGHTS = ("unet", "conditioner", *COMPONENTS)  # folders whose weights identify a model
 SETTINGS = "fastgen.json"  # generation defaults and training record, beside model_index.json
 
 
@@ -54,6 +56,9 @@ class Model:
     text_encoder: nn.Module | None = None
     tokenizer: Any = None  # transformers' CLIPTokenizer
     vae: nn.Module | None = None
+    chosen: Chosen | None = (
+        None  # the checkpoint that the UNet and the conditioner are of, if not the folder's own weights
+    )
 
     def networks(self) -> dict[str, nn.Module]:
         """The modules under the names and interfaces of `signatures`."""
@@ -91,7 +96,12 @@ class Model:
         """Raises InputError for a model that was never saved: its weights have no hash."""
         if self.folder is None:
             raise InputError("this model lives in memory only; save it with save_model and load the folder")
-        weights = [f for f in self.folder.glob("*/*.safetensors") if f.parent.name in WEIGHTS]
+        identifying = WEIGHTS if self.chosen is None else COMPONENTS
+        weights = sorted(f for f in self.folder.glob("*/*.safetensors") if f.parent.name in identifying)
+        hashes = {f.relative_to(self.folder).as_posix(): sha256_file(f) for f in weights}
+        parts = {c: {n: h for n, h in hashes.items() if n.startswith(f"{c}/")} for c in COMPONENTS}
+        if self.chosen is not None:
+            hashes["unet"] = self.chosen.sha256
         return Spec(
             family=self.family,
             signatures=self.signatures(),
@@ -99,7 +109,9 @@ class Model:
             scheduler_config=self.scheduler_config,
             scaling_factor=self.scaling_factor,
             objects=self.objects,
-            sha256=sha256_files(self.folder, weights),
+            sha256=sha256_names(hashes),
+            checkpoint=None if self.chosen is None else self.chosen.label,
+            component_sha256={component: sha256_names(part) for component, part in parts.items() if part},
         )
 
     def prompt_tokenizer(self) -> Tokenizer:
@@ -117,27 +129,28 @@ class Model:
         return 1.0 if self.vae is None else float(self.vae.config.scaling_factor)  # type: ignore[union-attr, arg-type]
 
 
-def save_model(model: Model, folder: Path, record: Mapping[str, Any] | None = None) -> None:
-    """Write the model folder (diffusers layout). `record` (how it was trained) goes into fastgen.json.
+def save_model(model: Model, folder: Path, record: Mapping[str, Any] | None = None, *, trained: bool = True) -> None:
+    """Write the model folder (diffusers layout). `record` (how it was trained) goes into fastgen.json. Without `trained` the
+    weights of the UNet and the conditioner are left out: checkpoints hold them.
 
     The text family loads with StableDiffusionPipeline.from_pretrained.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    _save_module(model.unet, folder / "unet")
+    _save_module(model.unet, folder / "unet", trained)
     (folder / "scheduler").mkdir(exist_ok=True)
     write_json(folder / "scheduler" / "scheduler_config.json", model.scheduler_config)
     scheduler_class = model.scheduler_config["_class_name"]
     index: dict[str, Any] = {"scheduler": ["diffusers", scheduler_class]}
     if model.family == "labels":
         assert model.conditioner is not None
-        save_conditioner(model.conditioner, folder / "conditioner")
+        save_conditioner(model.conditioner, folder / "conditioner", trained)
         write_json(folder / "labels.json", model.objects)
         index |= {"_class_name": "LabelDiffusion", "unet": class_record(model.unet)}
         index |= {"conditioner": ["fastgen.networks", "LabelConditioner"]}
     else:
         assert model.vae is not None
         assert model.text_encoder is not None
-        _save_module(model.vae, folder / "vae")
+        _save_module(model.vae, folder / "vae", True)
         save_text_encoder(model.text_encoder, model.tokenizer, folder)
         index |= {
             "_class_name": "StableDiffusionPipeline",
@@ -155,8 +168,11 @@ def save_model(model: Model, folder: Path, record: Mapping[str, Any] | None = No
     write_json(folder / "model_index.json", index)
 
 
-def _save_module(module: Any, folder: Path) -> None:
-    module.save_pretrained(folder, safe_serialization=True)
+def _save_module(module: Any, folder: Path, weights: bool) -> None:
+    if weights:
+        module.save_pretrained(folder, safe_serialization=True)
+    else:
+        module.save_config(folder)
 
 
 def save_text_encoder(text_encoder: Any, tokenizer: Any, folder: Path) -> None:
@@ -176,12 +192,14 @@ def save_text_encoder(text_encoder: Any, tokenizer: Any, folder: Path) -> None:
     (folder / "tokenizer" / "merges.txt").write_text(lines, encoding="utf-8")
 
 
-def load_model(folder: str | os.PathLike[str]) -> Model:
+def load_model(folder: str | os.PathLike[str], checkpoint: str | None = None) -> Model:
     """Load a model folder onto the CPU in float32, in eval mode.
 
+    `checkpoint`: which of a training run's weights, see `checkpoint_choice.choose_checkpoint`; the run need not be finished.
     Raises InputError when the folder is not one, a component is missing, or a weight does not match its architecture.
     """
-    folder = Path(folder)
+    chosen = choose_checkpoint(Path(folder), checkpoint) if checkpoint else None
+    folder = model_parts(Path(folder), checkpoint)
     index_file = folder / "model_index.json"
     if not index_file.is_file():
         raise InputError(f"{folder}: not a model folder (model_index.json is missing)")
@@ -189,9 +207,9 @@ def load_model(folder: str | os.PathLike[str]) -> Model:
     scheduler_config = read_json(folder / "scheduler" / "scheduler_config.json")
     sampling = _sampling(folder, scheduler_config)
     if "conditioner" in index:
-        return _load_labels(folder, index, scheduler_config, sampling)
+        return _load_labels(folder, index, scheduler_config, sampling, chosen)
     if "text_encoder" in index and "vae" in index:
-        return _load_text(folder, scheduler_config, sampling)
+        return _load_text(folder, scheduler_config, sampling, chosen)
     kind = index.get("_class_name")
     raise InputError(f"{index_file}: {kind} is neither a text-to-latent model nor a labels-to-pixels model")
 
@@ -206,18 +224,24 @@ def _sampling(folder: Path, scheduler_config: Mapping[str, Any]) -> Sampling:
     return Sampling(default_name(scheduler_config), 50, guidance)
 
 
-def _load_labels(folder: Path, index: Mapping[str, Any], scheduler_config: dict[str, Any], sampling: Sampling) -> Model:
+def _load_labels(
+    folder: Path,
+    index: Mapping[str, Any],
+    scheduler_config: dict[str, Any],
+    sampling: Sampling,
+    chosen: Chosen | None,
+) -> Model:
     try:
         cls = label_unet_class(str(index["unet"][1]))
     except (KeyError, IndexError, TypeError, InputError) as error:
         raise InputError(f"{folder / 'model_index.json'}: unet: {error}") from None
-    unet = _from_pretrained(cls, folder / "unet")
-    conditioner = load_conditioner(folder / "conditioner")
+    unet = _unet(cls, folder / "unet", chosen)
+    conditioner = load_conditioner(folder / "conditioner", None if chosen is None else chosen.weights("conditioner"))
     objects = read_objects(folder / "labels.json")
-    return Model(folder, "labels", unet, scheduler_config, sampling, conditioner.eval(), objects)
+    return Model(folder, "labels", unet, scheduler_config, sampling, conditioner.eval(), objects, chosen=chosen)
 
 
-def _load_text(folder: Path, scheduler_config: dict[str, Any], sampling: Sampling) -> Model:
+def _load_text(folder: Path, scheduler_config: dict[str, Any], sampling: Sampling, chosen: Chosen | None) -> Model:
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
     from transformers.utils import logging
@@ -226,13 +250,26 @@ def _load_text(folder: Path, scheduler_config: dict[str, Any], sampling: Samplin
     return Model(
         folder,
         "text",
-        _from_pretrained(UNet2DConditionModel, folder / "unet"),
+        _unet(UNet2DConditionModel, folder / "unet", chosen),
         scheduler_config,
         sampling,
         text_encoder=_from_pretrained(CLIPTextModel, folder / "text_encoder"),
         tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
         vae=_from_pretrained(AutoencoderKL, folder / "vae"),
+        chosen=chosen,
     )
+
+
+def _unet(cls: Any, folder: Path, chosen: Chosen | None) -> Any:
+    if chosen is None:
+        return _from_pretrained(cls, folder)
+    unet = cls.from_config(cls.load_config(folder))
+    try:
+        unet.load_state_dict(chosen.weights("unet"))
+    except RuntimeError as error:
+        lines = "; ".join(line.strip() for line in str(error).splitlines()[1:6])
+        raise InputError(f"{chosen.checkpoint.folder}: is of another architecture than {folder}: {lines}") from None
+    return unet.eval()
 
 
 def _from_pretrained(cls: Any, folder: Path) -> Any:

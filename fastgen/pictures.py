@@ -19,10 +19,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Pictures:
-    """Finished images (B, H, W, 3) uint8, and for each what is wrong with it: not finite, or flat; None for a picture."""
+    """Finished images (B, H, W, 3) uint8, and for each what is wrong with it: not finite, or flat; None for a picture.
+    `strips`: for each its denoising side by side, where that was asked for."""
 
     pixels: np.ndarray
     problems: list[str | None]
+    strips: list[np.ndarray] | None = None
 
 
 class Decoder:
@@ -51,33 +53,35 @@ class Decoder:
         return parts[0] if len(parts) == 1 else engine.xp.concatenate(parts)
 
     @np.errstate(over="ignore", invalid="ignore")  # broken images are looked for in the end
-    def start(self, x: Array) -> Callable[[], Pictures]:
-        """Begin to decode x (B, C, h, w); the call that is returned waits for the pictures.
+    def start(self, x: Array, normalize: str = "clamp") -> Callable[[], Pictures]:
+        """Begin to decode x (B, C, h, w); the call that is returned waits for the pictures. `normalize`: see `quantised`.
 
         On a GPU everything is queued on a stream of its own behind what is queued already, down to the copy into the host's
         memory; elsewhere the pictures are ready at once.
         """
         if not self._engine.device.startswith("cuda"):
-            ready = quantised(self._engine.numpy(self.decode(x)))
-            return lambda: self._finish(x, *ready)
+            ready = quantised(self._engine.numpy(self.decode(x)), normalize)
+            return lambda: self._finish(x, normalize, *ready)
         import torch
 
         device = self._engine.device
         self._stream = self._stream or torch.cuda.Stream(device)
         self._stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(self._stream):
-            found = quantised(self.decode(x))
+            found = quantised(self.decode(x), normalize)
             host = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True) for t in found]
             done = torch.cuda.Event()
             done.record(self._stream)
 
         def wait() -> Pictures:
             done.synchronize()
-            return self._finish(x, *(t.numpy() for t in host))  # and x lives until here
+            return self._finish(x, normalize, *(t.numpy() for t in host))  # and x lives until here
 
         return wait
 
-    def _finish(self, x: Array, pixels: np.ndarray, broken: np.ndarray, low: np.ndarray, high: np.ndarray) -> Pictures:
+    def _finish(
+        self, x: Array, normalize: str, pixels: np.ndarray, broken: np.ndarray, low: np.ndarray, high: np.ndarray
+    ) -> Pictures:
         size = pixels[0].size
         problems = [problem_of(size, *values) for values in zip(broken, low, high, strict=True)]
         retry = [i for i, problem in enumerate(problems) if problem]
@@ -86,7 +90,7 @@ class Decoder:
         pixels = np.array(pixels)
         try:
             self._exact = self._exact or Decoder(self._open_exact(), self._spec)
-            again = self._exact.start(x[retry])()
+            again = self._exact.start(x[retry], normalize)()
         except Exception as error:
             if not isinstance(error, FastgenError) and not self._engine.is_out_of_memory(error):
                 raise

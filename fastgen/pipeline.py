@@ -12,6 +12,7 @@ import numpy as np
 
 from fastgen.buckets import cut
 from fastgen.bundle import is_bundle, read_bundle
+from fastgen.checkpoint_choice import check_bundle_of, model_parts
 from fastgen.choose import default_engine
 from fastgen.conditions import Conditions, LabelConditions, PromptConditions
 from fastgen.device_loop import DeviceLoop
@@ -20,8 +21,10 @@ from fastgen.errors import InputError
 from fastgen.names import check_labels, read_objects
 from fastgen.pictures import Decoder, Pictures
 from fastgen.requests import Request, resolve_seed
+from fastgen.retrieval import COMMAND, Index, Start, open_index, retrieve
 from fastgen.sampling import initial_latents, sample
-from fastgen.settings import Settings
+from fastgen.settings import Settings, late_steps
+from fastgen.strips import Frames, StripPlan
 from fastgen.tables import SolverTable
 
 if TYPE_CHECKING:
@@ -63,15 +66,29 @@ class Pipeline:
         guidance_scale: float | None = None,
         guidance_interval: tuple[int, int] | None = None,
         seed: int = 0,
+        normalize: str = "clamp",
+        rag: bool = False,
+        noise_steps: int | None = None,
+        strength: float | None = None,
+        rag_top_k: int | None = None,
     ) -> Settings:
-        """Settings with the model's own defaults for what is None."""
+        """Settings with the model's own defaults for what is None. With `rag` images start from training images' latents:
+        `noise_steps`, or the share `strength`, of the steps run, see `settings.late_steps`."""
         default = self.spec.sampling
+        steps = default.num_inference_steps if num_inference_steps is None else num_inference_steps
+        if not rag and (noise_steps, strength, rag_top_k) != (None, None, None):
+            raise InputError(
+                f"noise_steps, strength and rag_top_k belong to an index; give --rag INDEX too ({COMMAND})"
+            )
         return Settings(
             scheduler or default.scheduler,
-            default.num_inference_steps if num_inference_steps is None else num_inference_steps,
+            steps,
             default.guidance_scale if guidance_scale is None else guidance_scale,
             guidance_interval,
             seed,
+            noise_steps=late_steps(steps, noise_steps, strength) if rag else None,
+            rag_top_k=1 if rag_top_k is None else rag_top_k,
+            normalize=normalize,
         )
 
     def generate(
@@ -81,24 +98,30 @@ class Pipeline:
         seeds: Sequence[int] | None = None,
         *,
         batch_size: int = 16,
+        rag: Index | str | os.PathLike[str] | None = None,
         **settings: Any,
     ) -> list[Image.Image]:
         """Images for prompts (text family) or label lists (label family), as PIL images of spec.image_size.
 
-        `seeds`: one per image; without them they follow from `seed` and the position. Other keywords are those of
-        `settings`. Raises InputError for conditions of the wrong kind, unknown labels, settings out of range, and
-        FloatingPointError where the network produces values that are not finite.
+        `seeds`: one per image; without them they follow from `seed` and the position. `rag`: an index, from whose nearest
+        training images they start. Other keywords are those of `settings`. Raises InputError for conditions of the wrong
+        kind, unknown labels, settings out of range and another model's index, and FloatingPointError where the network
+        produces values that are not finite.
         """
         from PIL import Image
 
         requests = _requests(prompts, labels, seeds)
-        chosen = self.settings(**settings)
+        index = rag if rag is None or isinstance(rag, Index) else open_index(rag)
+        if index is not None:
+            index.check(self.spec)
+        chosen = self.settings(rag=index is not None, **settings)
         encoder = self.encoder(requests, chosen.guided)
         table = self.source.table(chosen.solver)
+        start = self.retrieve(requests, chosen, index)
         images: list[Image.Image] = []
         for batch in cut(len(requests), batch_size, self.buckets(chosen)):
             rows = requests[batch.rows]
-            pictures = self.start_batch(rows, encoder, table, chosen, bucket=batch.bucket)()
+            pictures = self.start_batch(rows, encoder, table, chosen, start, bucket=batch.bucket)()
             for request, problem in zip(rows, pictures.problems, strict=True):
                 if problem and "finite" in problem:
                     raise FloatingPointError(f"image {request.id}: {problem}")
@@ -115,23 +138,33 @@ class Pipeline:
             return PromptConditions(self.engine, self.tokenizer, [r.prompt or "" for r in requests], guided)
         return LabelConditions(self.engine, self.spec.objects or {})
 
+    def retrieve(self, requests: Sequence[Request], settings: Settings, index: Index | None) -> Start | None:
+        """The training images that requests start from; None without an index."""
+        return None if index is None else retrieve(self.engine, self.tokenizer, index, requests, settings)
+
     def start_batch(
         self,
         requests: Sequence[Request],
         encoder: Conditions,
         table: SolverTable,
         settings: Settings,
+        start: Start | None = None,
         *,
         bucket: int | None = None,
         on_step: Callable[[int, Array], None] | None = None,
+        strip: StripPlan | None = None,
     ) -> Callable[[], Pictures]:
         """Begin with one batch of requests; the call that is returned waits for its pictures.
 
         On a GPU this returns when everything is queued: start the next batch before waiting for this one. `bucket`: the size
-        to which an engine with static shapes pads the batch. `on_step(i, x)` sees the state after each row.
+        to which an engine with static shapes pads the batch. `start`: what `retrieve` found. `on_step(i, x)` sees the state
+        after each row, and with i = -1 the one that a run starts from. `strip`: keep the states that it names, for the
+        pictures' strips.
         """
-        x = self.latents(requests, encoder, table, settings, bucket=bucket, on_step=on_step)
-        return self.decoder.start(x)
+        frames = None if strip is None else Frames(strip, len(requests), on_step)
+        x = self.latents(requests, encoder, table, settings, start, bucket=bucket, on_step=frames or on_step)
+        wait = self.decoder.start(x, settings.normalize)
+        return wait if frames is None else frames.start(self.decoder, settings.normalize, wait)
 
     def sample_batch(
         self,
@@ -139,11 +172,12 @@ class Pipeline:
         encoder: Conditions,
         table: SolverTable,
         settings: Settings,
+        start: Start | None = None,
         *,
         bucket: int | None = None,
     ) -> np.ndarray:
         """One batch of requests -> images (B, 3, H, W) float32, nominally in [-1, 1], whatever they look like."""
-        x = self.latents(requests, encoder, table, settings, bucket=bucket)
+        x = self.latents(requests, encoder, table, settings, start, bucket=bucket)
         return self.engine.numpy(self.decoder.decode(x))
 
     @np.errstate(over="ignore", invalid="ignore")  # broken images are looked for in the end
@@ -153,6 +187,7 @@ class Pipeline:
         encoder: Conditions,
         table: SolverTable,
         settings: Settings,
+        start: Start | None = None,
         *,
         bucket: int | None = None,
         on_step: Callable[[int, Array], None] | None = None,
@@ -162,7 +197,10 @@ class Pipeline:
         if engine.static_shapes and bucket is not None:
             requests = [*requests, *[requests[-1]] * (bucket - count)]
         seeds = engine.array(np.array([resolve_seed(r, settings.seed) for r in requests], np.int64))
-        x = initial_latents(table, seeds, self.spec.latent_shape)
+        clean = None if start is None else engine.array(start.latents(requests))
+        x = initial_latents(table, seeds, self.spec.latent_shape, clean)
+        if on_step is not None:
+            on_step(-1, x)
         cond = encoder(requests)
         options: dict[str, Any] = {
             "seeds": seeds,
@@ -232,16 +270,17 @@ def load(
     dtype: str | None = None,
     threads: int | None = None,
     graphs: bool | None = None,
+    checkpoint: str | None = None,
 ) -> Pipeline:
     """Load a bundle or a model folder onto an engine.
 
     `engine`: by default what `choose.default_engine` says. `dtype`: fp32, bf16 or fp16, by default what suits the engine and
-    the hardware. `graphs`: see Pipeline. Raises InputError when the folder is neither, is damaged, or does not suit the
-    engine.
+    the hardware. `graphs`: see Pipeline. `checkpoint`: which of a training run's weights, see `checkpoint_choice`. Raises
+    InputError when the folder is neither, is damaged, or does not suit the engine.
     """
     folder = Path(path)
     bundled = is_bundle(folder)
-    if not bundled and not (folder / "model_index.json").is_file():
+    if not bundled and not (model_parts(folder, checkpoint) / "model_index.json").is_file():
         raise InputError(f"{folder}: neither a bundle (bundle.json) nor a model folder (model_index.json)")
     name = engine or default_engine(folder, device)
     kind = engine_class(name).source_kind
@@ -259,8 +298,9 @@ def load(
         if not bundled:
             from fastgen.networks import load_model
 
-            return load_model(folder)
+            return load_model(folder, checkpoint)
         bundle = read_bundle(folder)
+        check_bundle_of(folder, bundle.spec.checkpoint, checkpoint)
         bundle.verify()
         return bundle
 
@@ -275,10 +315,10 @@ def load(
     )
 
 
-def model_objects(path: str | os.PathLike[str]) -> Mapping[str, int] | None:
+def model_objects(path: str | os.PathLike[str], checkpoint: str | None = None) -> Mapping[str, int] | None:
     """The label names of a bundle or model folder and their indices, read without loading it; None where it has none."""
     folder = Path(path)
     if is_bundle(folder):
         return read_bundle(folder).spec.objects
-    file = folder / "labels.json"
+    file = model_parts(folder, checkpoint) / "labels.json"
     return read_objects(file) if file.is_file() else None

@@ -44,6 +44,7 @@ class Request:
     prompt: str | None = None  # exactly one of prompt and labels
     labels: tuple[str, ...] | None = None
     seed: int | None = None  # the request's own; 0 <= seed < 2**63
+    description: str | None = None  # the prompt without the action, where the file has it apart
 
     def __post_init__(self) -> None:
         check_image_name(self.image_name)
@@ -54,6 +55,8 @@ class Request:
             check_text(self.prompt, "prompt")
         if self.labels is not None:
             check_labels(self.labels)
+        if self.description is not None:
+            check_text(self.description, "description")
         if self.seed is not None and (type(self.seed) is not int or not 0 <= self.seed < MAX_SEED):
             raise InputError(f"seed: found {brief(self.seed)}, expected an integer with 0 <= seed < 2**63")
 
@@ -154,7 +157,13 @@ def _request(key: str, position: int, value: Any) -> Request:
         prompt=_prompt(value),
         labels=None if labels is None else check_labels(labels),
         seed=value.get("seed"),
+        description=_description(value),
     )
+
+
+def _description(value: dict[str, Any]) -> str | None:
+    text = value.get("given_description")
+    return text.strip() or None if isinstance(text, str) else None
 
 
 def _prompt(value: dict[str, Any]) -> str | None:

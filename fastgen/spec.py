@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -21,7 +21,9 @@ class Spec:
     """Facts about a conditional diffusion model.
 
     `scaling_factor`: diffusion latents = VAE latents x this. `objects`: label name -> index (label family).
-    `sha256`: of the weights of all its networks.
+    `sha256`: of the weights of all its networks; `component_sha256`: of single ones (text_encoder, vae), for what depends on
+    them alone. Bundles that were exported before it was recorded have none. `checkpoint`: which of a training run's weights
+    were chosen, such as best@115; None for those of the model folder itself.
     """
 
     family: str  # "text" | "labels"
@@ -31,6 +33,8 @@ class Spec:
     scaling_factor: float
     objects: Mapping[str, int] | None
     sha256: str
+    checkpoint: str | None = None
+    component_sha256: Mapping[str, str] = field(default_factory=dict, compare=False)  # implied by `sha256`
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -51,6 +55,9 @@ class Source(Protocol):
     @property
     def spec(self) -> Spec: ...
 
+    @property
+    def folder(self) -> Path | None: ...
+
     def prompt_tokenizer(self) -> Tokenizer: ...
 
     def table(self, key: str) -> SolverTable: ...
@@ -62,9 +69,9 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def sha256_files(root: Path, files: Iterable[Path]) -> str:
-    """Hex SHA-256 over the names (relative to `root`) and contents of several files, in the order of their names."""
+def sha256_names(hashes: Mapping[str, str]) -> str:
+    """Hex SHA-256 over names and the hashes of their files, in the order given."""
     digest = hashlib.sha256()
-    for path in sorted(files):
-        digest.update(f"{path.relative_to(root).as_posix()}\0{sha256_file(path)}\n".encode())
+    for name, sha256 in hashes.items():
+        digest.update(f"{name}\0{sha256}\n".encode())
     return digest.hexdigest()

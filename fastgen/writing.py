@@ -60,7 +60,7 @@ class StepBar:
         self._done = 0  # images of finished batches
 
     def step(self, images: int, index: int, _: Any) -> None:
-        """Row `index` of a batch of `images` is done."""
+        """Row `index` of a batch of `images` is done; -1 before the first."""
         self._writer.raise_error()
         self._move(self._done + images * (index + 1) / self._steps)
 

@@ -233,7 +233,7 @@ def test_bad_options_are_one_line(refused, label_bundle, requests_files, options
         (["--nope"], "No such option"),
         (["data", "dragons", "out"], "No such command 'dragons'"),
         (["export", "nowhere"], "nowhere: not a model folder"),
-        (["score", "nowhere"], "Missing option '--requests'"),
+        (["score", "nowhere"], "nothing to measure: give --evaluator"),
     ],
 )
 def test_usage_errors_are_one_line_that_names_the_help(fastgen, arguments, words, tmp_path, monkeypatch):

@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastgen.images import contact_sheet, png_bytes, problem, read_metadata, save_contact_sheet, to_uint8
+from fastgen.images import (
+    contact_sheet,
+    image_grid,
+    png_bytes,
+    problem,
+    quantised,
+    read_metadata,
+    save_contact_sheet,
+    to_uint8,
+)
 
 rng = np.random.default_rng(0)
 
@@ -21,6 +30,47 @@ def test_pixels_are_those_of_diffusers_image_processor():
     assert found.shape == (4, 32, 32, 3)
     assert np.abs(found.astype(int) - expected).max() <= 1  # ties may round differently
     assert (found == expected).mean() > 0.999
+
+
+def torchvision_save_image(image):
+    """`save_image(image, normalize=True)` of torchvision 0.21 for one image (C, H, W), up to the file: make_grid's norm_ip,
+    then quantisation."""
+    low, high = float(image.min()), float(image.max())
+    image = image.clone().clamp_(min=low, max=high)
+    image.sub_(low).div_(max(high - low, 1e-5))
+    return image.mul(255).add_(0.5).clamp_(0, 255).permute(1, 2, 0).byte().numpy()
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_min_max_is_what_torchvision_saves_of_each_clamped_image(library):
+    torch = pytest.importorskip("torch")
+    images = (rng.normal(0, 1, (6, 3, 16, 16)) * np.array([0.01, 0.1, 0.3, 1, 3, 0])[:, None, None, None]).astype(
+        np.float32
+    )
+    given = torch.from_numpy(images) if library == "torch" else images
+    pixels, broken, low, high = (np.asarray(x) for x in quantised(given, "min-max"))
+    expected = np.stack([torchvision_save_image(image.clamp(-1, 1)) for image in torch.from_numpy(images)])
+    assert np.array_equal(pixels, expected)
+    assert not broken.any()
+    assert np.array_equal(low, images.clip(-1, 1).min((1, 2, 3)))
+    assert np.array_equal(high, images.clip(-1, 1).max((1, 2, 3)))
+
+
+@pytest.mark.parametrize(("count", "columns", "padding"), [(1, 8, 2), (3, 8, 2), (8, 8, 2), (11, 4, 2), (5, 2, 0)])
+def test_a_grid_is_laid_out_as_torchvision_make_grid_does(count, columns, padding):
+    images = rng.integers(1, 256, (count, 10, 12, 3), dtype=np.uint8)
+    found = image_grid(list(images), columns, padding)
+    if count == 1:
+        assert np.array_equal(found, images[0])
+        return
+    # torchvision 0.21, make_grid: xmaps = min(nrow, nmaps), ymaps = ceil(nmaps / xmaps), padding included in height and width
+    xmaps = min(columns, count)
+    ymaps = -(-count // xmaps)
+    expected = np.zeros(((10 + padding) * ymaps + padding, (12 + padding) * xmaps + padding, 3), np.uint8)
+    for k, image in enumerate(images):
+        y, x = divmod(k, xmaps)
+        expected[y * (10 + padding) + padding :, x * (12 + padding) + padding :][:10, :12] = image
+    assert np.array_equal(found, expected)
 
 
 @pytest.mark.parametrize(

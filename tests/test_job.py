@@ -95,6 +95,17 @@ def test_the_python_api_gives_the_pixels_of_the_job(pipelines, requests_files, t
         assert np.array_equal(np.asarray(image), np.asarray(Image.open(tmp_path / "out" / request.image_name)))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_min_max_stretches_every_image_and_is_recorded(pipelines, requests_files, tmp_path, kind):
+    start(pipelines[kind], read_requests(requests_files[kind]), tmp_path, normalize="min-max")
+    for line in manifest(tmp_path):
+        pixels = np.asarray(Image.open(tmp_path / line["image_name"]))
+        assert (pixels.min(), pixels.max()) == (0, 255)
+        assert line["normalize"] == read_metadata(tmp_path / line["image_name"])["normalize"] == "min-max"
+    with pytest.raises(InputError, match="unknown normalize 'minmax'; did you mean 'min-max'"):
+        pipelines[kind].settings(normalize="minmax")
+
+
 def test_a_long_prompt_is_truncated_reported_and_recorded(pipelines, tmp_path):
     long = "a red dragon " * 60
     requests = [Request("0", "0.png", prompt=long), Request("1", "1.png", prompt="short")]
@@ -148,6 +159,7 @@ def test_a_resumed_job_writes_the_same_bytes_batch_by_batch(pipelines, requests_
         ({"scheduler": "ddim"}, "scheduler is 'ddpm' there and 'ddim' now"),
         ({"guidance_scale": 2.0}, "guidance_scale is 1.5 there and 2.0 now"),
         ({"guidance_interval": (0, 2)}, "guidance_interval is None there"),
+        ({"normalize": "min-max"}, "normalize is 'clamp' there and 'min-max' now"),
     ],
 )
 def test_another_job_s_folder_is_refused_and_left_alone(pipelines, requests_files, tmp_path, change, field):

@@ -78,7 +78,7 @@ def error_of(root: Path) -> str:
 # --- monsters
 
 
-def test_monsters_frames_are_grouped_by_key_in_file_order_with_every_caption(tmp_path):
+def test_monsters_frames_are_grouped_by_key_in_file_order_with_every_caption_and_description(tmp_path):
     root = monsters(
         tmp_path,
         ["1_main_0.png", "0_die1_10.png", "0_die1_9.png"],
@@ -86,10 +86,11 @@ def test_monsters_frames_are_grouped_by_key_in_file_order_with_every_caption(tmp
     )
     dataset = read_dataset(root)
     assert (dataset.kind, dataset.root, dataset.objects) == ("text", root, None)
+    alone, dying = ("Red.", "A red one."), ("Red. It dies.", "A red one. It dies.")
     assert dataset.examples == (
-        Example(root / "train/1_main_0.png", ("Red.", "A red one."), (), "1_main"),
-        Example(root / "train/0_die1_9.png", ("Red. It dies.", "A red one. It dies."), (), "0_die1"),
-        Example(root / "train/0_die1_10.png", ("Red. It dies.", "A red one. It dies."), (), "0_die1"),
+        Example(root / "train/1_main_0.png", alone, (), "1_main", alone),
+        Example(root / "train/0_die1_9.png", dying, (), "0_die1", alone),
+        Example(root / "train/0_die1_10.png", dying, (), "0_die1", alone),
     )
 
 

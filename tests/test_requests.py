@@ -70,7 +70,7 @@ def error_of(path: Path, **kwargs: Any) -> str:
     return message
 
 
-def test_the_monsters_schema_gives_key_name_and_text_prompt_and_ignores_other_keys(tmp_path):
+def test_the_monsters_schema_gives_key_name_text_prompt_and_description_and_ignores_other_keys(tmp_path):
     content = {
         "0_main": {
             "image_name": "0_main.png",
@@ -82,9 +82,9 @@ def test_the_monsters_schema_gives_key_name_and_text_prompt_and_ignores_other_ke
         "0_jump": {"image_name": "sub/0.png", "given_description": "A d.", "action_description": "", "seed": 0},
     }
     assert read_requests(write(tmp_path, content)) == [
-        Request("0_main", "0_main.png", prompt="A b."),
-        Request("0_die1", "0_die1.png", prompt="A c. It dies."),
-        Request("0_jump", "sub/0.png", prompt="A d.", seed=0),
+        Request("0_main", "0_main.png", prompt="A b.", description="x"),
+        Request("0_die1", "0_die1.png", prompt="A c. It dies.", description="A c."),
+        Request("0_jump", "sub/0.png", prompt="A d.", seed=0, description="A d."),
     ]
 
 

@@ -18,7 +18,8 @@ from fastgen import evaluator as evaluators  # noqa: E402
 from fastgen.errors import FastgenError, InputError  # noqa: E402
 from fastgen.images import METADATA_KEY, png_bytes  # noqa: E402
 from fastgen.names import ICLEVR_OBJECTS  # noqa: E402
-from fastgen.scoring import score, to_input  # noqa: E402
+from fastgen.scoring import score  # noqa: E402
+from fastgen.scoring.networks import to_input  # noqa: E402
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "iclevr"
 REQUESTS = [
@@ -159,8 +160,8 @@ def test_a_larger_image_is_antialiased_not_sampled():
 def test_images_of_another_size_are_stretched_and_counted(judge, requests, tmp_path):
     images = make_images(tmp_path / "out", size=(96, 80))
     result = score(images, requests, evaluator=judge)
-    assert result.resized == 5
-    assert "5 images resized to 64 x 64 px (bilinear, antialiased)" in result.table()
+    assert result.resized["evaluator"].images == 5
+    assert "evaluator: 5 images resized to 64 x 64 px (bilinear, antialiased)" in result.table()
 
 
 def test_resizing_is_pillows_bilinear():
@@ -190,9 +191,11 @@ def test_json_and_table_say_the_same(by_index, requests, tmp_path):
     assert value["by_count"]["3"] == {"accuracy": pytest.approx(2 / 3), "hits": 4, "labels": 6}
     assert value["by_object"]["red cube"] == {"accuracy": 0.5, "hits": 2, "labels": 4}
     lines = [" ".join(line.split()) for line in result.table().splitlines()]
-    assert lines[:2] == [
-        "label accuracy 0.4444 over 2 seeds of 5 images with 9 labels",
-        "standard error 0.0000 over seeds",
+    assert lines[:4] == [
+        "metric value standard error",
+        "label accuracy 0.4444 0.0000 over seeds (sample standard deviation)",
+        "",
+        "2 seeds of 5 images with 9 labels",
     ]
     for line in (f"{tmp_path / 'b'} 0.4444", "3 0.6667 (4 of 6)", "red cube 0.5000 (2 of 4)"):
         assert line in lines
@@ -202,7 +205,7 @@ def test_one_image_has_no_standard_error(by_index, tmp_path):
     (tmp_path / "one.json").write_text('[["gray cube"]]')
     result = score(make_images(tmp_path / "out", count=1), tmp_path / "one.json", evaluator=by_index)
     assert result.to_json()["standard_error"] is None
-    assert "standard error" not in result.table()
+    assert "undefined" in result.table()
 
 
 def test_missing_images_are_counted_and_the_first_ten_named(judge, tmp_path):
@@ -298,10 +301,12 @@ def test_folders_that_are_none_or_given_twice_are_refused(judge, requests, tmp_p
 
 def test_without_torch_the_error_says_what_to_install(judge, requests, tmp_path, monkeypatch):
     images = make_images(tmp_path / "out")
-    monkeypatch.delitem(sys.modules, "fastgen.evaluator")
-    monkeypatch.setattr("fastgen.evaluator", None, raising=False)
+    for name in [
+        n for n in sys.modules if n.startswith("fastgen.scoring.") or n in ("fastgen.evaluator", "fastgen.weights")
+    ]:
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(FastgenError, match=r"scoring needs torch.*pip install 'fastgen-diffusion\[train\]'"):
+    with pytest.raises(FastgenError, match=r"scoring needs torch.*pip install 'fastgen-diffusion\[score\]'"):
         score(images, requests, evaluator=judge)
 
 

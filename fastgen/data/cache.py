@@ -45,10 +45,13 @@ def cached_pixels(dataset: Dataset, size: int, mode: Mode, skip_bad: bool) -> Pi
     return Pixels(read_array(folder, "images"), read_array(folder, "kept"), tuple(read_json(folder / "notes.json")))
 
 
-def cached(kind: str, fields: Mapping[str, Any], fill: Callable[[Path], None]) -> Path:
-    """The folder of the entry that `fields` determine; `fill(folder)` writes its files when it does not exist yet."""
+def cached(kind: str, fields: Mapping[str, Any], fill: Callable[[Path], None], below: str = FOLDER) -> Path:
+    """The folder of the entry that `fields` determine; `fill(folder)` writes its files when it does not exist yet.
+
+    `below`: the folder of the cache that it lies in.
+    """
     text = json.dumps({"kind": kind, "layout": LAYOUT, **fields}, sort_keys=True)
-    parent = cache_dir() / FOLDER
+    parent = cache_dir() / below
     entry = parent / f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:32]}"
     if entry.is_dir():
         return entry

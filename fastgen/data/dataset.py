@@ -25,6 +25,7 @@ class Example:
     captions: tuple[str, ...]
     labels: tuple[str, ...]
     group: str  # what a split keeps together: frames of an animation, images of a scene
+    descriptions: tuple[str, ...] = ()  # the captions without the action, where the data have them apart
 
 
 @dataclass(frozen=True)

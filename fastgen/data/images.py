@@ -83,17 +83,27 @@ def load_images(
     return images[: len(kept)], kept, Remarks(bad, padded)
 
 
+def open_image(path: str | os.PathLike[str], row: str = "") -> Image.Image:
+    """The image as RGB at its own size, what is transparent on white. Raises as `load_image` does."""
+    return _on_white(_decoded(path, row))
+
+
 def _load(path: str | os.PathLike[str], size: int, row: str, mode: Mode) -> tuple[Image.Image, bool]:
     """The image, and whether it could be brought to its size as `mode` says."""
-    place = f"{path} ({row})" if row else str(path)
     if size < 1:
         raise InputError(f"image size: found {size}, expected at least 1")
     if mode not in get_args(Mode):
         raise InputError(f"resize mode: found {mode!r}, expected one of {', '.join(get_args(Mode))}")
+    return _square(_decoded(path, row), size, mode)
+
+
+def _decoded(path: str | os.PathLike[str], row: str) -> Image.Image:
+    """RGB, or RGBA where there is transparency."""
+    place = f"{path} ({row})" if row else str(path)
     try:
         with _open(path) as image:
             image.load()
-            return _square(_eight_bits(ImageOps.exif_transpose(image)), size, mode)
+            return _eight_bits(ImageOps.exif_transpose(image))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         limit = Image.MAX_IMAGE_PIXELS or 0
         raise InputError(f"{place}: more than {limit:,} pixels, a decompression bomb? Shrink it") from None

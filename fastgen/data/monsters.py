@@ -27,11 +27,12 @@ def read(root: Path) -> Dataset:
     info = read_json(path)
     if not isinstance(info, dict) or not info:
         raise InputError(f'{path}: found {brief(info)}, expected {{"0_main": {{"given_description": [...], ...}}}}')
-    captions, counts = {}, {}
+    captions, descriptions, counts = {}, {}, {}
     for key, entry in info.items():
         with located(f"{path}: key {brief(key)}"):
             check_text(key, "key")
             captions[key], counts[key] = _captions(entry), _count(entry)
+            descriptions[key] = tuple(text.strip() for text in entry["given_description"])
     frames, unknown_files = _frames(root / FRAMES, captions)
     if not any(frames.values()):
         expected = [
@@ -39,7 +40,7 @@ def read(root: Path) -> Dataset:
         ]
         raise nothing_matches(path, root / FRAMES, expected or [f"{next(iter(info))}_0.png"], unknown_files)
     examples = tuple(
-        Example(root / FRAMES / name, captions[key], (), group=key)
+        Example(root / FRAMES / name, captions[key], (), key, descriptions[key])
         for key, numbers in frames.items()
         for _, name in sorted(numbers.items())
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -55,6 +57,9 @@ class ClassifierTask:
         labels = torch.from_numpy(self.multi_hot[rows]).to(self.device)  # (b, num_labels)
         logits = module(x).float()
         return functional.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(dim=1)
+
+    def parts(self, total: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        return {}
 
     def figures(self, module: nn.Module) -> dict[str, float]:
         """The task's official score on the validation images."""

@@ -7,7 +7,7 @@ as the text's embedding.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -80,6 +80,9 @@ class ContrastiveTask:
         forward = -(right * scores.log_softmax(dim=1)).sum(1)
         backward = -(right * scores.T.log_softmax(dim=1)).sum(1)
         return (forward + backward) / 2 - entropy(right)  # (b,), 0 at best
+
+    def parts(self, total: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        return {}
 
     def figures(self, module: nn.Module) -> dict[str, float]:
         """Share of validation images whose nearest caption among those of 64 others is one of the same monster."""

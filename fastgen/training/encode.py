@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 from tqdm import tqdm
 
 from fastgen.data.cache import cached, read_array, write_array
@@ -18,19 +17,10 @@ from fastgen.training.augment import VARIANTS, light_variant
 from fastgen.training.logs import say
 from fastgen.training.sources import to_signed
 from fastgen.training.vae import moments
+from fastgen.weights import weights_hash
 
 IMAGES, TEXTS = 16, 64  # per batch
 STATISTICS = 4096  # examples that the latents' scale is measured on
-
-
-def weights_hash(module: nn.Module) -> str:
-    """SHA-256 over the names, shapes, dtypes and values of a module's weights."""
-    digest = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
-        array = value.detach().cpu().contiguous().numpy()
-        digest.update(f"{name} {array.dtype} {array.shape}".encode())
-        digest.update(array.tobytes())
-    return digest.hexdigest()
 
 
 @torch.no_grad()

@@ -57,10 +57,10 @@ def train_text(preset: Preset, data: Examples, job: Job) -> None:
         with job.processes.main_first():
             own = np.array(cached_states(text_encoder, ids, device, job.progress))
         fixed = Shown(torch.from_numpy(own).to(device).float(), prompts)
-    _fit_unet(TextUNet(unet), space, conditions, objective, fixed, preset, data, job)
-
     model = Model(None, "text", unet, dict(preset.scheduler), preset.sampling)
     model.text_encoder, model.tokenizer, model.vae = text_encoder, tokenizer, vae
+    job.outline(lambda folder: save_model(model, folder, trained=False))
+    _fit_unet(TextUNet(unet), space, conditions, objective, fixed, preset, data, job)
     job.finish(lambda folder: save_model(_on_cpu(model), folder, record(preset, data, job)))
 
 
@@ -84,8 +84,9 @@ def train_labels(preset: Preset, data: Examples, job: Job) -> None:
     )
 
     space, conditions = Pixels(data.images, device), Labels(data.multi_hot, device)
-    _fit_unet(LabelUNet(unet, conditioner), space, conditions, objective, fixed, preset, data, job)
     model = Model(None, "labels", unet, dict(preset.scheduler), preset.sampling, conditioner, objects)
+    job.outline(lambda folder: save_model(model, folder, trained=False))
+    _fit_unet(LabelUNet(unet, conditioner), space, conditions, objective, fixed, preset, data, job)
     job.finish(lambda folder: save_model(_on_cpu(model), folder, record(preset, data, job)))
 
 

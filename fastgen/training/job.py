@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fastgen.checkpoint_choice import OUTLINE
 from fastgen.config import Preset
 from fastgen.errors import FastgenError, InputError
 from fastgen.folders import sync_tree
@@ -69,6 +70,23 @@ class Job:
             resume=None if self.resume is None else _resumed(self.resume, stage),
         )
 
+    def outline(self, write: Callable[[Path], None]) -> None:
+        """Put the model folder that `write(folder)` writes, without trained weights, among the checkpoints, so that they can
+        be used before training is finished."""
+        target = self.folder / "checkpoints" / OUTLINE
+        if not self.processes.is_main or target.exists():
+            return
+        temporary = self.folder / f".tmp-{secrets.token_hex(8)}"
+        try:
+            write(temporary)
+            sync_tree(temporary)
+            target.parent.mkdir(exist_ok=True)
+            temporary.rename(target)
+        except OSError as error:
+            raise FastgenError(f"{target}: cannot be written: {error}") from None
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
     def finish(self, write: Callable[[Path], None]) -> None:
         """Put what `write(folder)` writes into the job's folder, each entry complete, and mark the job finished."""
         if not self.processes.is_main:
@@ -87,6 +105,7 @@ class Job:
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         write_json(self.folder / FILE, {"finished": True, **self.identity})
+        shutil.rmtree(self.folder / "checkpoints" / OUTLINE, ignore_errors=True)
 
 
 def open_job(folder: Path, preset: Preset, fingerprint: str, **settings: Any) -> Job:

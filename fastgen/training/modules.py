@@ -80,31 +80,33 @@ def build_text_encoder(config: Mapping[str, Any], tokenizer: Any, seed: int) -> 
         raise InputError(f"text_encoder.config: CLIPTextModel refuses it: {_first_line(error)}") from None
 
 
-def load_vae(network: Network) -> Any:
+def load_vae(network: Network, *, local_files_only: bool = False) -> Any:
     """A frozen AutoencoderKL, float32, from a folder or hub id, or the `vae` of a whole model folder."""
     from diffusers import AutoencoderKL
 
-    return _pretrained(AutoencoderKL, network, "vae")
+    return _pretrained(AutoencoderKL, network, "vae", local_files_only)
 
 
-def load_text_encoder(network: Network) -> tuple[Any, Any]:
+def load_text_encoder(network: Network, *, local_files_only: bool = False) -> tuple[Any, Any]:
     """(CLIPTextModel, CLIPTokenizer), frozen; the tokenizer lies beside the weights, or in `tokenizer` beside
     `text_encoder` in a whole model folder."""
     from transformers import CLIPTextModel, CLIPTokenizer
 
-    encoder = _pretrained(CLIPTextModel, network, "text_encoder")
+    encoder = _pretrained(CLIPTextModel, network, "text_encoder", local_files_only)
     subfolder = _subfolder(network, "text_encoder")
     beside = "tokenizer" if subfolder == "text_encoder" else (subfolder or "")
     try:
-        tokenizer = CLIPTokenizer.from_pretrained(str(network.path), subfolder=beside)
+        tokenizer = CLIPTokenizer.from_pretrained(
+            str(network.path), subfolder=beside, local_files_only=local_files_only
+        )
     except (OSError, ValueError) as error:
         raise InputError(f"text_encoder.path = {network.path!r}: no CLIP tokenizer: {_first_line(error)}") from None
     return encoder, tokenizer
 
 
-def _pretrained(cls: Any, network: Network, name: str) -> Any:
+def _pretrained(cls: Any, network: Network, name: str, local_files_only: bool) -> Any:
     subfolder = _subfolder(network, name)
-    options = {"subfolder": subfolder} if subfolder else {}
+    options: dict[str, Any] = {"local_files_only": local_files_only} | ({"subfolder": subfolder} if subfolder else {})
     try:
         module, info = cls.from_pretrained(
             network.path, **options, output_loading_info=True, use_safetensors=True, torch_dtype=torch.float32

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import numpy as np
@@ -33,6 +33,10 @@ class Task(Protocol):
 
     def losses(self, module: nn.Module, rows: np.ndarray, draws: Draws) -> Tensor:
         """The loss of each example (b,), float32; computed under autocast."""
+        ...
+
+    def parts(self, total: Callable[[Tensor], Tensor]) -> Mapping[str, float]:
+        """Further figures of the training since the last call; `total` adds up a tensor over the processes."""
         ...
 
     def figures(self, module: nn.Module) -> Mapping[str, float]:

@@ -115,7 +115,8 @@ def look(task: Task, state: State, recipe: Training, run: Run) -> dict[str, floa
     state.progress.loss_sum += float(losses.sum())
     state.progress.loss_count += len(losses)
     rate = learning_rate(recipe, state.step - 1) * state.progress.rate_scale
-    return {"loss": float(losses.mean()), "grad_norm": float(norms.mean()), "learning_rate": rate}
+    row = {"loss": float(losses.mean()), "grad_norm": float(norms.mean()), "learning_rate": rate}
+    return {**row, **task.parts(run.processes.sum)}
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -77,6 +77,9 @@ class VaeTask:
             "kl": kl.flatten(1).sum(1) / x[0].numel(),
         }
         return torch.stack([self.weights[name] * value for name, value in terms.items()]).sum(0)  # (b,)
+
+    def parts(self, total: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        return {}
 
     def figures(self, module: nn.Module) -> dict[str, float]:
         x, reconstruction = self._reconstructions(module, self.validation_rows[:64])

@@ -1,0 +1,49 @@
+"""`fastgen import`: somebody's own checkpoint -> a model folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+FOLDER = click.Path(path_type=Path)
+
+
+@click.command("import")
+@click.argument("source", metavar="OLD", type=FOLDER)
+@click.option("--as", "preset", metavar="PRESET|FILE.toml", help="What it is: architecture, noise schedule, sampling.")
+@click.option("--out", type=FOLDER, required=True, help="Model folder to make; must not exist.")
+@click.option("--key", help="Which state dict, or which UNet, where the file holds several.")
+@click.option("--allow-pickle", is_flag=True, help="Read .pt, .pth, .ckpt and .bin files (weights only).")
+@click.option(
+    "--schedule",
+    metavar="NAME|JSON",
+    help="Noise schedule trained on: linear, scaled_linear:0.00085:0.012, squaredcos_cap_v2, KEY=VALUE,... of a "
+    "DDPMScheduler, or a scheduler_config.json.  [default: the preset's]",
+)
+@click.option(
+    "--num-train-timesteps", type=click.IntRange(min=1), help="Timesteps of it.  [default: 1000, or the preset's]"
+)
+@click.option("--prediction-type", help="epsilon, v_prediction or sample.  [default: epsilon, or the preset's]")
+@click.option("--text-encoder", metavar="PATH_OR_ID[:SUBFOLDER]", help="CLIP text encoder.  [default: the preset's]")
+@click.option("--vae", metavar="PATH_OR_ID[:SUBFOLDER]", help="Autoencoder of the latents.  [default: the preset's]")
+@click.option("--download", is_flag=True, help="Fetch these two from the hub where they are not on this machine.")
+@click.option("--objects", type=FOLDER, help="objects.json, the labels' names.  [default: i-CLEVR's, of 24]")
+@click.option("--conditioner", metavar="FILE[:KEY]", help="Weights of the Linear on the labels, where OLD lacks them.")
+@click.option("--condition-first", is_flag=True, help="Its code concatenates the labels before the image's channels.")
+def import_(source: Path, out: Path, **options: Any) -> None:
+    """Make a model folder of OLD, a UNet from elsewhere: a diffusers folder, a .safetensors file or a .pt state dict.
+
+    The folder is read back and compared with the source network before it gets its name. Weights that do not match are listed
+    key by key.
+    """
+    from fastgen.importing import MismatchError, import_model
+
+    try:
+        imported = import_model(source, out, **options)
+    except MismatchError as error:
+        for line in error.lines():
+            click.echo(line, err=True)
+        raise
+    click.echo("\n".join(imported.lines()))

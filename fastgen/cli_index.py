@@ -1,0 +1,96 @@
+"""Commands about the training set behind a model: an index to start images from (`index`), and how near generated images are
+to it (`copies`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from fastgen.errors import InputError
+
+FOLDER = click.Path(path_type=Path)
+POSITIVE = click.IntRange(min=1)
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+@click.command()
+@click.argument("data", type=FOLDER)
+@click.option(
+    "--model", type=FOLDER, help="Bundle or model folder, for its text encoder and VAE.  [default: the latest]"
+)
+@click.option("--out", type=FOLDER, help="Index folder.  [default: index/ in a model folder, or beside a bundle]")
+@click.option("--text", default="caption", show_default=True, help="Embed each caption, or the description alone.")
+@click.option("--frames", default="all", show_default=True, help="Hold all frames of an animation, or the first.")
+@click.option("--image-mode", help="stretch, pad or crop to a square.  [default: as in training, else stretch]")
+@click.option("--limit", type=POSITIVE, help="Only the first N images.")
+@click.option("--engine", help="eager, ort or openvino.  [default: what is installed and fits]")
+@click.option("--device", help="cpu, cuda, cuda:1, ...")
+@click.option("--dtype", help="fp32, bf16 or fp16.  [default: what suits the engine and the hardware]")
+@click.option("--threads", type=POSITIVE, help="CPU threads.  [default: the engine's]")
+def index(
+    data: Path,
+    model: Path | None,
+    out: Path | None,
+    text: str,
+    frames: str,
+    image_mode: str | None,
+    limit: int | None,
+    engine: str | None,
+    **options: Any,
+) -> None:
+    """Index the training set DATA by its texts, so that `generate --rag` can start from the nearest training image."""
+    from fastgen.indexing import Options, build_index, default_folder, indexing_engine
+    from fastgen.pipeline import load
+    from fastgen.runs import latest_model
+
+    chosen = Options(text, frames, image_mode)  # type: ignore[arg-type]  # it checks them
+    folder = model or latest_model(engine)
+    pipeline = load(folder, engine or indexing_engine(folder, options["device"]), **options)
+    target = out or default_folder(folder)
+    say = partial(click.echo, err=True)
+    held, fresh = build_index(data, pipeline, target, chosen, limit=limit, say=say)
+    counts, state = held.info["counts"], "written" if fresh else "up to date"
+    size = f"{held.info['image_size']} px, {held.info['image_mode']}"
+    click.echo(f"{held.folder}: {counts['images']:,} images ({size}), {counts['texts']:,} distinct texts; {state}")
+
+
+@click.command()
+@click.argument("images", nargs=-1, required=True, type=FOLDER)
+@click.option("--index", "index_folder", required=True, type=FOLDER, help="What `fastgen index` wrote.")
+@click.option("--out", type=FOLDER, help="JSON file for the result.  [default: copies.json in the first folder]")
+@click.option("--sheet", type=FOLDER, help="PNG for the closest pairs, generated above training image; needs --data.")
+@click.option("--data", type=FOLDER, help="The data folder that was indexed, for --sheet.")
+def copies(images: Sequence[Path], index_folder: Path, out: Path | None, sheet: Path | None, data: Path | None) -> None:
+    """Nearest training image of each generated one in the folders IMAGES, and the share of near copies."""
+    from fastgen.copies import check_copies, save_sheet
+    from fastgen.jsonfiles import write_json
+    from fastgen.retrieval import open_index
+
+    if (sheet is None) != (data is None):
+        raise InputError("--sheet shows training images, which are in the data folder: give both --sheet and --data")
+    report = check_copies(images, open_index(index_folder))
+    if sheet is not None and data is not None:
+        save_sheet(sheet, report, data)
+    write_json(out or images[0] / "copies.json", report.to_json())
+    click.echo(report.table())
+
+
+def rag_options(command: Command) -> Command:
+    """The options of `generate` for starting from training images."""
+    options = (
+        click.option(
+            "--rag", type=FOLDER, help="Start from the nearest training image of this index (`fastgen index`)."
+        ),
+        click.option(
+            "--noise-steps", type=POSITIVE, help="Steps that run from there, with --rag.  [default: 6/7 of all]"
+        ),
+        click.option("--strength", type=float, help="The same as a share of the steps, more than 0 and at most 1."),
+        click.option("--rag-top-k", type=POSITIVE, help="Start from one of the K nearest, by the seed.  [default: 1]"),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command

@@ -1,0 +1,28 @@
+"""Commands about finished pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+FOLDER = click.Path(path_type=Path)
+
+
+@click.command()
+@click.argument("a", metavar="A", type=FOLDER)
+@click.argument("b", metavar="B", type=FOLDER)
+@click.option("--out", type=FOLDER, required=True, help="PNG to write; the figures go into a JSON file beside it.")
+@click.option("--limit", type=click.IntRange(min=1), help="Only the first N images.")
+def compare(a: Path, b: Path, out: Path, limit: int | None) -> None:
+    """Compare the images of two folders, from two engines or two samplers: PSNR, largest difference, side by side.
+
+    Each block of the picture has a row of A, of B, and of their amplified difference.
+    """
+    from fastgen.comparing import compare as run
+
+    found = run(a, b, out, limit)
+    for warning in found.warnings:
+        click.echo(f"warning: {warning}", err=True)
+    click.echo("\n".join(found.lines()))
+    click.echo(f"wrote {out} and {out.with_suffix('.json')}")

@@ -1,0 +1,54 @@
+"""`fastgen score`: the metrics of generated images, and the comparison of two runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+PATH = click.Path(path_type=Path)
+
+
+@click.command()
+@click.argument("images", nargs=-1, required=True, type=PATH)
+@click.option("--requests", "requests_file", type=PATH, help="The JSON file they were generated from.")
+@click.option("--evaluator", type=PATH, help="Label accuracy: evaluator folder, .safetensors, or .pth checkpoint.")
+@click.option("--reference", type=PATH, help="Images to compare with: a folder of them, or a dataset.")
+@click.option(
+    "--features", metavar="FILE|evaluator", help="FID and KID: weights of FID's Inception, or the evaluator's features."
+)
+@click.option("--clip", metavar="FOLDER|ID", help="CLIP-T, and with --reference CLIP-I: a CLIP folder or hub id.")
+@click.option("--download", is_flag=True, help="Fetch the CLIP of a hub id that is not in the local cache.")
+@click.option("--against", multiple=True, type=PATH, help="Folder of another run to compare with; once per seed.")
+@click.option("--allow-pickle", is_flag=True, help="Read .pth files (weights only).")
+@click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True, help="Images per batch.")
+@click.option("--device", help="cpu, cuda, cuda:1, ...  [default: the GPU if there is one]")
+@click.option("--out", type=PATH, help="JSON file for the result.  [default: score.json in the first folder]")
+def score(
+    images: Sequence[Path], requests_file: Path | None, against: Sequence[Path], out: Path | None, **options: Any
+) -> None:
+    """Label accuracy, FID, KID, CLIP-T, CLIP-I of generated images; several IMAGES folders count as several seeds."""
+    from fastgen.jsonfiles import write_json
+    from fastgen.scoring import compare
+    from fastgen.scoring.images import image_folders
+    from fastgen.scoring.options import check_options, need
+
+    given = {name: options[name] for name in ("evaluator", "reference", "features", "clip", "batch_size")}
+    check_options(**given)
+    for folders in (images, against or images):
+        image_folders(folders)
+    scorer = need("fastgen.scoring.scorer").Scorer(**options)
+    result = scorer.score(images, requests_file)
+    value, tables, warnings = result.to_json(), [result.table()], list(result.warnings)
+    if against:
+        other = scorer.score(against, requests_file)
+        difference = compare(result, other)
+        value |= {"against": other.to_json(), "comparison": difference.to_json()}
+        tables += [f"\nagainst {', '.join(map(str, against))}\n{other.table(details=False)}", f"\n{difference.table()}"]
+        warnings += [warning for warning in (*other.warnings, *difference.warnings) if warning not in warnings]
+    click.echo("\n".join(tables))
+    for warning in warnings:
+        click.echo(f"warning: {warning}", err=True)
+    write_json(out or images[0] / "score.json", value)

@@ -1,0 +1,289 @@
+"""Building an index of a training set for retrieval.py: its texts embedded, its images encoded, once."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast, get_args
+
+import numpy as np
+
+from fastgen import __version__
+from fastgen.buckets import cut
+from fastgen.bundle import is_bundle
+from fastgen.choose import default_engine
+from fastgen.conditions import pooled_states
+from fastgen.copies import calibrate, subjects, thumbnails
+from fastgen.data import Dataset, Example, read_dataset
+from fastgen.data.images import Mode, load_images
+from fastgen.errors import FastgenError, InputError, unknown
+from fastgen.folders import sync_tree
+from fastgen.jsonfiles import read_json, write_bytes, write_json
+from fastgen.nearest import unit
+from fastgen.retrieval import (
+    EMBEDDINGS,
+    FORMAT_VERSION,
+    IMAGES,
+    LATENTS,
+    MANIFEST,
+    PAIRS,
+    THUMBNAILS,
+    Frames,
+    Index,
+    Text,
+    foreign_network,
+    is_index,
+    open_index,
+    read_info,
+)
+from fastgen.spec import sha256_file
+
+if TYPE_CHECKING:
+    from fastgen.engines.base import Engine
+    from fastgen.pipeline import Pipeline
+
+ENCODE = 16  # images per forward of the VAE's encoder
+LOADED = 8 * ENCODE  # images in memory at a time
+THUMBNAIL = 16  # px
+RECORD = "training.json"  # how a model folder was trained
+
+
+@dataclass(frozen=True)
+class Options:
+    """What goes into an index.
+
+    `text`: what is embedded, a caption as the model was trained on it, or the description without the action. Captions are
+    the default: requests' prompts are of that form, so like is compared with like, and the pose is retrieved too.
+    `frames`: every frame of an animation, or its first. Frames share their texts, so the nearest image is the same one; all
+    of them are the default because a copy can be one of any frame.
+    `image_mode`: how images that are not square are made so; None for what `trained_mode` finds, else "stretch", the presets'
+    default.
+    """
+
+    text: Text = "caption"
+    frames: Frames = "all"
+    image_mode: Mode | None = None
+
+    def __post_init__(self) -> None:
+        choices = {"text": get_args(Text), "frames": get_args(Frames), "image_mode": (None, *get_args(Mode))}
+        for field, allowed in choices.items():
+            if getattr(self, field) not in allowed:
+                raise unknown(field, str(getattr(self, field)), [name for name in allowed if name])
+
+
+def build_index(
+    data: str | os.PathLike[str],
+    pipeline: Pipeline,
+    out: str | os.PathLike[str],
+    options: Options | None = None,
+    *,
+    limit: int | None = None,
+    progress: bool = True,
+    say: Callable[[str], None] = lambda line: None,
+) -> tuple[Index, bool]:
+    """Index the training data in the folder `data` with the text encoder and the VAE of a pipeline; the folder `out` is
+    written whole or not at all. `limit`: the first so many images. `say` hears where the data's JSON and images do not match,
+    and what had to be assumed.
+
+    Returns the index, and whether it was built now: one of the same data, model and options is kept. Raises InputError for
+    data without texts, a label model, bad images, and an `out` that holds something else.
+    """
+    options, out = options or Options(), Path(out)
+    if pipeline.spec.family != "text":
+        raise InputError("an index needs a text encoder and a VAE; this model takes labels")
+    dataset = chosen_examples(read_dataset(data, limit=limit), options)
+    for note in dataset.notes:
+        say(f"note: {note}")
+    mode = options.image_mode or trained_mode(pipeline.source.folder)
+    if mode is None:
+        say(
+            f"note: no {RECORD} with this model; images that are not square are stretched, unless --image-mode says otherwise"
+        )
+    wanted = _wanted(pipeline, dataset, replace(options, image_mode=mode or "stretch"))
+    if is_index(out):
+        _check_same(out, wanted)
+        return open_index(out), False
+    if os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
+        raise InputError(f"{out}: exists and is no index; choose another --out")
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a command that was killed
+    try:
+        partial.mkdir(parents=True)
+        _fill(partial, pipeline, dataset, wanted, progress)
+        sync_tree(partial)
+        if out.is_dir():
+            out.rmdir()
+        partial.rename(out)
+    except OSError as error:
+        raise FastgenError(f"{out}: cannot be written: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return open_index(out), True
+
+
+def chosen_examples(dataset: Dataset, options: Options) -> Dataset:
+    """The examples that an index holds. Raises InputError for labels, and for descriptions that the data do not have."""
+    if dataset.kind != "text":
+        raise InputError(f"{dataset.root}: holds labels; an index needs captions")
+    if options.text == "description" and not dataset.examples[0].descriptions:
+        raise InputError(f"{dataset.root}: has captions only; descriptions apart from an action need train_info.json")
+    if options.frames == "all":
+        return dataset
+    first: dict[str, Example] = {}
+    for example in dataset.examples:
+        first.setdefault(example.group, example)
+    return replace(dataset, examples=tuple(first.values()))
+
+
+def indexing_engine(folder: Path, device: str | None) -> str:
+    """The engine to build an index with: the default one, but `ort` for TensorRT, whose plans leave out the VAE's encoder."""
+    name = default_engine(folder, device)
+    return "ort" if name == "trt" else name
+
+
+def default_folder(model: Path) -> Path:
+    """Where a model's index goes: into a model folder, but beside a bundle, which an export may replace."""
+    return model.with_name("index") if is_bundle(model) else model / "index"
+
+
+def trained_mode(folder: Path | None) -> Mode | None:
+    """How a model folder's training made images square, by its record; for a bundle that of the folder it lies in. None where
+    there is no record."""
+    for place in (folder, folder.resolve().parent) if folder else ():
+        if (place / RECORD).is_file():
+            preset = read_json(place / RECORD).get("preset")
+            mode = preset.get("image_mode") if isinstance(preset, dict) else None
+            if mode in get_args(Mode):
+                return cast(Mode, mode)
+    return None
+
+
+def _wanted(pipeline: Pipeline, dataset: Dataset, options: Options) -> dict[str, Any]:
+    """Everything an index depends on: two with the same values are one."""
+    spec = pipeline.spec
+    return {
+        "format_version": FORMAT_VERSION,
+        "component_sha256": dict(spec.component_sha256),
+        "model_sha256": spec.sha256,
+        "latent_shape": list(spec.latent_shape),
+        "scaling_factor": spec.scaling_factor,
+        "image_size": spec.image_size,
+        "image_mode": options.image_mode,
+        "text": options.text,
+        "frames": options.frames,
+        "data_sha256": dataset.fingerprint,
+    }
+
+
+def _check_same(out: Path, wanted: Mapping[str, Any]) -> None:
+    held = read_info(out)
+    same_networks = foreign_network(held, wanted["component_sha256"], wanted["model_sha256"]) is None
+    for field, value in wanted.items():
+        if held.get(field) != value and not (same_networks and field in ("component_sha256", "model_sha256")):
+            raise InputError(
+                f"{out}: holds another index: {field} is {held.get(field)!r} there and {value!r} now; "
+                "delete it, or choose another --out"
+            )
+
+
+def _fill(folder: Path, pipeline: Pipeline, dataset: Dataset, wanted: Mapping[str, Any], progress: bool) -> None:
+    texts, pairs = _texts(dataset.examples, wanted["text"])
+    rows = _embed(pipeline, texts, progress)
+    np.save(folder / EMBEDDINGS, rows)
+    np.save(folder / PAIRS, pairs)
+    small = _encode_images(folder, pipeline, dataset, wanted, progress)
+    np.save(folder / THUMBNAILS, small)
+    owners = subjects([e.descriptions or e.captions for e in dataset.examples])
+    lines = [
+        {"id": e.image.relative_to(dataset.root).as_posix(), "group": e.group, "subject": owner}
+        for e, owner in zip(dataset.examples, owners.tolist(), strict=True)
+    ]
+    _write_lines(folder / IMAGES, lines)
+    files = (EMBEDDINGS, PAIRS, LATENTS, THUMBNAILS, IMAGES)
+    info = {
+        **wanted,
+        "fastgen": __version__,
+        "engine": pipeline.engine.name,
+        "dtype": {name: pipeline.engine.executed(name) for name in ("text_encoder", "vae_encoder")},
+        "counts": {"images": len(lines), "texts": len(texts), "pairs": len(pairs)},
+        "width": rows.shape[1],
+        "thumbnail_size": THUMBNAIL,
+        "copies": calibrate(small, owners),
+        "notes": list(dataset.notes),
+        "files": {f: {"bytes": (folder / f).stat().st_size, "sha256": sha256_file(folder / f)} for f in files},
+    }
+    write_json(folder / MANIFEST, info)
+
+
+def _texts(examples: Sequence[Example], text: Text) -> tuple[list[str], np.ndarray]:
+    """(the distinct texts in the order in which they first occur, (P, 2) int32 sorted pairs of a text and an image)."""
+    numbers: dict[str, int] = {}
+    pairs = set()
+    for row, example in enumerate(examples):
+        for words in example.captions if text == "caption" else example.descriptions:
+            pairs.add((numbers.setdefault(words, len(numbers)), row))
+    return list(numbers), np.array(sorted(pairs), np.int32)
+
+
+def _embed(pipeline: Pipeline, texts: list[str], progress: bool) -> np.ndarray:
+    with _bar(len(texts), "texts", progress) as bar:
+        states = pooled_states(pipeline.engine, pipeline.tokenizer, texts, bar.update if bar else lambda count: None)
+    return unit(states, "text")  # (T, D)
+
+
+def _encode_images(
+    folder: Path, pipeline: Pipeline, dataset: Dataset, wanted: Mapping[str, Any], progress: bool
+) -> np.ndarray:
+    """Write the latents, the posterior's mean x scaling factor; returns the thumbnails (N, s, s, 3) uint8."""
+    engine, count = pipeline.engine, len(dataset.examples)
+    shape = (count, *wanted["latent_shape"])
+    latents = np.lib.format.open_memmap(folder / LATENTS, "w+", "float16", shape)
+    small = np.empty((count, THUMBNAIL, THUMBNAIL, 3), np.uint8)
+    with _bar(count, "images", progress) as bar:
+        for part, images in _loaded(dataset, wanted):
+            small[part] = thumbnails(images, THUMBNAIL)
+            with np.errstate(over="ignore"):
+                latents[part] = _latents(engine, images) * np.float32(wanted["scaling_factor"])
+            if not np.isfinite(latents[part]).all():
+                raise FastgenError("the VAE's latents are not finite in float16; try --dtype fp32")
+            if bar:
+                bar.update(len(images))
+    latents.flush()
+    return small
+
+
+def _loaded(dataset: Dataset, wanted: Mapping[str, Any]) -> Iterator[tuple[slice, np.ndarray]]:
+    """The images (b, size, size, 3) uint8, and which of them."""
+    for start in range(0, len(dataset.examples), LOADED):
+        rows = slice(start, start + LOADED)
+        part = replace(dataset, examples=dataset.examples[rows])
+        yield rows, load_images(part, wanted["image_size"], mode=wanted["image_mode"])[0]
+
+
+def _latents(engine: Engine, images: np.ndarray) -> np.ndarray:
+    """(b, H, W, 3) uint8 -> the posterior's mean (b, C, h, w) float32, unscaled."""
+    x = np.ascontiguousarray(images.transpose(0, 3, 1, 2), np.float32) / np.float32(127.5) - np.float32(1)
+    sizes = engine.batch_sizes("vae_encoder") or [ENCODE]
+    means = []
+    for batch in cut(len(x), max(sizes), sizes):
+        rows = engine.padded(engine.array(x[batch.rows]), batch.bucket)
+        moments = engine.numpy(engine.run("vae_encoder", rows)[0])[: len(batch)]  # (b, 2C, h, w)
+        means.append(moments[:, : moments.shape[1] // 2].copy())
+    return np.concatenate(means)
+
+
+def _write_lines(path: Path, values: Sequence[Any]) -> None:
+    write_bytes(path, "".join(json.dumps(value) + "\n" for value in values).encode())
+
+
+def _bar(count: int, name: str, show: bool) -> AbstractContextManager[Any]:
+    if not show:
+        return nullcontext()
+    from tqdm import tqdm
+
+    return tqdm(total=count, desc=name, unit=name.removesuffix("s"), disable=None)

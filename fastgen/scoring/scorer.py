@@ -1,0 +1,216 @@
+"""`Scorer`: networks and reference loaded once, then any number of runs scored, each in one pass over its images."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastgen.errors import InputError
+from fastgen.requests import Request, multi_hot, read_requests
+from fastgen.scoring.clip import ClipNetwork, cosines, load_clip
+from fastgen.scoring.distances import Frechet, Kernel
+from fastgen.scoring.images import Paths, image_folders, image_names, made_by, saving
+from fastgen.scoring.labels import Objects, breakdowns, label_objects, label_sample
+from fastgen.scoring.networks import EvaluatorNetwork, Network, device_of, evaluator_network, inception_network
+from fastgen.scoring.options import check_options, need
+from fastgen.scoring.passes import Seed, one_pass
+from fastgen.scoring.reference import Reference, Statistics, named_features, read_reference, reference_statistics
+from fastgen.scoring.result import Resized, Score, figure
+from fastgen.scoring.samples import Mean, Sample
+
+ENOUGH = 2048  # images: with fewer, the covariance of 2,048 features has not even full rank
+PathLike = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is measured on one run, known before its images are decoded."""
+
+    requests: Sequence[Request] | None
+    objects: Mapping[str, int] | None  # name -> output of the evaluator; None where label accuracy is not measured
+    names: tuple[str, ...]
+    prompts: tuple[str, ...]  # empty where CLIP-T is not measured
+    matched: Mapping[str, Path]  # name -> reference image of that name, where there is a CLIP
+
+    @property
+    def all_matched(self) -> bool:
+        return len(self.matched) == len(self.names)
+
+
+class Scorer:
+    """Scores runs against one evaluator, reference and CLIP. Arguments and errors as `fastgen.scoring.score`."""
+
+    def __init__(
+        self,
+        *,
+        evaluator: PathLike | None = None,
+        reference: PathLike | None = None,
+        features: PathLike | None = None,
+        clip: PathLike | None = None,
+        objects: Objects | None = None,
+        allow_pickle: bool = False,
+        download: bool = False,
+        batch_size: int = 64,
+        device: str | None = None,
+    ) -> None:
+        check_options(evaluator=evaluator, reference=reference, features=features, clip=clip, batch_size=batch_size)
+        for asked, module in ((features, "torchmetrics"), (clip, "transformers")):
+            if asked is not None:
+                need(module)
+        target = device_of(device)
+        self.batch_size, self._objects = batch_size, objects
+        self.reference: Reference | None = None if reference is None else read_reference(Path(reference))
+        self.evaluator: EvaluatorNetwork | None = None
+        if evaluator is not None:
+            self.evaluator = evaluator_network(Path(evaluator), allow_pickle, target)
+        self.network: Network | None = None  # of FID and KID
+        if features is not None:
+            own = str(features) == "evaluator"
+            self.network = self.evaluator if own else inception_network(Path(features), allow_pickle, target)
+        self.clip: ClipNetwork | None = None
+        if clip is not None:
+            self.clip = load_clip(str(clip), download, allow_pickle, target)
+        self._paired: dict[tuple[str, ...], np.ndarray] = {}  # CLIP features of the reference, by names
+
+    def score(self, images: Paths, requests: PathLike | None = None) -> Score:
+        """Score one run. Errors as `fastgen.scoring.score`."""
+        folders, path = image_folders(images), None if requests is None else Path(requests)
+        work = self._work(folders, path)
+        used = self._networks(work)
+        seeds = [one_pass(folder, work.names, work.requests, used, self.batch_size) for folder in folders]
+        samples = self._samples(work, seeds)
+        counts, objects = breakdowns(self._label_scores(seeds), *self._targets(work)) if work.objects else ({}, {})
+        metadata = [one for seed in seeds for one in seed.metadata]
+        return Score(
+            requests=None if path is None else str(path),
+            evaluator=None if self.evaluator is None else str(self.evaluator.path),
+            num_images=len(work.names),
+            metrics={key: figure(key, self.label(key), found, folders) for key, found in samples.items()},
+            by_count=counts,
+            by_object=objects,
+            reference=self._reference_record(),
+            clip=self._clip_record(),
+            resized={name: self._resized(network, seeds) for name, network in used.items()},
+            saving=saving(metadata),
+            made_by=made_by(metadata),
+            warnings=self._warnings(work),
+            names=work.names,
+            samples=samples,
+        )
+
+    @cached_property
+    def statistics(self) -> Statistics:
+        """Of the reference under the network of FID and KID; computed once, and kept in the cache."""
+        assert self.reference is not None
+        assert self.network is not None
+        return reference_statistics(self.reference, self.network, self.batch_size)
+
+    def label(self, key: str) -> str:
+        """A metric's full name, which says whose features it is of."""
+        if key in ("fid", "kid") and self.network:
+            return f"{key} ({self.network.title})"
+        if key in ("clip_t", "clip_i") and self.clip:
+            return f"{key.replace('_', '-')} ({self.clip.title})"
+        return key.replace("_", " ")
+
+    def _work(self, folders: Sequence[Path], path: Path | None) -> Work:
+        objects = label_objects(self.evaluator.evaluator, self._objects, path) if self.evaluator and path else None
+        requests = None if path is None else read_requests(path, objects)
+        names = image_names(folders, requests)
+        matched = self.reference.named(names) if self.clip and self.reference else {}
+        prompts = tuple(r.prompt for r in requests or () if r.prompt is not None) if self.clip else ()
+        work = Work(requests, objects if self._labelled(requests, path) else None, names, prompts, matched)
+        self._check(work)
+        return work
+
+    def _labelled(self, requests: Sequence[Request] | None, path: Path | None) -> bool:
+        """Whether label accuracy is measured; InputError where the evaluator was given for that alone, and it cannot be."""
+        if self.evaluator is None:
+            return False
+        if requests is not None and requests[0].kind == "labels":
+            return True
+        if self.network is self.evaluator:
+            return False
+        if requests is None:
+            raise InputError("label accuracy needs the requests that the images were generated from: give --requests")
+        raise InputError(
+            f'{path}: holds prompts; label accuracy needs requests with labels, such as [["red cube"], ...]'
+        )
+
+    def _check(self, work: Work) -> None:
+        if self.network and self.reference and (fewest := min(len(work.names), len(self.reference.files))) < 2:
+            raise InputError(f"FID and KID need at least 2 images and 2 reference images, found {fewest}")
+        if self.clip and not work.prompts and not work.all_matched:
+            needs = "CLIP-T needs --requests with prompts, CLIP-I a --reference with images of the same names"
+            raise InputError(f"{self.clip.source}: CLIP has nothing to compare the images with: {needs}")
+
+    def _networks(self, work: Work) -> dict[str, Network]:
+        used = [self.evaluator if work.objects else None, self.network, self.clip]
+        return {network.name: network for network in used if network}
+
+    def _samples(self, work: Work, seeds: Sequence[Seed]) -> dict[str, tuple[Sample, ...]]:
+        """Metric -> a sample for each seed, for the metrics that are measured."""
+        out: dict[str, tuple[Sample, ...]] = {}
+        if work.objects:
+            targets, _ = self._targets(work)
+            out["label_accuracy"] = tuple(label_sample(scores, targets) for scores in self._label_scores(seeds))
+        if self.network:
+            features = [seed.features[self.network.name] for seed in seeds]
+            out["fid"] = tuple(Frechet(one, self.statistics) for one in features)
+            out["kid"] = tuple(Kernel(one, self.statistics) for one in features)
+        if self.clip and work.prompts:
+            texts = self.clip.text_features(work.prompts)
+            out["clip_t"] = tuple(Mean(cosines(seed.features[self.clip.name], texts)) for seed in seeds)
+        if self.clip and work.all_matched:
+            reference = self._reference_images(work)
+            out["clip_i"] = tuple(Mean(cosines(seed.features[self.clip.name], reference)) for seed in seeds)
+        return out
+
+    def _targets(self, work: Work) -> tuple[np.ndarray, list[str]]:
+        """(multi-hot (N, K), the K objects)."""
+        assert work.requests is not None
+        assert work.objects is not None
+        return multi_hot(work.requests, work.objects), list(work.objects)
+
+    def _label_scores(self, seeds: Sequence[Seed]) -> list[np.ndarray]:
+        assert self.evaluator
+        return [self.evaluator.scores(seed.features[self.evaluator.name]) for seed in seeds]  # (N, K) each
+
+    def _reference_images(self, work: Work) -> np.ndarray:
+        """CLIP features (N, D) of the reference images of the same names."""
+        assert self.reference is not None
+        assert self.clip is not None
+        if work.names not in self._paired:
+            self._paired[work.names] = named_features(self.reference, work.matched, self.clip, self.batch_size)
+        return self._paired[work.names]
+
+    def _reference_record(self) -> dict[str, Any] | None:
+        if self.reference is None:
+            return None
+        found = self.reference
+        return {"path": str(found.path), "images": len(found.files), "sha256": found.fingerprint}
+
+    def _clip_record(self) -> dict[str, str] | None:
+        clip = self.clip
+        return None if clip is None else {"variant": clip.title, "preprocessing": clip.preprocessing}
+
+    def _resized(self, network: Network, seeds: Sequence[Seed]) -> Resized:
+        reference = self.statistics.resized if network is self.network else 0
+        return Resized(network.preprocessing, sum(seed.resized[network.name] for seed in seeds), reference)
+
+    def _warnings(self, work: Work) -> tuple[str, ...]:
+        out, images, matched = [], len(work.names), len(work.matched)
+        if self.network and self.reference and min(images, len(self.reference.files)) < ENOUGH:
+            found = f"{images} images against {len(self.reference.files)} of the reference"
+            out.append(f"FID and KID of {found}: with fewer than {ENOUGH:,} they are biased (FID) and noisy")
+        if self.clip and work.prompts and (cut := self.clip.truncated(work.prompts)):
+            out.append(f"CLIP-T: {cut} of {images} prompts were cut to {self.clip.context} tokens")
+        if 0 < matched < images:
+            out.append(f"CLIP-I left out: the reference has an image of the same name for {matched} of {images} images")
+        return tuple(out)

@@ -1,0 +1,91 @@
+"""Weights on disk and in memory: reading files of tensors, what does not match a network, the hash of a module."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastgen.errors import InputError
+
+PICKLES = (".pth", ".pt", ".ckpt", ".bin")
+LISTED = 10
+
+
+def read_state(path: Path, allow_pickle: bool = False) -> Mapping[str, Any]:
+    """Name -> tensor from a .safetensors file, or from a PyTorch pickle with `allow_pickle` (tensors and plain containers
+    only; `torch.save(state_dict)` or `torch.save({"model": state_dict})`), on the CPU.
+
+    Raises InputError for a file that cannot be read, a pickle without permission, and another kind of file.
+    """
+    if path.suffix not in (".safetensors", *PICKLES):
+        raise InputError(f"{path}: expected a .safetensors file or one of {', '.join(PICKLES)}")
+    if not path.is_file():
+        raise InputError(f"{path}: no such file, expected weights")
+    return _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path, allow_pickle)
+
+
+def load_state(module: nn.Module, state: Mapping[str, Any], path: Path, kind: str) -> None:
+    """Load weights that fit exactly; else InputError that names the ones that are missing, unexpected, of the wrong shape
+    or not finite, one by one, the first ten. `kind` says what the module is."""
+    wrong = _mismatches(module.state_dict(), state)
+    if wrong:
+        first = f" (the first {LISTED} listed)" if len(wrong) > LISTED else ""
+        raise InputError(f"{path}: {len(wrong)} weights do not match {kind}{first}: {'; '.join(wrong[:LISTED])}")
+    module.load_state_dict(state)
+
+
+def weights_hash(module: nn.Module) -> str:
+    """SHA-256 over the names, shapes, dtypes and values of a module's weights."""
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        array = value.detach().cpu().contiguous().numpy()
+        digest.update(f"{name} {array.dtype} {array.shape}".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: not a readable safetensors file: {error}") from None
+
+
+def _read_pickle(path: Path, allow_pickle: bool) -> Mapping[str, Any]:
+    import pickle
+
+    if not allow_pickle:
+        raise InputError(f"{path}: is a PyTorch pickle; if you trust where it came from, read it with --allow-pickle")
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise InputError(f"{path}: refused: it is damaged or holds more than tensors and plain containers") from None
+    except Exception as error:  # damaged pickles raise anything: https://docs.python.org/3/library/pickle.html
+        raise InputError(f"{path}: not a readable PyTorch checkpoint ({type(error).__name__})") from None
+    state = found.get("model", found) if isinstance(found, Mapping) else found
+    if not isinstance(state, Mapping):
+        raise InputError(f'{path}: holds a {type(state).__name__}, expected {{"model": state_dict}}')
+    return state
+
+
+def _mismatches(expected: Mapping[str, Tensor], found: Mapping[str, Any]) -> list[str]:
+    wrong = []
+    for key, tensor in expected.items():
+        value = found.get(key)
+        if value is None:
+            wrong.append(f"{key} is missing")
+        elif not isinstance(value, Tensor):
+            wrong.append(f"{key} is a {type(value).__name__}, expected a tensor")
+        elif value.shape != tensor.shape:
+            wrong.append(f"{key} is {tuple(value.shape)}, expected {tuple(tensor.shape)}")
+        elif not torch.isfinite(value).all():
+            wrong.append(f"{key} holds NaN or infinity")
+    return wrong + [f"{key} is unexpected" for key in found if key not in expected]

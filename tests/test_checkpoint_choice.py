@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_train import LABEL_PRESET, labelled, preset_of, small  # noqa: F401
+
+from export.bundle import export
+from fastgen.bundle import read_bundle
+from fastgen.errors import InputError
+from fastgen.job import run_job
+from fastgen.networks import load_model
+from fastgen.pipeline import load, model_objects
+from fastgen.requests import read_requests
+from fastgen.training import families, train
+
+OVERRIDES = ("unet.train.checkpoint_limit=0", "unet.train.further_ema_decays=[0.5]")
+
+
+@pytest.fixture
+def run(labelled: Path, tmp_path: Path) -> Path:  # noqa: F811
+    return train(preset_of(LABEL_PRESET, tmp_path, OVERRIDES), labelled, tmp_path / "run", progress=False)
+
+
+@pytest.fixture
+def unfinished(labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:  # noqa: F811
+    class StopError(Exception):
+        pass
+
+    fit = families.fit
+
+    def stopped(task: Any, recipe: Any, run: Any) -> None:
+        fit(task, replace(recipe, steps=4), run)
+        raise StopError
+
+    monkeypatch.setattr(families, "fit", stopped)
+    with pytest.raises(StopError):
+        train(preset_of(LABEL_PRESET, tmp_path, OVERRIDES), labelled, tmp_path / "run", progress=False)
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize(
+    ("name", "label", "file"),
+    [
+        ("last", "last@6", "step-000006/model"),
+        ("ema", "ema@6", "step-000006/ema"),
+        ("ema-0.5", "ema-0.5@6", "step-000006/ema-0.5"),
+        ("4", "ema@4", "step-000004/ema"),
+        ("best", "best@", "best/ema"),
+    ],
+)
+def test_the_named_weights_are_loaded(run: Path, name: str, label: str, file: str) -> None:
+    model = load_model(run, name)
+    assert model.spec.checkpoint.startswith(label)  # type: ignore[union-attr]
+    expected = load_file(run / "checkpoints" / "unet" / f"{file}.safetensors")
+    found = model.networks()["unet"].state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(value, found[key]) for key, value in expected.items())
+
+
+def test_weights_of_different_checkpoints_are_different_models(run: Path) -> None:
+    hashes = {load_model(run, name).spec.sha256 for name in ("last", "ema", "4", None)}
+    assert len(hashes) == 4
+    assert load_model(run, "ema").spec.sha256 == load_model(run, "6").spec.sha256
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("5", r"no checkpoint of step 5; there are 2, 4, 6"),
+        ("newest", r"checkpoint is 'newest', expected best, last, ema, ema-DECAY or a step"),
+        ("ema-0.7", r"holds no average 'ema-0\.7'; there are: ema, ema-0\.5"),
+    ],
+)
+def test_a_checkpoint_that_is_not_there_is_one_line_that_lists_those_that_are(
+    run: Path, name: str, message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        load_model(run, name)
+
+
+def test_a_folder_without_checkpoints_says_so(label_model: Path) -> None:
+    with pytest.raises(InputError, match=r"holds no checkpoints/unet, so there is no checkpoint 'best'"):
+        load_model(label_model, "best")
+
+
+def test_the_manifest_and_the_bundle_record_the_checkpoint(run: Path, tmp_path: Path) -> None:
+    export(run, tmp_path / "bundle", engines=["ort"], checkpoint="4")
+    assert read_bundle(tmp_path / "bundle").spec.checkpoint == "ema@4"
+    requests_file = tmp_path / "requests.json"
+    requests_file.write_text(json.dumps([["red cube"]]))
+    requests = read_requests(requests_file, model_objects(run))
+    images = {}
+    for engine, folder in (("eager", run), ("ort", tmp_path / "bundle")):
+        pipeline = load(folder, engine, checkpoint="4")
+        run_job(pipeline, requests, tmp_path / engine, pipeline.settings(), progress=False)
+        line = json.loads((tmp_path / engine / "manifest.jsonl").read_text())
+        assert line["checkpoint"] == "ema@4"
+        images[engine] = np.asarray(pipeline.generate(labels=[["red cube"]], seeds=[0])[0]).astype(int)
+    assert np.abs(images["eager"] - images["ort"]).max() <= 2
+
+
+@pytest.mark.parametrize("asked", ["last", "best", "2"])
+def test_a_bundle_of_other_weights_is_refused(run: Path, tmp_path: Path, asked: str) -> None:
+    export(run, tmp_path / "bundle", engines=["ort"], checkpoint="4")
+    with pytest.raises(InputError, match=rf"was exported from checkpoint ema@4, not from checkpoint {asked}; `fastgen"):
+        load(tmp_path / "bundle", "ort", checkpoint=asked)
+
+
+def test_an_unfinished_run_generates_from_its_checkpoints(unfinished: Path) -> None:
+    with pytest.raises(InputError, match=r"its training is not finished; choose weights with --checkpoint \(best"):
+        load(unfinished, "eager")
+    images = load(unfinished, "eager", checkpoint="last").generate(labels=[["red cube"]], seeds=[0])
+    assert images[0].size == (16, 16)
+    assert model_objects(unfinished, "last") == {"red cube": 0, "green cube": 1, "blue cube": 2}

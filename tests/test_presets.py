@@ -360,11 +360,14 @@ def test_a_preset_at_small_size_trains_resumes_exports_generates_and_scores(
     assert code == 0, err
     sizes = [Image.open(file).size for file in sorted(images.glob("[01]*.png"))]
     assert sizes == [(64, 64), (64, 64)]
-    if not text:
-        judged = request.getfixturevalue("judge")
-        code, out, err = fastgen("score", images, "--requests", data / "test.json", "--evaluator", judged)
-        assert code == 0, err
-        assert "accuracy" in out
+    scored = ["score", images, "--evaluator", request.getfixturevalue("judge")]
+    if text:
+        scored += ["--reference", data / "train", "--features", "evaluator"]
+    else:
+        scored += ["--requests", data / "test.json"]
+    code, out, err = fastgen(*scored)
+    assert code == 0, err
+    assert ("fid" if text else "accuracy") in out
 
 
 class StandIn(nn.Module):

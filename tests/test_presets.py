@@ -261,8 +261,7 @@ SMALL = {
     "monsters-dpmpp": [
         *TEXT_SMALL,
         "unet.config.block_out_channels=[8, 8, 16, 16]",
-        "unet.train.loss={mse = 1.0, kl = 0.01}",  # LPIPS has weights of its own, which tests do not have
-        "unet.train.loss_from_epoch={kl = 1}",
+        "unet.train.loss_from_epoch={lpips = 0, kl = 1}",
     ],
     "monsters-best": [*TEXT_SMALL, "unet.config.block_out_channels=[8, 8, 16]"],
     "iclevr-class-embed": [*LABEL_SMALL, "unet.config.block_out_channels=[8, 8, 8, 8, 8, 8]", "conditioner.dim=32"],

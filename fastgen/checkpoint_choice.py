@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -86,14 +86,24 @@ def model_parts(folder: Path, checkpoint: str | None) -> Path:
 
 def check_bundle_of(bundle: Path, label: str | None, wanted: str | None) -> None:
     """InputError when a bundle's weights, `label`, are not those that are asked for."""
-    if wanted is None:
-        return
-    part, _, step = (label or "").partition("@")
-    if wanted in (part, label) or (wanted == step and part != "best"):
+    if wanted is None or is_called(label, wanted):
         return
     found = f"checkpoint {label}" if label else "the model folder's own weights"
     command = f"fastgen export RUN --checkpoint {wanted} --out BUNDLE"
     raise InputError(f"{bundle}: was exported from {found}, not from checkpoint {wanted}; `{command}` makes that one")
+
+
+def check_made_from(label: str | None, wanted: str, images: Sequence[Path]) -> None:
+    """InputError when images' metadata name other weights than those that are asked for."""
+    if not is_called(label, wanted):
+        found = f"made from checkpoint {label}" if label else "not from a checkpoint, by their metadata"
+        raise InputError(f"{', '.join(map(str, images))}: images are {found}, expected checkpoint {wanted}")
+
+
+def is_called(label: str | None, name: str) -> bool:
+    """Whether weights with this label, such as ema@500, may be called so: ema, ema@500, 500. Only "best" calls best@500."""
+    part, _, step = (label or "").partition("@")
+    return name in (part, label) or (name == step and part != "best")
 
 
 def _listed(steps: list[int]) -> str:

@@ -21,15 +21,22 @@ PATH = click.Path(path_type=Path)
 )
 @click.option("--clip", metavar="FOLDER|ID", help="CLIP-T, and with --reference CLIP-I: a CLIP folder or hub id.")
 @click.option("--download", is_flag=True, help="Fetch the CLIP of a hub id that is not in the local cache.")
+@click.option("--checkpoint", help="Refuse images that were not made by these weights: best, last, ema or a step.")
 @click.option("--against", multiple=True, type=PATH, help="Folder of another run to compare with; once per seed.")
 @click.option("--allow-pickle", is_flag=True, help="Read .pth files (weights only).")
 @click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True, help="Images per batch.")
 @click.option("--device", help="cpu, cuda, cuda:1, ...  [default: the GPU if there is one]")
 @click.option("--out", type=PATH, help="JSON file for the result.  [default: score.json in the first folder]")
 def score(
-    images: Sequence[Path], requests_file: Path | None, against: Sequence[Path], out: Path | None, **options: Any
+    images: Sequence[Path],
+    requests_file: Path | None,
+    against: Sequence[Path],
+    checkpoint: str | None,
+    out: Path | None,
+    **options: Any,
 ) -> None:
     """Label accuracy, FID, KID, CLIP-T, CLIP-I of generated images; several IMAGES folders count as several seeds."""
+    from fastgen.checkpoint_choice import check_made_from
     from fastgen.jsonfiles import write_json
     from fastgen.scoring import compare
     from fastgen.scoring.images import image_folders
@@ -41,6 +48,8 @@ def score(
         image_folders(folders)
     scorer = need("fastgen.scoring.scorer").Scorer(**options)
     result = scorer.score(images, requests_file)
+    if checkpoint is not None:
+        check_made_from(result.made_by.get("checkpoint"), checkpoint, images)
     value, tables, warnings = result.to_json(), [result.table()], list(result.warnings)
     if against:
         other = scorer.score(against, requests_file)

@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from fastgen.errors import InputError
 from fastgen.images import METADATA_KEY, fit_text, save_image
 from fastgen.jsonfiles import write_json
-from fastgen.names import CONTACT_SHEET, GRID, STRIP_FOLDER, STRIP_SHEET
+from fastgen.names import SHEETS, STRIP_FOLDER
 from fastgen.scoring.images import read_image
 
 PICTURED, COLUMNS = 16, 8
@@ -133,7 +133,7 @@ def _common_names(a: Path, b: Path, limit: int | None) -> tuple[list[str], list[
 
 def _names(folder: Path) -> list[str]:
     files = [f.relative_to(folder) for f in sorted(folder.rglob("*.png"))]
-    images = [f.as_posix() for f in files if f.parts[0] not in (CONTACT_SHEET, GRID, STRIP_SHEET, STRIP_FOLDER)]
+    images = [f.as_posix() for f in files if f.parts[0] not in (*SHEETS, STRIP_FOLDER)]
     images = [name for name in images if not Path(name).name.startswith(".")]
     return sorted(images, key=lambda name: [int(w) if w.isdigit() else w for w in _words(name)])
 

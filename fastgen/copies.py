@@ -24,7 +24,7 @@ from fastgen.errors import InputError
 from fastgen.images import contact_sheet
 from fastgen.jobfolder import MANIFEST
 from fastgen.jsonfiles import read_jsonl, write_bytes
-from fastgen.names import CONTACT_SHEET, check_image_name
+from fastgen.names import SHEETS, check_image_name
 
 if TYPE_CHECKING:
     from fastgen.retrieval import Index
@@ -146,7 +146,7 @@ def generated_images(folder: Path) -> dict[str, str | None]:
         lines = [line for _, line in read_jsonl(folder / MANIFEST) if isinstance(line, dict) and "error" not in line]
         names = {check_image_name(line.get("image_name")): line.get("retrieved") for line in lines}
     else:
-        files = sorted(f.name for f in folder.iterdir() if f.suffix.lower() in SUFFIXES and f.name != CONTACT_SHEET)
+        files = sorted(f.name for f in folder.iterdir() if f.suffix.lower() in SUFFIXES and f.name not in SHEETS)
         names = dict.fromkeys(files)
     if not names:
         raise InputError(f"{folder}: holds no images ({', '.join(SUFFIXES)})")

@@ -12,6 +12,7 @@ from fastgen.jsonfiles import brief, located, read_json
 
 CONTACT_SHEET = "contact_sheet.png"  # written beside the images, as are:
 GRID, STRIP_SHEET = "grid.png", "strips.png"  # where they are asked for
+SHEETS = (CONTACT_SHEET, GRID, STRIP_SHEET)
 STRIP_FOLDER = "strips"  # with a strip for each image, under its name
 SHAPES = ("cube", "sphere", "cylinder")
 COLOURS = ("gray", "red", "blue", "green", "brown", "purple", "cyan", "yellow")

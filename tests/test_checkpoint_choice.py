@@ -13,6 +13,7 @@ from test_train import LABEL_PRESET, labelled, preset_of, small  # noqa: F401
 
 from export.bundle import export
 from fastgen.bundle import read_bundle
+from fastgen.checkpoint_choice import check_made_from, is_called
 from fastgen.errors import InputError
 from fastgen.job import run_job
 from fastgen.networks import load_model
@@ -119,3 +120,22 @@ def test_an_unfinished_run_generates_from_its_checkpoints(unfinished: Path) -> N
     images = load(unfinished, "eager", checkpoint="last").generate(labels=[["red cube"]], seeds=[0])
     assert images[0].size == (16, 16)
     assert model_objects(unfinished, "last") == {"red cube": 0, "green cube": 1, "blue cube": 2}
+
+
+@pytest.mark.parametrize(
+    ("label", "name", "called"),
+    [
+        ("ema@500", "ema", True),
+        ("ema@500", "500", True),
+        ("last@500", "500", True),  # of a recipe without averages
+        ("best@500", "500", False),
+        ("best@500", "best", True),
+        ("ema-0.9@500", "ema", False),
+        (None, "last", False),
+    ],
+)
+def test_what_weights_may_be_called(label: str | None, name: str, called: bool) -> None:
+    assert is_called(label, name) is called
+    if not called:
+        with pytest.raises(InputError, match=rf"images: images are .*, expected checkpoint {name}"):
+            check_made_from(label, name, [Path("images")])

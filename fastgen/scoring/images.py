@@ -15,7 +15,7 @@ from fastgen.data.dataset import files_in
 from fastgen.errors import InputError
 from fastgen.images import METADATA_KEY
 from fastgen.jsonfiles import brief
-from fastgen.names import CONTACT_SHEET
+from fastgen.names import SHEETS
 from fastgen.requests import Request
 
 LISTED = 10
@@ -44,7 +44,7 @@ def image_names(folders: Sequence[Path], requests: Sequence[Request] | None) -> 
         names = tuple(request.image_name for request in requests)
     else:
         found = (name for name in files_in(folders[0]) if name.lower().endswith(".png"))
-        names = tuple(sorted(name for name in found if name != CONTACT_SHEET))
+        names = tuple(sorted(name for name in found if name not in SHEETS))
     if not names:
         raise InputError(f"{folders[0]}: holds no PNG images")
     for folder in folders:

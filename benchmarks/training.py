@@ -109,13 +109,14 @@ def cached_task(frozen: Frozen, unet: Any, preset: Preset, recipe: Training) -> 
     return DiffusionTask(TextUNet(unet), space, conditions, preset.scheduler, (rows, rows), **options)
 
 
-class Fresh:
+class Fresh(Latents):
     """The same examples from the files: a Space and Conditions for the comparison of losses."""
 
     def __init__(self, frozen: Frozen, like: Latents) -> None:
-        self.frozen, self.shape = frozen, like.shape
+        super().__init__(like.moments, like.pixels, like.vae, like.device)
+        self.frozen = frozen
 
-    def clean(self, rows: np.ndarray, draws: Draws, flip: bool) -> Tensor:
+    def clean(self, rows: np.ndarray, draws: Draws, flip: bool = False, jitter: float = 0) -> Tensor:
         mean, logvar = self.frozen.batch(rows)[0].chunk(2, dim=1)
         noise = draws.normal(POSTERIOR, self.shape)
         return (mean + torch.exp(0.5 * logvar) * noise) * self.frozen.vae.config.scaling_factor

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fastgen.errors import InputError
 from fastgen.recipes import Training
 from fastgen.training import checkpoints
+from fastgen.training.attention import attend_on_cpu
 from fastgen.training.checkpoints import Checkpoint
 from fastgen.training.ema import Ema
 from fastgen.training.optimizers import build_optimizer
@@ -76,6 +77,8 @@ def initial(module: nn.Module, recipe: Training, precision: Precision, examples:
     """The state before the first step. `examples`: how many are trained on."""
     layout = torch.channels_last if precision.device.type == "cuda" else torch.contiguous_format
     module = module.to(device=precision.device, memory_format=layout).train()  # type: ignore[call-overload]
+    if precision.device.type == "cpu":
+        attend_on_cpu(module)
     begin = round(recipe.ema_from_epoch * examples / recipe.batch_size)
     emas = {"ema": Ema(module, recipe.ema_decay, begin)}
     emas |= {f"ema-{decay}": Ema(module, decay, begin) for decay in recipe.further_ema_decays}

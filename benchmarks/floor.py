@@ -38,7 +38,7 @@ def count(model: Path) -> Work:
     import torch
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
-    from fastgen.label_networks import label_unet_class
+    from fastgen.networks.labels import label_unet_class
 
     config = json.loads((model / "unet" / "config.json").read_text())
     vae = model / "vae" if (model / "vae").is_dir() else model / "vae_decoder"

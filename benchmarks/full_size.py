@@ -85,9 +85,9 @@ def _task(preset: Preset, device: Any) -> Any:
     """The preset's UNet as training begins with it, on random data of the right shape."""
     from diffusers import UNet2DConditionModel
 
-    from fastgen.label_networks import LabelConditioner, LabelUNet, unet_class
     from fastgen.names import ICLEVR_OBJECTS
-    from fastgen.text_networks import TextUNet
+    from fastgen.networks.labels import LabelConditioner, LabelUNet, unet_class
+    from fastgen.networks.text import TextUNet
     from fastgen.training.diffusion import DiffusionTask
     from fastgen.training.modules import build_module
     from fastgen.training.sources import Captions, Labels, Pixels

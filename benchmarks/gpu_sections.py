@@ -26,8 +26,8 @@ from benchmarks.rows import UNITS
 from benchmarks.sides import Side
 from fastgen.buckets import cut
 from fastgen.errors import FastgenError
-from fastgen.job import run_job
-from fastgen.plan import automatic_batch_size
+from fastgen.jobs.job import run_job
+from fastgen.jobs.plan import automatic_batch_size
 
 TEXT, LABELS = ("monsters-pndm-rag", "iclevr-class-embed"), ("monsters-64", "iclevr-64")
 Row = dict[str, Any]

@@ -16,9 +16,9 @@ from benchmarks.prompts import prompts
 from fastgen.config import Network, Preset, Training, load_preset, preset_names
 from fastgen.errors import unknown
 from fastgen.jsonfiles import write_json
-from fastgen.label_networks import LabelConditioner, conditioner_dim, unet_class
 from fastgen.names import ICLEVR_OBJECTS
 from fastgen.networks import Model, save_model
+from fastgen.networks.labels import LabelConditioner, conditioner_dim, unet_class
 from fastgen.training.modules import build_text_encoder
 from fastgen.training.tokenizer import train_tokenizer
 

@@ -7,8 +7,8 @@ from typing import Any
 __all__ = ["build_index", "check_copies", "load", "open_index", "score", "train"]
 
 _API = {
-    "build_index": "fastgen.indexing",
-    "check_copies": "fastgen.copies",
+    "build_index": "fastgen.retrieval.indexing",
+    "check_copies": "fastgen.retrieval.copies",
     "load": "fastgen.pipeline",
     "open_index": "fastgen.retrieval",
     "score": "fastgen.scoring",

@@ -22,8 +22,8 @@ from fastgen.tables import SolverTable
 if TYPE_CHECKING:
     from fastgen.buckets import Batch
     from fastgen.engines.base import Array
+    from fastgen.jobs.writing import Writer
     from fastgen.spec import Spec
-    from fastgen.writing import Writer
 
 MOST = 64  # frames of a strip
 PADDING = 2

@@ -10,11 +10,11 @@ import pytest
 import torch
 from diffusers.models.embeddings import get_timestep_embedding
 
-from fastgen.broadcast_unet import BroadcastUNet
 from fastgen.config import Sampling
 from fastgen.errors import InputError
 from fastgen.names import ICLEVR_OBJECTS
 from fastgen.networks import LabelConditioner, LabelUNet, Model, load_model, save_model
+from fastgen.networks.broadcast_unet import BroadcastUNet
 from fastgen.precision import lowered
 
 SCHEDULE = {"_class_name": "DDPMScheduler", "num_train_timesteps": 1000, "beta_schedule": "squaredcos_cap_v2"}
@@ -58,7 +58,7 @@ def test_every_level_is_told_label_and_time_by_constant_planes(folder: Path) -> 
 
 def test_a_model_folder_names_the_class_and_loads_to_the_same_network(folder: Path, tmp_path: Path) -> None:
     index = json.loads((folder / "model_index.json").read_text())
-    assert index["unet"] == ["fastgen.broadcast_unet", "BroadcastUNet"]
+    assert index["unet"] == ["fastgen.networks.broadcast_unet", "BroadcastUNet"]
     model = load_model(folder)
     assert type(model.unet) is BroadcastUNet
     save_model(model, tmp_path / "copy")

@@ -15,7 +15,7 @@ from export.bundle import export
 from fastgen.bundle import read_bundle
 from fastgen.checkpoint_choice import check_made_from, is_called
 from fastgen.errors import InputError
-from fastgen.job import run_job
+from fastgen.jobs.job import run_job
 from fastgen.networks import load_model
 from fastgen.pipeline import load, model_objects
 from fastgen.requests import read_requests

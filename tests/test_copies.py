@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from fastgen.copies import calibrate, check_copies, nearest_images, subjects, thumbnails
 from fastgen.errors import InputError
-from fastgen.indexing import build_index
 from fastgen.pipeline import load
+from fastgen.retrieval.copies import calibrate, check_copies, nearest_images, subjects, thumbnails
+from fastgen.retrieval.indexing import build_index
 
 pytest.importorskip("torch")
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastgen.errors import InputError
-from fastgen.nearest import nearest_rows, unit
+from fastgen.retrieval.nearest import nearest_rows, unit
 
 
 def vectors(rng, count, width):
@@ -62,7 +62,7 @@ def test_many_queries_are_searched_in_parts(monkeypatch):
     rng = np.random.default_rng(2)
     rows, queries = vectors(rng, 300, 8), vectors(rng, 50, 8)
     whole = nearest_rows(rows, queries, 2)
-    monkeypatch.setattr("fastgen.nearest.SIMILARITIES", 900)
+    monkeypatch.setattr("fastgen.retrieval.nearest.SIMILARITIES", 900)
     for (a, b), (c, d) in zip(whole, nearest_rows(rows, queries, 2), strict=True):
         np.testing.assert_array_equal(a, c)
         np.testing.assert_array_equal(b, d)

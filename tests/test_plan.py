@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastgen import job, plan
 from fastgen.buckets import Batch
 from fastgen.errors import FastgenError
-from fastgen.job import estimate_job, run_job
+from fastgen.jobs import job, plan
+from fastgen.jobs.job import estimate_job, run_job
 from fastgen.pictures import Decoder
 from fastgen.pipeline import load
 from fastgen.requests import Request

@@ -19,10 +19,10 @@ from diffusers.models.attention_processor import Attention
 from PIL import Image
 from torch import nn
 
-from fastgen.broadcast_unet import BroadcastUNet
 from fastgen.config import Preset, load_preset, preset_names
-from fastgen.label_networks import LabelConditioner, LabelUNet, conditioner_dim, unet_class
 from fastgen.names import ICLEVR_OBJECTS
+from fastgen.networks.broadcast_unet import BroadcastUNet
+from fastgen.networks.labels import LabelConditioner, LabelUNet, conditioner_dim, unet_class
 from fastgen.training.diffusion import NoiseSchedule
 from fastgen.training.previews import default_table
 

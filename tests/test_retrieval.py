@@ -12,12 +12,12 @@ from PIL import Image
 from fastgen.conditions import pooled_states
 from fastgen.errors import InputError
 from fastgen.images import read_metadata
-from fastgen.indexing import Options, build_index, default_folder, trained_mode
-from fastgen.job import estimate_job, run_job
+from fastgen.jobs.job import estimate_job, run_job
+from fastgen.jobs.shards import Shard
 from fastgen.pipeline import load
 from fastgen.requests import Request, read_requests
 from fastgen.retrieval import Index, open_index
-from fastgen.shards import Shard
+from fastgen.retrieval.indexing import Options, build_index, default_folder, trained_mode
 
 pytest.importorskip("torch")
 

@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastgen.errors import InputError
-from fastgen.job import run_job
+from fastgen.jobs.job import run_job
+from fastgen.jobs.shards import Shard, parse_devices
 from fastgen.pipeline import load
 from fastgen.requests import read_requests
-from fastgen.shards import Shard, parse_devices
 
 
 @pytest.fixture(scope="module")

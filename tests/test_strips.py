@@ -13,7 +13,7 @@ from PIL import Image
 
 from fastgen.errors import InputError
 from fastgen.images import image_grid, read_metadata, read_pixels, to_uint8
-from fastgen.job import run_job
+from fastgen.jobs.job import run_job
 from fastgen.networks import load_model
 from fastgen.noise import normal
 from fastgen.pipeline import load
@@ -206,7 +206,7 @@ def test_the_command_writes_strips_and_a_grid_of_all_images(
 
 
 def test_shards_put_strips_and_grid_together(pipelines, requests_files, tmp_path):
-    from fastgen.shards import Shard
+    from fastgen.jobs.shards import Shard
 
     pipeline, requests = pipelines["labels"], read_requests(requests_files["labels"])
     settings = pipeline.settings(num_inference_steps=2)

@@ -10,9 +10,9 @@ import torch
 from fastgen import evaluator
 from fastgen.config import Network, Preset, Training
 from fastgen.errors import InputError
-from fastgen.label_networks import LabelConditioner, LabelUNet, conditioner_dim, unet_class
 from fastgen.networks import Model, save_model
-from fastgen.text_networks import TextUNet
+from fastgen.networks.labels import LabelConditioner, LabelUNet, conditioner_dim, unet_class
+from fastgen.networks.text import TextUNet
 from fastgen.training.classifier import ClassifierTask
 from fastgen.training.contrastive import ContrastiveTask
 from fastgen.training.diffusion import DiffusionTask, NoiseSchedule

@@ -22,7 +22,7 @@ from PIL import Image
 from fastgen.data.images import load_image
 from fastgen.errors import InputError
 from fastgen.images import contact_sheet
-from fastgen.jobfolder import MANIFEST
+from fastgen.jobs.folder import MANIFEST
 from fastgen.jsonfiles import read_jsonl, write_bytes
 from fastgen.names import SHEETS, check_image_name
 

@@ -62,7 +62,7 @@ def label_unet_class(name: str) -> Any:
     """A class of UNet by the name that a model folder gives it. Raises InputError for any other."""
     from diffusers import UNet2DModel
 
-    from fastgen.broadcast_unet import BroadcastUNet
+    from fastgen.networks.broadcast_unet import BroadcastUNet
 
     classes = {"UNet2DModel": UNet2DModel, "BroadcastUNet": BroadcastUNet}
     if name not in classes:

@@ -17,17 +17,17 @@ from fastgen import __version__
 from fastgen.buckets import Batch, cut, halved
 from fastgen.conditions import Conditions, PromptConditions
 from fastgen.errors import FastgenError, InputError
-from fastgen.jobfolder import MANIFEST, claim, extra_files, finish, held_batch_size
+from fastgen.jobs.folder import MANIFEST, claim, extra_files, finish, held_batch_size
+from fastgen.jobs.plan import Estimate, automatic_batch_size, estimate
+from fastgen.jobs.shards import Shard, save_part, whole_job
+from fastgen.jobs.writing import StepBar, Writer, progress_bar
 from fastgen.pictures import Pictures
 from fastgen.pipeline import Pipeline
-from fastgen.plan import Estimate, automatic_batch_size, estimate
 from fastgen.requests import Request, resolve_seed, safe_path
 from fastgen.retrieval import Index, Start, query
 from fastgen.settings import Settings
-from fastgen.shards import Shard, save_part, whole_job
 from fastgen.strips import StripFiles
 from fastgen.tables import SolverTable
-from fastgen.writing import StepBar, Writer, progress_bar
 
 RAG = ("rag_sha256", "noise_steps", "rag_top_k")  # of images that start from training images
 QUEUED = 2  # batches on a GPU at a time: one is sampled while the one before it is decoded

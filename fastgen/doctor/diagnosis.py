@@ -10,8 +10,8 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
+from fastgen.doctor.installed import Library
 from fastgen.engines.base_compile import MIN_TORCH
-from fastgen.libraries import Library
 from fastgen.machine import Cpu, Driver, Gpu, version
 
 MIN_DRIVER = {11: "450", 12: "525", 13: "580"}  # by CUDA major, from docs.nvidia.com/deploy/cuda-compatibility

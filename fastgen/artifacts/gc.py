@@ -11,9 +11,9 @@ from pathlib import Path
 
 from fastgen import artifacts
 from fastgen.artifacts import Artifact, Damaged, Recipe
-from fastgen.engine_cache import folder_bytes, library_fields, short_version, size_text
+from fastgen.artifacts.listing import folder_bytes, library_fields, short_version, size_text
+from fastgen.doctor.installed import distributions
 from fastgen.errors import InputError
-from fastgen.libraries import distributions
 
 DAY = 86400.0
 

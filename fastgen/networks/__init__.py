@@ -21,7 +21,8 @@ from fastgen.checkpoint_choice import Chosen, choose_checkpoint, model_parts
 from fastgen.config import Sampling
 from fastgen.errors import InputError
 from fastgen.jsonfiles import read_json, write_json
-from fastgen.label_networks import (
+from fastgen.names import read_objects
+from fastgen.networks.labels import (
     LabelConditioner,
     LabelUNet,
     class_record,
@@ -29,13 +30,12 @@ from fastgen.label_networks import (
     load_conditioner,
     save_conditioner,
 )
-from fastgen.names import read_objects
+from fastgen.networks.text import TextEncoder, TextUNet, VaeDecoder, VaeEncoder
 from fastgen.prompts import Tokenizer
 from fastgen.schedulers import default_name
 from fastgen.signatures import Signature, label_signatures, text_signatures
 from fastgen.solver import SolverTable, compile_key
 from fastgen.spec import Spec, sha256_file, sha256_names
-from fastgen.text_networks import TextEncoder, TextUNet, VaeDecoder, VaeEncoder
 
 COMPONENTS = ("text_encoder", "vae")  # whose own hashes are recorded: an index depends on them, not on the UNet
 WEIGHTS = ("unet", "conditioner", *COMPONENTS)  # folders whose weights identify a model

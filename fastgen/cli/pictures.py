@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-FOLDER = click.Path(path_type=Path)
+from fastgen.cli.common import FOLDER
 
 
 @click.command()

@@ -19,8 +19,8 @@ import numpy as np
 from fastgen.conditions import pooled_states
 from fastgen.errors import InputError
 from fastgen.jsonfiles import read_json
-from fastgen.nearest import nearest_rows, unit
 from fastgen.requests import Request, resolve_seed
+from fastgen.retrieval.nearest import nearest_rows, unit
 from fastgen.spec import sha256_file
 
 if TYPE_CHECKING:

@@ -18,13 +18,11 @@ from fastgen.buckets import cut
 from fastgen.bundle import is_bundle
 from fastgen.choose import default_engine
 from fastgen.conditions import pooled_states
-from fastgen.copies import calibrate, subjects, thumbnails
 from fastgen.data import Dataset, Example, read_dataset
 from fastgen.data.images import Mode, load_images
 from fastgen.errors import FastgenError, InputError, unknown
 from fastgen.folders import sync_tree
 from fastgen.jsonfiles import read_json, write_bytes, write_json
-from fastgen.nearest import unit
 from fastgen.retrieval import (
     EMBEDDINGS,
     FORMAT_VERSION,
@@ -41,6 +39,8 @@ from fastgen.retrieval import (
     open_index,
     read_info,
 )
+from fastgen.retrieval.copies import calibrate, subjects, thumbnails
+from fastgen.retrieval.nearest import unit
 from fastgen.spec import sha256_file
 
 if TYPE_CHECKING:

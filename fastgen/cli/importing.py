@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-FOLDER = click.Path(path_type=Path)
+from fastgen.cli.common import FOLDER
 
 
 @click.command("import")

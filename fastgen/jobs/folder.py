@@ -13,10 +13,10 @@ from PIL import Image
 from fastgen.errors import InputError
 from fastgen.folders import make_folder
 from fastgen.images import image_grid, read_pixels, save_contact_sheet, save_image
+from fastgen.jobs.shards import remove_parts
 from fastgen.jsonfiles import read_json, write_bytes, write_json
 from fastgen.names import GRID, STRIP_SHEET
 from fastgen.requests import CONTACT_SHEET, Request
-from fastgen.shards import remove_parts
 from fastgen.strips import StripFiles, save_strip_sheet
 
 MANIFEST, JOB = "manifest.jsonl", "job.json"

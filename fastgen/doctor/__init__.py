@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from fastgen import __version__
-from fastgen.diagnosis import (
+from fastgen.artifacts.listing import folder_bytes, size_text
+from fastgen.doctor.diagnosis import (
     Cache,
     Machine,
     Problem,
@@ -23,11 +24,10 @@ from fastgen.diagnosis import (
     owner,
     torch_problems,
 )
-from fastgen.diagnosis_trt import incomplete, tensorrt_parts, tensorrt_problems
-from fastgen.engine_cache import folder_bytes, size_text
+from fastgen.doctor.diagnosis_trt import incomplete, tensorrt_parts, tensorrt_problems
+from fastgen.doctor.installed import Library, distributions, libraries
 from fastgen.engines.base import Engine
 from fastgen.engines.base_trt import driver_cuda
-from fastgen.libraries import Library, distributions, libraries
 from fastgen.machine import Gpu, cpu, gpus, version
 
 KNOWN = ("torch", "onnxruntime", "tensorrt", "openvino")  # shown whether an engine needs them or not

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 
-from fastgen.diagnosis import Machine, Problem, driver_too_old, update_driver
+from fastgen.doctor.diagnosis import Machine, Problem, driver_too_old, update_driver
+from fastgen.doctor.installed import Library
 from fastgen.engines.base_trt import MINIMUM
-from fastgen.libraries import Library
 from fastgen.machine import version
 
 

@@ -13,8 +13,8 @@ import numpy as np
 
 from fastgen.folders import make_folder
 from fastgen.images import png_bytes
+from fastgen.jobs.shards import Shard
 from fastgen.jsonfiles import write_bytes
-from fastgen.shards import Shard
 
 UNWRITTEN = 512  # images that may wait for the writers
 

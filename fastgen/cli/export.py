@@ -1,0 +1,61 @@
+"""`fastgen export`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from fastgen.cli.common import FOLDER, say
+from fastgen.errors import FastgenError, InputError
+
+
+@click.command()
+@click.argument("model", type=FOLDER, required=False)
+@click.option("--out", type=FOLDER, help="Bundle folder.  [default: MODEL/bundle]")
+@click.option("--dtype", help="fp16 or bf16: graphs in that precision besides the fp32 ones.  [default: fp32 alone]")
+@click.option("--trt", is_flag=True, help="Build TensorRT engines for this GPU, in --dtype.  [default: fp16]")
+@click.option("--batch-sizes", metavar="1,8,64", help="Images per batch to build them for.  [default: 1,8,64]")
+@click.option("--solver", "solvers", multiple=True, metavar="NAME:STEPS[:NOISE_STEPS]", help="Further table to store.")
+@click.option(
+    "--engine",
+    "engines",
+    multiple=True,
+    metavar="NAME[:DTYPE]",
+    help="Engine to certify.  [default: every installed one]",
+)
+@click.option("--checkpoint", help="A run's weights: best, last, ema or a step.  [default: the finished model's]")
+@click.option("--overwrite", is_flag=True, help="Replace another bundle at --out.")
+def export(
+    model: Path | None, out: Path | None, trt: bool, batch_sizes: str | None, engines: Sequence[str], **options: Any
+) -> None:
+    """Export MODEL (default: the latest run) to a bundle, and certify engines against eager PyTorch in fp32.
+
+    The same command with another --dtype adds those graphs to the bundle; MODEL may be a bundle that has them already.
+    Exits with 1 when an engine misses its tolerance.
+    """
+    from export.bundle import BATCH_SIZES
+    from export.bundle import export as run
+    from fastgen.bundle import is_bundle
+    from fastgen.runs import latest_run
+
+    if batch_sizes is not None and not trt:
+        raise InputError("--batch-sizes is what TensorRT engines are built for; give --trt too")
+    sizes = _batch_sizes(batch_sizes) if batch_sizes is not None else BATCH_SIZES
+    source = model or latest_run()
+    target = out or (source if is_bundle(source) else source / "bundle")
+    options |= {"engines": engines or None, "trt": trt, "batch_sizes": sizes}
+    certificates = run(source, target, say=say, show=lambda c: click.echo(c.table()), **options)
+    click.echo(f"bundle: {target}")
+    missed = [c.engine for c in certificates if not c.passed]
+    if missed:
+        raise FastgenError(f"not certified: {', '.join(missed)} (see the table above)")
+
+
+def _batch_sizes(text: str) -> list[int]:
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isascii() and word.isdigit() and int(word) > 0 for word in words):
+        raise InputError(f"--batch-sizes is {text!r}, expected positive integers such as 1,8,64")
+    return [int(word) for word in words]

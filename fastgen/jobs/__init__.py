@@ -1,0 +1,1 @@
+"""A job: a file of requests -> a folder of images, resumable, in shards."""

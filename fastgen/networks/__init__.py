@@ -36,6 +36,7 @@ from fastgen.schedulers import default_name
 from fastgen.signatures import Signature, label_signatures, text_signatures
 from fastgen.solver import SolverTable, compile_key
 from fastgen.spec import Spec, sha256_file, sha256_names
+from fastgen.weights import load_state
 
 COMPONENTS = ("text_encoder", "vae")  # whose own hashes are recorded: an index depends on them, not on the UNet
 WEIGHTS = ("unet", "conditioner", *COMPONENTS)  # folders whose weights identify a model
@@ -264,11 +265,7 @@ def _unet(cls: Any, folder: Path, chosen: Chosen | None) -> Any:
     if chosen is None:
         return _from_pretrained(cls, folder)
     unet = cls.from_config(cls.load_config(folder))
-    try:
-        unet.load_state_dict(chosen.weights("unet"))
-    except RuntimeError as error:
-        lines = "; ".join(line.strip() for line in str(error).splitlines()[1:6])
-        raise InputError(f"{chosen.checkpoint.folder}: is of another architecture than {folder}: {lines}") from None
+    load_state(unet, chosen.weights("unet"), chosen.checkpoint.folder, f"the {cls.__name__} of {folder}")
     return unet.eval()
 
 

@@ -22,13 +22,18 @@ class SmallAttention:
         self._products, self._fused = AttnProcessor(), AttnProcessor2_0()
 
     def __call__(
-        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **options: Any
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
     ) -> Tensor:
         """hidden_states (b, n, d), or (b, d, h, w); encoder_hidden_states (b, m, d')."""
         keys = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         count = keys.shape[1] if keys.ndim == 3 else keys.shape[2] * keys.shape[3]
         chosen = self._products if count <= MOST_KEYS else self._fused
-        return chosen(attn, hidden_states, encoder_hidden_states, **options)
+        return chosen(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
 
 
 def attend_on_cpu(module: nn.Module) -> None:

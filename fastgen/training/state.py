@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgen.errors import InputError
 from fastgen.recipes import Training
 from fastgen.training import checkpoints
 from fastgen.training.attention import attend_on_cpu
@@ -19,6 +18,7 @@ from fastgen.training.checkpoints import Checkpoint
 from fastgen.training.ema import Ema
 from fastgen.training.optimizers import build_optimizer
 from fastgen.training.precision import Precision
+from fastgen.weights import load_state
 
 GAIN = 1e-4  # relative; a smaller one is none (torch's ReduceLROnPlateau)
 
@@ -93,10 +93,8 @@ def initial(module: nn.Module, recipe: Training, precision: Precision, examples:
 
 def load(state: State, checkpoint: Checkpoint) -> None:
     """Continue where the checkpoint was written. Raises InputError when it is another network's."""
-    try:
-        state.module.load_state_dict(checkpoint.load("model"))
-    except RuntimeError as error:
-        raise InputError(f"{checkpoint.folder}: is of another architecture: {_listed(error)}") from None
+    kind = f"this {type(state.module).__name__}: another architecture"
+    load_state(state.module, checkpoint.load("model"), checkpoint.folder, kind)
     for name, ema in state.emas.items():
         ema.load(checkpoint.load(name if name in checkpoint.parts else "model"))
     _load_optimizer(state.optimizer, checkpoint.load("optimizer"))
@@ -129,8 +127,3 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tens
         state.setdefault(int(index), {})[name] = value
     settings: dict[str, Any] = optimizer.state_dict()
     optimizer.load_state_dict({"state": state, "param_groups": settings["param_groups"]})
-
-
-def _listed(error: RuntimeError) -> str:
-    lines = [line.strip() for line in str(error).splitlines()[1:]]
-    return "; ".join(lines[:5]) + ("; ..." if len(lines) > 5 else "")

@@ -17,6 +17,7 @@ from fastgen.cli_import import import_
 from fastgen.cli_index import copies, index, rag_options
 from fastgen.cli_pictures import compare
 from fastgen.cli_score import score
+from fastgen.cli_sweep import sweep
 from fastgen.errors import FastgenError, InputError
 
 FOLDER = click.Path(path_type=Path)
@@ -52,6 +53,7 @@ def cli() -> None:
 cli.add_command(doctor)
 cli.add_command(engines)
 cli.add_command(score)
+cli.add_command(sweep)
 cli.add_command(compare)
 cli.add_command(import_)
 cli.add_command(index)

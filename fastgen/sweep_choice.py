@@ -79,7 +79,7 @@ def choose(candidates: Sequence[Candidate], rule: Rule, better: Literal["higher"
     if not scored:
         return None
     best = min(scored, key=lambda i: (sign * candidates[i].value, candidates[i].evaluations))
-    allowance = rule.allowance(candidates[best])
+    allowance = rule.allowance(candidates[best]) * (1 + 1e-9)  # rounding decides nothing
     limit = candidates[best].value + sign * allowance
     good = [i for i in scored if sign * candidates[i].value <= sign * limit]
     chosen = best

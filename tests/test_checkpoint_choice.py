@@ -119,3 +119,19 @@ def test_an_unfinished_run_generates_from_its_checkpoints(unfinished: Path) -> N
     images = load(unfinished, "eager", checkpoint="last").generate(labels=[["red cube"]], seeds=[0])
     assert images[0].size == (16, 16)
     assert model_objects(unfinished, "last") == {"red cube": 0, "green cube": 1, "blue cube": 2}
+
+
+def test_a_sweep_over_checkpoints_scores_each_ones_own_weights(run: Path, tmp_path: Path) -> None:
+    from scoring_helpers import make_evaluator
+
+    from fastgen.scoring import Scorer
+    from fastgen.sweep import Grid, sweep
+
+    (tmp_path / "requests.json").write_text(json.dumps([["red cube"], ["blue cube"]]))
+    grid = Grid(checkpoints=("4", "last", "ema-0.5"), num_inference_steps=(2,))
+    options: dict[str, Any] = {"scorer": Scorer(evaluator=make_evaluator(tmp_path / "judge")), "engine": "eager"}
+    found = sweep(run, tmp_path / "requests.json", tmp_path / "out", grid, **options)
+    assert [row.point.weights for row in found.rows] == ["ema@4", "last@6", "ema-0.5@6"]
+    for row, name in zip(found.rows, grid.checkpoints, strict=True):
+        line = json.loads((row.folders[0] / "manifest.jsonl").read_text().splitlines()[0])
+        assert line["model_sha256"] == load_model(run, name).spec.sha256

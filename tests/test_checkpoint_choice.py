@@ -139,3 +139,19 @@ def test_what_weights_may_be_called(label: str | None, name: str, called: bool) 
     if not called:
         with pytest.raises(InputError, match=rf"images: images are .*, expected checkpoint {name}"):
             check_made_from(label, name, [Path("images")])
+
+
+def test_a_sweep_over_checkpoints_scores_each_ones_own_weights(run: Path, tmp_path: Path) -> None:
+    from scoring_helpers import make_evaluator
+
+    from fastgen.scoring import Scorer
+    from fastgen.sweep import Grid, sweep
+
+    (tmp_path / "requests.json").write_text(json.dumps([["red cube"], ["blue cube"]]))
+    grid = Grid(checkpoints=("4", "last", "ema-0.5"), num_inference_steps=(2,))
+    options: dict[str, Any] = {"scorer": Scorer(evaluator=make_evaluator(tmp_path / "judge")), "engine": "eager"}
+    found = sweep(run, tmp_path / "requests.json", tmp_path / "out", grid, **options)
+    assert [row.point.weights for row in found.rows] == ["ema@4", "last@6", "ema-0.5@6"]
+    for row, name in zip(found.rows, grid.checkpoints, strict=True):
+        line = json.loads((row.folders[0] / "manifest.jsonl").read_text().splitlines()[0])
+        assert line["model_sha256"] == load_model(run, name).spec.sha256

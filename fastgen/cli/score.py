@@ -2,28 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
 from fastgen.cli.common import FOLDER
 
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def scoring_options(command: Command) -> Command:
+    """The options that say what is measured, in the order of `fastgen.scoring.score`."""
+    options = (
+        click.option(
+            "--evaluator", type=FOLDER, help="Label accuracy: evaluator folder, .safetensors, or .pth checkpoint."
+        ),
+        click.option("--reference", type=FOLDER, help="Images to compare with: a folder of them, or a dataset."),
+        click.option(
+            "--features",
+            metavar="FILE|evaluator",
+            help="FID and KID: weights of FID's Inception, or the evaluator's features.",
+        ),
+        click.option(
+            "--clip", metavar="FOLDER|ID", help="CLIP-T, and with --reference CLIP-I: a CLIP folder or hub id."
+        ),
+        click.option("--download", is_flag=True, help="Fetch the CLIP of a hub id that is not in the local cache."),
+        click.option("--allow-pickle", is_flag=True, help="Read .pth files (weights only)."),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
 
 @click.command()
 @click.argument("images", nargs=-1, required=True, type=FOLDER)
 @click.option("--requests", "requests_file", type=FOLDER, help="The JSON file they were generated from.")
-@click.option("--evaluator", type=FOLDER, help="Label accuracy: evaluator folder, .safetensors, or .pth checkpoint.")
-@click.option("--reference", type=FOLDER, help="Images to compare with: a folder of them, or a dataset.")
-@click.option(
-    "--features", metavar="FILE|evaluator", help="FID and KID: weights of FID's Inception, or the evaluator's features."
-)
-@click.option("--clip", metavar="FOLDER|ID", help="CLIP-T, and with --reference CLIP-I: a CLIP folder or hub id.")
-@click.option("--download", is_flag=True, help="Fetch the CLIP of a hub id that is not in the local cache.")
+@scoring_options
 @click.option("--checkpoint", help="Refuse images that were not made by these weights: best, last, ema or a step.")
 @click.option("--against", multiple=True, type=FOLDER, help="Folder of another run to compare with; once per seed.")
-@click.option("--allow-pickle", is_flag=True, help="Read .pth files (weights only).")
 @click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True, help="Images per batch.")
 @click.option("--device", help="cpu, cuda, cuda:1, ...  [default: the GPU if there is one]")
 @click.option("--out", type=FOLDER, help="JSON file for the result.  [default: score.json in the first folder]")

@@ -38,14 +38,26 @@ def claim(out: Path, files: Sequence[Path], identity: dict[str, Any], *, sweep: 
         make_folder(out)
         write_json(path, {"job": identity, "runs": []})
         return
-    held = _read_record(path)["job"]
+    check_same_job(out, identity)
+    if sweep:
+        _sweep(files)
+
+
+def check_same_job(out: Path, identity: dict[str, Any]) -> None:
+    """InputError when the job that `out` holds, if any, is another one."""
+    if not os.path.lexists(out / JOB):
+        return
+    held = _read_record(out / JOB)["job"]
     for key, value in identity.items():
         if held.get(key) != value:
             raise InputError(
                 f"{out}: holds another job: {key} is {held.get(key)!r} there and {value!r} now; choose another --out"
             )
-    if sweep:
-        _sweep(files)
+
+
+def recorded_runs(out: Path) -> list[dict[str, Any]]:
+    """What each run of the job in `out` that ended well took: {"images", "seconds", ...}."""
+    return _read_record(out / JOB)["runs"]
 
 
 def extra_files(

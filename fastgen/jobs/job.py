@@ -79,7 +79,7 @@ def run_job(
     files = [safe_path(out, r.image_name) for r in requests]
     limit = batch_size or held_batch_size(out) or automatic_batch_size(pipeline, settings)
     batches = cut(len(requests), limit, pipeline.buckets(settings))
-    identity = _identity(pipeline, requests, settings, limit, rag)
+    identity = job_identity(pipeline, requests, settings, limit, rag)
     strips = None if strip is None else StripFiles.plan_for(pipeline.spec, table, strip, out, files)
     claim(out, [*files, *extra_files(out, files, strips, grid)], identity, sweep=shard is None)
     start_from = pipeline.retrieve(requests, settings, rag)
@@ -208,7 +208,7 @@ def _writers(pipeline: Pipeline) -> int:
     return min(8, os.cpu_count() or 1) if pipeline.on_gpu else 1
 
 
-def _identity(
+def job_identity(
     pipeline: Pipeline, requests: Sequence[Request], settings: Settings, limit: int, rag: Index | None
 ) -> dict[str, Any]:
     """Everything the pixels depend on: two runs with the same identity are one job."""

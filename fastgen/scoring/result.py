@@ -152,6 +152,12 @@ def figure(key: str, label: str, samples: Sequence[Sample], folders: Sequence[An
     return Figure(value, error, over, BETTER[key], label, method, values)
 
 
+def figure_from_json(value: Mapping[str, Any]) -> Figure:
+    """What `Figure.to_json` gave, read back."""
+    error = value["standard_error"]
+    return Figure(**{**value, "standard_error": math.nan if error is None else error})
+
+
 def columns(rows: Sequence[Sequence[str]]) -> list[str]:
     """Rows of text, every column but the last padded to one width."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]

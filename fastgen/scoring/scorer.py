@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from fastgen import __version__
 from fastgen.errors import InputError
 from fastgen.requests import Request, multi_hot, read_requests
 from fastgen.scoring.clip import ClipNetwork, cosines, load_clip
@@ -119,10 +120,34 @@ class Scorer:
             return f"{key.replace('_', '-')} ({self.clip.title})"
         return key.replace("_", " ")
 
-    def _work(self, folders: Sequence[Path], path: Path | None) -> Work:
+    def planned(self, requests: PathLike, limit: int | None = None) -> tuple[str, ...]:
+        """The metrics that images of these requests (the first `limit`) will be scored by; errors as `score`."""
+        work = self._work(None, Path(requests), limit)
+        measured = {
+            "label_accuracy": work.objects is not None,
+            "fid": self.network is not None,
+            "kid": self.network is not None,
+            "clip_t": self.clip is not None and bool(work.prompts),
+            "clip_i": self.clip is not None and work.all_matched,
+        }
+        return tuple(key for key, asked in measured.items() if asked)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the scores of given images and requests depend on, as JSON."""
+        networks = [network for network in (self.evaluator, self.network, self.clip) if network]
+        return {
+            "fastgen": __version__,
+            "networks": {n.name: [n.fingerprint, n.preprocessing] for n in networks},
+            "reference": None if self.reference is None else self.reference.fingerprint,
+            "metrics_network": None if self.network is None else self.network.name,
+            "objects": None if self.evaluator is None else self.evaluator.evaluator.objects,
+        }
+
+    def _work(self, folders: Sequence[Path] | None, path: Path | None, limit: int | None = None) -> Work:
         objects = label_objects(self.evaluator.evaluator, self._objects, path) if self.evaluator and path else None
-        requests = None if path is None else read_requests(path, objects)
-        names = image_names(folders, requests)
+        requests = None if path is None else read_requests(path, objects)[:limit]
+        names = tuple(r.image_name for r in requests or ()) if folders is None else image_names(folders, requests)
         matched = self.reference.named(names) if self.clip and self.reference else {}
         prompts = tuple(r.prompt for r in requests or () if r.prompt is not None) if self.clip else ()
         work = Work(requests, objects if self._labelled(requests, path) else None, names, prompts, matched)

@@ -1,0 +1,174 @@
+"""A sweep: the same requests generated at every point of a grid of settings, scored, and one point named by a rule.
+
+Every point is an ordinary job in OUT/points/NAME/seed-K with its score beside it, so a sweep continues after a kill, and a
+changed grid keeps the points that it shares with the old one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastgen.errors import InputError
+from fastgen.folders import make_folder
+from fastgen.job import run_job
+from fastgen.jobfolder import JOB, MANIFEST, recorded_runs
+from fastgen.jsonfiles import read_json, write_bytes, write_json
+from fastgen.pipeline import Pipeline
+from fastgen.requests import Request
+from fastgen.scoring.result import Figure, figure_from_json
+from fastgen.sweep_choice import Rule
+from fastgen.sweep_grid import Grid, Point
+from fastgen.sweep_pictures import save_pictures
+from fastgen.sweep_plan import POINTS, Model, Plan, network_evaluations, prepare
+from fastgen.sweep_report import CSV, JSON, PLOT, SHEET, Row, Sweep
+
+if TYPE_CHECKING:
+    from fastgen.scoring import Scorer
+
+__all__ = ["Grid", "Point", "Row", "Rule", "Sweep", "network_evaluations", "sweep"]
+
+REQUESTS, OBJECTS, SCORE = "requests.json", "objects.json", "score.json"
+Say = Callable[[str], None]
+PathLike = str | os.PathLike[str]
+
+
+def sweep(
+    model: PathLike,
+    requests: PathLike,
+    out: PathLike,
+    grid: Grid,
+    *,
+    scorer: Scorer,
+    metric: str | None = None,
+    rule: Rule | None = None,
+    seeds: Sequence[int] = (0,),
+    limit: int | None = None,
+    rag: PathLike | None = None,
+    engine: str | None = None,
+    batch_size: int | None = None,
+    progress: bool = True,
+    say: Say = lambda line: None,
+    **options: Any,
+) -> Sweep:
+    """Generate the requests (the first `limit`) at every point of `grid`, once per seed, and score them.
+
+    Writes OUT/points/, sweep.json, sweep.csv, contact_sheet.png, plot.png where matplotlib is installed, and requests.json, the
+    requests that were used. What is there already is kept: images that exist are not generated again, points that the same
+    scorer scored are not scored again. A checkpoint's networks are loaded once. `metric`: what `rule` looks at, by default
+    the first that is measured; `rag`: an index, see `fastgen.retrieval`; `options`: the others of `fastgen.load`.
+
+    Raises RefusedError (an InputError) with everything that is wrong, before the first image, and InputError for an `out` that
+    holds something else. A point with images that could not be made has an `error` and no score.
+    """
+    held = Model(Path(model), engine, options)
+    index = None if rag is None else Path(rag)
+    chosen: dict[str, Any] = {"metric": metric, "seeds": tuple(seeds), "limit": limit, "batch_size": batch_size}
+    plan, pipeline = prepare(held, Path(requests), Path(out), grid, scorer, rag=index, **chosen)
+    _claim(plan, Path(requests))
+    result = Sweep(plan.out, str(model), plan.metric, plan.metrics, rule or Rule(), [])
+    for row, seconds in _rows(plan, pipeline, scorer, progress, say):
+        result.rows.append(row)
+        timing = "already there" if seconds is None else f"{seconds:.1f} s"
+        say(f"[{len(result.rows)}/{len(plan.points)}] {row.line(plan.metric)}, {timing}")
+    write_bytes(plan.out / CSV, result.csv().encode())
+    save_pictures(result, plan.requests, say)
+    write_json(plan.out / JSON, result.to_json() | {"requests_sha256": _hash(plan.requests)})
+    return result
+
+
+def _claim(plan: Plan, requests: Path) -> None:
+    """Make `out` this sweep's folder. InputError when it holds a sweep over other requests, or files of something else."""
+    record, sha256 = plan.out / JSON, _hash(plan.requests)
+    if record.is_file():
+        value = read_json(record)
+        if not isinstance(value, dict) or value.get("requests_sha256") != sha256:
+            raise InputError(f"{plan.out}: holds a sweep over other requests; choose another --out")
+    else:
+        names = (REQUESTS, OBJECTS, CSV, PLOT, SHEET, POINTS, JOB)
+        taken = [name for name in names if os.path.lexists(plan.out / name)]
+        if taken or (os.path.lexists(plan.out) and not plan.out.is_dir()):
+            found = f"holds {taken[0]} already, but no {JSON}" if taken else "is not a folder"
+            raise InputError(f"{plan.out}: {found}; choose another --out")
+        make_folder(plan.out)
+        write_json(record, {"requests_sha256": sha256, "rows": []})
+    write_json(plan.out / REQUESTS, _requests_json(plan.requests))
+    if (beside := requests.parent / OBJECTS).is_file():  # which a scorer may look its objects up in
+        write_bytes(plan.out / OBJECTS, beside.read_bytes())
+
+
+def _requests_json(requests: Sequence[Request]) -> dict[str, Any]:
+    """In the schema that `read_requests` reads back to the same requests."""
+    fields = {"prompt": "text_prompt", "labels": "labels", "seed": "seed", "description": "given_description"}
+    return {
+        r.id: {"image_name": r.image_name} | {key: v for f, key in fields.items() if (v := getattr(r, f)) is not None}
+        for r in requests
+    }
+
+
+def _hash(requests: Sequence[Request]) -> str:
+    return hashlib.sha256(json.dumps(_requests_json(requests)).encode()).hexdigest()
+
+
+def _rows(
+    plan: Plan, pipeline: Pipeline, scorer: Scorer, progress: bool, say: Say
+) -> Iterator[tuple[Row, float | None]]:
+    """Each point's row, and the seconds that it took; None where everything was there."""
+    identity, loaded = scorer.identity, plan.points[0].checkpoint
+    for point in plan.points:
+        if point.checkpoint != loaded:
+            pipeline.free_memory()
+            del pipeline
+            pipeline, loaded = plan.model.load(point.checkpoint), point.checkpoint
+            plan.check_held(pipeline, loaded)
+        start = time.perf_counter()
+        errors, generated = _generate(plan, pipeline, point, progress, say)
+        figures, warnings, scored = ({}, [], False) if errors else _score(plan, point, scorer, identity)
+        elapsed = time.perf_counter() - start if generated or scored else None
+        yield _row(plan, point, figures, warnings, errors), elapsed
+
+
+def _generate(plan: Plan, pipeline: Pipeline, point: Point, progress: bool, say: Say) -> tuple[dict[str, str], int]:
+    """The images of all seeds: (image -> why it is missing, how many were generated now)."""
+    errors: dict[str, str] = {}
+    generated = 0
+    options: dict[str, Any] = {"batch_size": plan.batch_size, "progress": progress, "say": say}
+    for folder, seed in zip(plan.folders(point), plan.seeds, strict=True):
+        settings = pipeline.settings(**point.settings(), seed=seed)
+        report = run_job(pipeline, plan.requests, folder, settings, rag=plan.start(point), **options)
+        errors |= {f"{folder.name}/{name}": why for name, why in report.errors.items()}
+        generated += report.generated
+    return errors, generated
+
+
+def _score(
+    plan: Plan, point: Point, scorer: Scorer, identity: Mapping[str, Any]
+) -> tuple[dict[str, Figure], list[str], bool]:
+    """(figures, warnings, whether it was scored now). A score that this scorer gave these images before is kept."""
+    folders, file = plan.folders(point), plan.out / POINTS / point.name / SCORE
+    manifests = {folder.name: hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest() for folder in folders}
+    made_from = {"scorer": dict(identity), "manifests": manifests}
+    value: Any = read_json(file) if file.is_file() else None
+    kept = isinstance(value, dict) and all(value.get(key) == held for key, held in made_from.items())
+    if not kept:
+        value = {**scorer.score(folders, plan.out / REQUESTS).to_json(), **made_from}
+        write_json(file, value)
+    figures = {key: figure_from_json(held) for key, held in value["metrics"].items()}
+    return figures, value["warnings"], not kept
+
+
+def _row(
+    plan: Plan, point: Point, figures: Mapping[str, Figure], warnings: Sequence[str], errors: Mapping[str, str]
+) -> Row:
+    folders = plan.folders(point)
+    runs = [run for folder in folders for run in recorded_runs(folder)]
+    images = sum(run["images"] for run in runs)
+    seconds = sum(run["seconds"] for run in runs) / images if images else None
+    first = next(iter(errors.items()), None)
+    error = None if first is None else f"{len(errors)} images failed, such as {first[0]}: {first[1]}"
+    return Row(point, tuple(folders), plan.evaluations[point], seconds, figures, tuple(warnings), error)

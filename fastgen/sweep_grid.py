@@ -1,0 +1,243 @@
+"""A grid of sampling settings, and the points that it spans: checked as a whole before anything runs."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from fastgen.errors import InputError
+from fastgen.settings import late_steps
+
+if TYPE_CHECKING:
+    from fastgen.config import Sampling
+
+Value = TypeVar("Value")
+NONE = "none"  # among the noise steps: a full start from noise
+
+
+class RefusedError(InputError):
+    """Everything that is wrong with a sweep, an item each."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = list(problems)
+        super().__init__("; ".join(self.problems))
+
+
+class Problems(list[str]):
+    """Collects what is wrong, to be raised together."""
+
+    def attempt(self, call: Callable[[], Value]) -> Value | None:
+        """The result of a call; None, and its problems kept, where it raises InputError."""
+        try:
+            return call()
+        except RefusedError as error:
+            self.extend(error.problems)
+        except InputError as error:
+            self.append(str(error))
+        return None
+
+    def check(self) -> None:
+        """Raises RefusedError if there are any."""
+        if self:
+            raise RefusedError(self)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One combination of settings. `checkpoint` is what was asked for, such as best; `weights` what that is, best@115."""
+
+    scheduler: str
+    num_inference_steps: int
+    guidance_scale: float
+    noise_steps: int | None = None
+    checkpoint: str | None = None
+    weights: str | None = None
+    guidance_interval: tuple[int, int] | None = None
+
+    @property
+    def name(self) -> str:
+        """Its folder: different settings, different names."""
+        parts = [self.scheduler, f"{self.num_inference_steps}steps", f"g{_number(self.guidance_scale)}"]
+        if self.guidance_interval is not None:
+            parts.append("i{}-{}".format(*self.guidance_interval))
+        if self.noise_steps is not None:
+            parts.append(f"noise{self.noise_steps}")
+        return "-".join([*parts, self.weights] if self.weights else parts)
+
+    def __str__(self) -> str:
+        steps = f"{self.num_inference_steps} steps"
+        if self.noise_steps is not None:
+            steps = f"{self.noise_steps} of {steps}"
+        text = f"{self.scheduler} {steps}, guidance {_number(self.guidance_scale)}"
+        if self.guidance_interval is not None:
+            text += " in rows {} to {}".format(*self.guidance_interval)
+        return f"{text}, {self.weights}" if self.weights else text
+
+    def settings(self) -> dict[str, Any]:
+        """For `Pipeline.settings`."""
+        return {
+            "scheduler": self.scheduler,
+            "num_inference_steps": self.num_inference_steps,
+            "guidance_scale": self.guidance_scale,
+            "guidance_interval": self.guidance_interval,
+            "rag": self.noise_steps is not None,
+            "noise_steps": self.noise_steps,
+        }
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Values per setting; None: the model's own. RefusedError, with every bad item, for values out of range or given twice.
+
+    `noise_steps`: None among them is a full start from noise; None instead of them, with an index, is 6/7 of the steps.
+    `guidance_interval` is the same for all points.
+    """
+
+    schedulers: tuple[str, ...] | None = None
+    num_inference_steps: tuple[int, ...] | None = None
+    guidance_scales: tuple[float, ...] | None = None
+    noise_steps: tuple[int | None, ...] | None = None
+    checkpoints: tuple[str | None, ...] = (None,)
+    guidance_interval: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        found = Problems()
+        found += _bad("--scheduler", self.schedulers, lambda v: bool(v) and ":" not in v, "a name such as ddim")
+        found += _bad("--num-inference-steps", self.num_inference_steps, lambda v: v >= 1, "at least 1")
+        found += _bad("--guidance-scale", self.guidance_scales, _is_scale, "a finite number, 0 or more")
+        found += _bad("--noise-steps", self.noise_steps, lambda v: v is None or v >= 1, f"at least 1, or {NONE}")
+        found += _bad("--checkpoint", self.checkpoints, lambda v: v != "", "best, last, ema or a step")
+        if self.num_inference_steps:
+            found += _too_noisy(self.num_inference_steps, self.noise_steps or ())
+        found.check()
+
+    def points(
+        self, default: Sampling, *, rag: bool = False, weights: Mapping[str | None, str | None] | None = None
+    ) -> list[Point]:
+        """All combinations, the steps varying fastest and the checkpoint slowest. `default`: the model's own sampling;
+        `rag`: whether there is an index; `weights`: checkpoint as asked for -> the label it has for good.
+
+        Raises RefusedError for more noise steps than steps, noise steps without an index, and two names of the same weights.
+        """
+        all_steps = self.num_inference_steps or (default.num_inference_steps,)
+        scales = self.guidance_scales or (default.guidance_scale,)
+        labels = weights or {}
+        found = Problems(_too_noisy(all_steps, self.noise_steps or ()))
+        found += _same_weights(self.checkpoints, labels)
+        if not rag and any(n is not None for n in self.noise_steps or ()):
+            found.append("--noise-steps: images start from an index's latents; give --rag INDEX too")
+        if rag and self.noise_steps is not None and all(n is None for n in self.noise_steps):
+            found.append(f"--rag: every point starts from noise, as --noise-steps {NONE} says; leave one of them out")
+        found.check()
+        return [
+            Point(scheduler, steps, scale, noise, name, labels.get(name), self.guidance_interval)
+            for name, scheduler, scale, steps in itertools.product(
+                self.checkpoints, self.schedulers or (default.scheduler,), scales, all_steps
+            )
+            for noise in self._noise_steps(steps, rag)
+        ]
+
+    def _noise_steps(self, steps: int, rag: bool) -> tuple[int | None, ...]:
+        if self.noise_steps is not None:
+            return self.noise_steps
+        return (late_steps(steps),) if rag else (None,)
+
+
+def parse_grid(
+    *,
+    scheduler: str | None = None,
+    num_inference_steps: str | None = None,
+    guidance_scale: str | None = None,
+    noise_steps: str | None = None,
+    checkpoint: str | None = None,
+    guidance_interval: tuple[int, int] | None = None,
+) -> Grid:
+    """The grid of comma-separated lists. Raises RefusedError with every bad item."""
+    found = Problems()
+
+    def values(option: str, text: str | None, convert: Callable[[str], Any], expected: str) -> Any:
+        return None if text is None else parse_list(option, text, convert, expected, found) or None
+
+    lists: dict[str, Any] = {
+        "schedulers": values("--scheduler", scheduler, str, "names such as ddim,dpmpp-2m"),
+        "num_inference_steps": values(
+            "--num-inference-steps", num_inference_steps, integer, "integers such as 5,10,20"
+        ),
+        "guidance_scales": values("--guidance-scale", guidance_scale, float, "numbers such as 1,2.5,5"),
+        "noise_steps": values("--noise-steps", noise_steps, _noise, f"integers such as 20,30, or {NONE}"),
+        "checkpoints": values("--checkpoint", checkpoint, str, "names such as best,last,500") or (None,),
+    }
+    grid = found.attempt(lambda: Grid(**lists, guidance_interval=guidance_interval))
+    found.check()
+    assert grid is not None
+    return grid
+
+
+def parse_list(
+    option: str, text: str, convert: Callable[[str], Value], expected: str, found: Problems
+) -> tuple[Value, ...]:
+    """`5,10,20` -> values; for each word that `convert` refuses with ValueError, an item in `found` instead."""
+    values = []
+    for word in (word.strip() for word in text.split(",")):
+        try:
+            if not word:
+                raise ValueError
+            values.append(convert(word))
+        except ValueError:
+            found.append(f"{option}: found {word!r}, expected {expected}")
+    return tuple(values)
+
+
+def integer(word: str) -> int:
+    """ValueError unless it is written in digits alone."""
+    if not (word.isascii() and word.isdigit() and len(word) < 10):
+        raise ValueError(word)
+    return int(word)
+
+
+def _noise(word: str) -> int | None:
+    return None if word == NONE else integer(word)
+
+
+def _is_scale(value: float) -> bool:
+    return math.isfinite(value) and value >= 0
+
+
+def _bad(option: str, values: Sequence[Any] | None, good: Callable[[Any], bool], expected: str) -> list[str]:
+    if values is None:
+        return []
+    if not values:
+        return [f"{option}: holds no values"]
+    twice = [f"{option}: {_text(v)} is given twice" for v in dict.fromkeys(values) if values.count(v) > 1]
+    return [f"{option}: found {_text(v)}, expected {expected}" for v in values if not good(v)] + twice
+
+
+def _too_noisy(all_steps: Iterable[int], noise_steps: Iterable[int | None]) -> list[str]:
+    return [
+        f"--noise-steps {noise} with --num-inference-steps {steps}: expected at most {steps}"
+        for steps, noise in itertools.product(all_steps, noise_steps)
+        if noise is not None and 1 <= steps < noise
+    ]
+
+
+def _same_weights(names: Iterable[str | None], labels: Mapping[str | None, str | None]) -> list[str]:
+    first: dict[str | None, str | None] = {}
+    twice = []
+    for name in names:
+        label = labels.get(name)
+        if label in first:
+            twice.append(f"--checkpoint: {first[label]} and {name} are the same weights, {label}")
+        first.setdefault(label, name)
+    return twice
+
+
+def _text(value: Any) -> str:
+    return NONE if value is None else _number(value) if isinstance(value, float) else repr(value)
+
+
+def _number(value: float) -> str:
+    """The shortest text that reads as the same number."""
+    return f"{value:g}" if float(f"{value:g}") == value else repr(value)

@@ -1,0 +1,170 @@
+"""What a sweep will do: everything that can be wrong with it is found here, before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastgen.bundle import is_bundle, read_bundle
+from fastgen.checkpoint_choice import check_bundle_of, choose_checkpoint
+from fastgen.errors import InputError, unknown
+from fastgen.job import job_identity
+from fastgen.jobfolder import check_same_job, held_batch_size
+from fastgen.jsonfiles import located
+from fastgen.pipeline import Pipeline, load, model_objects
+from fastgen.plan import automatic_batch_size
+from fastgen.requests import Request, read_requests
+from fastgen.retrieval import Index, open_index
+from fastgen.sampling import guided_rows
+from fastgen.settings import Settings
+from fastgen.sweep_grid import Grid, Point, Problems
+from fastgen.tables import SolverTable
+
+if TYPE_CHECKING:
+    from fastgen.scoring import Scorer
+
+POINTS = "points"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A bundle or a model folder, and the engine that runs it; `options` are the others of `fastgen.load`."""
+
+    folder: Path
+    engine: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def load(self, checkpoint: str | None) -> Pipeline:
+        return load(self.folder, self.engine, checkpoint=checkpoint, **self.options)
+
+    def weights(self, checkpoint: str | None) -> str | None:
+        """The label of a checkpoint, such as best@115, without loading it. Raises InputError when there is none."""
+        if checkpoint is None:
+            return None
+        with located(f"--checkpoint {checkpoint}"):
+            if not is_bundle(self.folder):
+                return choose_checkpoint(self.folder, checkpoint).label
+            label = read_bundle(self.folder).spec.checkpoint
+            check_bundle_of(self.folder, label, checkpoint)
+            return label
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A sweep that nothing is wrong with. `evaluations`: of the network per image, of each point."""
+
+    model: Model
+    out: Path
+    requests: Sequence[Request]
+    points: Sequence[Point]
+    evaluations: Mapping[Point, int]
+    metrics: tuple[str, ...]
+    metric: str
+    index: Index | None
+    seeds: tuple[int, ...]
+    batch_size: int | None
+
+    def folders(self, point: Point) -> list[Path]:
+        """The point's jobs, one per seed."""
+        return [self.out / POINTS / point.name / f"seed-{seed}" for seed in self.seeds]
+
+    def start(self, point: Point) -> Index | None:
+        """The index that the point's images start from."""
+        return None if point.noise_steps is None else self.index
+
+    def check_held(self, pipeline: Pipeline, checkpoint: str | None) -> None:
+        """InputError when a folder of this checkpoint's points holds images of another model, engine or index."""
+        for point in self.points:
+            for folder, seed in zip(self.folders(point), self.seeds, strict=True):
+                if point.checkpoint == checkpoint and folder.exists():
+                    settings = pipeline.settings(**point.settings(), seed=seed)
+                    limit = self.batch_size or held_batch_size(folder) or automatic_batch_size(pipeline, settings)
+                    check_same_job(folder, job_identity(pipeline, self.requests, settings, limit, self.start(point)))
+
+
+def prepare(
+    model: Model,
+    path: Path,
+    out: Path,
+    grid: Grid,
+    scorer: Scorer,
+    *,
+    metric: str | None,
+    seeds: tuple[int, ...],
+    limit: int | None,
+    rag: Path | None,
+    batch_size: int | None,
+) -> tuple[Plan, Pipeline]:
+    """The plan, and the pipeline of its first point. RefusedError with everything that is wrong."""
+    found = Problems()
+    weights = {name: found.attempt(partial(model.weights, name)) for name in grid.checkpoints}
+    found.check()
+    first = grid.checkpoints[0]
+    requests = read_requests(path, model_objects(model.folder, first))[:limit]
+    found.attempt(lambda: _check_seeds(seeds, requests))
+    metrics = found.attempt(lambda: scorer.planned(path, limit)) or ()
+    chosen = found.attempt(lambda: _metric(metric, metrics)) if metrics else None
+    index = None if rag is None else found.attempt(lambda: open_index(rag))
+    pipeline = model.load(first)
+    found.attempt(lambda: pipeline.encoder(requests, guided=False))
+    if index is not None:
+        found.attempt(lambda: index.check(pipeline.spec))
+    points = found.attempt(lambda: grid.points(pipeline.spec.sampling, rag=rag is not None, weights=weights)) or []
+    plain = replace(grid, noise_steps=None, checkpoints=(None,)).points(
+        pipeline.spec.sampling
+    )  # look at these at least
+    evaluations = found.attempt(partial(_evaluations, pipeline, points or plain)) or {}
+    found.check()
+    assert chosen is not None
+    plan = Plan(model, out, requests, points, evaluations, metrics, chosen, index, seeds, batch_size)
+    plan.check_held(pipeline, first)
+    return plan, pipeline
+
+
+def network_evaluations(table: SolverTable, settings: Settings) -> int:
+    """Of one image: a row of the table is one, or two where it is guided. InputError for an interval outside the rows."""
+    settings.check_interval(table)
+    lo, hi = guided_rows(table, settings.guidance_scale, True, settings.guidance_interval)
+    return len(table) + hi - lo
+
+
+def _check_seeds(seeds: Sequence[int], requests: Sequence[Request]) -> None:
+    found = Problems()
+    found += ["--seeds: holds no values"] if not seeds else []
+    found += [f"--seeds: {seed} is given twice" for seed in dict.fromkeys(seeds) if seeds.count(seed) > 1]
+    if len(seeds) > 1 and all(request.seed is not None for request in requests):
+        found.append("--seeds: every request has a seed of its own, so that all seeds give the same images; give one")
+    found.check()
+
+
+def _metric(name: str | None, measured: Sequence[str]) -> str:
+    if name is not None and name not in measured:
+        raise unknown("--metric", name, measured)
+    return name or measured[0]
+
+
+def _evaluations(pipeline: Pipeline, points: Sequence[Point]) -> dict[Point, int]:
+    """Per image, of each point. RefusedError, with an item for each, for solvers that this model cannot have and guidance
+    intervals outside their rows."""
+    found, out = Problems(), {}
+    tables: dict[str, SolverTable | str] = {}
+    for point in points:
+        settings = pipeline.settings(**point.settings())
+        if settings.solver not in tables:
+            try:
+                tables[settings.solver] = pipeline.source.table(settings.solver)
+            except InputError as error:
+                tables[settings.solver] = f"--scheduler {point.scheduler}: {error}"
+        table = tables[settings.solver]
+        if isinstance(table, SolverTable):
+            try:
+                out[point] = network_evaluations(table, settings)
+            except InputError as error:
+                found.append(f"--guidance-interval with {settings.solver}: {error}")
+        else:
+            found.append(table)
+    Problems(dict.fromkeys(found)).check()
+    return out

@@ -1,0 +1,164 @@
+"""The result of a sweep: its rows, the point that the rule names, as text, JSON and CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from fastgen import __version__
+from fastgen.scoring.result import Better, Figure, columns, number
+from fastgen.sweep_choice import Candidate, Choice, Rule, choose
+from fastgen.sweep_grid import Point
+
+JSON, CSV, PLOT, SHEET = "sweep.json", "sweep.csv", "plot.png", "contact_sheet.png"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One point. `evaluations`: of the network per image; `seconds_per_image`: generation alone, None if no run ended well."""
+
+    point: Point
+    folders: tuple[Path, ...]  # one per seed
+    evaluations: int
+    seconds_per_image: float | None
+    figures: Mapping[str, Figure]  # empty where there is an error
+    warnings: tuple[str, ...]
+    error: str | None = None
+
+    def score(self, metric: str) -> str:
+        """`0.7100 +- 0.0200`."""
+        if metric not in self.figures:
+            return "no score"
+        figure = self.figures[metric]
+        error = "" if math.isnan(figure.standard_error) else f" +- {number(figure.standard_error)}"
+        return f"{number(figure.value)}{error}"
+
+    def line(self, metric: str) -> str:
+        """For the progress."""
+        found = self.error or f"{metric} {self.score(metric)}"
+        return f"{self.point}: {found}, {self.evaluations} evaluations/image"
+
+    def candidate(self, metric: str) -> Candidate:
+        figure = self.figures.get(metric)
+        if figure is None:
+            return Candidate(math.nan, math.nan, self.evaluations)
+        return Candidate(figure.value, figure.standard_error, self.evaluations)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "name": self.point.name,
+            **asdict(self.point),
+            "evaluations_per_image": self.evaluations,
+            "seconds_per_image": self.seconds_per_image,
+            "metrics": {key: figure.to_json() for key, figure in self.figures.items()},
+            "error": self.error,
+        }
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """All points in the grid's order, and what `rule` says about `metric`. Complete when `fastgen.sweep.sweep` returns it."""
+
+    folder: Path
+    model: str
+    metric: str
+    metrics: tuple[str, ...]
+    rule: Rule
+    rows: list[Row]
+
+    @property
+    def better(self) -> Better:
+        return next((row.figures[self.metric].better for row in self.rows if row.figures), "higher")
+
+    @property
+    def label(self) -> str:
+        """The metric's full name."""
+        return next((row.figures[self.metric].label for row in self.rows if row.figures), self.metric)
+
+    @cached_property
+    def choice(self) -> Choice | None:
+        return choose([row.candidate(self.metric) for row in self.rows], self.rule, self.better)
+
+    @property
+    def chosen(self) -> Row | None:
+        """The row that the rule names; None where no point has a score."""
+        return None if self.choice is None else self.rows[self.choice.chosen]
+
+    @property
+    def failed(self) -> list[Row]:
+        return [row for row in self.rows if row.error]
+
+    @property
+    def warnings(self) -> list[str]:
+        """Of all points, each once."""
+        found = [w for row in self.rows for w in row.warnings]
+        return list(
+            dict.fromkeys([*found, *([self._undefined] if self.choice and self.choice.undefined_error else [])])
+        )
+
+    _undefined = "the best point's standard error is undefined, so only the best itself is within it: give --within 2%"
+
+    def reason(self) -> str:
+        """The rule applied to these rows, in words."""
+        if self.choice is None:
+            return "no point has a score"
+        best, limit = self.rows[self.choice.best], number(self.choice.limit)
+        text = (
+            f"rule: {self.rule}; {self.metric}, {self.better} is better; best: {best.point} ({best.score(self.metric)})"
+        )
+        if self.rule.kind == "best":
+            return text
+        side = "at least" if self.better == "higher" else "at most"
+        return f"{text}; good enough: {side} {limit}, {self.choice.within} of {len(self.rows)} points"
+
+    def table(self) -> str:
+        """Several lines of text: a row per point, the chosen one marked, and the rule."""
+        head = ("", "point", "evaluations", "s/image", *self.metrics)
+        lines = [
+            (
+                "*" if row is self.chosen else "",
+                str(row.point),
+                str(row.evaluations),
+                "-" if row.seconds_per_image is None else f"{row.seconds_per_image:.3g}",
+                *(row.score(metric) for metric in self.metrics),
+            )
+            for row in self.rows
+        ]
+        ending = [] if self.chosen is None else [f"* {self.chosen.point}: {self.chosen.evaluations} evaluations/image"]
+        return "\n".join([*columns([head, *lines]), "", self.reason(), *ending])
+
+    def to_json(self) -> dict[str, Any]:
+        """A value for `json.dumps`."""
+        return {
+            "fastgen": __version__,
+            "model": self.model,
+            "metric": self.metric,
+            "metric_label": self.label,
+            "better": self.better,
+            "rule": asdict(self.rule),
+            "chosen": None if self.chosen is None else self.chosen.point.name,
+            "reason": self.reason(),
+            "warnings": self.warnings,
+            "rows": [row.to_json() for row in self.rows],
+        }
+
+    def csv(self) -> str:
+        """A line per point; two columns per metric."""
+        text = io.StringIO()
+        settings = [name for name in asdict(self.rows[0].point) if name != "guidance_interval"]
+        scores = [name for key in self.metrics for name in (key, f"{key}_standard_error")]
+        head = ["name", *settings, "evaluations_per_image", "seconds_per_image", *scores, "chosen", "error"]
+        writer = csv.DictWriter(text, head, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        for row in self.rows:
+            values = row.to_json() | {"chosen": int(row is self.chosen)}
+            for key, figure in values["metrics"].items():
+                values |= {key: figure["value"], f"{key}_standard_error": figure["standard_error"]}
+            writer.writerow(values)
+        return text.getvalue()

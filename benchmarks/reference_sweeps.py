@@ -16,11 +16,11 @@ import numpy as np
 
 from benchmarks.report import RESULTS, save
 from benchmarks.report import cell as text
-from fastgen.cli_score import scoring_options
-from fastgen.copies import check_copies
+from fastgen.cli.score import scoring_options
 from fastgen.errors import FastgenError, InputError
 from fastgen.pipeline import load
 from fastgen.retrieval import Index, open_index
+from fastgen.retrieval.copies import check_copies
 from fastgen.scoring import Scorer
 from fastgen.sweep import Grid, Rule, Sweep, sweep
 

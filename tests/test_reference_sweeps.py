@@ -15,8 +15,8 @@ pytest.importorskip("torch")
 pytest.importorskip("onnxruntime")
 
 from benchmarks import reference_sweeps
-from fastgen.indexing import build_index
 from fastgen.pipeline import load
+from fastgen.retrieval.indexing import build_index
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastgen.errors import InputError
-from fastgen.sweep_choice import Candidate, Rule, choose, parse_within
+from fastgen.sweep.choice import Candidate, Rule, choose, parse_within
 
 ACCURACY = [Candidate(0.70, 0.02, 5), Candidate(0.79, 0.02, 10), Candidate(0.795, 0.02, 20), Candidate(0.80, 0.02, 40)]
 FID = [Candidate(50.0, 1.5, 5), Candidate(41.2, 1.5, 10), Candidate(40.5, 1.5, 20), Candidate(40.0, 1.5, 40)]

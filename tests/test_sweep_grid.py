@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from fastgen.config import Sampling
 from fastgen.errors import InputError
 from fastgen.settings import Settings
-from fastgen.sweep_grid import Grid, Point, RefusedError, parse_grid
+from fastgen.sweep.grid import Grid, Point, RefusedError, parse_grid
 
 DEFAULT = Sampling("ddpm", 7, 1.5)
 

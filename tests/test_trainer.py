@@ -459,7 +459,9 @@ def test_a_checkpoint_of_another_architecture_is_refused_key_by_key(tmp_path: Pa
     task = diffusion_task()
     task.module.outer = nn.Conv2d(8, 3, 1)
     at = checkpoints.read(tmp_path / "a" / "checkpoints" / "step-000024")
-    with pytest.raises(InputError, match=r"step-000024: 1 weights do not match this TinyUNet: .*outer\.weight is \(3, 8, 3, 3\)"):
+    with pytest.raises(
+        InputError, match=r"step-000024: 1 weights do not match this TinyUNet: .*outer\.weight is \(3, 8, 3, 3\)"
+    ):
         fit(task, RECIPE, replace(run_in(tmp_path / "b"), resume=at))
 
 

@@ -18,6 +18,7 @@ from fastgen.cli.importing import import_
 from fastgen.cli.index import copies, index
 from fastgen.cli.pictures import compare
 from fastgen.cli.score import score
+from fastgen.cli.sweep import sweep
 from fastgen.cli.train import train
 from fastgen.errors import FastgenError
 
@@ -38,7 +39,7 @@ def cli() -> None:
     """Train a conditional diffusion model, export it, and generate with it fast, with proof of parity."""
 
 
-for command in (data, train, export, generate, score, compare, index, copies, import_, doctor, engines):
+for command in (data, train, export, generate, score, sweep, compare, index, copies, import_, doctor, engines):
     cli.add_command(command)
 
 

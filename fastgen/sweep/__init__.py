@@ -16,17 +16,17 @@ from typing import TYPE_CHECKING, Any
 
 from fastgen.errors import InputError
 from fastgen.folders import make_folder
-from fastgen.job import run_job
-from fastgen.jobfolder import JOB, MANIFEST, recorded_runs
+from fastgen.jobs.folder import JOB, MANIFEST, recorded_runs
+from fastgen.jobs.job import run_job
 from fastgen.jsonfiles import read_json, write_bytes, write_json
 from fastgen.pipeline import Pipeline
 from fastgen.requests import Request
 from fastgen.scoring.result import Figure, figure_from_json
-from fastgen.sweep_choice import Rule
-from fastgen.sweep_grid import Grid, Point
-from fastgen.sweep_pictures import save_pictures
-from fastgen.sweep_plan import POINTS, Model, Plan, network_evaluations, prepare
-from fastgen.sweep_report import CSV, JSON, PLOT, SHEET, Row, Sweep
+from fastgen.sweep.choice import Rule
+from fastgen.sweep.grid import Grid, Point
+from fastgen.sweep.pictures import save_pictures
+from fastgen.sweep.plan import POINTS, Model, Plan, network_evaluations, prepare
+from fastgen.sweep.report import CSV, JSON, PLOT, SHEET, Row, Sweep
 
 if TYPE_CHECKING:
     from fastgen.scoring import Scorer

@@ -8,11 +8,10 @@ from typing import Any
 
 import click
 
-from fastgen.cli_score import scoring_options
+from fastgen.cli.common import FOLDER, POSITIVE
+from fastgen.cli.score import scoring_options
 from fastgen.errors import FastgenError
 
-FOLDER = click.Path(path_type=Path)
-POSITIVE = click.IntRange(min=1)
 SCORING = ("evaluator", "reference", "features", "clip", "download", "allow_pickle")
 
 
@@ -77,7 +76,7 @@ def sweep(
     (sweep.json, sweep.csv), plot.png and contact_sheet.png. The same command continues a sweep that was interrupted; another
     grid keeps the points that it shares.
     """
-    from fastgen.sweep_grid import RefusedError
+    from fastgen.sweep.grid import RefusedError
 
     try:
         found = _run(
@@ -116,8 +115,8 @@ def _run(
     """Parse what was typed, all of it before anything is loaded, and sweep."""
     from fastgen.runs import latest_model
     from fastgen.scoring.options import check_options, need
-    from fastgen.sweep_choice import Rule, parse_within
-    from fastgen.sweep_grid import Problems, integer, parse_grid, parse_list
+    from fastgen.sweep.choice import Rule, parse_within
+    from fastgen.sweep.grid import Problems, integer, parse_grid, parse_list
 
     found = Problems()
     grid = found.attempt(lambda: parse_grid(**lists))

@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any
 from fastgen.bundle import is_bundle, read_bundle
 from fastgen.checkpoint_choice import check_bundle_of, choose_checkpoint
 from fastgen.errors import InputError, unknown
-from fastgen.job import job_identity
-from fastgen.jobfolder import check_same_job, held_batch_size
+from fastgen.jobs.folder import check_same_job, held_batch_size
+from fastgen.jobs.job import job_identity
+from fastgen.jobs.plan import automatic_batch_size
 from fastgen.jsonfiles import located
 from fastgen.pipeline import Pipeline, load, model_objects
-from fastgen.plan import automatic_batch_size
 from fastgen.requests import Request, read_requests
 from fastgen.retrieval import Index, open_index
 from fastgen.sampling import guided_rows
 from fastgen.settings import Settings
-from fastgen.sweep_grid import Grid, Point, Problems
+from fastgen.sweep.grid import Grid, Point, Problems
 from fastgen.tables import SolverTable
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ from typing import Any
 
 from fastgen import __version__
 from fastgen.scoring.result import Better, Figure, columns, number
-from fastgen.sweep_choice import Candidate, Choice, Rule, choose
-from fastgen.sweep_grid import Point
+from fastgen.sweep.choice import Candidate, Choice, Rule, choose
+from fastgen.sweep.grid import Point
 
 JSON, CSV, PLOT, SHEET = "sweep.json", "sweep.csv", "plot.png", "contact_sheet.png"
 

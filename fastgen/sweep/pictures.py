@@ -14,8 +14,8 @@ from fastgen.images import fit_text, read_pixels, save_image
 from fastgen.jsonfiles import write_bytes
 from fastgen.requests import Request, safe_path
 from fastgen.scoring.result import number
-from fastgen.sweep_grid import Point
-from fastgen.sweep_report import PLOT, SHEET, Row, Sweep
+from fastgen.sweep.grid import Point
+from fastgen.sweep.report import PLOT, SHEET, Row, Sweep
 
 SHOWN, MOST_ROWS = 8, 64
 CELL, PADDING = 96, 4

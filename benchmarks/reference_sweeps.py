@@ -140,7 +140,10 @@ def main(
             labels |= {key: figure.label for key, figure in found.rows[0].figures.items()}
     except FastgenError as error:
         raise SystemExit(f"error: {error}") from None
+    for path in (scoring[key] for key in ("evaluator", "clip") if scoring[key]):
+        labels = {key: label.replace(str(path), Path(path).name) for key, label in labels.items()}
     settings = {"model": model.name, "engine": engine, "prompts": PROMPTS, "solver": solver, "solver_reason": reason}
+    settings["reference_images"] = None if scorer.reference is None else len(scorer.reference.files)
     save(out, settings | {"metrics": labels}, [row for part in parts for row in part])
     print("\n\n".join(["", *map(markdown, parts)]))
     print(f"\nsolver: {solver}{f' ({reason})' if reason else ''}\n" + "\n".join(f"{k}: {v}" for k, v in labels.items()))

@@ -18,11 +18,13 @@ from benchmarks.report import RESULTS, save
 from benchmarks.report import cell as text
 from fastgen.cli.score import scoring_options
 from fastgen.errors import FastgenError, InputError
+from fastgen.jsonfiles import read_json
 from fastgen.pipeline import load
 from fastgen.retrieval import Index, open_index
 from fastgen.retrieval.copies import check_copies
 from fastgen.scoring import Scorer
 from fastgen.sweep import Grid, Rule, Sweep, sweep
+from fastgen.sweep_report import JSON
 
 FOLDER = click.Path(path_type=Path)
 PROMPTS = 36
@@ -102,6 +104,21 @@ def markdown(part: Sequence[Row]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def finished(folder: Path) -> dict[str, Any]:
+    """The table of any finished sweep."""
+    value = read_json(folder / JSON)
+    kept = ("name", "evaluations_per_image", "seconds_per_image")
+    part = [
+        {key: row[key] for key in kept}
+        | {key: figure[key] for figure in [row["metrics"][value["metric"]]] for key in ("value", "standard_error")}
+        for row in value["rows"]
+    ]
+    return {key: value[key] for key in ("metric", "rule", "chosen")} | {
+        "model": Path(value["model"]).name,
+        "rows": part,
+    }
+
+
 @click.command()
 @click.argument("requests", type=FOLDER)
 @click.option("--model", type=FOLDER, required=True, help="Bundle or model folder of the text family.")
@@ -109,6 +126,7 @@ def markdown(part: Sequence[Row]) -> str:
 @click.option("--engine", help="[default: what is installed and fits]")
 @click.option("--threads", type=int, help="[default: the engine's]")
 @scoring_options
+@click.option("--also", type=FOLDER, multiple=True, help="Folder of a finished sweep whose table is kept with these.")
 @click.option("--work", type=FOLDER, required=True, help="Folder of the sweeps; the same command continues them.")
 @click.option("--out", type=FOLDER, default=RESULTS / "reference_sweeps-cpu.json", show_default=True)
 def main(
@@ -117,6 +135,7 @@ def main(
     index_folder: Path | None,
     engine: str | None,
     threads: int | None,
+    also: Sequence[Path],
     work: Path,
     out: Path,
     **scoring: Any,
@@ -140,8 +159,12 @@ def main(
             labels |= {key: figure.label for key, figure in found.rows[0].figures.items()}
     except FastgenError as error:
         raise SystemExit(f"error: {error}") from None
+    for path in (scoring[key] for key in ("evaluator", "clip") if scoring[key]):
+        labels = {key: label.replace(str(path), Path(path).name) for key, label in labels.items()}
+    others = {folder.name: finished(folder) for folder in also}
     settings = {"model": model.name, "engine": engine, "prompts": PROMPTS, "solver": solver, "solver_reason": reason}
-    save(out, settings | {"metrics": labels}, [row for part in parts for row in part])
+    settings["reference_images"] = None if scorer.reference is None else len(scorer.reference.files)
+    save(out, settings | {"metrics": labels}, [row for part in parts for row in part], **others)
     print("\n\n".join(["", *map(markdown, parts)]))
     print(f"\nsolver: {solver}{f' ({reason})' if reason else ''}\n" + "\n".join(f"{k}: {v}" for k, v in labels.items()))
 

@@ -44,6 +44,9 @@ def test_theirs_and_ours_stand_in_one_row(text_bundle, requests_files, tmp_path,
     options += ["--clip", make_clip(tmp_path / "clip", 77), "--out", tmp_path / "out.json"]
     done = CliRunner().invoke(reference_sweeps.main, [str(word) for word in (requests_files["text"], *options)])
     assert done.exit_code == 0, done.output
+    again = [*options, "--also", tmp_path / "work" / "steps"]
+    done = CliRunner().invoke(reference_sweeps.main, [str(word) for word in (requests_files["text"], *again)])
+    assert done.output.count("already there") == 6
     value = json.loads((tmp_path / "out.json").read_text())
     assert [(row["varies"], row["value"]) for row in value["rows"]] == [
         ("steps", 5),
@@ -57,6 +60,8 @@ def test_theirs_and_ours_stand_in_one_row(text_bundle, requests_files, tmp_path,
     assert evaluations[2] * 2 == evaluations[3] == evaluations[0]  # guidance 1 is none
     assert evaluations[0] > 2 * 5  # with the Runge-Kutta warm-up
     assert {"clip_t", "clip_t_standard_error", "copy_distance"} < value["rows"][-1].keys()
+    assert [row["evaluations_per_image"] for row in value["steps"]["rows"]] == evaluations[:2]
+    assert str(tmp_path) not in json.dumps(value)
     assert value["settings"]["solver"] == "pndm-prk"
     assert "| RAG noise | their FID | their CLIP-T | our evaluations | our clip_t | copy distance |" in done.output
 

@@ -40,7 +40,8 @@ class Rule:
     def __str__(self) -> str:
         if self.kind == "best":
             return "the best value"
-        unit = "% of the best" if self.unit == "%" else " standard errors of the best"
+        plural = "" if self.amount == 1 else "s"
+        unit = "% of the best" if self.unit == "%" else f" standard error{plural} of the best"
         return f"the fewest evaluations within {self.amount:g}{unit}"
 
     def allowance(self, best: Candidate) -> float:

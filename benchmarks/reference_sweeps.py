@@ -24,7 +24,7 @@ from fastgen.retrieval import Index, open_index
 from fastgen.retrieval.copies import check_copies
 from fastgen.scoring import Scorer
 from fastgen.sweep import Grid, Rule, Sweep, sweep
-from fastgen.sweep_report import JSON
+from fastgen.sweep.report import JSON
 
 FOLDER = click.Path(path_type=Path)
 PROMPTS = 36

@@ -33,7 +33,7 @@ from fastgen.recipes import Training
 from fastgen.training.diffusion import DiffusionTask
 from fastgen.training.draws import Draws
 from fastgen.training.encode import cached_moments, cached_states, tokenize
-from fastgen.training.modules import build_module, build_text_encoder
+from fastgen.training.modules import build_text_encoder
 from fastgen.training.optimise import optimise
 from fastgen.training.precision import Precision, choose
 from fastgen.training.processes import Processes
@@ -157,16 +157,13 @@ def fastgen_steps(task: DiffusionTask, recipe: Training, precision: Precision) -
 
 def measure(preset: Preset, folder: Path, recipe: Training, precision: Precision, rounds: int) -> dict[str, Any]:
     """Rows of all sides, the median of `rounds` steps each, taken in turn."""
-    from diffusers import UNet2DConditionModel
-
-    assert preset.unet is not None
     frozen = Frozen(read_dataset(folder), preset.image_size, precision.device)
-    unets = [build_module(UNet2DConditionModel, preset.unet.config, "unet", 0).to(precision.device) for _ in range(2)]
+    unets = [build(preset, "unet").to(precision.device).train().requires_grad_(True) for _ in range(2)]
     task = cached_task(frozen, unets[1], preset, recipe)
     difference = loss_difference(frozen, task, task.train_rows[:2])
     sides = {
         f"script, frozen networks in {name}": usual_script(
-            frozen, unets[0].train(), preset, recipe.batch_size, precision, whole
+            frozen, unets[0], preset, recipe.batch_size, precision, whole
         )
         for name, whole in (("fp32", False), (f"{precision.name} autocast", True))
     }

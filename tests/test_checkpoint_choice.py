@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import load_file
 from test_train import LABEL_PRESET, labelled, preset_of, small  # noqa: F401
 
-from export.bundle import export
 from fastgen.bundle import read_bundle
 from fastgen.checkpoint_choice import check_made_from, is_called
 from fastgen.errors import InputError
@@ -27,6 +26,12 @@ OVERRIDES = ("unet.train.checkpoint_limit=0", "unet.train.further_ema_decays=[0.
 @pytest.fixture
 def run(labelled: Path, tmp_path: Path) -> Path:  # noqa: F811
     return train(preset_of(LABEL_PRESET, tmp_path, OVERRIDES), labelled, tmp_path / "run", progress=False)
+
+
+@pytest.fixture
+def bundle(run: Path, tmp_path: Path, export_few: Any) -> Path:
+    export_few(run, tmp_path / "bundle", engines=["ort"], checkpoint="4")
+    return tmp_path / "bundle"
 
 
 @pytest.fixture
@@ -91,14 +96,13 @@ def test_a_folder_without_checkpoints_says_so(label_model: Path) -> None:
         load_model(label_model, "best")
 
 
-def test_the_manifest_and_the_bundle_record_the_checkpoint(run: Path, tmp_path: Path) -> None:
-    export(run, tmp_path / "bundle", engines=["ort"], checkpoint="4")
-    assert read_bundle(tmp_path / "bundle").spec.checkpoint == "ema@4"
+def test_the_manifest_and_the_bundle_record_the_checkpoint(run: Path, bundle: Path, tmp_path: Path) -> None:
+    assert read_bundle(bundle).spec.checkpoint == "ema@4"
     requests_file = tmp_path / "requests.json"
     requests_file.write_text(json.dumps([["red cube"]]))
     requests = read_requests(requests_file, model_objects(run))
     images = {}
-    for engine, folder in (("eager", run), ("ort", tmp_path / "bundle")):
+    for engine, folder in (("eager", run), ("ort", bundle)):
         pipeline = load(folder, engine, checkpoint="4")
         run_job(pipeline, requests, tmp_path / engine, pipeline.settings(), progress=False)
         line = json.loads((tmp_path / engine / "manifest.jsonl").read_text())
@@ -107,11 +111,11 @@ def test_the_manifest_and_the_bundle_record_the_checkpoint(run: Path, tmp_path: 
     assert np.abs(images["eager"] - images["ort"]).max() <= 2
 
 
-@pytest.mark.parametrize("asked", ["last", "best", "2"])
-def test_a_bundle_of_other_weights_is_refused(run: Path, tmp_path: Path, asked: str) -> None:
-    export(run, tmp_path / "bundle", engines=["ort"], checkpoint="4")
-    with pytest.raises(InputError, match=rf"was exported from checkpoint ema@4, not from checkpoint {asked}; `fastgen"):
-        load(tmp_path / "bundle", "ort", checkpoint=asked)
+def test_a_bundle_of_other_weights_is_refused(bundle: Path) -> None:
+    for asked in ("last", "best", "2"):
+        said = rf"was exported from checkpoint ema@4, not from checkpoint {asked}; `fastgen"
+        with pytest.raises(InputError, match=said):
+            load(bundle, "ort", checkpoint=asked)
 
 
 def test_an_unfinished_run_generates_from_its_checkpoints(unfinished: Path) -> None:

@@ -258,6 +258,7 @@ def _manifest(spec: Spec) -> dict[str, Any]:
         "family": spec.family,
         "source_sha256": spec.sha256,
         "checkpoint": spec.checkpoint,
+        "image_mode": spec.image_mode,
         "component_sha256": dict(spec.component_sha256),
         "versions": _versions(),
         "sampling": {

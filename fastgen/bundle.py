@@ -163,6 +163,7 @@ def read_bundle(folder: str | os.PathLike[str]) -> Bundle:
             objects=value["objects"],
             sha256=value["source_sha256"],
             checkpoint=value.get("checkpoint"),
+            image_mode=value.get("image_mode"),
             component_sha256={str(k): str(v) for k, v in value.get("component_sha256", {}).items()},
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -23,7 +23,8 @@ class Spec:
     `scaling_factor`: diffusion latents = VAE latents x this. `objects`: label name -> index (label family).
     `sha256`: of the weights of all its networks; `component_sha256`: of single ones (text_encoder, vae), for what depends on
     them alone. Bundles that were exported before it was recorded have none. `checkpoint`: which of a training run's weights
-    were chosen, such as best@115; None for those of the model folder itself.
+    were chosen, such as best@115; None for those of the model folder itself. `image_mode`: how its training made images
+    square, where that is recorded.
     """
 
     family: str  # "text" | "labels"
@@ -34,6 +35,7 @@ class Spec:
     objects: Mapping[str, int] | None
     sha256: str
     checkpoint: str | None = None
+    image_mode: str | None = None
     component_sha256: Mapping[str, str] = field(default_factory=dict, compare=False)  # implied by `sha256`
 
     @property

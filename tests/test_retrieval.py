@@ -396,7 +396,7 @@ def test_the_commands_build_find_and_say_when_nothing_is_to_do(fastgen, monsters
         + ", ".join(f"stray{i}.png" for i in (0, 1, 10, 11, 2, 3, 4, 5, 6, 7))
         + ", ...",
     ]
-    assert "no training.json with this model; images that are not square are stretched" in notes
+    assert "training made images square is not recorded; they are stretched" in notes
     before = {f.name: f.stat().st_mtime_ns for f in out.iterdir()}
     code, said, _ = fastgen(*command)
     assert (code, said.endswith("; up to date\n")) == (0, True)
@@ -527,9 +527,22 @@ def test_a_foreign_or_malformed_index_json_is_one_line(index, tmp_path, change, 
 
 
 def test_images_are_made_square_as_in_training(text_model, text_bundle, tmp_path):
-    assert trained_mode(text_model) is trained_mode(None) is None
-    (tmp_path / "training.json").write_text(json.dumps({"finished": True, "preset": {"image_mode": "pad"}}))
-    (tmp_path / "bundle").mkdir()
-    assert trained_mode(tmp_path) == trained_mode(tmp_path / "bundle") == "pad"
+    from export.write import _manifest
+    from fastgen.bundle import read_bundle
+    from fastgen.networks import load_model
+
+    assert trained_mode(load_model(text_model).spec) is trained_mode(read_bundle(text_bundle).spec) is None
+    model = shutil.copytree(text_model, tmp_path / "model")
+    settings = json.loads((model / "fastgen.json").read_text())
+    (model / "fastgen.json").write_text(json.dumps({**settings, "training": {"image_mode": "figure"}}))
+    assert trained_mode(load_model(model).spec) == "figure"
+    bundle = shutil.copytree(text_bundle, tmp_path / "bundle")
+    manifest = json.loads((bundle / "bundle.json").read_text())
+    manifest["image_mode"] = _manifest(load_model(model).spec)["image_mode"]
+    (bundle / "bundle.json").write_text(json.dumps(manifest))
+    assert trained_mode(read_bundle(bundle).spec) == "figure"
+
+
+def test_an_index_goes_into_a_model_folder_or_beside_a_bundle(text_bundle, tmp_path):
     assert default_folder(tmp_path) == tmp_path / "index"
     assert default_folder(text_bundle) == text_bundle.parent / "index"

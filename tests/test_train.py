@@ -175,6 +175,7 @@ def test_a_label_model_is_trained_saved_and_loaded(labelled: Path, tmp_path: Pat
     with Image.open(out / "previews" / "000006.png") as preview:
         assert preview.size == sheet_size(2)  # the three validation images above three generated ones
     training = json.loads((out / "fastgen.json").read_text())["training"]
+    assert training["image_mode"] == "stretch"
     assert training["images"] == 12
     assert training["stages"]["unet"]["step"] == 6
     assert np.isfinite(training["stages"]["unet"]["validation_loss"])

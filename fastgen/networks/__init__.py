@@ -112,6 +112,7 @@ class Model:
             objects=self.objects,
             sha256=sha256_names(hashes),
             checkpoint=None if self.chosen is None else self.chosen.label,
+            image_mode=_trained_mode(self.folder),
             component_sha256={component: sha256_names(part) for component, part in parts.items() if part},
         )
 
@@ -213,6 +214,15 @@ def load_model(folder: str | os.PathLike[str], checkpoint: str | None = None) ->
         return _load_text(folder, scheduler_config, sampling, chosen)
     kind = index.get("_class_name")
     raise InputError(f"{index_file}: {kind} is neither a text-to-latent model nor a labels-to-pixels model")
+
+
+def _trained_mode(folder: Path) -> str | None:
+    """How training made images square: by the record in fastgen.json, or, while it goes on, in the run's own."""
+    for file, table in ((folder / SETTINGS, "training"), (folder / "training.json", "preset")):
+        record = read_json(file).get(table) if file.is_file() else None
+        if isinstance(record, dict) and isinstance(record.get("image_mode"), str):
+            return str(record["image_mode"])
+    return None
 
 
 def _sampling(folder: Path, scheduler_config: Mapping[str, Any]) -> Sampling:

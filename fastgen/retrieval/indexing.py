@@ -22,7 +22,7 @@ from fastgen.data import Dataset, Example, read_dataset
 from fastgen.data.images import Mode, load_images
 from fastgen.errors import FastgenError, InputError, unknown
 from fastgen.folders import sync_tree
-from fastgen.jsonfiles import read_json, write_bytes, write_json
+from fastgen.jsonfiles import write_bytes, write_json
 from fastgen.retrieval import (
     EMBEDDINGS,
     FORMAT_VERSION,
@@ -41,7 +41,7 @@ from fastgen.retrieval import (
 )
 from fastgen.retrieval.copies import calibrate, subjects, thumbnails
 from fastgen.retrieval.nearest import unit
-from fastgen.spec import sha256_file
+from fastgen.spec import Spec, sha256_file
 
 if TYPE_CHECKING:
     from fastgen.engines.base import Engine
@@ -50,7 +50,6 @@ if TYPE_CHECKING:
 ENCODE = 16  # images per forward of the VAE's encoder
 LOADED = 8 * ENCODE  # images in memory at a time
 THUMBNAIL = 16  # px
-RECORD = "training.json"  # how a model folder was trained
 
 
 @dataclass(frozen=True)
@@ -99,11 +98,10 @@ def build_index(
     dataset = chosen_examples(read_dataset(data, limit=limit), options)
     for note in dataset.notes:
         say(f"note: {note}")
-    mode = options.image_mode or trained_mode(pipeline.source.folder)
+    mode = options.image_mode or trained_mode(pipeline.spec)
     if mode is None:
-        say(
-            f"note: no {RECORD} with this model; images that are not square are stretched, unless --image-mode says otherwise"
-        )
+        what = "how this model's training made images square is not recorded"
+        say(f"note: {what}; they are stretched, unless --image-mode says otherwise")
     wanted = _wanted(pipeline, dataset, replace(options, image_mode=mode or "stretch"))
     if is_index(out):
         _check_same(out, wanted)
@@ -151,16 +149,9 @@ def default_folder(model: Path) -> Path:
     return model.with_name("index") if is_bundle(model) else model / "index"
 
 
-def trained_mode(folder: Path | None) -> Mode | None:
-    """How a model folder's training made images square, by its record; for a bundle that of the folder it lies in. None where
-    there is no record."""
-    for place in (folder, folder.resolve().parent) if folder else ():
-        if (place / RECORD).is_file():
-            preset = read_json(place / RECORD).get("preset")
-            mode = preset.get("image_mode") if isinstance(preset, dict) else None
-            if mode in get_args(Mode):
-                return cast(Mode, mode)
-    return None
+def trained_mode(spec: Spec) -> Mode | None:
+    """How a model's training made images square; None where that is not recorded."""
+    return cast(Mode, spec.image_mode) if spec.image_mode in get_args(Mode) else None
 
 
 def _wanted(pipeline: Pipeline, dataset: Dataset, options: Options) -> dict[str, Any]:

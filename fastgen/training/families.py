@@ -111,6 +111,7 @@ def record(preset: Preset, data: Examples, job: Job) -> dict[str, Any]:
     last = {row["stage"]: row for stage in ("vae", "text_encoder", "unet", "evaluator") for row in job.log.rows(stage)}
     return {
         "preset": preset.name,
+        "image_mode": preset.image_mode,
         "data": data.dataset.fingerprint,
         "images": len(data.kept),
         "stages": {stage: {k: v for k, v in row.items() if k != "stage"} for stage, row in last.items()},

@@ -16,6 +16,7 @@ from fastgen.recipes import Training, check, choice
 
 FAMILIES = ("text", "labels", "evaluator")
 IMAGE_MODES = ("stretch", "pad", "crop", "figure")
+OPTIONAL = ("loss", "loss_from_epoch", "preview", "sampling")  # tables that a preset may leave out
 CONDITIONERS = ("class_embed", "concat", "broadcast")
 CONDITIONER_KEYS = ("kind", "dim", "hidden")
 NEEDED = {
@@ -152,6 +153,8 @@ def _apply(table: dict[str, Any], overrides: Sequence[str]) -> None:
         check(bool(equals and key), "override", override_text, "KEY=VALUE, such as unet.train.steps=300")
         inner = table
         for depth, parent in enumerate(parents):
+            if parent in OPTIONAL:
+                inner.setdefault(parent, {})
             if not isinstance(inner.get(parent), dict):
                 tables = [name for name, value in inner.items() if isinstance(value, dict)]
                 raise unknown(

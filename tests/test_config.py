@@ -133,6 +133,13 @@ def test_epochs_become_steps_of_the_training_examples() -> None:
     assert recipe.for_examples(43_294) == recipe
 
 
+def test_an_override_may_begin_a_table_that_the_file_leaves_out(tmp_path: Path) -> None:
+    path = write(tmp_path, LABELS)
+    preset = load_preset(path, ["unet.train.loss.kl=0.01", 'preview.labels=[["red cube"]]'])
+    assert preset.unet.train.loss == {"kl": 0.01}  # type: ignore[union-attr]
+    assert preset.preview == {"labels": [["red cube"]]}
+
+
 def test_an_override_of_steps_replaces_epochs(tmp_path: Path) -> None:
     path = write(tmp_path, LABELS.replace("steps = 10", "epochs = 3"))
     assert load_preset(path).unet.train.epochs == 3  # type: ignore[union-attr]

@@ -500,6 +500,16 @@ def test_an_example_that_does_not_fit_alone_is_one_line(tmp_path: Path) -> None:
         trained(tmp_path, task=task)
 
 
+@pytest.mark.slow
+def test_a_compiled_run_has_the_curve_of_an_eager_one(tmp_path: Path) -> None:
+    for name, compiled in (("eager", False), ("compiled", True)):
+        trained(tmp_path / name, replace(RECIPE, steps=10, compile=compiled), diffusion_task(0.0))
+    eager, compiled_rows = figures(tmp_path / "eager"), figures(tmp_path / "compiled")
+    for key in ("loss", "grad_norm", "validation_loss"):
+        curve = [row[key] for row in eager if key in row]
+        assert [row[key] for row in compiled_rows if key in row] == pytest.approx(curve, rel=1e-4)
+
+
 def test_the_curves_are_drawn_beside_the_checkpoints(tmp_path: Path) -> None:
     trained(tmp_path)
     with Image.open(tmp_path / "checkpoints" / "loss.png") as image:

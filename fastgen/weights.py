@@ -26,7 +26,13 @@ def read_state(path: Path, allow_pickle: bool = False) -> Mapping[str, Any]:
         raise InputError(f"{path}: expected a .safetensors file or one of {', '.join(PICKLES)}")
     if not path.is_file():
         raise InputError(f"{path}: no such file, expected weights")
-    return _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path, allow_pickle)
+    if path.suffix == ".safetensors":
+        return read_safetensors(path)
+    found = unpickle(path, allow_pickle)
+    state = found.get("model", found) if isinstance(found, Mapping) else found
+    if not isinstance(state, Mapping):
+        raise InputError(f'{path}: holds a {type(state).__name__}, expected {{"model": state_dict}}')
+    return state
 
 
 def load_state(module: nn.Module, state: Mapping[str, Any], path: Path, kind: str) -> None:
@@ -49,7 +55,8 @@ def weights_hash(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """Name -> tensor, on the CPU. Raises InputError for a file that cannot be read."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -59,21 +66,22 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         raise InputError(f"{path}: not a readable safetensors file: {error}") from None
 
 
-def _read_pickle(path: Path, allow_pickle: bool) -> Mapping[str, Any]:
+def unpickle(path: Path, allow_pickle: bool) -> Any:
+    """What `torch.save` wrote, tensors and plain containers only, on the CPU. Raises InputError for a file that holds more,
+    that cannot be read, and without permission."""
     import pickle
 
     if not allow_pickle:
         raise InputError(f"{path}: is a PyTorch pickle; if you trust where it came from, read it with --allow-pickle")
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
-        raise InputError(f"{path}: refused: it is damaged or holds more than tensors and plain containers") from None
+        raise InputError(
+            f"{path}: refused: it is damaged or holds more than tensors and plain containers, such as a whole module; "
+            "save its state dict alone: torch.save(module.state_dict(), FILE)"
+        ) from None
     except Exception as error:  # damaged pickles raise anything: https://docs.python.org/3/library/pickle.html
         raise InputError(f"{path}: not a readable PyTorch checkpoint ({type(error).__name__})") from None
-    state = found.get("model", found) if isinstance(found, Mapping) else found
-    if not isinstance(state, Mapping):
-        raise InputError(f'{path}: holds a {type(state).__name__}, expected {{"model": state_dict}}')
-    return state
 
 
 def _mismatches(expected: Mapping[str, Tensor], found: Mapping[str, Any]) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,8 +14,8 @@ from torch import Tensor
 from fastgen.errors import InputError, unknown
 from fastgen.jsonfiles import read_json
 from fastgen.names import check_relative
+from fastgen.weights import PICKLES, read_safetensors, unpickle
 
-PICKLES = (".pt", ".pth", ".ckpt", ".bin")
 WEIGHTS = "diffusion_pytorch_model"
 FOLDER_FILES = tuple(WEIGHTS + end for end in (".safetensors", ".safetensors.index.json", ".fp16.safetensors", ".bin"))
 WRAPPERS = {"module": "DataParallel or accelerate", "_orig_mod": "torch.compile"}  # key components they insert
@@ -98,30 +97,10 @@ def _read_file(
     path: Path, key: str | None, allow_pickle: bool, notes: list[str]
 ) -> tuple[Mapping[str, Any], str | None]:
     if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            return load_file(path), key
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{path}: not a readable safetensors file: {error}") from None
+        return read_safetensors(path), key
     if path.suffix not in PICKLES:
         raise InputError(f"{path}: expected a folder, a .safetensors file or one of {', '.join(PICKLES)}")
-    return _select(_unpickle(path, allow_pickle), key, path, notes)
-
-
-def _unpickle(path: Path, allow_pickle: bool) -> Any:
-    if not allow_pickle:
-        raise InputError(f"{path}: is a PyTorch pickle; if you trust where it came from, read it with --allow-pickle")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise InputError(
-            f"{path}: refused: it is damaged or holds more than tensors and plain containers, such as a whole module; "
-            "save its state dict alone: torch.save(module.state_dict(), FILE)"
-        ) from None
-    except Exception as error:  # damaged pickles raise anything: https://docs.python.org/3/library/pickle.html
-        raise InputError(f"{path}: not a readable PyTorch checkpoint ({type(error).__name__})") from None
+    return _select(unpickle(path, allow_pickle), key, path, notes)
 
 
 def _select(found: Any, key: str | None, path: Path, notes: list[str]) -> tuple[Mapping[str, Any], str | None]:

@@ -17,8 +17,8 @@ import pytest
 
 from fastgen import artifacts
 from fastgen.artifacts import Artifact, Recipe
-from fastgen.artifacts.gc import Selection, collect, outdated, parse_size
-from fastgen.artifacts.listing import build_command, explain, row, size_text, table, why
+from fastgen.doctor.engine_cache import build_command, explain, row, size_text, table, why
+from fastgen.doctor.engine_gc import Selection, collect, outdated, parse_size
 from fastgen.engines.base import Engine
 from fastgen.errors import InputError
 
@@ -180,7 +180,7 @@ def test_the_command_that_builds_what_is_missing():
 
 
 def test_by_default_only_what_cannot_be_used_is_deleted(monkeypatch):
-    monkeypatch.setattr("fastgen.artifacts.gc.distributions", lambda: {"tensorrt-cu13": "11.4.0.106"})
+    monkeypatch.setattr("fastgen.doctor.engine_gc.distributions", lambda: {"tensorrt-cu13": "11.4.0.106"})
     sound, old = build(unused_days=400), build(batch=1, tensorrt="10.16.1.11")
     broken, short = build(batch=2), build(batch=4)
     (broken.folder / "artifact.json").write_text("{")

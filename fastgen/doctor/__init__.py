@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from fastgen import __version__
-from fastgen.artifacts.listing import folder_bytes, size_text
 from fastgen.doctor.diagnosis import (
     Cache,
     Machine,
@@ -25,6 +24,7 @@ from fastgen.doctor.diagnosis import (
     torch_problems,
 )
 from fastgen.doctor.diagnosis_trt import incomplete, tensorrt_parts, tensorrt_problems
+from fastgen.doctor.engine_cache import folder_bytes, size_text
 from fastgen.doctor.installed import Library, distributions, libraries
 from fastgen.engines.base import Engine
 from fastgen.engines.base_trt import driver_cuda

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fastgen import artifacts
 from fastgen.artifacts import Artifact, Damaged, Recipe
-from fastgen.artifacts.listing import folder_bytes, library_fields, short_version, size_text
+from fastgen.doctor.engine_cache import folder_bytes, library_fields, short_version, size_text
 from fastgen.doctor.installed import distributions
 from fastgen.errors import InputError
 

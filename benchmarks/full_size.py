@@ -104,7 +104,7 @@ def _task(preset: Preset, device: Any) -> Any:
         states = rng.standard_normal((EXAMPLES, 77, config["cross_attention_dim"])).astype(np.float16)
         conditions = Captions(states, list(examples[:, None]), device)
     else:
-        unet = build_module(unet_class(preset.conditioner["kind"]), config, "unet", recipe.seed)
+        unet = build_module(unet_class(preset.conditioner["kind"], config), config, "unet", recipe.seed)
         module = LabelUNet(unet, LabelConditioner(num_labels=len(ICLEVR_OBJECTS), **preset.conditioner))
         images = rng.integers(0, 256, (EXAMPLES, preset.image_size, preset.image_size, 3), np.uint8)
         space = Pixels(images, device)

@@ -89,8 +89,9 @@ def build(preset: Preset, name: str, seed: int = 0) -> Any:
 
     torch.manual_seed(seed)
     text_class: Any = AutoencoderKL if name == "vae" else UNet2DConditionModel
-    cls = text_class if preset.conditioner is None else unet_class(preset.conditioner["kind"])
-    return cls(**_config(preset, name)).eval().requires_grad_(False)
+    config = _config(preset, name)
+    cls = text_class if preset.conditioner is None else unet_class(preset.conditioner["kind"], config)
+    return cls(**config).eval().requires_grad_(False)
 
 
 def _config(preset: Preset, name: str) -> Mapping[str, Any]:

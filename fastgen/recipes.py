@@ -69,6 +69,7 @@ class Training:
     condition_dropout: float = 0.1  # share of examples trained with the empty prompt or all-zero labels
     flip: bool = False
     color_jitter: float = 0  # largest relative change of brightness, contrast and saturation
+    timestep_shift: float = 1  # more than 1: more of the noisy timesteps (Esser et al., 2024, eq. 23); 1: all alike
     min_snr_gamma: float = 0  # 0: every timestep weighs the same
     checkpoint_every: int = 500
     checkpoint_every_epochs: float = 0
@@ -97,6 +98,7 @@ class Training:
             self.accumulation,
             f"a divisor of batch_size = {self.batch_size}",
         )
+        check(self.timestep_shift > 0, "train.timestep_shift", self.timestep_shift, "more than 0")
         check(self.learning_rate > 0, "train.learning_rate", self.learning_rate, "more than 0")
         for decay in (self.ema_decay, *self.further_ema_decays):
             check(0 <= decay < 1, "train.ema_decay", decay, "0 <= decay < 1")

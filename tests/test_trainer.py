@@ -265,6 +265,19 @@ def test_draws_depend_on_seed_step_and_position_alone() -> None:
     assert not (whole.uniform(2) == whole.uniform(3)).any()
 
 
+def test_shifted_timesteps_are_those_of_the_shifted_range() -> None:
+    """Esser et al., 2024, eq. 23: the middle of the range goes to s / (1 + s); 1 changes nothing."""
+    draws = Draws(0, 0, np.arange(4000), 4000, CPU)
+    plain, shifted = (draws.timesteps(1, 1000, shift).numpy() for shift in (1, 3))
+    assert torch.equal(draws.timesteps(1, 1000), draws.timesteps(1, 1000, 1))
+    assert np.median(plain) == pytest.approx(500, abs=2)
+    assert np.median(shifted) == pytest.approx(750, abs=2)
+    assert shifted.min() == 0
+    assert shifted.max() == 999
+    share = np.sort(plain) / 1000
+    np.testing.assert_allclose(np.sort(shifted), 3 * share / (1 + 2 * share) * 1000, atol=4)
+
+
 def test_draws_are_uniform_and_independent_of_their_neighbours() -> None:
     values = np.concatenate([Draws(0, step, np.arange(64), 64, CPU).uniform(3) for step in range(100)])
     assert stats.kstest(values, "uniform").pvalue > 1e-3

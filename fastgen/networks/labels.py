@@ -35,7 +35,7 @@ class LabelConditioner(nn.Module):
 
 
 class LabelUNet(nn.Module):
-    """UNet2DModel or BroadcastUNet, and its conditioner, as one network."""
+    """UNet2DModel, PatchUNet or BroadcastUNet, and its conditioner, as one network."""
 
     unet: Any
     conditioner: Any
@@ -53,9 +53,12 @@ class LabelUNet(nn.Module):
         return self.unet(torch.cat([sample, planes], dim=1), timestep, return_dict=False)[0]
 
 
-def unet_class(kind: str) -> Any:
-    """The class of UNet that a conditioner of this kind feeds."""
-    return label_unet_class("BroadcastUNet" if kind == "broadcast" else "UNet2DModel")
+def unet_class(kind: str, config: Mapping[str, Any]) -> Any:
+    """The class of UNet that a conditioner of this kind feeds, by the UNet's keyword arguments: one with a `patch_size`
+    is a PatchUNet."""
+    if kind == "broadcast":
+        return label_unet_class("BroadcastUNet")
+    return label_unet_class("PatchUNet" if "patch_size" in config else "UNet2DModel")
 
 
 def label_unet_class(name: str) -> Any:
@@ -63,8 +66,9 @@ def label_unet_class(name: str) -> Any:
     from diffusers import UNet2DModel
 
     from fastgen.networks.broadcast_unet import BroadcastUNet
+    from fastgen.networks.patch_unet import PatchUNet
 
-    classes = {"UNet2DModel": UNet2DModel, "BroadcastUNet": BroadcastUNet}
+    classes = {"UNet2DModel": UNet2DModel, "BroadcastUNet": BroadcastUNet, "PatchUNet": PatchUNet}
     if name not in classes:
         raise unknown("UNet class", name, list(classes))
     return classes[name]

@@ -44,6 +44,7 @@ class DiffusionTask:
         dropout: float,
         flip: bool,
         jitter: float = 0,
+        timestep_shift: float = 1,
         objective: Objective | None = None,
         preview: Preview | None = None,
     ) -> None:
@@ -51,6 +52,7 @@ class DiffusionTask:
         self.train_rows, self.validation_rows = rows
         self.dropout, self.flip, self.jitter, self._preview = dropout, flip, jitter, preview
         self.objective = objective or Objective()
+        self.timestep_shift = timestep_shift
         if self.objective.lpips is not None:
             self.objective.lpips.to(space.device)
         self.schedule = NoiseSchedule(scheduler_config)
@@ -58,10 +60,11 @@ class DiffusionTask:
 
     def losses(self, module: nn.Module, rows: np.ndarray, draws: Draws) -> Tensor:
         changes = (self.flip, self.jitter) if module.training else (False, 0.0)
+        shift = 1 if draws.step == VALIDATION else self.timestep_shift
         x0 = self.space.clean(rows, draws, *changes)  # (b, C, h, w)
         condition = self.conditions.of(rows, draws, self.dropout if module.training else 0.0)
         noise = draws.normal(NOISE, self.space.shape)
-        timesteps = draws.timesteps(TIMESTEP, self.schedule.count)  # (b,)
+        timesteps = draws.timesteps(TIMESTEP, self.schedule.count, shift)  # (b,)
         noisy, target = self.schedule.example(x0, noise, timesteps)
         prediction = module(noisy, timesteps.float(), condition).float()  # (b, C, h, w)
         if draws.step == VALIDATION:

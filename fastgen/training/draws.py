@@ -56,10 +56,15 @@ class Draws:
         """(b,) int64 in [0, high)."""
         return (self.uniform(stream) * high).astype(np.int64)
 
-    def timesteps(self, stream: int, count: int) -> Tensor:
+    def timesteps(self, stream: int, count: int, shift: float = 1) -> Tensor:
         """(b,) int64 in [0, count), stratified: the global batch covers the range evenly, which makes its loss, and so
-        the gradient, less noisy than independent timesteps do (Kingma et al., Variational Diffusion Models, 2021)."""
+        the gradient, less noisy than independent timesteps do (Kingma et al., Variational Diffusion Models, 2021).
+
+        With a `shift` s the share u of the range becomes s u / (1 + (s - 1) u) (Esser et al., Scaling Rectified Flow
+        Transformers, 2024, eq. 23).
+        """
         share = (self.positions + self.uniform(stream)) / self.batch_size
+        share = shift * share / (1 + (shift - 1) * share)
         return torch.from_numpy((share * count).astype(np.int64).clip(0, count - 1)).to(self.device)
 
 

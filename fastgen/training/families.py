@@ -69,8 +69,8 @@ def train_labels(preset: Preset, data: Examples, job: Job) -> None:
     recipe = _recipe(preset.unet, "unet")
     device = job.run("unet", recipe.precision).precision.device
     objects = dict(data.dataset.objects or {})
-    cls = unet_class((preset.conditioner or {})["kind"])
-    unet = build_module(cls, _network(preset.unet).config, "unet", recipe.seed)
+    config = _network(preset.unet).config
+    unet = build_module(unet_class((preset.conditioner or {})["kind"], config), config, "unet", recipe.seed)
     conditioner = LabelConditioner(num_labels=len(objects), **_conditioner(preset, unet.config))
     if unet.config.sample_size != preset.image_size:
         raise InputError(
@@ -218,6 +218,7 @@ def _fit_unet(
         dropout=recipe.condition_dropout,
         flip=recipe.flip,
         jitter=recipe.color_jitter,
+        timestep_shift=recipe.timestep_shift,
         objective=objective,
         preview=preview,
     )

@@ -1,0 +1,110 @@
+"""PatchUNet: diffusers' UNet on patches, which saves, loads and exports like other UNets."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import UNet2DModel
+
+from fastgen.config import Sampling
+from fastgen.names import ICLEVR_OBJECTS
+from fastgen.networks import LabelConditioner, Model, load_model, save_model
+from fastgen.networks.patch_unet import PatchUNet
+from fastgen.precision import lowered
+from fastgen.training.modules import build_module
+
+SCHEDULE = {"_class_name": "DDPMScheduler", "num_train_timesteps": 1000, "beta_schedule": "squaredcos_cap_v2"}
+LABELS = len(ICLEVR_OBJECTS)
+BLOCKS = {
+    "block_out_channels": (8, 16),
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    "norm_num_groups": 4,
+    "attention_head_dim": 8,
+    "layers_per_block": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    unet = PatchUNet(4, sample_size=16, **BLOCKS)
+    conditioner = LabelConditioner("class_embed", LABELS, 32)
+    model = Model(None, "labels", unet, SCHEDULE, Sampling("ddpm", 3, 1.0), conditioner, ICLEVR_OBJECTS)
+    save_model(model, out := tmp_path_factory.mktemp("models") / "patches")
+    return out
+
+
+def inputs(batch: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(batch)
+    labels = (torch.rand(batch, LABELS, generator=generator) < 0.1).float()
+    return torch.randn(batch, 3, 16, 16, generator=generator), torch.linspace(0, 999, batch), labels
+
+
+def test_it_is_diffusers_unet_on_squares_of_pixels() -> None:
+    torch.manual_seed(0)
+    module = PatchUNet(4, sample_size=16, **BLOCKS)
+    plain = UNet2DModel(sample_size=4, in_channels=48, out_channels=48, class_embed_type="identity", **BLOCKS)
+    plain.load_state_dict(module.unet.state_dict())
+    x, timesteps, _ = inputs(2)
+    told = torch.randn(2, 32)
+    squares = x.reshape(2, 3, 4, 4, 4, 4).permute(0, 1, 3, 5, 2, 4).reshape(2, 48, 4, 4)
+    with torch.no_grad():
+        found = module(x, timesteps, class_labels=told).sample
+        expected = plain(squares, timesteps, class_labels=told).sample
+    expected = expected.reshape(2, 3, 4, 4, 4, 4).permute(0, 1, 4, 2, 5, 3).reshape(2, 3, 16, 16)
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_model_folder_names_the_class_and_loads_to_the_same_network(folder: Path, tmp_path: Path) -> None:
+    index = json.loads((folder / "model_index.json").read_text())
+    assert index["unet"] == ["fastgen.networks.patch_unet", "PatchUNet"]
+    model = load_model(folder)
+    save_model(model, tmp_path / "copy")
+    with torch.no_grad():
+        first, second = (m.networks()["unet"](*inputs(2)) for m in (model, load_model(tmp_path / "copy")))
+    assert torch.equal(first, second)
+    assert first.abs().sum() > 0
+
+
+def test_training_starts_from_an_output_of_zero() -> None:
+    module = build_module(PatchUNet, {"patch_size": 4, "sample_size": 16, **BLOCKS}, "unet", seed=0)
+    x, timesteps, _ = inputs(2)
+    with torch.no_grad():
+        assert module(x, timesteps, class_labels=torch.randn(2, 32)).sample.abs().max() == 0
+
+
+def test_sizes_that_do_not_hold_whole_patches_are_refused() -> None:
+    with pytest.raises(ValueError, match="sample_size = 18: expected a multiple of patch_size = 4"):
+        PatchUNet(4, sample_size=18, **BLOCKS)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_its_onnx_graph_computes_the_same_at_any_batch_size(folder: Path, tmp_path_factory, batch: int) -> None:
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    from export.onnx import export_onnx
+
+    model = load_model(folder)
+    path = tmp_path_factory.getbasetemp() / "patches-onnx" / "model.onnx"
+    if not path.exists():
+        export_onnx(model.networks()["unet"], model.signatures()["unet"], path)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    tensors = inputs(batch)
+    names = [tensor.name for tensor in model.signatures()["unet"].inputs]
+    found = session.run(None, {n: x.numpy() for n, x in zip(names, tensors, strict=True)})[0]
+    with torch.no_grad():
+        expected = model.networks()["unet"](*tensors)
+    np.testing.assert_allclose(found, expected.numpy(), rtol=1e-3, atol=1e-5)
+
+
+def test_bf16_keeps_timesteps_apart(folder: Path) -> None:
+    unet = load_model(folder).networks()["unet"]
+    x, timesteps, labels = inputs(4)
+    with torch.no_grad():
+        exact, rounded = unet(x, timesteps, labels), lowered(unet, "bf16")(x, timesteps, labels)
+    assert torch.nn.functional.cosine_similarity(exact.flatten(), rounded.flatten(), dim=0) > 0.999

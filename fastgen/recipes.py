@@ -9,7 +9,7 @@ from fastgen.errors import InputError, unknown
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 OPTIMIZERS = ("adamw", "adam", "muon")
-LR_SCHEDULES = ("constant", "cosine", "plateau")
+LR_SCHEDULES = ("constant", "cosine", "plateau", "warmup-stable-decay")
 FINALS = ("last", "best-validation", "best-loss")
 COUNTS = ("batch_size", "accumulation", "checkpoint_every", "validate_every", "validation_limit", "plateau_patience")
 NOT_NEGATIVE = (
@@ -54,6 +54,7 @@ class Training:
     optimizer: str = "adamw"
     learning_rate: float = 1e-4
     lr_schedule: str = "constant"  # plateau: times `plateau_factor` after `plateau_patience` validations without a gain
+    decay_fraction: float = 0.2  # warmup-stable-decay: the share of all steps in which the rate falls to 0
     plateau_factor: float = 0.1
     plateau_patience: int = 10
     warmup_steps: int = 0
@@ -104,7 +105,7 @@ class Training:
             check(0 <= decay < 1, "train.ema_decay", decay, "0 <= decay < 1")
         for name in ("condition_dropout", "warmup_fraction"):
             check(0 <= getattr(self, name) <= 1, f"train.{name}", getattr(self, name), "a share in [0, 1]")
-        for name in ("validation_fraction", "plateau_factor"):
+        for name in ("validation_fraction", "plateau_factor", "decay_fraction"):
             check(0 < getattr(self, name) < 1, f"train.{name}", getattr(self, name), "a share in (0, 1)")
         check(self.max_grad_norm > 0, "train.max_grad_norm", self.max_grad_norm, "more than 0")
         check(

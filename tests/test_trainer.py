@@ -265,6 +265,25 @@ def test_draws_depend_on_seed_step_and_position_alone() -> None:
     assert not (whole.uniform(2) == whole.uniform(3)).any()
 
 
+def test_warmup_stable_decay_is_constant_until_its_linear_end() -> None:
+    """torch's LinearLR over the last fifth; before it, the rate of a run does not depend on how long it will be."""
+    recipe = Training(steps=100, learning_rate=0.5, lr_schedule="warmup-stable-decay", warmup_steps=4)
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=0.5)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1.0, end_factor=1e-9, total_iters=20)
+    rates = []
+    for _ in range(20):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    found = [learning_rate(recipe, step) for step in range(100)]
+    np.testing.assert_allclose(found[:4], [0.125, 0.25, 0.375, 0.5])
+    assert set(found[4:81]) == {0.5}
+    np.testing.assert_allclose(found[80:], rates, rtol=1e-6)
+    longer = replace(recipe, steps=1000)
+    assert [learning_rate(longer, step) for step in range(81)] == found[:81]
+
+
 def test_shifted_timesteps_are_those_of_the_shifted_range() -> None:
     """Esser et al., 2024, eq. 23: the middle of the range goes to s / (1 + s); 1 changes nothing."""
     draws = Draws(0, 0, np.arange(4000), 4000, CPU)

@@ -41,9 +41,14 @@ def optimise(task: Task, state: State, recipe: Training, precision: Precision, p
 
 
 def learning_rate(recipe: Training, step: int) -> float:
-    """Linear warm-up, then constant, or half a cosine down to 0 (Loshchilov & Hutter, SGDR, 2017, eq. 5)."""
+    """Linear warm-up, then constant, or half a cosine down to 0 (Loshchilov & Hutter, SGDR, 2017, eq. 5), or constant with
+    a linear decay to 0 at the end, up to which a run does not depend on its length (Hägele et al., Scaling Laws and
+    Compute-Optimal Training Beyond Fixed Training Durations, 2024)."""
     if step < recipe.warmup_steps:
         return recipe.learning_rate * (step + 1) / recipe.warmup_steps
+    if recipe.lr_schedule == "warmup-stable-decay":
+        left = (recipe.steps - step) / (recipe.decay_fraction * recipe.steps)
+        return recipe.learning_rate * min(1.0, left)
     if recipe.lr_schedule != "cosine":
         return recipe.learning_rate
     share = (step - recipe.warmup_steps) / max(1, recipe.steps - recipe.warmup_steps)

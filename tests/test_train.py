@@ -377,12 +377,12 @@ def test_an_evaluator_is_trained_saved_and_loaded(labelled: Path, tmp_path: Path
     from fastgen import evaluator
 
     recipe = Training(steps=3, batch_size=4, precision="fp32", validation_fraction=0.25)
-    preset = Preset("tiny", "evaluator", 64, "stretch", evaluator=Network(train=recipe))
+    preset = Preset("tiny", "evaluator", 64, "stretch", evaluator=Network({"width": 8}, train=recipe))
     out = train(preset, labelled, tmp_path / "evaluator", progress=False)
     loaded = evaluator.load(out)
     assert loaded.objects == {"red cube": 0, "green cube": 1, "blue cube": 2}
-    scores = loaded.predict(np.zeros((2, 3, 64, 64), np.float32))
-    assert scores.shape == (2, 3)
+    images = np.zeros((2, 3, 64, 64), np.float32)
+    assert (loaded.predict(images).shape, loaded.features(images).shape) == ((2, 3), (2, 64))
     row = json.loads((out / "log.jsonl").read_text().splitlines()[-1])
     assert 0 <= row["accuracy"] <= 1
 

@@ -98,7 +98,7 @@ def train_evaluator(preset: Preset, data: Examples, job: Job) -> None:
     objects = dict(data.dataset.objects or {})
     run = job.run("evaluator", recipe.precision)
     torch.manual_seed(recipe.seed)
-    module = evaluator.build(len(objects))
+    module = evaluator.build(len(objects), **_network(preset.evaluator).config)
     task = ClassifierTask(module, data.images, data.multi_hot, data.rows(recipe), run.precision.device)
     fit(task, recipe, run)
     job.finish(lambda folder: evaluator.save(module.cpu(), folder, objects, record(preset, data, job)))

@@ -49,7 +49,7 @@ class Network(Protocol):
 
 @dataclass(frozen=True)
 class EvaluatorNetwork:
-    """The label evaluator: its features (512 where its width is 64), and the scores of all objects that its last layer makes of them."""
+    """The evaluator: its features (512 where its width is 64), and what its last layer makes of them."""
 
     evaluator: Evaluator
     path: Path

@@ -1,4 +1,5 @@
-"""The label evaluator: a ResNet-18 with sigmoid outputs that says which objects are in a 64 px image.
+"""The evaluators: a ResNet-18 that says which objects are in a 64 px image (sigmoid outputs), or which value each of
+several attributes has (a softmax over the outputs of each).
 
 Architecture and weight names are those of torchvision's `resnet18` with `fc = Sequential(Linear(512, 24), Sigmoid())`,
 so the checkpoint of the i-CLEVR task fits as it is; a narrower network has fewer channels in the same places.
@@ -16,9 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastgen.attributes import Attributes, check_attributes
 from fastgen.errors import FastgenError, InputError
 from fastgen.jsonfiles import located, read_json, write_bytes, write_json
-from fastgen.names import check_objects, read_objects
+from fastgen.names import check_objects
 from fastgen.weights import PICKLES, load_state, read_state
 
 IMAGE_SIZE = 64
@@ -87,21 +89,31 @@ def build(num_labels: int = 24, width: int = WIDTH) -> ResNet18:
 
 @dataclass(frozen=True)
 class Evaluator:
-    """A trained evaluator in eval mode. `objects` (name -> output index) is None where the file holds weights only."""
+    """A trained evaluator in eval mode, of objects (name -> output index) or of attributes; both are None where the file
+    holds weights only, which then are taken for those of objects."""
 
     module: ResNet18
     objects: Mapping[str, int] | None
+    attributes: Attributes | None = None
 
     @property
     def num_labels(self) -> int:
         return self.module.num_labels
 
     def predict(self, images: np.ndarray, batch_size: int = 64) -> np.ndarray:
-        """images (N, 3, 64, 64) float32 in [-1, 1] -> scores (N, num_labels) float32 in [0, 1].
+        """images (N, 3, 64, 64) float32 in [-1, 1] -> scores (N, num_labels) float32 in [0, 1]; those of an attribute add up
+        to 1.
 
         Raises FastgenError when a score is not finite.
         """
-        return self._batched(self.module, images, batch_size)
+        return self._batched(lambda x: self.scores(self.module.features(x)), images, batch_size)
+
+    def scores(self, features: Tensor) -> Tensor:
+        """Features (N, 8 * width) -> scores (N, num_labels), as `predict` gives them."""
+        if self.attributes is None:
+            return self.module.fc(features)
+        logits = self.module.fc[0](features).split([len(values) for values in self.attributes.values()], dim=1)
+        return torch.cat([part.softmax(dim=1) for part in logits], dim=1)
 
     def features(self, images: np.ndarray, batch_size: int = 64) -> np.ndarray:
         """images as for `predict` -> features (N, 8 * width) float32, for distances between sets of images."""
@@ -121,18 +133,19 @@ class Evaluator:
         return out
 
 
-def save(module: ResNet18, folder: Path, objects: Mapping[str, int], record: Mapping[str, Any]) -> None:
-    """Write an evaluator folder: model.safetensors, labels.json, and config.json with `record` (how it was trained).
+def save(module: ResNet18, folder: Path, outputs: Mapping[str, int] | Attributes, record: Mapping[str, Any]) -> None:
+    """Write an evaluator folder: model.safetensors, labels.json with `outputs` (name -> output for objects, name -> values
+    for attributes), and config.json with `record` (how it was trained).
 
-    Raises InputError when `objects` does not name every output once, FastgenError when the disk refuses.
+    Raises InputError when `outputs` does not name every output once, FastgenError when the disk refuses.
     """
     from safetensors.torch import save as to_bytes
 
-    _check_fit(objects, module)
+    _named(outputs, module)
     folder.mkdir(parents=True, exist_ok=True)
     state = {key: value.detach().cpu().contiguous() for key, value in module.state_dict().items()}
     write_bytes(folder / WEIGHTS, to_bytes(state, metadata={"format": "pt"}))
-    write_json(folder / LABELS, dict(objects))
+    write_json(folder / LABELS, dict(outputs))
     config = {"architecture": "resnet18", "num_labels": module.num_labels, "width": module.width}
     write_json(folder / CONFIG, {**config, "image_size": IMAGE_SIZE, "training": dict(record)})
 
@@ -163,16 +176,23 @@ def _load_folder(folder: Path) -> Evaluator:
     if architecture != "resnet18":
         raise InputError(f"{folder / CONFIG}: architecture = {architecture!r}: expected 'resnet18'")
     module = _with_weights(read_state(folder / WEIGHTS), folder / WEIGHTS)
-    objects = read_objects(folder / LABELS)
+    outputs = read_json(folder / LABELS)
     with located(folder / LABELS):
-        _check_fit(objects, module)
-    return Evaluator(module, objects)
+        return _named(outputs, module)
 
 
-def _check_fit(objects: Mapping[str, int], module: ResNet18) -> None:
-    check_objects(objects)
-    if len(objects) != module.num_labels:
-        raise InputError(f"found {len(objects)} objects, expected one for each of the {module.num_labels} outputs")
+def _named(outputs: Any, module: ResNet18) -> Evaluator:
+    """The evaluator whose outputs are called so: lists of values are those of attributes. InputError where they do not fit."""
+    of_attributes = isinstance(outputs, Mapping) and any(isinstance(v, list | tuple) for v in outputs.values())
+    if of_attributes:
+        attributes = check_attributes(outputs)
+        found, what = sum(map(len, attributes.values())), "values"
+    else:
+        check_objects(outputs)
+        found, what = len(outputs), "objects"
+    if found != module.num_labels:
+        raise InputError(f"found {found} {what}, expected one for each of the {module.num_labels} outputs")
+    return Evaluator(module, None, attributes) if of_attributes else Evaluator(module, outputs)
 
 
 def _with_weights(state: Mapping[str, Any], path: Path) -> ResNet18:

@@ -74,9 +74,9 @@ class EvaluatorNetwork:
 
     def scores(self, features: np.ndarray) -> np.ndarray:
         """Features (N, D) -> (N, num_labels) float32 in [0, 1]."""
-        head = self.evaluator.module.fc
+        device = self.evaluator.module.conv1.weight.device
         with torch.no_grad():
-            return head(torch.from_numpy(features).to(next(head.parameters()).device)).cpu().numpy()
+            return self.evaluator.scores(torch.from_numpy(features).to(device)).cpu().numpy()
 
 
 @dataclass(frozen=True)

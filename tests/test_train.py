@@ -418,7 +418,7 @@ def test_every_option_of_the_loss_and_the_data_trains_a_text_model(described: Pa
     prompts = '\n[preview]\nprompts = ["A red slime number 0.", "Nothing like it."]\n'
     out = train(preset_of(text + prompts, tmp_path), described, tmp_path / "model", progress=False)
     with Image.open(out / "previews" / "000004.png") as preview:
-        assert preview.size == sheet_size(3, lines=2)
+        assert preview.size == sheet_size(3, lines=3)
     row = json.loads((out / "log.jsonl").read_text().splitlines()[-1])
     assert np.isfinite(row["loss"])
     assert np.isfinite(row["validation_loss"])

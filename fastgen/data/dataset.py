@@ -38,8 +38,8 @@ class Dataset:
     examples: tuple[Example, ...]
     objects: Mapping[str, int] | None  # label -> index, None for captions
     notes: tuple[str, ...] = ()
-    attributes: Mapping[str, tuple[str, ...]] | None = None  # where labels are values of these, one of each
     splits_in_file_order: bool = False
+    attributes: Mapping[str, tuple[str, ...]] | None = None  # where labels are values of these, one of each
 
     @cached_property
     def fingerprint(self) -> str:

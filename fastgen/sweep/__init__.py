@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Grid", "Point", "Points", "Row", "Rule", "Sweep", "network_evaluations", "sweep"]
 
-REQUESTS, OBJECTS, SCORE = "requests.json", "objects.json", "score.json"
+REQUESTS, OBJECTS, ATTRIBUTES, SCORE = "requests.json", "objects.json", "attributes.json", "score.json"
 Say = Callable[[str], None]
 PathLike = str | os.PathLike[str]
 
@@ -97,19 +97,20 @@ def _claim(plan: Plan, requests: Path) -> None:
         if not isinstance(value, dict) or value.get("requests_sha256") != sha256:
             raise InputError(f"{plan.out}: holds a sweep over other requests; choose another --out")
     else:
-        names = (REQUESTS, OBJECTS, CSV, PLOT, SHEET, POINTS, JOB)
+        names = (REQUESTS, OBJECTS, ATTRIBUTES, CSV, PLOT, SHEET, POINTS, JOB)
         taken = [name for name in names if os.path.lexists(plan.out / name)]
         if taken or (os.path.lexists(plan.out) and not plan.out.is_dir()):
             found = f"holds {taken[0]} already, but no {JSON}" if taken else "is not a folder"
             raise InputError(f"{plan.out}: {found}; choose another --out")
         make_folder(plan.out)
         write_json(record, {"requests_sha256": sha256, "rows": []})
-    write_json(plan.out / REQUESTS, _requests_json(plan.requests))
-    if (beside := requests.parent / OBJECTS).is_file():  # which a scorer may look its objects up in
-        write_bytes(plan.out / OBJECTS, beside.read_bytes())
+    write_json(plan.out / REQUESTS, requests_json(plan.requests))
+    for name in (OBJECTS, ATTRIBUTES):  # where a scorer looks up what was asked for
+        if (beside := requests.parent / name).is_file():
+            write_bytes(plan.out / name, beside.read_bytes())
 
 
-def _requests_json(requests: Sequence[Request]) -> dict[str, Any]:
+def requests_json(requests: Sequence[Request]) -> dict[str, Any]:
     """In the schema that `read_requests` reads back to the same requests."""
     fields = {"prompt": "text_prompt", "labels": "labels", "seed": "seed", "description": "given_description"}
     return {
@@ -119,7 +120,7 @@ def _requests_json(requests: Sequence[Request]) -> dict[str, Any]:
 
 
 def _hash(requests: Sequence[Request]) -> str:
-    return hashlib.sha256(json.dumps(_requests_json(requests)).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(requests_json(requests)).encode()).hexdigest()
 
 
 def _rows(

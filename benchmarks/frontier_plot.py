@@ -20,7 +20,7 @@ from fastgen.errors import FastgenError, InputError
 from fastgen.jsonfiles import read_json, write_bytes
 
 Record = dict[str, Any]
-SIZE, DPI = (10.0, 5.0), 100  # 1000 px wide
+SIZE, DPI = (10.0, 5.6), 100  # 1000 px wide
 SETTING = ("solver", "steps", "guidance")
 MARKERS = "osD^vP*X<>"
 BAND, RING = "#dddddd", "#e6a700"
@@ -111,7 +111,8 @@ def _name_axes(axes: Any, value: Record) -> None:
         axes.set_xlim(min(seen) / 1.15, max(seen) * 1.15)
         axes.set_xticks(shown := [t for t in ticks if min(seen) / 1.15 <= t <= max(seen) * 1.15], map(str, shown))
     axes.minorticks_off()
-    axes.set_ylabel(settings["metric"].replace("_", " "))
+    metric = settings["metric"].replace("_", " ")
+    axes.set_ylabel("attributes, mean" if metric == "attributes" else metric)
     seeds = f"{settings['images']} requests, {len(settings['seeds'])} seeds"
     partly = "" if value["complete"] else ", incomplete"
     axes.set_title(f"{settings['model']} ({seeds}, {settings['engine']} {settings['dtype']}{partly})", fontsize=9)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastgen.attributes import FILE as ATTRIBUTES
 from fastgen.errors import InputError
 from fastgen.folders import make_folder
 from fastgen.jobs.folder import JOB, MANIFEST, recorded_runs
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Grid", "Point", "Points", "Row", "Rule", "Sweep", "network_evaluations", "sweep"]
 
-REQUESTS, OBJECTS, ATTRIBUTES, SCORE = "requests.json", "objects.json", "attributes.json", "score.json"
+REQUESTS, OBJECTS, SCORE = "requests.json", "objects.json", "score.json"
 Say = Callable[[str], None]
 PathLike = str | os.PathLike[str]
 
@@ -105,7 +106,7 @@ def _claim(plan: Plan, requests: Path) -> None:
         make_folder(plan.out)
         write_json(record, {"requests_sha256": sha256, "rows": []})
     write_json(plan.out / REQUESTS, requests_json(plan.requests))
-    for name in (OBJECTS, ATTRIBUTES):  # where a scorer looks up what was asked for
+    for name in (OBJECTS, ATTRIBUTES):  # which a scorer looks for beside the requests
         if (beside := requests.parent / name).is_file():
             write_bytes(plan.out / name, beside.read_bytes())
 
@@ -169,6 +170,8 @@ def _score(
     folders, file = plan.folders(point), plan.out / POINTS / point.name / SCORE
     manifests = {folder.name: hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest() for folder in folders}
     made_from = {"scorer": dict(identity), "manifests": manifests}
+    if "attributes" in identity and (asked := plan.out / ATTRIBUTES).is_file():
+        made_from["asked"] = hashlib.sha256(asked.read_bytes()).hexdigest()
     value: Any = read_json(file) if file.is_file() else None
     kept = isinstance(value, dict) and all(value.get(key) == held for key, held in made_from.items())
     if not kept:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import click
 
 from benchmarks.frontier_search import COARSE, FINE, Bench, Effort, OutOfTimeError, Search, Space, chosen, search
 from benchmarks.report import RESULTS, save, table
+from fastgen.attributes import FILE, read_attributes
 from fastgen.cli.score import scoring_options
 from fastgen.cli.sweep import SCORING, SOME
 from fastgen.errors import FastgenError, InputError
@@ -35,7 +36,6 @@ FOLDER = click.Path(path_type=Path)
 SOLVERS = "ddim,dpmpp-2m,dpmpp-3m,unipc,deis,euler,heun,pndm"
 STEPS, SCALES = "4,6,8,10,15,20,30,50", "1,1.5,2,3,4,6"
 PNDM_STEPS = 70
-ATTRIBUTES = ("colour", "body", "eyes", "horns", "wings", "tail", "weapon", "action")
 ENGINE = ("engine", "dtype", "threads", "batch_size")
 IDLE = 0.3  # load average below which a machine counts as idle
 Record = dict[str, Any]
@@ -54,12 +54,12 @@ def pool(files: Sequence[Path], out: Path, objects: Any, limit: int | None) -> P
         prefix = f"{file.stem}-" if len(files) > 1 else ""
         for key, value in requests_json(read_requests(file, objects)[:limit]).items():
             together[prefix + key] = value | {"image_name": prefix + value["image_name"]}
-        if (beside := file.parent / "attributes.json").is_file():
-            attributes |= {prefix + key: value for key, value in read_json(beside).items()}
+        if (beside := file.parent / FILE).is_file():
+            attributes |= {prefix + key: value for key, value in read_attributes(beside).items()}
         if (beside := file.parent / "objects.json").is_file():
             write_bytes(out / "objects.json", beside.read_bytes())
     if attributes:
-        write_json(out / "attributes.json", attributes)
+        write_json(out / FILE, attributes)
     write_json(out / "requests.json", together)
     return out / "requests.json"
 
@@ -81,8 +81,8 @@ def reference_sampling(bench: Bench, asked: str | None) -> tuple[tuple[str, int]
     return ("ddim", PNDM_STEPS), bench.skipped[f"pndm-prk:{PNDM_STEPS}"]
 
 
-def record(stage: str, row: Row, metric: str) -> Record:
-    """A measured point as JSON."""
+def record(stage: str, row: Row, metric: str, attributes: Collection[str]) -> Record:
+    """A measured point as JSON; of the `attributes` that the evaluator judges the lowest score too."""
     figures, found = row.figures, row.figures.get(metric)
     out: Record = {
         "pass": stage,
@@ -95,7 +95,7 @@ def record(stage: str, row: Row, metric: str) -> Record:
         "score": None if found is None else or_none(found.value),
         "standard_error": None if found is None else or_none(found.standard_error),
     }
-    if asked := [name for name in ATTRIBUTES if name in figures]:
+    if asked := [name for name in attributes if name in figures]:
         lowest = min(asked, key=lambda name: figures[name].value)
         out |= {"lowest": lowest, "lowest_score": figures[lowest].value}
         out |= {"attributes": {name: [figures[name].value, or_none(figures[name].standard_error)] for name in asked}}
@@ -105,7 +105,7 @@ def record(stage: str, row: Row, metric: str) -> Record:
 def records(bench: Bench) -> list[Record]:
     """All measured points, the coarse ones first, each pass by evaluations."""
     return [
-        record(stage, row, bench.metric)
+        record(stage, row, bench.metric, bench.scorer.attributes or ())
         for stage in (COARSE, FINE)
         for row in sorted(bench.rows[stage].values(), key=lambda r: (r.evaluations, r.point.name))
     ]

@@ -23,7 +23,7 @@ from fastgen.sweep import Point, Points, Row, Rule, network_evaluations, sweep
 from fastgen.sweep.choice import choose
 
 COARSE, FINE = "coarse", "fine"
-PREFERRED_METRIC, MIDDLE_SOLVER = "attributes", "dpmpp-2m"
+MIDDLE_SOLVER = "dpmpp-2m"
 
 
 class OutOfTimeError(Exception):
@@ -76,8 +76,7 @@ class Bench:
         self.model, self.requests, self.work, self.scorer, self.effort = model, requests, work, scorer, effort
         self.until = None if minutes is None else time.monotonic() + 60 * minutes
         self.say, self.options = say, options
-        planned = scorer.planned(requests)
-        self.metric = PREFERRED_METRIC if PREFERRED_METRIC in planned else planned[0]
+        self.metric = scorer.planned(requests)[0]
         self._pipeline = load(model, **{k: v for k, v in options.items() if k != "batch_size"})
         engine = self._pipeline.engine
         self.engine = {"engine": engine.name, "dtype": engine.dtype, "device": engine.device}

@@ -117,10 +117,11 @@ def test_several_request_files_become_one_with_names_that_say_which(tmp_path):
 
 
 def test_the_lowest_attribute_stands_beside_the_mean():
-    found = record(COARSE, row(REFERENCE, 2000, 0.9, colour=0.95, body=0.7, action=0.8), "attributes")
+    judged = "attributes", ("colour", "body", "action")
+    found = record(COARSE, row(REFERENCE, 2000, 0.9, colour=0.95, body=0.7, action=0.8), *judged)
     assert (found["score"], found["lowest"], found["lowest_score"]) == (0.9, "body", 0.7)
     assert found["attributes"]["colour"] == [0.95, 0.01]
-    assert record(COARSE, row(REFERENCE, 2000, math.nan), "attributes")["score"] is None
+    assert record(COARSE, row(REFERENCE, 2000, math.nan), *judged)["score"] is None
 
 
 def test_the_named_point_is_a_table_of_a_preset():

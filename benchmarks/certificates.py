@@ -17,7 +17,7 @@ from fastgen.errors import FastgenError, InputError
 from fastgen.jsonfiles import read_json
 
 IMAGES = "images"
-COLUMNS = ("model", "engine", "device", "networks", "furthest off", "relative error", "cosine")
+COLUMNS: tuple[str, ...] = ("model", "engine", "device", "networks", "furthest off", "relative error", "cosine")
 COLUMNS += ("PSNR of images", "largest difference", "certified")
 
 

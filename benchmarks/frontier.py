@@ -215,7 +215,11 @@ def main(
         raise SystemExit(f"error: {error}") from None
     rows = records(bench)
     settings = {"model": title, "requests": [file.name for file in requests], **circumstances(bench, pooled, space)}
-    more = {"reference": point_json(found.reference), "reference_reason": reason, "chosen": point_json(found.chosen)}
+    more: Record = {
+        "reference": point_json(found.reference),
+        "reference_reason": reason,
+        "chosen": point_json(found.chosen),
+    }
     more |= {"complete": found.complete, "kept": found.kept, "runs": runs}
     save(out or RESULTS / f"frontier-{title}.json", settings, rows, **more)
     print_result(rows, settings, more)

@@ -233,7 +233,9 @@ def named(rows: Mapping[Point, Row], metric: str, reference: Point, standard_err
     """The point of `rows` that the rule names; None where the reference has no score."""
     points = list(rows)
     rule = Rule("fewest", standard_errors, "se", reference.name)
-    better = next((f.better for row in rows.values() if (f := row.figures.get(metric))), "higher")
+    figure = rows[reference].figures.get(metric)
+    if figure is None:
+        return None
     candidates = [rows[point].candidate(metric) for point in points]
-    choice = choose(candidates, rule, better, points.index(reference))
+    choice = choose(candidates, rule, figure.better, points.index(reference))
     return None if choice is None else points[choice.chosen]

@@ -136,58 +136,42 @@ def test_a_machine_counts_as_idle_only_if_it_was_in_every_run():
 
 
 @pytest.fixture(scope="module")
-def judge(tmp_path_factory):
-    return make_evaluator(tmp_path_factory.mktemp("judge"))
-
-
-@pytest.fixture
-def run(label_bundle, requests_files, judge, tmp_path):
-    """The search on the tiny label model -> (printed, JSON)."""
-
-    def invoke(*options):
-        words = [requests_files["labels"], "--model", label_bundle, "--engine", "ort", "--evaluator", judge]
-        words += [
-            "--name",
-            "tiny",
-            "--solver",
-            "ddim,dpmpp-2m",
-            "--steps",
-            "2,3",
-            "--guidance",
-            "1,2",
-            "--seeds",
-            "0,1",
-        ]
-        words += ["--reference-solver", "ddpm:5", "--work", tmp_path / "work", "--out", tmp_path / "out.json"]
+def searches(label_bundle, requests_files, tmp_path_factory):
+    """A search on the tiny label model that ran out of time, then to its end, then again: (printed, JSON, images) of each."""
+    folder = tmp_path_factory.mktemp("search")
+    words = [requests_files["labels"], "--model", label_bundle, "--engine", "ort", "--name", "tiny"]
+    words += ["--evaluator", make_evaluator(folder / "judge"), "--seeds", "0,1", "--reference-solver", "ddpm:5"]
+    words += ["--solver", "ddim,heun", "--steps", "2,3", "--guidance", "1,2"]
+    words += ["--work", folder / "work", "--out", folder / "out.json"]
+    found = []
+    for options in (["--minutes", "1e-9"], [], []):
         done = CliRunner().invoke(frontier.main, [str(word) for word in [*words, *options]])
         assert done.exit_code == 0, done.output
-        return done.output, json.loads((tmp_path / "out.json").read_text())
+        images = {f: f.stat().st_mtime_ns for f in (folder / "work").rglob("seed-*/[0-9]*.png")}
+        found.append((done.output, json.loads((folder / "out.json").read_text()), images))
+    return found
 
-    return invoke
 
-
-def test_a_search_that_ran_out_of_time_continues_and_generates_nothing_again(run, tmp_path):
-    printed, value = run("--minutes", "1e-9")
-    assert "incomplete after 0 points: the same command continues" in printed
-    assert (value["complete"], value["rows"], value["chosen"]) == (False, [], None)
-    printed, value = run()
+def test_a_search_that_ran_out_of_time_continues_and_one_that_ended_generates_nothing_again(searches):
+    (early, cut, none), (printed, value, images), (again, same, kept) = searches
+    assert "incomplete after 0 points: the same command continues" in early
+    assert (cut["complete"], cut["rows"], cut["chosen"], none) == (False, [], None, {})
     assert value["complete"]
     assert "already there" not in printed
-    images = {f: f.stat().st_mtime_ns for f in (tmp_path / "work").rglob("*.png") if "seed" in f.parent.name}
-    again, same = run()
-    assert {f: f.stat().st_mtime_ns for f in images} == images
+    assert len(images) == 4 * sum(row["seeds"] for row in value["rows"])
+    assert kept == images
     assert again.count("already there") == len(value["rows"])
     assert (same["rows"], same["chosen"]) == (value["rows"], value["chosen"])
-    assert [r["minutes"] > 0 for r in same["runs"][1:]] == [True, True]
+    assert len(same["runs"]) == 3
 
 
-def test_the_result_names_the_reference_the_point_and_what_they_were_measured_on(run, tmp_path):
-    printed, value = run()
+def test_the_result_names_the_reference_the_point_and_what_they_were_measured_on(searches, tmp_path_factory):
+    printed, value, _ = searches[1]
     fine = [r for r in value["rows"] if r["pass"] == "fine"]
     assert {r["seeds"] for r in fine} == {2}
     assert {r["seeds"] for r in value["rows"] if r["pass"] == "coarse"} == {1}
     for found in value["rows"]:
-        rows = found["steps"] if found["solver"] != "heun" else 2 * found["steps"] - 1
+        rows = 2 * found["steps"] - 1 if found["solver"] == "heun" else found["steps"]
         assert found["evaluations_per_image"] == rows * (1 if found["guidance"] == 1 else 2)
         assert found["seconds_per_image"] > 0
     by_setting = {tuple(frontier_plot.setting(r).values()): r for r in fine}
@@ -198,14 +182,15 @@ def test_the_result_names_the_reference_the_point_and_what_they_were_measured_on
     assert chosen["evaluations_per_image"] == min(r["evaluations_per_image"] for r in good)
     settings = value["settings"]
     assert (settings["engine"], settings["dtype"], settings["metric"]) == ("ort", "fp32", "label_accuracy")
-    assert str(tmp_path) not in json.dumps(value)
+    assert str(tmp_path_factory.getbasetemp()) not in json.dumps(value)
     assert toml(value["chosen"]) in printed
     assert any(line.startswith("chosen") for line in printed.splitlines())
 
 
-def test_results_of_two_models_are_two_panels(run, tmp_path):
+def test_results_of_two_models_are_two_panels(searches, tmp_path):
     pytest.importorskip("matplotlib")
-    _, value = run()
+    _, value, _ = searches[1]
+    (tmp_path / "out.json").write_text(json.dumps(value))
     (tmp_path / "other.json").write_text(json.dumps(value | {"chosen": None, "reference": None, "complete": False}))
     words = [tmp_path / "out.json", tmp_path / "other.json", "--out", tmp_path / "plot.png"]
     done = CliRunner().invoke(frontier_plot.main, [str(word) for word in words])

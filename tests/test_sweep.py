@@ -121,6 +121,47 @@ def test_evaluations_per_image_are_the_rows_that_the_network_really_runs(label_m
     assert sum(seen) == network_evaluations(pipeline.source.table(settings.solver), settings) > 0
 
 
+@pytest.mark.parametrize(("scheduler", "rows"), [("pndm", 71), ("pndm-prk", 79)])
+def test_pndm_at_70_steps_runs_the_network_71_or_79_times_and_guided_on_two_inputs(label_model, scheduler, rows):
+    pipeline = load(label_model, "eager")
+    run_guided, sizes = pipeline.engine.run_guided, []
+
+    def counted(sample, timesteps, conditions):
+        sizes.append((len(sample), len(conditions)))
+        return run_guided(sample, timesteps, conditions)
+
+    pipeline.engine.run_guided = counted
+    pipeline.generate(labels=[["red cube"]] * 3, scheduler=scheduler, num_inference_steps=70, guidance_scale=2.0)
+    settings = pipeline.settings(scheduler=scheduler, num_inference_steps=70, guidance_scale=2.0)
+    assert sizes == [(3, 6)] * rows
+    assert network_evaluations(pipeline.source.table(settings.solver), settings) == 2 * rows
+
+
+def test_a_sweep_whose_time_is_up_continues_to_the_same_result(
+    fastgen, arguments, label_bundle, requests_files, judge, tmp_path
+):
+    out, undisturbed = tmp_path / "out", tmp_path / "undisturbed"
+    options = ["--seeds", "0,1", "--against", "ddim-3steps-g2"]
+    code, text, err = fastgen(*arguments(out), *options, "--minutes", "1e-9")
+    assert (code, images(out)) == (0, {})
+    assert "8 points are unfinished after 1e-09 minutes; the same command continues" in err
+    assert "ddim-3steps-g2 has no score" in text
+    assert len(json.loads((out / "sweep.json").read_text())["unfinished"]) == 8
+    found = fastgen(*arguments(out), *options, "--minutes", "60")
+    assert found[0] == 0, found[2]
+    assert fastgen(*arguments(undisturbed), *options)[0] == 0
+    assert rows(out) == rows(undisturbed)
+    held = json.loads((out / "sweep.json").read_text())
+    assert held["unfinished"] == []
+    assert "2% of ddim-3steps-g2" in held["reason"]
+
+
+def test_a_point_to_hold_the_others_against_must_be_of_the_grid(fastgen, arguments, tmp_path):
+    (line,) = one_line_each(fastgen(*arguments(tmp_path / "out"), "--against", "ddim-4steps-g2"))
+    assert "unknown --against 'ddim-4steps-g2'; did you mean 'ddim-" in line
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_killed_sweep_continues_to_the_same_result_and_keeps_what_is_there(
     command, fastgen_process, arguments, tmp_path
 ):

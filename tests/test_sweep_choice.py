@@ -119,3 +119,49 @@ def test_any_other_within_is_refused(text):
 def test_another_rule_is_refused_with_the_choices():
     with pytest.raises(InputError, match="did you mean 'fewest'"):
         Rule("fewer")
+
+
+@pytest.mark.parametrize(
+    ("rule", "named"),
+    [
+        (Rule("fewest", 0, "se", "slow"), 2),  # as good as the slow one: the best is never asked
+        (Rule("fewest", 2, "se", "slow"), 1),
+        (Rule("fewest", 20, "se", "slow"), 0),
+        (Rule("fewest", 2, "%", "slow"), 1),
+    ],
+)
+def test_against_a_reference_its_value_and_its_standard_error_decide(rule, named):
+    points = [
+        Candidate(0.70, 0.30, 5),  # a noisy point is not let through for its own noise
+        Candidate(0.78, 0.00, 10),
+        Candidate(0.80, 0.00, 20),
+        Candidate(0.95, 0.00, 40),  # better than the reference, which changes nothing
+        Candidate(0.79, 0.005, 1000),
+    ]
+    found = choose(points, rule, "higher", against=4)
+    assert (found.chosen, found.best, found.against) == (named, 3, 4)
+    mirrored = [Candidate(-p.value, p.standard_error, p.evaluations) for p in points]
+    if rule.unit == "se":
+        assert choose(mirrored, rule, "lower", against=4).chosen == named
+
+
+def test_the_reference_itself_is_named_where_nothing_cheaper_is_as_good():
+    points = [Candidate(0.5, 0.0, 5), Candidate(0.8, 0.01, 1000)]
+    assert choose(points, Rule("fewest", 2, "se", "slow"), "higher", against=1).chosen == 1
+
+
+def test_a_reference_without_a_score_names_nothing():
+    points = [Candidate(0.5, 0.0, 5), Candidate(math.nan, math.nan, 1000)]
+    assert choose(points, Rule("fewest", 2, "se", "slow"), "higher", against=1) is None
+
+
+@given(CANDIDATES, RULES, st.sampled_from(["higher", "lower"]), st.data())
+def test_against_the_best_point_is_the_rule_without_a_reference(points, rule, better, data):
+    plain = choose(points, rule, better)
+    if plain is not None and rule.kind == "fewest":
+        assert choose(points, rule, better, against=plain.best) == plain
+
+
+def test_the_best_value_is_held_against_no_point():
+    with pytest.raises(InputError, match="leave --against ddpm-1000steps-g2 out"):
+        Rule("best", against="ddpm-1000steps-g2")

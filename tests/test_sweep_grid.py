@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from fastgen.config import Sampling
 from fastgen.errors import InputError
 from fastgen.settings import Settings
-from fastgen.sweep.grid import Grid, Point, RefusedError, parse_grid
+from fastgen.sweep.grid import Grid, Point, Points, RefusedError, parse_grid
 
 DEFAULT = Sampling("ddpm", 7, 1.5)
 
@@ -121,3 +121,21 @@ def test_a_point_that_the_grid_lets_through_is_one_that_the_settings_take(point)
         assert point.noise_steps > point.num_inference_steps
         return
     Settings(found.scheduler, found.num_inference_steps, found.guidance_scale, noise_steps=found.noise_steps)
+
+
+def test_points_given_one_by_one_are_taken_in_their_order():
+    chosen = (Point("ddim", 5, 1.0), Point("heun", 3, 2.0))
+    assert Points(chosen).points(DEFAULT) == list(chosen)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "words"),
+    [
+        ((), "there are none"),
+        ((Point("ddim", 5, 1.0), Point("ddim", 5, 1.0)), "ddim-5steps-g1 is given twice"),
+        ((Point("ddim", 5, 1.0, noise_steps=3),), "starts late"),
+    ],
+)
+def test_points_that_a_sweep_cannot_have_are_refused(chosen, words):
+    with pytest.raises(RefusedError, match=words):
+        Points(chosen)

@@ -12,6 +12,7 @@ from fastgen.cli.common import FOLDER, POSITIVE
 from fastgen.cli.score import scoring_options
 from fastgen.errors import FastgenError
 
+SOME = click.FloatRange(min=0, min_open=True)
 SCORING = ("evaluator", "attributes", "reference", "features", "clip", "download", "allow_pickle")
 
 
@@ -52,6 +53,14 @@ SCORING = ("evaluator", "attributes", "reference", "features", "clip", "download
     metavar="2%|1se",
     help="Good enough: not worse than the best by more than 2% of it, or one of its standard errors.",
 )
+@click.option(
+    "--against",
+    default="best",
+    show_default=True,
+    metavar="best|ddpm-1000steps-g2",
+    help="What --within is counted from: the best point, or the one of this name.",
+)
+@click.option("--minutes", type=SOME, help="Begin nothing after so many minutes; the same command continues.")
 @click.option("--device", help="cpu, cuda, cuda:1, ...")
 @click.option("--dtype", help="fp32, bf16 or fp16.  [default: what suits the engine and the hardware]")
 @click.option("--threads", type=POSITIVE, help="CPU threads.  [default: the engine's]")
@@ -66,6 +75,8 @@ def sweep(
     metric: str | None,
     rule: str,
     within: str,
+    against: str,
+    minutes: float | None,
     device: str | None,
     dtype: str | None,
     threads: int | None,
@@ -86,11 +97,11 @@ def sweep(
             out,
             model,
             engine,
-            {"seeds": seeds, "rule": rule, "within": within},
+            {"seeds": seeds, "rule": rule, "within": within, "against": against},
             {name: given.pop(name) for name in SCORING} | {"device": device},
             given,
             {"device": device, "dtype": dtype, "threads": threads, "limit": limit, "batch_size": batch_size}
-            | {"metric": metric, "rag": rag},
+            | {"metric": metric, "rag": rag, "minutes": minutes},
         )
     except RefusedError as error:
         for problem in error.problems:
@@ -100,6 +111,8 @@ def sweep(
     for warning in found.warnings:
         _say(f"warning: {warning}")
     click.echo(f"wrote {out}")
+    if found.unfinished:
+        _say(f"{len(found.unfinished)} points are unfinished after {minutes:g} minutes; the same command continues")
     if found.failed:
         raise FastgenError(f"{len(found.failed)} points failed: {found.failed[0].point}: {found.failed[0].error}")
 
@@ -124,7 +137,7 @@ def _run(
     grid = found.attempt(lambda: parse_grid(**lists))
     seeds = parse_list("--seeds", words["seeds"], integer, "integers such as 0,1,2", found)
     within = found.attempt(lambda: parse_within(words["within"]))
-    rule = found.attempt(lambda: Rule(words["rule"], *(within or ())))
+    rule = found.attempt(lambda: Rule(words["rule"], *(within or (2.0, "%")), words["against"]))
     asked = {name: scoring[name] for name in ("evaluator", "attributes", "reference", "features", "clip")}
     found.attempt(lambda: check_options(**asked, batch_size=1))
     folder = found.attempt(lambda: model or latest_model(engine))

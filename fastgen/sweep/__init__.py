@@ -24,7 +24,7 @@ from fastgen.pipeline import Pipeline
 from fastgen.requests import Request
 from fastgen.scoring.result import Figure, figure_from_json
 from fastgen.sweep.choice import Rule
-from fastgen.sweep.grid import Grid, Point
+from fastgen.sweep.grid import Grid, Point, Points
 from fastgen.sweep.pictures import save_pictures
 from fastgen.sweep.plan import POINTS, Model, Plan, network_evaluations, prepare
 from fastgen.sweep.report import CSV, JSON, PLOT, SHEET, Row, Sweep
@@ -32,7 +32,7 @@ from fastgen.sweep.report import CSV, JSON, PLOT, SHEET, Row, Sweep
 if TYPE_CHECKING:
     from fastgen.scoring import Scorer
 
-__all__ = ["Grid", "Point", "Row", "Rule", "Sweep", "network_evaluations", "sweep"]
+__all__ = ["Grid", "Point", "Points", "Row", "Rule", "Sweep", "network_evaluations", "sweep"]
 
 REQUESTS, OBJECTS, SCORE = "requests.json", "objects.json", "score.json"
 Say = Callable[[str], None]
@@ -43,7 +43,7 @@ def sweep(
     model: PathLike,
     requests: PathLike,
     out: PathLike,
-    grid: Grid,
+    grid: Grid | Points,
     *,
     scorer: Scorer,
     metric: str | None = None,
@@ -53,6 +53,7 @@ def sweep(
     rag: PathLike | None = None,
     engine: str | None = None,
     batch_size: int | None = None,
+    minutes: float | None = None,
     progress: bool = True,
     say: Say = lambda line: None,
     **options: Any,
@@ -62,18 +63,24 @@ def sweep(
     Writes OUT/points/, sweep.json, sweep.csv, contact_sheet.png, plot.png where matplotlib is installed, and requests.json, the
     requests that were used. What is there already is kept: images that exist are not generated again, points that the same
     scorer scored are not scored again. A checkpoint's networks are loaded once. `metric`: what `rule` looks at, by default
-    the first that is measured; `rag`: an index, see `fastgen.retrieval`; `options`: the others of `fastgen.load`.
+    the first that is measured; `rag`: an index, see `fastgen.retrieval`; `options`: the others of `fastgen.load`. After
+    `minutes` no further seed of any point is begun: points that lack some are `unfinished`, and the same call continues.
 
     Raises RefusedError (an InputError) with everything that is wrong, before the first image, and InputError for an `out` that
     holds something else. A point with images that could not be made has an `error` and no score.
     """
+    until = None if minutes is None else time.monotonic() + 60 * minutes
     held = Model(Path(model), engine, options)
     index = None if rag is None else Path(rag)
     chosen: dict[str, Any] = {"metric": metric, "seeds": tuple(seeds), "limit": limit, "batch_size": batch_size}
-    plan, pipeline = prepare(held, Path(requests), Path(out), grid, scorer, rag=index, **chosen)
+    rule = rule or Rule()
+    plan, pipeline = prepare(held, Path(requests), Path(out), grid, scorer, rule=rule, rag=index, **chosen)
     _claim(plan, Path(requests))
-    result = Sweep(plan.out, str(model), plan.metric, plan.metrics, rule or Rule(), [])
-    for row, seconds in _rows(plan, pipeline, scorer, progress, say):
+    result = Sweep(plan.out, str(model), plan.metric, plan.metrics, rule, [])
+    for point, row, seconds in _rows(plan, pipeline, scorer, progress, say, until):
+        if row is None:
+            result.unfinished.append(point)
+            continue
         result.rows.append(row)
         timing = "already there" if seconds is None else f"{seconds:.1f} s"
         say(f"[{len(result.rows)}/{len(plan.points)}] {row.line(plan.metric)}, {timing}")
@@ -98,13 +105,13 @@ def _claim(plan: Plan, requests: Path) -> None:
             raise InputError(f"{plan.out}: {found}; choose another --out")
         make_folder(plan.out)
         write_json(record, {"requests_sha256": sha256, "rows": []})
-    write_json(plan.out / REQUESTS, _requests_json(plan.requests))
+    write_json(plan.out / REQUESTS, requests_json(plan.requests))
     for name in (OBJECTS, ATTRIBUTES):  # which a scorer looks for beside the requests
         if (beside := requests.parent / name).is_file():
             write_bytes(plan.out / name, beside.read_bytes())
 
 
-def _requests_json(requests: Sequence[Request]) -> dict[str, Any]:
+def requests_json(requests: Sequence[Request]) -> dict[str, Any]:
     """In the schema that `read_requests` reads back to the same requests."""
     fields = {"prompt": "text_prompt", "labels": "labels", "seed": "seed", "description": "given_description"}
     return {
@@ -114,13 +121,13 @@ def _requests_json(requests: Sequence[Request]) -> dict[str, Any]:
 
 
 def _hash(requests: Sequence[Request]) -> str:
-    return hashlib.sha256(json.dumps(_requests_json(requests)).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(requests_json(requests)).encode()).hexdigest()
 
 
 def _rows(
-    plan: Plan, pipeline: Pipeline, scorer: Scorer, progress: bool, say: Say
-) -> Iterator[tuple[Row, float | None]]:
-    """Each point's row, and the seconds that it took; None where everything was there."""
+    plan: Plan, pipeline: Pipeline, scorer: Scorer, progress: bool, say: Say, until: float | None
+) -> Iterator[tuple[Point, Row | None, float | None]]:
+    """Each point, its row (None: unfinished), and the seconds that it took (None: everything was there)."""
     identity, loaded = scorer.identity, plan.points[0].checkpoint
     for point in plan.points:
         if point.checkpoint != loaded:
@@ -129,23 +136,31 @@ def _rows(
             pipeline, loaded = plan.model.load(point.checkpoint), point.checkpoint
             plan.check_held(pipeline, loaded)
         start = time.perf_counter()
-        errors, generated = _generate(plan, pipeline, point, progress, say)
+        errors, generated, complete = _generate(plan, pipeline, point, progress, say, until)
+        if not complete:
+            yield point, None, None
+            continue
         figures, warnings, scored = ({}, [], False) if errors else _score(plan, point, scorer, identity)
         elapsed = time.perf_counter() - start if generated or scored else None
-        yield _row(plan, point, figures, warnings, errors), elapsed
+        yield point, _row(plan, point, figures, warnings, errors), elapsed
 
 
-def _generate(plan: Plan, pipeline: Pipeline, point: Point, progress: bool, say: Say) -> tuple[dict[str, str], int]:
-    """The images of all seeds: (image -> why it is missing, how many were generated now)."""
+def _generate(
+    plan: Plan, pipeline: Pipeline, point: Point, progress: bool, say: Say, until: float | None
+) -> tuple[dict[str, str], int, bool]:
+    """The images of all seeds: (image -> why it is missing, how many were generated now, whether all seeds were begun before
+    `until`)."""
     errors: dict[str, str] = {}
     generated = 0
     options: dict[str, Any] = {"batch_size": plan.batch_size, "progress": progress, "say": say}
     for folder, seed in zip(plan.folders(point), plan.seeds, strict=True):
+        if until is not None and time.monotonic() >= until and not (folder / MANIFEST).is_file():
+            return errors, generated, False
         settings = pipeline.settings(**point.settings(), seed=seed)
         report = run_job(pipeline, plan.requests, folder, settings, rag=plan.start(point), **options)
         errors |= {f"{folder.name}/{name}": why for name, why in report.errors.items()}
         generated += report.generated
-    return errors, generated
+    return errors, generated, True
 
 
 def _score(

@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 from fastgen.errors import InputError, unknown
 
 RULES = ("fewest", "best")
+BEST = "best"
 
 
 class Candidate(NamedTuple):
@@ -25,32 +26,38 @@ class Candidate(NamedTuple):
 class Rule:
     """`best`: the best value. `fewest`: the fewest evaluations per image among the points whose value is not worse than the
     best one by more than `amount` percent of it ("%"), or by more than `amount` of the best point's standard errors ("se": with
-    1 the one-standard-error rule of Breiman et al., Classification and Regression Trees, 1984, section 3.4.3)."""
+    1 the one-standard-error rule of Breiman et al., Classification and Regression Trees, 1984, section 3.4.3).
+
+    `against`: the name of a point that takes the place of the best one, such as the sampling of a reference system."""
 
     kind: str = "fewest"
     amount: float = 2.0
     unit: Literal["%", "se"] = "%"
+    against: str = BEST
 
     def __post_init__(self) -> None:
         if self.kind not in RULES:
             raise unknown("--rule", self.kind, RULES)
         if not (math.isfinite(self.amount) and self.amount >= 0) or self.unit not in ("%", "se"):
             raise InputError(f"within is {self.amount}{self.unit}, expected a percentage such as 2%, or 1se")
+        if self.kind == "best" and self.against != BEST:
+            raise InputError(f"--rule best looks at no other point; leave --against {self.against} out")
 
     def __str__(self) -> str:
         if self.kind == "best":
             return "the best value"
         plural = "" if self.amount == 1 else "s"
-        unit = "% of the best" if self.unit == "%" else f" standard error{plural} of the best"
-        return f"the fewest evaluations within {self.amount:g}{unit}"
+        unit = "%" if self.unit == "%" else f" standard error{plural}"
+        against = "the best" if self.against == BEST else self.against
+        return f"the fewest evaluations within {self.amount:g}{unit} of {against}"
 
-    def allowance(self, best: Candidate) -> float:
-        """How much worse than the best a value may be; 0 where its standard error is undefined."""
+    def allowance(self, base: Candidate) -> float:
+        """How much worse than `base`, the best point or the one `against`, a value may be; 0 where its error is undefined."""
         if self.kind == "best":
             return 0.0
         if self.unit == "%":
-            return abs(best.value) * self.amount / 100
-        return 0.0 if math.isnan(best.standard_error) else self.amount * best.standard_error
+            return abs(base.value) * self.amount / 100
+        return 0.0 if math.isnan(base.standard_error) else self.amount * base.standard_error
 
 
 def parse_within(text: str) -> tuple[float, Literal["%", "se"]]:
@@ -63,28 +70,34 @@ def parse_within(text: str) -> tuple[float, Literal["%", "se"]]:
 
 @dataclass(frozen=True)
 class Choice:
-    """Positions of the point that the rule names and of the best one; `limit`: the worst value that counts as good enough."""
+    """Positions of the point that the rule names, of the best one, and of the one that it is held `against`, which is the best
+    unless the rule names another; `limit`: the worst value that counts as good enough."""
 
     chosen: int
     best: int
+    against: int
     limit: float
     within: int  # how many points are good enough
-    undefined_error: bool  # the rule asks for a standard error that the best point has not
+    undefined_error: bool  # the rule asks for a standard error that the point `against` has not
 
 
-def choose(candidates: Sequence[Candidate], rule: Rule, better: Literal["higher", "lower"]) -> Choice | None:
+def choose(
+    candidates: Sequence[Candidate], rule: Rule, better: Literal["higher", "lower"], against: int | None = None
+) -> Choice | None:
     """The point that `rule` names: of equal evaluations the better score, then the first; of equal best scores the one with
-    fewer evaluations. None where no point has a score."""
+    fewer evaluations. `against`: the position of the point `rule.against`; None: the best. None where no point has a score,
+    or that one has not."""
     sign = -1.0 if better == "higher" else 1.0  # so that less is better
     scored = [i for i, c in enumerate(candidates) if not math.isnan(c.value)]
-    if not scored:
+    if not scored or (against is not None and against not in scored):
         return None
     best = min(scored, key=lambda i: (sign * candidates[i].value, candidates[i].evaluations))
-    allowance = rule.allowance(candidates[best]) * (1 + 1e-9)  # rounding decides nothing
-    limit = candidates[best].value + sign * allowance
+    base = best if against is None else against
+    allowance = rule.allowance(candidates[base]) * (1 + 1e-9)  # rounding decides nothing
+    limit = candidates[base].value + sign * allowance
     good = [i for i in scored if sign * candidates[i].value <= sign * limit]
     chosen = best
     if rule.kind == "fewest":
         chosen = min(good, key=lambda i: (candidates[i].evaluations, sign * candidates[i].value))
-    undefined = rule.kind == "fewest" and rule.unit == "se" and math.isnan(candidates[best].standard_error)
-    return Choice(chosen, best, limit, len(good), undefined)
+    undefined = rule.kind == "fewest" and rule.unit == "se" and math.isnan(candidates[base].standard_error)
+    return Choice(chosen, best, base, limit, len(good), undefined)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastgen.errors import InputError
@@ -114,6 +114,11 @@ class Grid:
             found += _too_noisy(self.num_inference_steps, self.noise_steps or ())
         found.check()
 
+    @property
+    def plain(self) -> Grid:
+        """The same without late starts and checkpoints."""
+        return replace(self, noise_steps=None, checkpoints=(None,))
+
     def points(
         self, default: Sampling, *, rag: bool = False, weights: Mapping[str | None, str | None] | None = None
     ) -> list[Point]:
@@ -144,6 +149,36 @@ class Grid:
         if self.noise_steps is not None:
             return self.noise_steps
         return (late_steps(steps),) if rag else (None,)
+
+
+@dataclass(frozen=True)
+class Points:
+    """Points given one by one, where no grid spans them. RefusedError for none, for one given twice, and for one that names a
+    checkpoint or starts late, which a Grid does."""
+
+    chosen: tuple[Point, ...]
+    checkpoints = (None,)
+
+    def __post_init__(self) -> None:
+        found = Problems([] if self.chosen else ["points: there are none"])
+        names = [point.name for point in self.chosen]
+        found += [f"points: {name} is given twice" for name in dict.fromkeys(names) if names.count(name) > 1]
+        late = [p.name for p in self.chosen if (p.noise_steps, p.checkpoint, p.weights) != (None, None, None)]
+        found += [f"points: {name} starts late or names weights; give a Grid" for name in late]
+        found.check()
+
+    @property
+    def plain(self) -> Points:
+        """Itself, as `Grid.plain`."""
+        return self
+
+    def points(
+        self, default: Sampling, *, rag: bool = False, weights: Mapping[str | None, str | None] | None = None
+    ) -> list[Point]:
+        """The points, in their order; the arguments, which are those of `Grid.points`, change nothing. RefusedError for an
+        index."""
+        Problems(["--rag: points given one by one start from noise; give a Grid"] if rag else []).check()
+        return list(self.chosen)
 
 
 def parse_grid(

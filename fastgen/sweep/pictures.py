@@ -136,10 +136,10 @@ def _mark(sweep: Sweep, axes: Any, x: Callable[[Row], float]) -> None:
     choice, chosen = sweep.choice, sweep.chosen
     if choice is None or chosen is None:
         return
-    best, value = sweep.rows[choice.best].figures[sweep.metric].value, chosen.figures[sweep.metric].value
+    base, value = sweep.rows[choice.against].figures[sweep.metric].value, chosen.figures[sweep.metric].value
     if sweep.rule.kind == "fewest":
         axes.axhspan(
-            *sorted((best, choice.limit)), color=CHOSEN, zorder=0, label=f"good enough: {number(choice.limit)}"
+            *sorted((base, choice.limit)), color=CHOSEN, zorder=0, label=f"good enough: {number(choice.limit)}"
         )
     style = {"facecolors": "none", "edgecolors": EDGE, "linewidths": 2.5, "zorder": 5}
     axes.scatter([x(chosen)], [value], s=220, label=f"chosen: {chosen.point}", **style)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,8 @@ from fastgen.requests import Request, read_requests
 from fastgen.retrieval import Index, open_index
 from fastgen.sampling import guided_rows
 from fastgen.settings import Settings
-from fastgen.sweep.grid import Grid, Point, Problems
+from fastgen.sweep.choice import BEST, Rule
+from fastgen.sweep.grid import Grid, Point, Points, Problems
 from fastgen.tables import SolverTable
 
 if TYPE_CHECKING:
@@ -89,9 +90,10 @@ def prepare(
     model: Model,
     path: Path,
     out: Path,
-    grid: Grid,
+    grid: Grid | Points,
     scorer: Scorer,
     *,
+    rule: Rule,
     metric: str | None,
     seeds: tuple[int, ...],
     limit: int | None,
@@ -113,9 +115,9 @@ def prepare(
     if index is not None:
         found.attempt(lambda: index.check(pipeline.spec))
     points = found.attempt(lambda: grid.points(pipeline.spec.sampling, rag=rag is not None, weights=weights)) or []
-    plain = replace(grid, noise_steps=None, checkpoints=(None,)).points(
-        pipeline.spec.sampling
-    )  # look at these at least
+    plain = grid.plain.points(pipeline.spec.sampling)  # look at these at least
+    if points:
+        found.attempt(lambda: _check_against(rule, points))
     evaluations = found.attempt(partial(_evaluations, pipeline, points or plain)) or {}
     found.check()
     assert chosen is not None
@@ -138,6 +140,11 @@ def _check_seeds(seeds: Sequence[int], requests: Sequence[Request]) -> None:
     if len(seeds) > 1 and all(request.seed is not None for request in requests):
         found.append("--seeds: every request has a seed of its own, so that all seeds give the same images; give one")
     found.check()
+
+
+def _check_against(rule: Rule, points: Sequence[Point]) -> None:
+    if rule.against not in (names := [BEST, *(point.name for point in points)]):
+        raise unknown("--against", rule.against, names)
 
 
 def _metric(name: str | None, measured: Sequence[str]) -> str:

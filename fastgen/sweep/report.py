@@ -6,14 +6,14 @@ import csv
 import io
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from fastgen import __version__
 from fastgen.scoring.result import Better, Figure, columns, number
-from fastgen.sweep.choice import Candidate, Choice, Rule, choose
+from fastgen.sweep.choice import BEST, Candidate, Choice, Rule, choose
 from fastgen.sweep.grid import Point
 
 JSON, CSV, PLOT, SHEET = "sweep.json", "sweep.csv", "plot.png", "contact_sheet.png"
@@ -63,7 +63,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Sweep:
-    """All points in the grid's order, and what `rule` says about `metric`. Complete when `fastgen.sweep.sweep` returns it."""
+    """All points in the grid's order, and what `rule` says about `metric`. Complete when `fastgen.sweep.sweep` returns it, but
+    for the `unfinished` points of a sweep whose time was up."""
 
     folder: Path
     model: str
@@ -71,6 +72,7 @@ class Sweep:
     metrics: tuple[str, ...]
     rule: Rule
     rows: list[Row]
+    unfinished: list[Point] = field(default_factory=list)
 
     @property
     def better(self) -> Better:
@@ -83,7 +85,12 @@ class Sweep:
 
     @cached_property
     def choice(self) -> Choice | None:
-        return choose([row.candidate(self.metric) for row in self.rows], self.rule, self.better)
+        names, against = [row.point.name for row in self.rows], None
+        if self.rule.against != BEST:
+            if self.rule.against not in names:  # unfinished
+                return None
+            against = names.index(self.rule.against)
+        return choose([row.candidate(self.metric) for row in self.rows], self.rule, self.better, against)
 
     @property
     def chosen(self) -> Row | None:
@@ -102,18 +109,23 @@ class Sweep:
             dict.fromkeys([*found, *([self._undefined] if self.choice and self.choice.undefined_error else [])])
         )
 
-    _undefined = "the best point's standard error is undefined, so only the best itself is within it: give --within 2%"
+    @property
+    def _undefined(self) -> str:
+        point = "the best point" if self.rule.against == BEST else self.rule.against
+        return f"{point}'s standard error is undefined, so only what is as good is within it: give --within 2%"
 
     def reason(self) -> str:
         """The rule applied to these rows, in words."""
         if self.choice is None:
-            return "no point has a score"
+            return "no point has a score" if self.rule.against == BEST else f"{self.rule.against} has no score"
         best, limit = self.rows[self.choice.best], number(self.choice.limit)
         text = (
             f"rule: {self.rule}; {self.metric}, {self.better} is better; best: {best.point} ({best.score(self.metric)})"
         )
         if self.rule.kind == "best":
             return text
+        if self.choice.against != self.choice.best:
+            text += f"; {self.rule.against}: {self.rows[self.choice.against].score(self.metric)}"
         side = "at least" if self.better == "higher" else "at most"
         return f"{text}; good enough: {side} {limit}, {self.choice.within} of {len(self.rows)} points"
 
@@ -145,13 +157,14 @@ class Sweep:
             "chosen": None if self.chosen is None else self.chosen.point.name,
             "reason": self.reason(),
             "warnings": self.warnings,
+            "unfinished": [point.name for point in self.unfinished],
             "rows": [row.to_json() for row in self.rows],
         }
 
     def csv(self) -> str:
         """A line per point; two columns per metric."""
         text = io.StringIO()
-        settings = [name for name in asdict(self.rows[0].point) if name != "guidance_interval"]
+        settings = [f.name for f in fields(Point) if f.name != "guidance_interval"]
         scores = [name for key in self.metrics for name in (key, f"{key}_standard_error")]
         head = ["name", *settings, "evaluations_per_image", "seconds_per_image", *scores, "chosen", "error"]
         writer = csv.DictWriter(text, head, extrasaction="ignore", lineterminator="\n")

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
-from fastgen.cli.common import FOLDER
+from fastgen.cli.common import FOLDER, MODEL
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -18,8 +18,8 @@ def scoring_options(command: Command) -> Command:
     options = (
         click.option(
             "--evaluator",
-            type=FOLDER,
-            help="Label accuracy, or attributes: evaluator folder, .safetensors, or .pth checkpoint.",
+            type=MODEL,
+            help="Label accuracy, or attributes: evaluator folder or name, .safetensors, or .pth checkpoint.",
         ),
         click.option(
             "--attributes",

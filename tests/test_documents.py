@@ -189,7 +189,10 @@ def small(name: str) -> list[str]:
     from fastgen.config import load_preset
 
     preset = load_preset(name)
-    found = list(SMALL.get(name, []))
+    found = [*SMALL[name], "sampling.num_inference_steps=4"] if name in SMALL else []
+    if name not in SMALL and preset.unet is not None:
+        widths = [16] * len(preset.unet.config["block_out_channels"])
+        found += [f"unet.config.{key}" for key in (f"block_out_channels={widths}", "attention_head_dim=8")]
     for network in ("evaluator", "vae", "text_encoder", "unet"):
         if (part := getattr(preset, network)) is not None and part.train is not None:
             keys = {"steps": 2, "batch_size": 4, "accumulation": 1, "validation_limit": 4, "checkpoint_every": 1}

@@ -24,6 +24,7 @@ from fastgen.requests import Request, resolve_seed
 from fastgen.retrieval import COMMAND, Index, Start, open_index, retrieve
 from fastgen.sampling import initial_latents, sample
 from fastgen.settings import Settings, late_steps
+from fastgen.shipped import find_model, name_of, shipped_names
 from fastgen.strips import Frames, StripPlan
 from fastgen.tables import SolverTable
 
@@ -272,21 +273,23 @@ def load(
     graphs: bool | None = None,
     checkpoint: str | None = None,
 ) -> Pipeline:
-    """Load a bundle or a model folder onto an engine.
+    """Load a bundle, a model folder or a shipped model, by its name, onto an engine.
 
     `engine`: by default what `choose.default_engine` says. `dtype`: fp32, bf16 or fp16, by default what suits the engine and
     the hardware. `graphs`: see Pipeline. `checkpoint`: which of a training run's weights, see `checkpoint_choice`. Raises
     InputError when the folder is neither, is damaged, or does not suit the engine.
     """
-    folder = Path(path)
+    folder = find_model(path)
     bundled = is_bundle(folder)
     if not bundled and not (model_parts(folder, checkpoint) / "model_index.json").is_file():
-        raise InputError(f"{folder}: neither a bundle (bundle.json) nor a model folder (model_index.json)")
+        shipped = ", ".join(shipped_names()) or "there are none"
+        names = "" if folder.exists() else f", nor the name of a model that comes with fastgen ({shipped})"
+        raise InputError(f"{folder}: neither a bundle (bundle.json) nor a model folder (model_index.json){names}")
     name = engine or default_engine(folder, device)
     kind = engine_class(name).source_kind
     if kind == "bundle" and not bundled:
         raise InputError(
-            f"engine {name} runs bundles; `fastgen export {folder} --out BUNDLE` makes one of this model folder"
+            f"engine {name} runs bundles; `fastgen export {name_of(folder)} --out BUNDLE` makes one of this model folder"
         )
     if kind == "model" and bundled:
         raise InputError(

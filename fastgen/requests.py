@@ -8,7 +8,7 @@ import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -26,7 +26,17 @@ from fastgen.names import (
     safe_path,
 )
 
-__all__ = ["CONTACT_SHEET", "Request", "multi_hot", "read_requests", "resolve_seed", "safe_path"]
+__all__ = [
+    "CONTACT_SHEET",
+    "Request",
+    "Requests",
+    "multi_hot",
+    "parse_requests",
+    "read_requests",
+    "resolve_seed",
+    "safe_path",
+    "typed_requests",
+]
 
 MAX_SEED = 2**63  # exclusive
 SCHEMAS = (
@@ -72,13 +82,41 @@ class Labelled(Protocol):
     def labels(self) -> tuple[str, ...] | None: ...
 
 
+class Requests(NamedTuple):
+    """Requests of one kind, whose labels were not looked up yet, and where each stands, for messages."""
+
+    requests: list[Request]
+    places: list[str]
+
+    @property
+    def kind(self) -> Literal["text", "labels"]:
+        return self.requests[0].kind
+
+    def known(self, objects: Mapping[str, int] | None) -> list[Request]:
+        """The requests, after looking up their labels in `objects` (None: a text model's, which has none, and refuses labels
+        itself). InputError, with place, for an unknown one."""
+        for request, place in zip(self.requests, self.places, strict=True):
+            if request.labels is not None and objects is not None:
+                with located(place):
+                    check_known(request.labels, objects)
+        return self.requests
+
+
 def read_requests(path: str | os.PathLike[str], objects: Mapping[str, int] | None = None) -> list[Request]:
+    """Every request of a JSON or JSONL file, as `parse_requests` reads them, with labels that are known: in `objects`, else in
+    objects.json beside the file, else among the 24 of i-CLEVR. Raises InputError with file, entry and field."""
+    found = parse_requests(path)
+    if found.kind == "labels" and objects is None:
+        objects = _objects_beside(Path(path))
+    return found.known(objects)
+
+
+def parse_requests(path: str | os.PathLike[str]) -> Requests:
     """Every request of a JSON or JSONL file, in file order; all of one kind, with image names that do not collide.
 
     Schemas: {"0_main": {"image_name", "text_prompt"}} (without text_prompt: given_description and action_description),
     [["red cube", ...], ...], and {"prompt" | "labels", "image_name"?, "seed"?} in a list, a dict or a JSONL file.
     A missing image_name is the position, "0.png"; null is a missing prompt, labels or seed; other keys are ignored.
-    Labels are looked up in `objects`, else in objects.json beside the file, else among the 24 of i-CLEVR.
     Raises InputError with file, entry and field.
     """
     path = Path(path)
@@ -90,12 +128,29 @@ def read_requests(path: str | os.PathLike[str], objects: Mapping[str, int] | Non
     if not requests:
         raise InputError(f"{path}: holds no requests; {SCHEMAS}")
     _check_together(requests, places)
-    if requests[0].kind == "labels":
-        known = objects if objects is not None else _objects_beside(path)
-        for request, place in zip(requests, places, strict=True):
+    return Requests(requests, places)
+
+
+def typed_requests(
+    prompts: Sequence[str] = (), labels: Sequence[str] = (), *, seed: int = 0, count: int = 1
+) -> Requests:
+    """Requests as somebody types them: for each prompt, or each list "red cube, blue sphere" of labels, `count` images with
+    the seeds `seed`, `seed` + 1, ... So an image does not depend on what else was asked for. Raises InputError."""
+    if bool(prompts) == bool(labels):
+        raise InputError("give either --prompt or --labels")
+    requests, places = [], []
+    for text in prompts or labels:
+        place = f"--{'prompt' if prompts else 'labels'} {brief(text)}"
+        for own in range(seed, seed + count):
+            name = f"{len(requests)}.png"
             with located(place):
-                check_known(request.labels or (), known)
-    return requests
+                if prompts:
+                    requests.append(Request(str(len(requests)), name, prompt=text, seed=own))
+                else:
+                    names = check_labels([label.strip() for label in text.split(",")])
+                    requests.append(Request(str(len(requests)), name, labels=names, seed=own))
+            places.append(place)
+    return Requests(requests, places)
 
 
 def resolve_seed(request: Request, base_seed: int) -> int:

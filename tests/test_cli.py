@@ -229,7 +229,8 @@ def test_bad_options_are_one_line(refused, label_bundle, requests_files, options
     ("arguments", "words"),
     [
         (["generat"], "No such command 'generat'"),
-        (["generate"], "Missing argument 'REQUESTS.json'. (see `fastgen generate --help`)"),
+        (["import"], "Missing argument 'OLD'. (see `fastgen import --help`)"),
+        (["generate"], "give one of REQUESTS.json, --prompt TEXT and --labels NAMES; found none"),
         (["--nope"], "No such option"),
         (["data", "dragons", "out"], "No such command 'dragons'"),
         (["export", "nowhere"], "nowhere: not a model folder"),
@@ -263,8 +264,12 @@ def test_cuda_on_a_machine_without_it(refused, label_model, requests_files):
 
 def test_no_model_and_no_runs_says_how_to_train(fastgen, requests_files, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("fastgen.shipped.MODELS", tmp_path / "none")
     line = one_line(fastgen("generate", requests_files["labels"]))
-    assert "no runs/latest here; train one with `fastgen train" in line
+    assert line.startswith(
+        "no model given, and no runs/latest here: this build of fastgen comes without a model for labels"
+    )
+    assert line.endswith("give --model, or train one with `fastgen train PRESET --data DATA`")
 
 
 @pytest.mark.parametrize(

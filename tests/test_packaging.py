@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from fastgen.shipped import shipped_names
+
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
@@ -45,12 +47,23 @@ def test_the_wheel_runs_in_a_clean_environment(tmp_path):
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {f"{package.replace('.', '/')}/__init__.py" for package in packages()} <= names
     assert {f"fastgen/presets/{f.name}" for f in (ROOT / "fastgen" / "presets").glob("*.toml")} <= names
+    models = [f.relative_to(ROOT).as_posix() for f in (ROOT / "fastgen" / "models").rglob("*") if f.is_file()]
+    assert set(models) == {name for name in names if name.startswith("fastgen/models/")}
     assert not any(name.startswith(("tests/", "benchmarks/", "bin/")) for name in names)
 
     venv.create(tmp_path / "env", with_pip=True)
     python = tmp_path / "env" / "bin" / "python"
     subprocess.run([python, "-m", "pip", "install", "--quiet", wheel], check=True)
     script = tmp_path / "env" / "bin" / "fastgen"
+    listed = subprocess.run(
+        [python, "-c", "from fastgen.shipped import *; print(MODELS.parent, *shipped_names())"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "site-packages" in listed.stdout
+    assert listed.stdout.split()[1:] == shipped_names()
     data = tmp_path / "data"
     subprocess.run([script, "data", "iclevr", data, "--count", "6", "--size", "32"], check=True, cwd=tmp_path)
     assert len(list((data / "iclevr").glob("*.png"))) == 6

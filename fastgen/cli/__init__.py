@@ -16,6 +16,7 @@ from fastgen.cli.export import export
 from fastgen.cli.generate import generate
 from fastgen.cli.importing import import_
 from fastgen.cli.index import copies, index
+from fastgen.cli.pack import pack
 from fastgen.cli.pictures import compare
 from fastgen.cli.score import score
 from fastgen.cli.sweep import sweep
@@ -39,7 +40,7 @@ def cli() -> None:
     """Train a conditional diffusion model, export it, and generate with it fast, with proof of parity."""
 
 
-for command in (data, train, export, generate, score, sweep, compare, index, copies, import_, doctor, engines):
+for command in (data, train, export, generate, score, sweep, compare, index, copies, import_, pack, doctor, engines):
     cli.add_command(command)
 
 

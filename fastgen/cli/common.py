@@ -2,14 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 
+
+class ModelPath(click.Path):
+    """A folder, or the name of a model or evaluator that comes with fastgen; a folder of that name wins."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        from fastgen.shipped import find_model
+
+        return find_model(super().convert(value, param, ctx))
+
+
 FOLDER = click.Path(path_type=Path)
+MODEL = ModelPath(path_type=Path)
 POSITIVE = click.IntRange(min=1)
 
 
 def say(line: str) -> None:
     """A line on stderr."""
     click.echo(line, err=True)
+
+
+def given_again(ctx: click.Context, leave_out: Sequence[str]) -> list[str]:
+    """The command line of `ctx`, but for the options left out."""
+    words = [str(ctx.info_name)]
+    for param in ctx.command.params:
+        value = ctx.params.get(param.name or "")
+        source = ctx.get_parameter_source(param.name or "")
+        if param.name in leave_out or source is not click.core.ParameterSource.COMMANDLINE:
+            continue
+        if isinstance(param, click.Argument):
+            words.append(str(value))
+        elif isinstance(param, click.Option) and param.is_flag:
+            words.append((param.opts if value else param.secondary_opts)[0])
+        elif param.multiple:
+            for one in value:
+                words += [param.opts[0], str(one)]
+        else:
+            words += [param.opts[0], *(map(str, value) if isinstance(value, tuple) else [str(value)])]
+    return words

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from fastgen.cli.common import POSITIVE
+from fastgen.cli.common import MODEL, POSITIVE
 from fastgen.errors import FastgenError
 
 
@@ -54,7 +54,7 @@ def list_engines(engine: str | None, as_json: bool) -> None:
 
 
 @engines.command()
-@click.argument("model", metavar="[BUNDLE|MODEL]", type=click.Path(path_type=Path), required=False)
+@click.argument("model", metavar="[BUNDLE|MODEL]", type=MODEL, required=False)
 @click.option("--engine", required=True, help="The engine that is asked about.")
 @click.option("--dtype", help="fp32, bf16 or fp16.  [default: the engine's]")
 @click.option("--batch-size", type=POSITIVE, help="Images per batch that must be there.  [default: any]")

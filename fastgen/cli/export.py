@@ -8,13 +8,13 @@ from typing import Any
 
 import click
 
-from fastgen.cli.common import FOLDER, say
+from fastgen.cli.common import FOLDER, MODEL, say
 from fastgen.errors import FastgenError, InputError
 
 
 @click.command()
-@click.argument("model", type=FOLDER, required=False)
-@click.option("--out", type=FOLDER, help="Bundle folder.  [default: MODEL/bundle]")
+@click.argument("model", type=MODEL, required=False)
+@click.option("--out", type=FOLDER, help="Bundle folder.  [default: MODEL/bundle, or NAME-bundle]")
 @click.option("--dtype", help="fp16 or bf16: graphs in that precision besides the fp32 ones.  [default: fp32 alone]")
 @click.option("--trt", is_flag=True, help="Build TensorRT engines for this GPU, in --dtype.  [default: fp16]")
 @click.option("--batch-sizes", metavar="1,8,64", help="Images per batch to build them for.  [default: 1,8,64]")
@@ -33,19 +33,21 @@ def export(
 ) -> None:
     """Export MODEL (default: the latest run) to a bundle, and certify engines against eager PyTorch in fp32.
 
-    The same command with another --dtype adds those graphs to the bundle; MODEL may be a bundle that has them already.
+    MODEL may be the name of a model that comes with fastgen. The same command with another --dtype adds those graphs to the
+    bundle; MODEL may be a bundle that has them already.
     Exits with 1 when an engine misses its tolerance.
     """
     from export.bundle import BATCH_SIZES
     from export.bundle import export as run
     from fastgen.bundle import is_bundle
     from fastgen.runs import latest_run
+    from fastgen.shipped import made_from
 
     if batch_sizes is not None and not trt:
         raise InputError("--batch-sizes is what TensorRT engines are built for; give --trt too")
     sizes = _batch_sizes(batch_sizes) if batch_sizes is not None else BATCH_SIZES
     source = model or latest_run()
-    target = out or (source if is_bundle(source) else source / "bundle")
+    target = out or (source if is_bundle(source) else made_from(source, "bundle"))
     options |= {"engines": engines or None, "trt": trt, "batch_sizes": sizes}
     certificates = run(source, target, say=say, show=lambda c: click.echo(c.table()), **options)
     click.echo(f"bundle: {target}")

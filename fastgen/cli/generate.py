@@ -2,28 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from fastgen.cli.common import FOLDER, POSITIVE, say
+from fastgen.cli.common import FOLDER, MODEL, POSITIVE, given_again, say
 from fastgen.cli.index import rag_options
 from fastgen.errors import FastgenError, InputError
 
+if TYPE_CHECKING:
+    from fastgen.jobs.job import Report
+    from fastgen.jobs.shards import Shard
+
 
 @click.command()
-@click.argument("requests_file", metavar="REQUESTS.json", type=FOLDER)
-@click.option("--model", type=FOLDER, help="Bundle, or model folder (engine eager).  [default: the latest run's]")
+@click.argument("requests_file", metavar="[REQUESTS.json]", type=FOLDER, required=False)
+@click.option(
+    "--prompt", "prompts", multiple=True, metavar="TEXT", help="Generate this instead of a file's; repeatable."
+)
+@click.option("--labels", multiple=True, metavar='"red cube, blue sphere"', help="Or these objects; repeatable.")
+@click.option(
+    "--count", type=POSITIVE, help="Images of each --prompt or --labels, with seeds K, K+1, ...  [default: 1]"
+)
+@click.option(
+    "--model",
+    type=MODEL,
+    help="Bundle, model folder (engine eager), or the name of a model that comes with fastgen.  [default: the latest run's, "
+    "or where that takes other requests, or there is none, the one that comes with fastgen]",
+)
 @click.option("--engine", help="eager, compile, ort, openvino or trt.  [default: what is installed and fits]")
-@click.option("--out", type=FOLDER, help="Output folder.  [default: generated/REQUESTS]")
+@click.option("--out", type=FOLDER, help="Output folder, or x.png for a single image.  [default: in generated/]")
 @click.option("--scheduler", help="Solver, such as ddpm, ddim, pndm, dpmpp-2m, unipc.  [default: the model's]")
 @click.option("--num-inference-steps", type=POSITIVE, help="Denoising steps.  [default: the model's]")
 @click.option("--guidance-scale", type=float, help="1 turns guidance off.  [default: the model's]")
 @click.option("--guidance-interval", type=(int, int), metavar="LO HI", help="Guide only the steps LO <= i < HI.")
 @rag_options
-@click.option("--seed", default=0, show_default=True, help="Base of the images' seeds; a request's own seed wins.")
+@click.option("--seed", default=0, show_default=True, help="Base of the images' seeds; a file's own seeds win.")
 @click.option(
     "--batch-size", type=POSITIVE, help="Images per batch, at most.  [default: 16 on a CPU, what fits on a GPU]"
 )
@@ -63,7 +80,10 @@ from fastgen.errors import FastgenError, InputError
 @click.pass_context
 def generate(
     ctx: click.Context,
-    requests_file: Path,
+    requests_file: Path | None,
+    prompts: Sequence[str],
+    labels: Sequence[str],
+    count: int | None,
     model: Path | None,
     engine: str | None,
     out: Path | None,
@@ -83,41 +103,55 @@ def generate(
     rag: Path | None,
     **sampling: Any,
 ) -> None:
-    """Generate an image for every request of a JSON file. The same command continues a job that was interrupted."""
+    """Generate an image for every request of a JSON file, or for what --prompt or --labels say.
+
+    The same command continues a job that was interrupted.
+    """
+    from fastgen.jobs.asked import asked_for, choose_model
     from fastgen.jobs.job import estimate_job, run_job
     from fastgen.jobs.shards import Shard, parse_devices, run_on_devices
-    from fastgen.pipeline import load, model_objects
-    from fastgen.requests import read_requests
+    from fastgen.jobs.single import write_image
+    from fastgen.pipeline import load
     from fastgen.retrieval import open_index
-    from fastgen.runs import latest_model
     from fastgen.strips import parse_timesteps
 
     part = Shard.parse(shard) if shard else None
     timesteps = parse_timesteps(strip) if strip is not None else None
-    if devices:
-        if part or device:
-            raise InputError(f"--devices chooses --{'shard' if part else 'device'} itself; give one of them")
-        names = parse_devices(devices)
+    names = parse_devices(devices) if devices else None
+    if names and (part or device):
+        raise InputError(f"--devices chooses --{'shard' if part else 'device'} itself; give one of them")
+    asked = asked_for(requests_file, prompts, labels, out, seed=seed, count=count)
+    asked.refuse({"--strip": strip, "--grid": grid, "--shard": shard, "--devices": devices})
+    folder, requests, default = choose_model(asked.requests, model, engine, checkpoint)
+    if default is not None:
+        say(f"model: {default}")
+    if names:
         if not dry_run:
-            run_on_devices(_given_again(ctx, leave_out=("devices",)), names)
+            found = [] if default is None else ["--model", str(folder)]
+            run_on_devices([*given_again(ctx, leave_out=("devices",)), *found], names)
             return
         device, part = names[0], Shard(1, len(names))
 
-    folder = model or latest_model(engine)
-    requests = read_requests(requests_file, model_objects(folder, checkpoint))[:limit]
+    requests = requests[:limit]
     options: dict[str, Any] = {"device": device, "dtype": dtype, "threads": threads, "graphs": graphs}
     pipeline = load(folder, engine, checkpoint=checkpoint, **options)
-    target = out or Path("generated") / requests_file.stem
     held = open_index(rag) if rag else None
     settings = pipeline.settings(seed=seed, rag=rag is not None, **sampling)
     if dry_run:
         estimated = estimate_job(pipeline, requests, settings, rag=held, batch_size=batch_size, shard=part)
         click.echo(f"{f'shard {part}: ' if part else ''}{estimated}; nothing was written")
-        return
-    options = {"batch_size": batch_size, "strip": timesteps, "grid": grid, "shard": part}
-    report = run_job(pipeline, requests, target, settings, rag=held, **options, say=say)
-    for prompt, tokens in report.truncated.items():
-        say(f"warning: a prompt of {tokens} tokens was truncated: {prompt[:60]!r}...")
+    elif asked.single:
+        start = time.perf_counter()
+        _warn_of_truncated(write_image(pipeline, requests[0], asked.out, settings, held))
+        click.echo(f"{asked.out}: 1 image in {time.perf_counter() - start:.1f} s")
+    else:
+        options = {"batch_size": batch_size, "strip": timesteps, "grid": grid, "shard": part}
+        _tell(run_job(pipeline, requests, asked.out, settings, rag=held, **options, say=say), part)
+
+
+def _tell(report: Report, part: Shard | None) -> None:
+    """What a job did. Raises FastgenError when an image failed."""
+    _warn_of_truncated(report.truncated)
     rate = f", {report.generated / report.seconds:.2f} images/s" if report.generated else ""
     name = f"{report.folder}, shard {part}" if part else f"{report.folder}"
     click.echo(f"{name}: {report.images} images, {report.generated} generated in {report.seconds:.1f} s{rate}")
@@ -130,18 +164,6 @@ def generate(
         )
 
 
-def _given_again(ctx: click.Context, leave_out: Sequence[str]) -> list[str]:
-    """The command line of `ctx`, but for the options left out."""
-    words = [str(ctx.info_name)]
-    for param in ctx.command.params:
-        value = ctx.params.get(param.name or "")
-        source = ctx.get_parameter_source(param.name or "")
-        if param.name in leave_out or source is not click.core.ParameterSource.COMMANDLINE:
-            continue
-        if isinstance(param, click.Argument):
-            words.append(str(value))
-        elif isinstance(param, click.Option) and param.is_flag:
-            words.append((param.opts if value else param.secondary_opts)[0])
-        else:
-            words += [param.opts[0], *(map(str, value) if isinstance(value, tuple) else [str(value)])]
-    return words
+def _warn_of_truncated(prompts: Mapping[str, int]) -> None:
+    for prompt, tokens in prompts.items():
+        say(f"warning: a prompt of {tokens} tokens was truncated: {prompt[:60]!r}...")

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import click
 
-from fastgen.cli.common import FOLDER, POSITIVE
+from fastgen.cli.common import FOLDER, MODEL, POSITIVE
 from fastgen.errors import InputError
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -19,7 +19,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 @click.command()
 @click.argument("data", type=FOLDER)
 @click.option(
-    "--model", type=FOLDER, help="Bundle or model folder, for its text encoder and VAE.  [default: the latest]"
+    "--model", type=MODEL, help="Bundle or model folder, for its text encoder and VAE.  [default: the latest]"
 )
 @click.option("--out", type=FOLDER, help="Index folder.  [default: index/ in a model folder, or beside a bundle]")
 @click.option("--text", default="caption", show_default=True, help="Embed each caption, or the description alone.")

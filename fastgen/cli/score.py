@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
-from fastgen.cli.common import FOLDER
+from fastgen.cli.common import FOLDER, MODEL
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -17,7 +17,9 @@ def scoring_options(command: Command) -> Command:
     """The options that say what is measured, in the order of `fastgen.scoring.score`."""
     options = (
         click.option(
-            "--evaluator", type=FOLDER, help="Label accuracy: evaluator folder, .safetensors, or .pth checkpoint."
+            "--evaluator",
+            type=MODEL,
+            help="Label accuracy: evaluator folder or name, .safetensors, or .pth checkpoint.",
         ),
         click.option("--reference", type=FOLDER, help="Images to compare with: a folder of them, or a dataset."),
         click.option(

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from fastgen.cli.common import FOLDER, POSITIVE
+from fastgen.cli.common import FOLDER, MODEL, POSITIVE
 from fastgen.cli.score import scoring_options
 from fastgen.errors import FastgenError
 
@@ -18,7 +18,7 @@ SCORING = ("evaluator", "reference", "features", "clip", "download", "allow_pick
 @click.command()
 @click.argument("requests_file", metavar="REQUESTS.json", type=FOLDER)
 @click.option("--out", type=FOLDER, required=True, help="Folder of the sweep; the same command continues it.")
-@click.option("--model", type=FOLDER, help="Bundle, or model folder (engine eager).  [default: the latest run's]")
+@click.option("--model", type=MODEL, help="Bundle, or model folder (engine eager).  [default: the latest run's]")
 @click.option("--engine", help="eager, compile, ort, openvino or trt.  [default: what is installed and fits]")
 @click.option("--scheduler", metavar="ddim,dpmpp-2m", help="Solvers.  [default: the model's]")
 @click.option("--num-inference-steps", metavar="5,10,20", help="Denoising steps.  [default: the model's]")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import time
 from collections import deque
@@ -13,23 +11,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fastgen import __version__
 from fastgen.buckets import Batch, cut, halved
-from fastgen.conditions import Conditions, PromptConditions
+from fastgen.conditions import Conditions
 from fastgen.errors import FastgenError, InputError
 from fastgen.jobs.folder import MANIFEST, claim, extra_files, finish, held_batch_size
 from fastgen.jobs.plan import Estimate, automatic_batch_size, estimate
+from fastgen.jobs.record import job_identity, manifest_line, truncated_prompts
 from fastgen.jobs.shards import Shard, save_part, whole_job
 from fastgen.jobs.writing import StepBar, Writer, progress_bar
 from fastgen.pictures import Pictures
 from fastgen.pipeline import Pipeline
-from fastgen.requests import Request, resolve_seed, safe_path
+from fastgen.requests import Request, safe_path
 from fastgen.retrieval import Index, Start, query
 from fastgen.settings import Settings
 from fastgen.strips import StripFiles
 from fastgen.tables import SolverTable
 
-RAG = ("rag_sha256", "noise_steps", "rag_top_k")  # of images that start from training images
 QUEUED = 2  # batches on a GPU at a time: one is sampled while the one before it is decoded
 
 
@@ -83,8 +80,8 @@ def run_job(
     strips = None if strip is None else StripFiles.plan_for(pipeline.spec, table, strip, out, files)
     claim(out, [*files, *extra_files(out, files, strips, grid)], identity, sweep=shard is None)
     start_from = pipeline.retrieve(requests, settings, rag)
-    truncated = encoder.truncated if isinstance(encoder, PromptConditions) else {}
-    lines = [_manifest_line(r, settings, identity, truncated, start_from) for r in requests]
+    truncated = truncated_prompts(encoder)
+    lines = [manifest_line(r, settings, identity, truncated, start_from) for r in requests]
 
     mine = batches if shard is None else shard.part(batches)
     present = [f.exists() and (strips is None or strips.present(i)) for i, f in enumerate(files)]
@@ -206,51 +203,3 @@ def _begin(
 def _writers(pipeline: Pipeline) -> int:
     """Threads that compress PNGs: on a CPU the networks need the cores."""
     return min(8, os.cpu_count() or 1) if pipeline.on_gpu else 1
-
-
-def job_identity(
-    pipeline: Pipeline, requests: Sequence[Request], settings: Settings, limit: int, rag: Index | None
-) -> dict[str, Any]:
-    """Everything the pixels depend on: two runs with the same identity are one job."""
-    rows = [[r.image_name, r.prompt, r.labels, r.seed] for r in requests]
-    texts = None if rag is None else [query(r, rag.text) for r in requests]
-    return {
-        "fastgen": __version__,
-        "model_sha256": pipeline.spec.sha256,
-        "checkpoint": pipeline.spec.checkpoint,
-        "requests_sha256": _sha256(rows),
-        "engine": pipeline.engine.name,
-        "dtype": pipeline.engine.dtype,
-        "device": pipeline.engine.device.partition(":")[0],
-        "scheduler": settings.scheduler,
-        "num_inference_steps": settings.num_inference_steps,
-        "guidance_scale": settings.guidance_scale,
-        "guidance_interval": None if settings.guidance_interval is None else list(settings.guidance_interval),
-        "normalize": settings.normalize,
-        "seed": settings.seed,
-        "batch_size": min(limit, len(requests)),
-        "rag_sha256": None if rag is None else rag.sha256,
-        "noise_steps": settings.noise_steps,
-        "rag_top_k": None if rag is None else settings.rag_top_k,
-        "queries_sha256": None if texts is None else _sha256(texts),
-    }
-
-
-def _sha256(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
-
-
-def _manifest_line(
-    request: Request, settings: Settings, identity: dict[str, Any], truncated: dict[str, int], start: Start | None
-) -> dict[str, Any]:
-    line: dict[str, Any] = {"id": request.id, "image_name": request.image_name}
-    if request.prompt is not None:
-        line["prompt"] = request.prompt
-        if request.prompt in truncated:
-            line["truncated_from_tokens"] = truncated[request.prompt]
-    else:
-        line["labels"] = list(request.labels or ())
-    line["seed"] = resolve_seed(request, settings.seed)
-    left_out = ("requests_sha256", "queries_sha256", "seed", "batch_size", *(RAG if start is None else ()))
-    line |= {k: v for k, v in identity.items() if k not in left_out}
-    return line if start is None else line | start.record(request)

@@ -41,6 +41,7 @@ from fastgen.retrieval import (
 )
 from fastgen.retrieval.copies import calibrate, subjects, thumbnails
 from fastgen.retrieval.nearest import unit
+from fastgen.shipped import made_from
 from fastgen.spec import Spec, sha256_file
 
 if TYPE_CHECKING:
@@ -145,8 +146,8 @@ def indexing_engine(folder: Path, device: str | None) -> str:
 
 
 def default_folder(model: Path) -> Path:
-    """Where a model's index goes: into a model folder, but beside a bundle, which an export may replace."""
-    return model.with_name("index") if is_bundle(model) else model / "index"
+    """Where a model's index goes: into a model folder (see `made_from`), but beside a bundle, which an export may replace."""
+    return model.with_name("index") if is_bundle(model) else made_from(model, "index")
 
 
 def trained_mode(spec: Spec) -> Mode | None:

@@ -12,8 +12,8 @@ from fastgen.bundle import is_bundle, read_bundle
 from fastgen.checkpoint_choice import check_bundle_of, choose_checkpoint
 from fastgen.errors import InputError, unknown
 from fastgen.jobs.folder import check_same_job, held_batch_size
-from fastgen.jobs.job import job_identity
 from fastgen.jobs.plan import automatic_batch_size
+from fastgen.jobs.record import job_identity
 from fastgen.jsonfiles import located
 from fastgen.pipeline import Pipeline, load, model_objects
 from fastgen.requests import Request, read_requests

@@ -1,0 +1,94 @@
+"""The models that come with the package, and which model generates when nobody names one."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastgen.bundle import MANIFEST
+from fastgen.errors import InputError
+from fastgen.jsonfiles import located, read_json
+from fastgen.runs import LATEST, latest_model, latest_run
+
+MODELS = Path(__file__).with_name("models")
+INDEX, EVALUATOR = "model_index.json", "config.json"
+HELP = "give --model, or train one with `fastgen train PRESET --data DATA`"
+KINDS = {"text": "prompts", "labels": "labels"}  # of requests: what is asked by
+
+
+def shipped_names() -> list[str]:
+    """The models and evaluators that come with the package, sorted."""
+    return sorted(folder.name for folder in MODELS.glob("*") if any((folder / f).is_file() for f in (INDEX, EVALUATOR)))
+
+
+def shipped_model(kind: str) -> Path:
+    """The folder of the model that comes with the package for requests of this kind, "text" or "labels".
+
+    Raises InputError where the package was built without one.
+    """
+    for name in shipped_names():
+        if model_kind(MODELS / name) == kind:
+            return MODELS / name
+    raise InputError(f"this build of fastgen comes without a model for {KINDS[kind]}; {HELP}")
+
+
+def find_model(name: str | os.PathLike[str]) -> Path:
+    """The folder that is meant by `name`: itself where something of that name is there, else the shipped model called so."""
+    folder = Path(name)
+    if not os.path.lexists(folder) and os.fspath(name) in shipped_names():
+        return MODELS / folder
+    return folder
+
+
+def is_shipped(folder: Path) -> bool:
+    return folder.parent == MODELS
+
+
+def name_of(folder: Path) -> str:
+    """What a command calls this model: a shipped one's name, else the folder."""
+    return folder.name if is_shipped(folder) else str(folder)
+
+
+def made_from(model: Path, what: str) -> Path:
+    """Where goes what is made from a model and was given no place: into the model's folder, but for a shipped one, whose folder
+    is the package's, to the current folder, as `iclevr-64-bundle`."""
+    return Path(f"{model.name}-{what}") if is_shipped(model) else model / what
+
+
+def model_kind(folder: Path) -> str | None:
+    """What a bundle or model folder is asked by, "text" or "labels", without loading it; None for other folders."""
+    if (folder / MANIFEST).is_file():
+        value = read_json(folder / MANIFEST)
+        family = value.get("family") if isinstance(value, dict) else None
+        return family if family in KINDS else None
+    index = read_json(folder / INDEX) if (folder / INDEX).is_file() else {}
+    if not isinstance(index, dict):
+        return None
+    return "labels" if "conditioner" in index else "text" if "text_encoder" in index else None
+
+
+@dataclass(frozen=True)
+class Default:
+    """The model that generates when none is named, and why it is this one."""
+
+    folder: Path
+    why: str
+
+    def __str__(self) -> str:
+        return f"{name_of(self.folder)} ({self.why})"
+
+
+def default_model(kind: str, engine: str | None) -> Default:
+    """The latest run's bundle or model where it is one for requests of this kind, else the shipped one that is.
+
+    Raises InputError when there is neither, and when the latest run has no bundle for an engine that needs one.
+    """
+    if not LATEST.exists():
+        reason = "no runs/latest here"
+    elif (found := model_kind(latest_run())) == kind:
+        return Default(latest_model(engine), "the latest run")
+    else:
+        reason = f"the latest run, {latest_run().name}, " + (f"takes {KINDS[found]}" if found else "is no model")
+    with located(f"no model given, and {reason}"):
+        return Default(shipped_model(kind), f"shipped with fastgen; {reason}")

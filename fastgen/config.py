@@ -16,7 +16,7 @@ from fastgen.recipes import Training, check, choice
 
 FAMILIES = ("text", "labels", "evaluator")
 IMAGE_MODES = ("stretch", "pad", "crop", "figure")
-OPTIONAL = ("loss", "loss_from_epoch", "preview", "sampling")  # tables that a preset may leave out
+OPTIONAL = ("loss", "loss_from_epoch", "preview", "sampling", "config")  # tables that a preset may leave out
 CONDITIONERS = ("class_embed", "concat", "broadcast")
 CONDITIONER_KEYS = ("kind", "dim", "hidden")
 NEEDED = {
@@ -30,7 +30,7 @@ NETWORKS = ("unet", "text_encoder", "vae", "evaluator")
 @dataclass(frozen=True)
 class Network:
     """A network: either `path` (a local diffusers/transformers folder or a hub id, frozen), or its class's
-    own keyword arguments in `config`, trained here by the recipe in `train` (the evaluator has the recipe alone)."""
+    own keyword arguments in `config`, trained here by the recipe in `train` (the evaluator's config may be left out)."""
 
     config: Mapping[str, Any] = field(default_factory=dict)
     path: str | None = None
@@ -89,6 +89,8 @@ class Preset:
                 check(part.train is not None, f"{name}.train", None, "a table: the network is trained here")
         if self.conditioner is not None:
             _check_conditioner(self.conditioner)
+        if self.evaluator is not None:
+            _check_evaluator(self.evaluator.config)
         if self.preview:
             key = {"text": "prompts", "labels": "labels"}.get(self.family)
             check(list(self.preview) == [key], "preview", dict(self.preview), f"a list of {key}")
@@ -102,6 +104,14 @@ def _check_conditioner(table: Mapping[str, Any]) -> None:
     for key, low in (("dim", 1), ("hidden", 0)):
         value = table.get(key, low)
         check(type(value) is int and value >= low, f"conditioner.{key}", value, f"a whole number, at least {low}")
+
+
+def _check_evaluator(table: Mapping[str, Any]) -> None:
+    for key in table:
+        if key != "width":
+            raise unknown("key", f"evaluator.config.{key}", ["evaluator.config.width"])
+    value = table.get("width", 64)
+    check(type(value) is int and 1 <= value <= 256, "evaluator.config.width", value, "a whole number, 1 to 256")
 
 
 def preset_names() -> list[str]:

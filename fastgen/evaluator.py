@@ -1,7 +1,9 @@
-"""The label evaluator: a ResNet-18 with sigmoid outputs that says which objects are in a 64 px image.
+"""The evaluators: a ResNet-18 that says which objects are in a 64 px image (sigmoid outputs), or which value each of
+several attributes has (a softmax over the outputs of each).
 
 Architecture and weight names are those of torchvision's `resnet18` with `fc = Sequential(Linear(512, 24), Sigmoid())`,
-so the checkpoint of the i-CLEVR task fits as it is. He et al., Deep Residual Learning for Image Recognition, 2015.
+so the checkpoint of the i-CLEVR task fits as it is; a narrower network has fewer channels in the same places.
+He et al., Deep Residual Learning for Image Recognition, 2015.
 """
 
 from __future__ import annotations
@@ -15,12 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastgen.attributes import Attributes, check_attributes
 from fastgen.errors import FastgenError, InputError
 from fastgen.jsonfiles import located, read_json, write_bytes, write_json
-from fastgen.names import check_objects, read_objects
+from fastgen.names import check_objects
 from fastgen.weights import PICKLES, load_state, read_state
 
 IMAGE_SIZE = 64
+WIDTH, WIDEST = 64, 256  # channels of the first stage: torchvision's, and the most that are built
 WEIGHTS, LABELS, CONFIG = "model.safetensors", "labels.json", "config.json"
 
 
@@ -46,59 +50,73 @@ class BasicBlock(nn.Module):
         return self.relu(self.bn2(self.conv2(hidden)) + shortcut)
 
 
-class ResNet18(nn.Module):
-    """Images (B, 3, H, W) in [-1, 1] -> scores (B, num_labels), each in [0, 1]."""
+def _stage(width_in: int, width: int, stride: int) -> nn.Sequential:
+    return nn.Sequential(BasicBlock(width_in, width, stride), BasicBlock(width, width, 1))
 
-    def __init__(self, num_labels: int) -> None:
+
+class ResNet18(nn.Module):
+    """Images (B, 3, H, W) in [-1, 1] -> scores (B, num_labels), each in [0, 1]. Stages of w, 2w, 4w and 8w channels."""
+
+    def __init__(self, num_labels: int, width: int = WIDTH) -> None:
         super().__init__()
-        self.num_labels = num_labels
-        self.conv1, self.bn1 = _conv(3, 64, 7, 2), nn.BatchNorm2d(64)
+        self.num_labels, self.width = num_labels, width
+        self.conv1, self.bn1 = _conv(3, width, 7, 2), nn.BatchNorm2d(width)
         self.relu, self.maxpool = nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, padding=1)
-        self.layer1 = nn.Sequential(BasicBlock(64, 64, 1), BasicBlock(64, 64, 1))
-        self.layer2 = nn.Sequential(BasicBlock(64, 128, 2), BasicBlock(128, 128, 1))
-        self.layer3 = nn.Sequential(BasicBlock(128, 256, 2), BasicBlock(256, 256, 1))
-        self.layer4 = nn.Sequential(BasicBlock(256, 512, 2), BasicBlock(512, 512, 1))
+        self.layer1 = _stage(width, width, 1)
+        self.layer2 = _stage(width, 2 * width, 2)
+        self.layer3 = _stage(2 * width, 4 * width, 2)
+        self.layer4 = _stage(4 * width, 8 * width, 2)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
-        self.fc = nn.Sequential(nn.Linear(512, num_labels), nn.Sigmoid())
+        self.fc = nn.Sequential(nn.Linear(8 * width, num_labels), nn.Sigmoid())
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def features(self, x: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, 512): what the last linear layer sees."""
-        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))  # (B, 64, H / 4, W / 4)
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))  # (B, 512, H / 32, W / 32)
+        """(B, 3, H, W) -> (B, 8w): what the last linear layer sees."""
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))  # (B, w, H / 4, W / 4)
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))  # (B, 8w, H / 32, W / 32)
         return self.avgpool(x).flatten(1)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc(self.features(x))
 
 
-def build(num_labels: int = 24) -> ResNet18:
+def build(num_labels: int = 24, width: int = WIDTH) -> ResNet18:
     """A ResNet-18 with fresh weights (He initialisation from torch's global generator), in training mode."""
-    return ResNet18(num_labels)
+    return ResNet18(num_labels, width)
 
 
 @dataclass(frozen=True)
 class Evaluator:
-    """A trained evaluator in eval mode. `objects` (name -> output index) is None where the file holds weights only."""
+    """A trained evaluator in eval mode, of objects (name -> output index) or of attributes; both are None where the file
+    holds weights only, which then are taken for those of objects."""
 
     module: ResNet18
     objects: Mapping[str, int] | None
+    attributes: Attributes | None = None
 
     @property
     def num_labels(self) -> int:
         return self.module.num_labels
 
     def predict(self, images: np.ndarray, batch_size: int = 64) -> np.ndarray:
-        """images (N, 3, 64, 64) float32 in [-1, 1] -> scores (N, num_labels) float32 in [0, 1].
+        """images (N, 3, 64, 64) float32 in [-1, 1] -> scores (N, num_labels) float32 in [0, 1]; those of an attribute add up
+        to 1.
 
         Raises FastgenError when a score is not finite.
         """
-        return self._batched(self.module, images, batch_size)
+        return self._batched(lambda x: self.scores(self.module.features(x)), images, batch_size)
+
+    def scores(self, features: Tensor) -> Tensor:
+        """Features (N, 8 * width) -> scores (N, num_labels), as `predict` gives them."""
+        if self.attributes is None:
+            return self.module.fc(features)
+        logits = self.module.fc[0](features).split([len(values) for values in self.attributes.values()], dim=1)
+        return torch.cat([part.softmax(dim=1) for part in logits], dim=1)
 
     def features(self, images: np.ndarray, batch_size: int = 64) -> np.ndarray:
-        """images as for `predict` -> features (N, 512) float32, for distances between sets of images."""
+        """images as for `predict` -> features (N, 8 * width) float32, for distances between sets of images."""
         return self._batched(self.module.features, images, batch_size)
 
     def _batched(self, function: Callable[[Tensor], Tensor], images: np.ndarray, batch_size: int) -> np.ndarray:
@@ -115,20 +133,21 @@ class Evaluator:
         return out
 
 
-def save(module: ResNet18, folder: Path, objects: Mapping[str, int], record: Mapping[str, Any]) -> None:
-    """Write an evaluator folder: model.safetensors, labels.json, and config.json with `record` (how it was trained).
+def save(module: ResNet18, folder: Path, outputs: Mapping[str, int] | Attributes, record: Mapping[str, Any]) -> None:
+    """Write an evaluator folder: model.safetensors, labels.json with `outputs` (name -> output for objects, name -> values
+    for attributes), and config.json with `record` (how it was trained).
 
-    Raises InputError when `objects` does not name every output once, FastgenError when the disk refuses.
+    Raises InputError when `outputs` does not name every output once, FastgenError when the disk refuses.
     """
     from safetensors.torch import save as to_bytes
 
-    _check_fit(objects, module)
+    _named(outputs, module)
     folder.mkdir(parents=True, exist_ok=True)
     state = {key: value.detach().cpu().contiguous() for key, value in module.state_dict().items()}
     write_bytes(folder / WEIGHTS, to_bytes(state, metadata={"format": "pt"}))
-    write_json(folder / LABELS, dict(objects))
-    config = {"architecture": "resnet18", "num_labels": module.num_labels, "image_size": IMAGE_SIZE}
-    write_json(folder / CONFIG, {**config, "training": dict(record)})
+    write_json(folder / LABELS, dict(outputs))
+    config = {"architecture": "resnet18", "num_labels": module.num_labels, "width": module.width}
+    write_json(folder / CONFIG, {**config, "image_size": IMAGE_SIZE, "training": dict(record)})
 
 
 def load(path: Path, allow_pickle: bool = False) -> Evaluator:
@@ -157,20 +176,33 @@ def _load_folder(folder: Path) -> Evaluator:
     if architecture != "resnet18":
         raise InputError(f"{folder / CONFIG}: architecture = {architecture!r}: expected 'resnet18'")
     module = _with_weights(read_state(folder / WEIGHTS), folder / WEIGHTS)
-    objects = read_objects(folder / LABELS)
+    outputs = read_json(folder / LABELS)
     with located(folder / LABELS):
-        _check_fit(objects, module)
-    return Evaluator(module, objects)
+        return _named(outputs, module)
 
 
-def _check_fit(objects: Mapping[str, int], module: ResNet18) -> None:
-    check_objects(objects)
-    if len(objects) != module.num_labels:
-        raise InputError(f"found {len(objects)} objects, expected one for each of the {module.num_labels} outputs")
+def _named(outputs: Any, module: ResNet18) -> Evaluator:
+    """The evaluator whose outputs are called so: lists of values are those of attributes. InputError where they do not fit."""
+    of_attributes = isinstance(outputs, Mapping) and any(isinstance(v, list | tuple) for v in outputs.values())
+    if of_attributes:
+        attributes = check_attributes(outputs)
+        found, what = sum(map(len, attributes.values())), "values"
+    else:
+        check_objects(outputs)
+        found, what = len(outputs), "objects"
+    if found != module.num_labels:
+        raise InputError(f"found {found} {what}, expected one for each of the {module.num_labels} outputs")
+    return Evaluator(module, None, attributes) if of_attributes else Evaluator(module, outputs)
 
 
 def _with_weights(state: Mapping[str, Any], path: Path) -> ResNet18:
-    head = state.get("fc.0.weight")
-    module = ResNet18(head.shape[0] if isinstance(head, Tensor) and head.ndim == 2 else 24)
-    load_state(module, state, path, f"ResNet-18 with {module.num_labels} outputs")
+    module = ResNet18(_rows(state.get("fc.0.weight"), 2, 24), _rows(state.get("conv1.weight"), 4, WIDTH, WIDEST))
+    width = "" if module.width == WIDTH else f" and width {module.width}"
+    load_state(module, state, path, f"ResNet-18 with {module.num_labels} outputs{width}")
     return module.eval()
+
+
+def _rows(weight: object, dimensions: int, default: int, most: int = 100_000) -> int:
+    """The outputs of a layer, from its weight; the default where that is none of the right dimensions."""
+    fits = isinstance(weight, Tensor) and weight.ndim == dimensions and 1 <= len(weight) <= most
+    return len(weight) if fits else default  # type: ignore[arg-type]

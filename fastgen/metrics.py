@@ -63,6 +63,22 @@ def accuracy_by_object(scores: np.ndarray, targets: np.ndarray) -> list[Share]:
     return [Share(int(h), int(t)) for h, t in zip(hits.sum(axis=0), np.count_nonzero(targets, axis=0), strict=True)]
 
 
+def attribute_hits(scores: np.ndarray, targets: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
+    """Whether the highest score of each attribute is that of its true value.
+
+    scores and targets (N, K) as for `label_hits`, the first sizes[0] columns being the values of the first attribute, and
+    so on; each row has one true value of each. Returns (N, len(sizes)) bool. InputError for other targets.
+    """
+    scores, targets = _checked(scores, targets)
+    edges = np.cumsum(sizes)[:-1]
+    hits = []
+    for found, wanted in zip(np.split(scores, edges, axis=1), np.split(targets, edges, axis=1), strict=True):
+        if (wanted.sum(axis=1) != 1).any():
+            raise InputError("targets: expected one true value of each attribute")
+        hits.append(found.argmax(axis=1) == wanted.argmax(axis=1))
+    return np.stack(hits, axis=1)
+
+
 def standard_error(values: Sequence[float]) -> float:
     """Standard error of the mean of independent runs (one value per seed); NaN for fewer than two."""
     return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan

@@ -71,7 +71,7 @@ def test_prompts_are_scored_by_clip(fastgen, clip, requests, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["OUT"], "nothing to measure: give --evaluator E (label accuracy)"),
+        (["OUT"], "nothing to measure: give --evaluator E (label accuracy, attributes)"),
         (
             ["OUT", "--evaluator", "JUDGE", "--requests", "TEXT"],
             "holds prompts; label accuracy needs requests with labels",

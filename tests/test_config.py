@@ -127,6 +127,26 @@ def test_the_text_family_needs_its_three_networks() -> None:
         Preset("x", "text", 64, "pad", unet=trained, scheduler={"_class_name": "DDPMScheduler"})
 
 
+def test_the_width_of_an_evaluator_may_be_set() -> None:
+    for overrides, config in (([], {}), (["evaluator.config.width=16"], {"width": 16})):
+        evaluator = load_preset("evaluator", overrides).evaluator
+        assert evaluator is not None
+        assert dict(evaluator.config) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("width=0", r"evaluator\.config\.width = 0: expected a whole number, 1 to 256"),
+        ("width=1.5", r"evaluator\.config\.width = 1\.5: expected a whole number"),
+        ("depth=50", r"unknown key 'evaluator\.config\.depth'"),
+    ],
+)
+def test_a_wrong_setting_of_an_evaluator_is_one_line_that_names_it(override: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        load_preset("evaluator", [f"evaluator.config.{override}"])
+
+
 def test_epochs_become_steps_of_the_training_examples() -> None:
     recipe = Training(epochs=30, batch_size=128, warmup_fraction=0.05, validate_every_epochs=2).for_examples(43_294)
     assert (recipe.steps, recipe.warmup_steps, recipe.validate_every) == (10147, 507, 676)

@@ -44,11 +44,11 @@ def expected(module, images):
         return module(torch.from_numpy(images)).numpy()
 
 
-def torchvision_shapes(num_labels):
-    """Key -> shape of torchvision's resnet18 with the evaluator's head."""
-    shapes = {"conv1.weight": (64, 3, 7, 7), "fc.0.weight": (num_labels, 512), "fc.0.bias": (num_labels,)}
-    norms = {"bn1": 64}
-    for stage, (before, width) in enumerate([(64, 64), (64, 128), (128, 256), (256, 512)], start=1):
+def torchvision_shapes(num_labels, w):
+    """Key -> shape of torchvision's resnet18 with the evaluator's head and w channels for its 64."""
+    shapes = {"conv1.weight": (w, 3, 7, 7), "fc.0.weight": (num_labels, 8 * w), "fc.0.bias": (num_labels,)}
+    norms = {"bn1": w}
+    for stage, (before, width) in enumerate([(w, w), (w, 2 * w), (2 * w, 4 * w), (4 * w, 8 * w)], start=1):
         shapes |= {
             f"layer{stage}.0.conv1.weight": (width, before, 3, 3),
             f"layer{stage}.0.conv2.weight": (width, width, 3, 3),
@@ -62,11 +62,11 @@ def torchvision_shapes(num_labels):
     return shapes | {f"{n}.{k}": () if k == NORM[-1] else (w,) for n, w in norms.items() for k in NORM}
 
 
-@pytest.mark.parametrize("num_labels", [24, 7])
-def test_weight_names_and_shapes_are_torchvisions(num_labels):
-    found = {key: tuple(value.shape) for key, value in build(num_labels).state_dict().items()}
+@pytest.mark.parametrize(("num_labels", "options", "width"), [(24, {}, 64), (7, {}, 64), (45, {"width": 24}, 24)])
+def test_weight_names_and_shapes_are_torchvisions(num_labels, options, width):
+    found = {key: tuple(value.shape) for key, value in build(num_labels, **options).state_dict().items()}
     assert len(found) == 122
-    assert found == torchvision_shapes(num_labels)
+    assert found == torchvision_shapes(num_labels, width)
 
 
 def test_parameter_count_is_that_of_torchvisions_resnet18_with_this_head():
@@ -153,6 +153,24 @@ def test_a_safetensors_file_gives_the_same_scores(module, images, expected, tmp_
     judge = load(tmp_path / "judge.safetensors")
     np.testing.assert_array_equal(judge.predict(images), expected)
     assert judge.objects is None
+
+
+@pytest.mark.parametrize("as_folder", [True, False])
+def test_a_narrow_network_is_known_by_its_weights(images, tmp_path, as_folder):
+    narrow = build(24, width=8).eval()
+    with torch.no_grad():
+        wanted = narrow(torch.from_numpy(images)).numpy()
+    save(narrow, tmp_path / "judge", ICLEVR_OBJECTS, {})
+    judge = load(tmp_path / "judge" if as_folder else tmp_path / "judge" / "model.safetensors")
+    np.testing.assert_array_equal(judge.predict(images), wanted)
+    assert judge.features(images).shape == (5, 64)
+    assert json.loads((tmp_path / "judge" / "config.json").read_text())["width"] == 8
+
+
+def test_a_width_that_no_file_can_mean_is_not_built(module, tmp_path):
+    save_file({**module.state_dict(), "conv1.weight": torch.zeros(5000, 3, 7, 7)}, tmp_path / "judge.safetensors")
+    with pytest.raises(InputError, match=r"conv1.weight is \(5000, 3, 7, 7\), expected \(64, 3, 7, 7\)"):
+        load(tmp_path / "judge.safetensors")
 
 
 def test_the_tasks_checkpoint_gives_the_same_scores_when_pickles_are_allowed(module, images, expected, tmp_path):

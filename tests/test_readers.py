@@ -88,10 +88,24 @@ def test_monsters_frames_are_grouped_by_key_in_file_order_with_every_caption_and
     assert (dataset.kind, dataset.root, dataset.objects) == ("text", root, None)
     alone, dying = ("Red.", "A red one."), ("Red. It dies.", "A red one. It dies.")
     assert dataset.examples == (
-        Example(root / "train/1_main_0.png", alone, (), "1_main", alone),
-        Example(root / "train/0_die1_9.png", dying, (), "0_die1", alone),
-        Example(root / "train/0_die1_10.png", dying, (), "0_die1", alone),
+        Example(root / "train/1_main_0.png", alone, (), "1_main", alone, "1"),
+        Example(root / "train/0_die1_9.png", dying, (), "0_die1", alone, "0"),
+        Example(root / "train/0_die1_10.png", dying, (), "0_die1", alone, "0"),
     )
+
+
+def test_a_split_keeps_all_animations_of_a_monster_together(tmp_path):
+    keys = [f"{monster}_{action}" for monster in (1, 10, 100, 2, 3) for action in ("main", "die1", "die_2")]
+    dataset = read_dataset(
+        monsters(
+            tmp_path,
+            [f"{key}_0.png" for key in [*keys, "x_main", "x_die1"]],
+            **{key: {} for key in [*keys, "x_main", "x_die1"]},
+        )
+    )
+    assert {example.subject for example in dataset.examples} == {"1", "10", "100", "2", "3", "x_main", "x_die1"}
+    train, validation = ({example.subject for example in part.examples} for part in split(dataset, 0.4))
+    assert (len(train), len(validation), train & validation) == (4, 3, set())
 
 
 @pytest.mark.parametrize("base", [0, 1])

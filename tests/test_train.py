@@ -377,12 +377,12 @@ def test_an_evaluator_is_trained_saved_and_loaded(labelled: Path, tmp_path: Path
     from fastgen import evaluator
 
     recipe = Training(steps=3, batch_size=4, precision="fp32", validation_fraction=0.25)
-    preset = Preset("tiny", "evaluator", 64, "stretch", evaluator=Network(train=recipe))
+    preset = Preset("tiny", "evaluator", 64, "stretch", evaluator=Network({"width": 8}, train=recipe))
     out = train(preset, labelled, tmp_path / "evaluator", progress=False)
     loaded = evaluator.load(out)
     assert loaded.objects == {"red cube": 0, "green cube": 1, "blue cube": 2}
-    scores = loaded.predict(np.zeros((2, 3, 64, 64), np.float32))
-    assert scores.shape == (2, 3)
+    images = np.zeros((2, 3, 64, 64), np.float32)
+    assert (loaded.predict(images).shape, loaded.features(images).shape) == ((2, 3), (2, 64))
     row = json.loads((out / "log.jsonl").read_text().splitlines()[-1])
     assert 0 <= row["accuracy"] <= 1
 
@@ -418,7 +418,7 @@ def test_every_option_of_the_loss_and_the_data_trains_a_text_model(described: Pa
     prompts = '\n[preview]\nprompts = ["A red slime number 0.", "Nothing like it."]\n'
     out = train(preset_of(text + prompts, tmp_path), described, tmp_path / "model", progress=False)
     with Image.open(out / "previews" / "000004.png") as preview:
-        assert preview.size == sheet_size(3, lines=2)
+        assert preview.size == sheet_size(3, lines=3)
     row = json.loads((out / "log.jsonl").read_text().splitlines()[-1])
     assert np.isfinite(row["loss"])
     assert np.isfinite(row["validation_loss"])

@@ -19,7 +19,12 @@ def scoring_options(command: Command) -> Command:
         click.option(
             "--evaluator",
             type=MODEL,
-            help="Label accuracy: evaluator folder or name, .safetensors, or .pth checkpoint.",
+            help="Label accuracy, or attributes: evaluator folder or name, .safetensors, or .pth checkpoint.",
+        ),
+        click.option(
+            "--attributes",
+            type=FOLDER,
+            help="What an evaluator of attributes is asked about.  [default: attributes.json beside the requests]",
         ),
         click.option("--reference", type=FOLDER, help="Images to compare with: a folder of them, or a dataset."),
         click.option(
@@ -55,14 +60,14 @@ def score(
     out: Path | None,
     **options: Any,
 ) -> None:
-    """Label accuracy, FID, KID, CLIP-T, CLIP-I of generated images; several IMAGES folders count as several seeds."""
+    """Label or attribute accuracy, FID, KID, CLIP-T, CLIP-I of images; several IMAGES folders count as several seeds."""
     from fastgen.checkpoint_choice import check_made_from
     from fastgen.jsonfiles import write_json
     from fastgen.scoring import compare
     from fastgen.scoring.images import image_folders
     from fastgen.scoring.options import check_options, need
 
-    given = {name: options[name] for name in ("evaluator", "reference", "features", "clip", "batch_size")}
+    given = {name: options[name] for name in ("evaluator", "reference", "features", "clip", "attributes", "batch_size")}
     check_options(**given)
     for folders in (images, against or images):
         image_folders(folders)

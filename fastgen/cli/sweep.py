@@ -12,7 +12,7 @@ from fastgen.cli.common import FOLDER, MODEL, POSITIVE
 from fastgen.cli.score import scoring_options
 from fastgen.errors import FastgenError
 
-SCORING = ("evaluator", "reference", "features", "clip", "download", "allow_pickle")
+SCORING = ("evaluator", "attributes", "reference", "features", "clip", "download", "allow_pickle")
 
 
 @click.command()
@@ -35,7 +35,9 @@ SCORING = ("evaluator", "reference", "features", "clip", "download", "allow_pick
 @click.option("--limit", type=POSITIVE, help="Only the first N requests.")
 @click.option("--batch-size", type=POSITIVE, help="Images per batch.  [default: 16 on a CPU, what fits on a GPU]")
 @scoring_options
-@click.option("--metric", help="What the rule looks at: label_accuracy, fid, ...  [default: the first measured]")
+@click.option(
+    "--metric", help="What the rule looks at: label_accuracy, attributes, fid, ...  [default: the first measured]"
+)
 @click.option(
     "--rule",
     default="fewest",
@@ -123,7 +125,7 @@ def _run(
     seeds = parse_list("--seeds", words["seeds"], integer, "integers such as 0,1,2", found)
     within = found.attempt(lambda: parse_within(words["within"]))
     rule = found.attempt(lambda: Rule(words["rule"], *(within or ())))
-    asked = {name: scoring[name] for name in ("evaluator", "reference", "features", "clip")}
+    asked = {name: scoring[name] for name in ("evaluator", "attributes", "reference", "features", "clip")}
     found.attempt(lambda: check_options(**asked, batch_size=1))
     folder = found.attempt(lambda: model or latest_model(engine))
     found.check()

@@ -24,8 +24,9 @@ class Example:
     image: Path
     captions: tuple[str, ...]
     labels: tuple[str, ...]
-    group: str  # what a split keeps together: frames of an animation, images of a scene
+    group: str  # frames of an animation, images of a scene
     descriptions: tuple[str, ...] = ()  # the captions without the action, where the data have them apart
+    subject: str = ""  # what a split keeps together, where that is more than the group: a monster's animations
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Dataset:
     objects: Mapping[str, int] | None  # label -> index, None for captions
     notes: tuple[str, ...] = ()
     splits_in_file_order: bool = False
+    attributes: Mapping[str, tuple[str, ...]] | None = None  # where labels are values of these, one of each
 
     @cached_property
     def fingerprint(self) -> str:
@@ -57,19 +59,22 @@ class Dataset:
 
 
 def split(dataset: Dataset, validation_fraction: float = 0.1, seed: int = 0) -> tuple[Dataset, Dataset]:
-    """(train, validation), never with one group in both; int(groups * (1 - validation_fraction)) train, at least one.
+    """(train, validation), never with one subject (one group, where there is no subject) in both; of these,
+    int(their number * (1 - validation_fraction)) train, at least one.
 
     i-CLEVR trains on the first groups in file order (16,206 of 18,009 images). In other files neighbours resemble each
-    other, so groups are ordered by SHA-256 of "{seed}:{group}", which does not change when the file is reordered.
+    other, so they are ordered by SHA-256 of "{seed}:{name}", which does not change when the file is reordered.
     """
     if not 0 <= validation_fraction < 1:
         raise InputError(f"validation fraction: found {validation_fraction}, expected 0 <= fraction < 1")
-    groups = list(dict.fromkeys(example.group for example in dataset.examples))
+    owners = [example.subject or example.group for example in dataset.examples]
+    groups = list(dict.fromkeys(owners))
     if not dataset.splits_in_file_order:
         groups.sort(key=lambda group: hashlib.sha256(f"{seed}:{group}".encode()).digest())
     chosen = set(groups[: max(1, int(len(groups) * (1 - validation_fraction)))])
-    train = tuple(example for example in dataset.examples if example.group in chosen)
-    validation = tuple(example for example in dataset.examples if example.group not in chosen)
+    pairs = list(zip(dataset.examples, owners, strict=True))
+    train = tuple(example for example, owner in pairs if owner in chosen)
+    validation = tuple(example for example, owner in pairs if owner not in chosen)
     return replace(dataset, examples=train), replace(dataset, examples=validation)
 
 

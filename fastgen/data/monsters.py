@@ -15,6 +15,7 @@ from fastgen.names import check_text
 CAPTIONS, FRAMES = "train_info.json", "train"
 MAX_FRAMES = 10_000  # of one animation
 _FRAME = re.compile(r"(.+)_([0-9]{1,9})\.png", re.DOTALL)
+_KEY = re.compile(r"([0-9]+)_.+", re.DOTALL)
 
 
 def recognise(root: Path) -> bool:
@@ -40,12 +41,18 @@ def read(root: Path) -> Dataset:
         ]
         raise nothing_matches(path, root / FRAMES, expected or [f"{next(iter(info))}_0.png"], unknown_files)
     examples = tuple(
-        Example(root / FRAMES / name, captions[key], (), key, descriptions[key])
+        Example(root / FRAMES / name, captions[key], (), key, descriptions[key], _monster(key))
         for key, numbers in frames.items()
         for _, name in sorted(numbers.items())
     )
     notes = _notes(frames, counts, unknown_files)
     return Dataset("text", root, examples, objects=None, notes=notes)
+
+
+def _monster(key: str) -> str:
+    """The number that 12_main and 12_attack1 have in common; the key itself where it has another form."""
+    match = _KEY.fullmatch(key)
+    return match[1] if match else key
 
 
 def _captions(entry: Any) -> tuple[str, ...]:

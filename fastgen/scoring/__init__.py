@@ -1,4 +1,4 @@
-"""Scoring generated images: label accuracy, FID, KID, CLIP-T, CLIP-I, in one pass; and comparing two runs."""
+"""Scoring generated images: label accuracy, attributes, FID, KID, CLIP-T, CLIP-I, in one pass; and comparing two runs."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ def score(
     features: PathLike | None = None,
     clip: PathLike | None = None,
     objects: Mapping[str, int] | PathLike | None = None,
+    attributes: PathLike | None = None,
     allow_pickle: bool = False,
     download: bool = False,
     batch_size: int = 64,
@@ -38,6 +39,10 @@ def score(
     evaluator: what `evaluator.load` reads; gives label accuracy by the official protocol (`metrics.label_accuracy`).
     objects: name -> output of the evaluator, or a JSON file of that; by default what the evaluator's folder says, else
     objects.json beside the requests, else the 24 objects of i-CLEVR.
+    With an evaluator of attributes: for requests with prompts the share of images with the value that was asked for, of each
+    attribute, and `attributes`, the mean over all of them.
+    attributes: what was asked for, {"0_main": {"body": "cat", ...}, ...} by the requests' keys; by default attributes.json
+    beside the requests.
     reference: a folder of images, or a dataset. features: "evaluator", or a file with the weights of FID's Inception
     (`inception.load_inception`); gives FID and KID against the reference, whose features are kept in the cache.
     clip: a CLIP folder, or a hub id (fetched only with `download`); gives CLIP-T, the mean cosine of image and prompt, and,
@@ -49,13 +54,15 @@ def score(
     does not know, images that are missing, not readable or generated for other requests, fewer than two images for FID, and
     files that are not what they should be; FastgenError without torch, torchmetrics or transformers, and for NaN.
     """
-    check_options(evaluator=evaluator, reference=reference, features=features, clip=clip, batch_size=batch_size)
+    asked = {"evaluator": evaluator, "reference": reference, "features": features, "clip": clip}
+    check_options(**asked, attributes=attributes, batch_size=batch_size)
     scorer = need("fastgen.scoring.scorer").Scorer(
         evaluator=evaluator,
         reference=reference,
         features=features,
         clip=clip,
         objects=objects,
+        attributes=attributes,
         allow_pickle=allow_pickle,
         download=download,
         batch_size=batch_size,

@@ -49,7 +49,7 @@ class Network(Protocol):
 
 @dataclass(frozen=True)
 class EvaluatorNetwork:
-    """The label evaluator: its 512 features, and the scores of all objects that its last layer makes of them."""
+    """The evaluator: its features (512 where its width is 64), and what its last layer makes of them."""
 
     evaluator: Evaluator
     path: Path
@@ -73,10 +73,10 @@ class EvaluatorNetwork:
             return self.evaluator.features(np.stack([to_input(image) for image in images]), len(images))
 
     def scores(self, features: np.ndarray) -> np.ndarray:
-        """(N, 512) -> (N, num_labels) float32 in [0, 1]."""
-        head = self.evaluator.module.fc
+        """Features (N, D) -> (N, num_labels) float32 in [0, 1]."""
+        device = self.evaluator.module.conv1.weight.device
         with torch.no_grad():
-            return head(torch.from_numpy(features).to(next(head.parameters()).device)).cpu().numpy()
+            return self.evaluator.scores(torch.from_numpy(features).to(device)).cpu().numpy()
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,14 @@ from typing import Any
 from fastgen.errors import FastgenError, InputError
 
 ASK = (
-    "--evaluator E (label accuracy), --reference DIR --features inception.pth|evaluator (FID, KID), "
+    "--evaluator E (label accuracy, attributes), --reference DIR --features inception.pth|evaluator (FID, KID), "
     "--clip C (CLIP-T; with --reference CLIP-I)"
 )
 
 
-def check_options(*, evaluator: Any, reference: Any, features: Any, clip: Any, batch_size: int) -> None:
+def check_options(
+    *, evaluator: Any, reference: Any, features: Any, clip: Any, batch_size: int, attributes: Any = None
+) -> None:
     """InputError for a combination of options that measures nothing or lacks a part."""
     if batch_size < 1:
         raise InputError(f"batch_size = {batch_size}: expected at least 1")
@@ -23,6 +25,8 @@ def check_options(*, evaluator: Any, reference: Any, features: Any, clip: Any, b
         raise InputError("--reference is used by FID and KID (add --features evaluator, or inception.pth) and --clip")
     if evaluator is None and features is None and clip is None:
         raise InputError(f"nothing to measure: give {ASK}")
+    if attributes is not None and evaluator is None:
+        raise InputError("--attributes is what an evaluator of attributes is asked about: add --evaluator E")
     if str(features) == "evaluator" and evaluator is None:
         raise InputError("--features evaluator needs the evaluator: --evaluator E")
 

@@ -19,7 +19,7 @@ BETTER: Mapping[str, Better] = {
     "kid": "lower",
     "clip_t": "higher",
     "clip_i": "higher",
-}
+}  # and of attributes, whatever they are called, "higher"
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,9 @@ class Score:
     requests: str | None
     evaluator: str | None
     num_images: int  # in each folder
-    metrics: Mapping[str, Figure]  # label_accuracy, fid, kid, clip_t, clip_i: those that were asked for
+    metrics: Mapping[
+        str, Figure
+    ]  # label_accuracy or attributes and each of them, fid, kid, clip_t, clip_i: those asked for
     by_count: Mapping[int, Share]  # number of objects in the image -> found and asked for, all folders together
     by_object: Mapping[str, Share]  # object -> found and asked for; only objects that were asked for
     reference: Mapping[str, Any] | None  # path, images, sha256
@@ -65,6 +67,7 @@ class Score:
     warnings: tuple[str, ...]
     names: tuple[str, ...] = field(repr=False)  # of the images
     samples: Mapping[str, tuple[Sample, ...]] = field(repr=False, compare=False)  # metric -> one per folder
+    by_value: Mapping[str, Share] = field(default_factory=dict)  # "colour: red" -> found and asked for
 
     @property
     def accuracy(self) -> float:
@@ -101,6 +104,8 @@ class Score:
             "made_by": dict(self.made_by),
             "warnings": list(self.warnings),
         }
+        if self.by_value:
+            out["by_value"] = {name: _share_json(share) for name, share in self.by_value.items()}
         if "label_accuracy" not in self.metrics:
             return out
         return out | {
@@ -123,7 +128,11 @@ class Score:
         if len(names) > 1:
             values = [(name, *(number(f.folders[name]) for f in self.metrics.values())) for name in names]
             lines += ["", *columns([("folder", *self.metrics), *values])]
-        for title, shares in (("objects in image", self.by_count), ("object", self.by_object)):
+        for title, shares in (
+            ("objects in image", self.by_count),
+            ("object", self.by_object),
+            ("value asked for", self.by_value),
+        ):
             if shares:
                 lines += ["", *columns([(title, "accuracy"), *((str(k), _share_text(s)) for k, s in shares.items())])]
         return "\n".join(lines)
@@ -149,7 +158,7 @@ def figure(key: str, label: str, samples: Sequence[Sample], folders: Sequence[An
     """The figure of one metric from the samples of its folders."""
     value, error, over, method = mean_and_error(samples)
     values = {str(folder): sample.value for folder, sample in zip(folders, samples, strict=True)}
-    return Figure(value, error, over, BETTER[key], label, method, values)
+    return Figure(value, error, over, BETTER.get(key, "higher"), label, method, values)
 
 
 def figure_from_json(value: Mapping[str, Any]) -> Figure:

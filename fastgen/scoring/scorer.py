@@ -12,11 +12,15 @@ from typing import Any
 import numpy as np
 
 from fastgen import __version__
+from fastgen.attributes import MEAN, read_attributes
 from fastgen.errors import InputError
+from fastgen.metrics import Share
 from fastgen.requests import Request, multi_hot, read_requests
+from fastgen.scoring.attributes import asked_attributes, attribute_samples, metric_names, value_shares
 from fastgen.scoring.clip import ClipNetwork, cosines, load_clip
 from fastgen.scoring.distances import Frechet, Kernel
 from fastgen.scoring.images import Paths, image_folders, image_names, made_by, saving
+from fastgen.scoring.judging import asked_file, is_judged
 from fastgen.scoring.labels import Objects, breakdowns, label_objects, label_sample
 from fastgen.scoring.networks import EvaluatorNetwork, Network, device_of, evaluator_network, inception_network
 from fastgen.scoring.options import check_options, need
@@ -35,6 +39,7 @@ class Work:
 
     requests: Sequence[Request] | None
     objects: Mapping[str, int] | None  # name -> output of the evaluator; None where label accuracy is not measured
+    asked: np.ndarray | None  # (N, K): one value of each attribute; None where these are not measured
     names: tuple[str, ...]
     prompts: tuple[str, ...]  # empty where CLIP-T is not measured
     matched: Mapping[str, Path]  # name -> reference image of that name, where there is a CLIP
@@ -55,12 +60,14 @@ class Scorer:
         features: PathLike | None = None,
         clip: PathLike | None = None,
         objects: Objects | None = None,
+        attributes: PathLike | None = None,
         allow_pickle: bool = False,
         download: bool = False,
         batch_size: int = 64,
         device: str | None = None,
     ) -> None:
-        check_options(evaluator=evaluator, reference=reference, features=features, clip=clip, batch_size=batch_size)
+        asked = {"evaluator": evaluator, "reference": reference, "features": features, "clip": clip}
+        check_options(**asked, attributes=attributes, batch_size=batch_size)
         for asked, module in ((features, "torchmetrics"), (clip, "transformers")):
             if asked is not None:
                 need(module)
@@ -70,6 +77,12 @@ class Scorer:
         self.evaluator: EvaluatorNetwork | None = None
         if evaluator is not None:
             self.evaluator = evaluator_network(Path(evaluator), allow_pickle, target)
+        self.attributes = self.evaluator.evaluator.attributes if self.evaluator else None
+        self._asked = None if attributes is None else Path(attributes)
+        if self._asked and self.attributes is None:
+            raise InputError(f"{evaluator}: judges objects; --attributes is for evaluators of attributes")
+        if objects is not None and self.attributes is not None:
+            raise InputError(f"{evaluator}: judges attributes; objects are for evaluators of objects")
         self.network: Network | None = None  # of FID and KID
         if features is not None:
             own = str(features) == "evaluator"
@@ -87,6 +100,9 @@ class Scorer:
         seeds = [one_pass(folder, work.names, work.requests, used, self.batch_size) for folder in folders]
         samples = self._samples(work, seeds)
         counts, objects = breakdowns(self._label_scores(seeds), *self._targets(work)) if work.objects else ({}, {})
+        values: Mapping[str, Share] = {}
+        if work.asked is not None and self.attributes:
+            values = value_shares(self._label_scores(seeds), work.asked, self.attributes)
         metadata = [one for seed in seeds for one in seed.metadata]
         return Score(
             requests=None if path is None else str(path),
@@ -95,6 +111,7 @@ class Scorer:
             metrics={key: figure(key, self.label(key), found, folders) for key, found in samples.items()},
             by_count=counts,
             by_object=objects,
+            by_value=values,
             reference=self._reference_record(),
             clip=self._clip_record(),
             resized={name: self._resized(network, seeds) for name, network in used.items()},
@@ -118,13 +135,17 @@ class Scorer:
             return f"{key} ({self.network.title})"
         if key in ("clip_t", "clip_i") and self.clip:
             return f"{key.replace('_', '-')} ({self.clip.title})"
+        if key == MEAN and self.attributes:
+            return f"{key} (mean of {len(self.attributes)})"
         return key.replace("_", " ")
 
     def planned(self, requests: PathLike, limit: int | None = None) -> tuple[str, ...]:
         """The metrics that images of these requests (the first `limit`) will be scored by; errors as `score`."""
         work = self._work(None, Path(requests), limit)
+        of_attributes = metric_names(self.attributes) if self.attributes and work.asked is not None else ()
         measured = {
             "label_accuracy": work.objects is not None,
+            **dict.fromkeys(of_attributes, True),
             "fid": self.network is not None,
             "kid": self.network is not None,
             "clip_t": self.clip is not None and bool(work.prompts),
@@ -136,37 +157,33 @@ class Scorer:
     def identity(self) -> dict[str, Any]:
         """What the scores of given images and requests depend on, as JSON."""
         networks = [network for network in (self.evaluator, self.network, self.clip) if network]
-        return {
+        value = {
             "fastgen": __version__,
             "networks": {n.name: [n.fingerprint, n.preprocessing] for n in networks},
             "reference": None if self.reference is None else self.reference.fingerprint,
             "metrics_network": None if self.network is None else self.network.name,
             "objects": None if self.evaluator is None else self.evaluator.evaluator.objects,
         }
+        if self.attributes is None:
+            return value
+        asked = None if self._asked is None else read_attributes(self._asked)
+        return value | {"attributes": {name: list(values) for name, values in self.attributes.items()}, "asked": asked}
 
     def _work(self, folders: Sequence[Path] | None, path: Path | None, limit: int | None = None) -> Work:
-        objects = label_objects(self.evaluator.evaluator, self._objects, path) if self.evaluator and path else None
+        judge = self.evaluator if path and not self.attributes else None
+        objects = label_objects(judge.evaluator, self._objects, path) if judge and path else None
         requests = None if path is None else read_requests(path, objects)[:limit]
         names = tuple(r.image_name for r in requests or ()) if folders is None else image_names(folders, requests)
         matched = self.reference.named(names) if self.clip and self.reference else {}
         prompts = tuple(r.prompt for r in requests or () if r.prompt is not None) if self.clip else ()
-        work = Work(requests, objects if self._labelled(requests, path) else None, names, prompts, matched)
+        own = self.network is self.evaluator
+        judged = self.evaluator is not None and is_judged(requests, path, self.attributes, self._asked, own)
+        asked = None
+        if judged and requests and path and self.attributes:
+            asked = asked_attributes(asked_file(self._asked, path), requests, self.attributes)
+        work = Work(requests, objects if judged else None, asked, names, prompts, matched)
         self._check(work)
         return work
-
-    def _labelled(self, requests: Sequence[Request] | None, path: Path | None) -> bool:
-        """Whether label accuracy is measured; InputError where the evaluator was given for that alone, and it cannot be."""
-        if self.evaluator is None:
-            return False
-        if requests is not None and requests[0].kind == "labels":
-            return True
-        if self.network is self.evaluator:
-            return False
-        if requests is None:
-            raise InputError("label accuracy needs the requests that the images were generated from: give --requests")
-        raise InputError(
-            f'{path}: holds prompts; label accuracy needs requests with labels, such as [["red cube"], ...]'
-        )
 
     def _check(self, work: Work) -> None:
         if self.network and self.reference and (fewest := min(len(work.names), len(self.reference.files))) < 2:
@@ -176,7 +193,7 @@ class Scorer:
             raise InputError(f"{self.clip.source}: CLIP has nothing to compare the images with: {needs}")
 
     def _networks(self, work: Work) -> dict[str, Network]:
-        used = [self.evaluator if work.objects else None, self.network, self.clip]
+        used = [self.evaluator if work.objects or work.asked is not None else None, self.network, self.clip]
         return {network.name: network for network in used if network}
 
     def _samples(self, work: Work, seeds: Sequence[Seed]) -> dict[str, tuple[Sample, ...]]:
@@ -185,6 +202,8 @@ class Scorer:
         if work.objects:
             targets, _ = self._targets(work)
             out["label_accuracy"] = tuple(label_sample(scores, targets) for scores in self._label_scores(seeds))
+        if work.asked is not None and self.attributes:
+            out |= attribute_samples(self._label_scores(seeds), work.asked, self.attributes)
         if self.network:
             features = [seed.features[self.network.name] for seed in seeds]
             out["fid"] = tuple(Frechet(one, self.statistics) for one in features)

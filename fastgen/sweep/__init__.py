@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastgen.attributes import FILE as ATTRIBUTES
 from fastgen.errors import InputError
 from fastgen.folders import make_folder
 from fastgen.jobs.folder import JOB, MANIFEST, recorded_runs
@@ -90,7 +91,7 @@ def _claim(plan: Plan, requests: Path) -> None:
         if not isinstance(value, dict) or value.get("requests_sha256") != sha256:
             raise InputError(f"{plan.out}: holds a sweep over other requests; choose another --out")
     else:
-        names = (REQUESTS, OBJECTS, CSV, PLOT, SHEET, POINTS, JOB)
+        names = (REQUESTS, OBJECTS, ATTRIBUTES, CSV, PLOT, SHEET, POINTS, JOB)
         taken = [name for name in names if os.path.lexists(plan.out / name)]
         if taken or (os.path.lexists(plan.out) and not plan.out.is_dir()):
             found = f"holds {taken[0]} already, but no {JSON}" if taken else "is not a folder"
@@ -98,8 +99,9 @@ def _claim(plan: Plan, requests: Path) -> None:
         make_folder(plan.out)
         write_json(record, {"requests_sha256": sha256, "rows": []})
     write_json(plan.out / REQUESTS, _requests_json(plan.requests))
-    if (beside := requests.parent / OBJECTS).is_file():  # which a scorer may look its objects up in
-        write_bytes(plan.out / OBJECTS, beside.read_bytes())
+    for name in (OBJECTS, ATTRIBUTES):  # which a scorer looks for beside the requests
+        if (beside := requests.parent / name).is_file():
+            write_bytes(plan.out / name, beside.read_bytes())
 
 
 def _requests_json(requests: Sequence[Request]) -> dict[str, Any]:
@@ -153,6 +155,8 @@ def _score(
     folders, file = plan.folders(point), plan.out / POINTS / point.name / SCORE
     manifests = {folder.name: hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest() for folder in folders}
     made_from = {"scorer": dict(identity), "manifests": manifests}
+    if "attributes" in identity and (asked := plan.out / ATTRIBUTES).is_file():
+        made_from["asked"] = hashlib.sha256(asked.read_bytes()).hexdigest()
     value: Any = read_json(file) if file.is_file() else None
     kept = isinstance(value, dict) and all(value.get(key) == held for key, held in made_from.items())
     if not kept:

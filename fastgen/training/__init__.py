@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+from fastgen.attributes import labelled
 from fastgen.config import Preset
 from fastgen.data import read_dataset
 from fastgen.errors import InputError
@@ -43,6 +44,8 @@ def train(
     """
     out = Path(out)
     dataset = read_dataset(data)
+    if preset.family == "evaluator":
+        dataset = labelled(dataset)
     target = choose("fp32", device).device
     processes = join(target)
     with processes.main_first():

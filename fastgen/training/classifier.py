@@ -1,15 +1,18 @@
-"""The evaluator's objective: which objects are in the image, as independent yes-or-no questions."""
+"""The evaluators' objectives: which objects are in the image, as independent yes-or-no questions, and which value each
+attribute has."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fastgen.metrics import label_accuracy
+from fastgen.attributes import Attributes
+from fastgen.metrics import attribute_hits, label_accuracy
 from fastgen.training.draws import Draws
 from fastgen.training.sources import NOISE, flip_some, to_signed
 
@@ -55,21 +58,45 @@ class ClassifierTask:
         if module.training:
             x = augment(x, draws)
         labels = torch.from_numpy(self.multi_hot[rows]).to(self.device)  # (b, num_labels)
-        logits = module(x).float()
+        return self.loss(module(x).float(), labels)
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """(b, num_labels) both -> (b,)."""
         return functional.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(dim=1)
 
     def parts(self, total: Callable[[Tensor], Tensor]) -> dict[str, float]:
         return {}
 
-    def figures(self, module: nn.Module) -> dict[str, float]:
-        """The task's official score on the validation images."""
+    def figures(self, module: nn.Module) -> Mapping[str, float]:
         rows = self.validation_rows
         parts = np.array_split(rows, -(-len(rows) // 256))
         scores = np.concatenate([module(to_signed(self.images[p], self.device)).float().cpu().numpy() for p in parts])
-        return {"accuracy": label_accuracy(scores, self.multi_hot[rows])}
+        return self.judge(scores, self.multi_hot[rows])
+
+    def judge(self, scores: np.ndarray, labels: np.ndarray) -> Mapping[str, float]:
+        """The task's official score on the validation images."""
+        return {"accuracy": label_accuracy(scores, labels)}
 
     def preview(self, module: nn.Module) -> None:
         return None
+
+
+class AttributeTask(ClassifierTask):
+    """Softmax cross-entropy of each attribute, added up, on the same images; `multi_hot` has one value of each."""
+
+    def __init__(self, *args: Any, attributes: Attributes) -> None:
+        super().__init__(*args)
+        self.attributes, self.sizes = attributes, [len(values) for values in attributes.values()]
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        parts = zip(logits.split(self.sizes, dim=1), labels.split(self.sizes, dim=1), strict=True)
+        return torch.stack([functional.cross_entropy(x, y, reduction="none") for x, y in parts]).sum(dim=0)
+
+    def judge(self, scores: np.ndarray, labels: np.ndarray) -> Mapping[str, float]:
+        """The share of validation images whose value of an attribute is the likeliest, for each, and the lowest."""
+        shares = attribute_hits(scores, labels, self.sizes).mean(axis=0).tolist()
+        figures = {f"accuracy_{name}": share for name, share in zip(self.attributes, shares, strict=True)}
+        return {**figures, "accuracy_lowest": min(shares)}
 
 
 def augment(x: Tensor, draws: Draws) -> Tensor:

@@ -13,7 +13,7 @@ from fastgen.errors import InputError
 from fastgen.networks import Model, save_model
 from fastgen.networks.labels import LabelConditioner, LabelUNet, conditioner_dim, unet_class
 from fastgen.networks.text import TextUNet
-from fastgen.training.classifier import ClassifierTask
+from fastgen.training.classifier import AttributeTask, ClassifierTask
 from fastgen.training.contrastive import ContrastiveTask
 from fastgen.training.diffusion import DiffusionTask, NoiseSchedule
 from fastgen.training.encode import cached_moments, cached_states, latent_scale, tokenize
@@ -91,17 +91,18 @@ def train_labels(preset: Preset, data: Examples, job: Job) -> None:
 
 
 def train_evaluator(preset: Preset, data: Examples, job: Job) -> None:
-    """The classifier that scores labels."""
+    """The classifier that scores labels or attributes."""
     recipe = _recipe(preset.evaluator, "evaluator")
     if preset.image_size != evaluator.IMAGE_SIZE:
         raise InputError(f"image_size = {preset.image_size}: the evaluator sees {evaluator.IMAGE_SIZE} px")
-    objects = dict(data.dataset.objects or {})
+    objects, attributes = dict(data.dataset.objects or {}), data.dataset.attributes
     run = job.run("evaluator", recipe.precision)
     torch.manual_seed(recipe.seed)
-    module = evaluator.build(len(objects))
-    task = ClassifierTask(module, data.images, data.multi_hot, data.rows(recipe), run.precision.device)
-    fit(task, recipe, run)
-    job.finish(lambda folder: evaluator.save(module.cpu(), folder, objects, record(preset, data, job)))
+    module = evaluator.build(len(objects), **_network(preset.evaluator).config)
+    what = module, data.images, data.multi_hot, data.rows(recipe), run.precision.device
+    fit(AttributeTask(*what, attributes=attributes) if attributes else ClassifierTask(*what), recipe, run)
+    outputs = attributes or objects
+    job.finish(lambda folder: evaluator.save(module.cpu(), folder, outputs, record(preset, data, job)))
 
 
 def record(preset: Preset, data: Examples, job: Job) -> dict[str, Any]:

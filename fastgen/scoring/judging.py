@@ -1,0 +1,47 @@
+"""Whether an evaluator can tell how well images follow their requests: one of objects by labels, one of attributes by prompts
+and what is written down about them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from fastgen.attributes import FILE, Attributes
+from fastgen.errors import InputError
+from fastgen.requests import Request
+
+
+def is_judged(
+    requests: Sequence[Request] | None,
+    path: Path | None,
+    attributes: Attributes | None,
+    asked: Path | None,
+    for_features: bool,
+) -> bool:
+    """Whether images of these requests, read from `path`, are judged by an evaluator of `attributes` (None: of objects).
+
+    asked: the file that was given for what was asked for. for_features: the evaluator is wanted for FID and KID anyway, so
+    that it may judge nothing. InputError where it was given for judging alone, and cannot.
+    """
+    if requests and path and requests[0].kind == ("text" if attributes else "labels"):
+        known = attributes is None or asked is not None or path.with_name(FILE).is_file()
+        return known or not for_features
+    if for_features and asked is None:
+        return False
+    what = "attributes need" if attributes else "label accuracy needs"
+    if path is None:
+        raise InputError(f"{what} the requests that the images were generated from: give --requests")
+    if attributes:
+        raise InputError(f"{path}: holds labels; {what} requests with prompts; an evaluator of objects judges labels")
+    example = 'such as [["red cube"], ...], or --evaluator FOLDER of an evaluator of attributes'
+    raise InputError(f"{path}: holds prompts; {what} requests with labels, {example}")
+
+
+def asked_file(given: Path | None, requests: Path) -> Path:
+    """Where it is written what was asked for: the file that was given, else attributes.json beside the requests. InputError
+    where there is none."""
+    path = given or requests.with_name(FILE)
+    if not path.is_file():
+        hint = "" if given else ", which says what was asked for, by the requests' keys; give --attributes FILE"
+        raise InputError(f"{path}: no such file{hint}")
+    return path

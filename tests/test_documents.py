@@ -69,6 +69,30 @@ def judge(tmp_path_factory) -> Path:
     return make_evaluator(tmp_path_factory.mktemp("lent") / "evaluator")
 
 
+@pytest.fixture(scope="session")
+def judge_of_monsters(described, tmp_path_factory) -> Path:
+    """An evaluator of attributes that was never trained."""
+    from fastgen import evaluator
+    from fastgen.attributes import outputs
+    from fastgen.data.synthetic.traits import ACTIONS, VALUES
+
+    attributes = {**{name: tuple(values) for name, values in VALUES.items()}, "action": tuple(ACTIONS)}
+    folder = tmp_path_factory.mktemp("lent") / "evaluator-monsters"
+    evaluator.save(evaluator.build(len(outputs(attributes)), width=8).eval(), folder, attributes, {})
+    return folder
+
+
+@pytest.fixture
+def shipped(label_model, text_model, judge, judge_of_monsters, tmp_path_factory, monkeypatch) -> None:
+    """Small models under the names of those that come with the package."""
+    models = {"iclevr-64": label_model, "monsters-64": text_model}
+    models |= {"evaluator-iclevr": judge, "evaluator-monsters": judge_of_monsters}
+    folder = tmp_path_factory.mktemp("models")
+    for name, source in models.items():
+        (folder / name).symlink_to(source)
+    monkeypatch.setattr("fastgen.shipped.MODELS", folder)
+
+
 class Reader:
     """Somebody who gives a document's commands in a folder of their own."""
 
@@ -130,6 +154,7 @@ def lent(request, labelled, described, judge, requests_files) -> dict[str, Calla
         "DATA (labels)": lambda: labelled,
         "MODEL": partial(fixture, "label_model"),
         "FOLDER": partial(fixture, "text_model"),
+        "MONSTERS": lambda: described,
         "MONSTERS_64": partial(fixture, "text_model"),
         "BUNDLE": partial(fixture, "label_bundle"),
         "TEXT_BUNDLE": partial(fixture, "text_bundle"),
@@ -212,7 +237,7 @@ def run(document: str, reader: Reader, chosen: Callable[[Step], bool]) -> None:
 
 
 @pytest.fixture
-def reader(lent, fastgen, tmp_path, monkeypatch) -> Reader:
+def reader(lent, shipped, fastgen, tmp_path, monkeypatch) -> Reader:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("fastgen.solver.COMMON_STEPS", (1, 2, 3, 5, 10, 20))
     logging.getLogger("torch.__trace").propagate = False  # pages of it would be shown beside a failed test

@@ -8,6 +8,7 @@ A document's commands run in order in one folder. Where one asks for something t
 from __future__ import annotations
 
 import importlib
+import json
 import logging
 import re
 import shutil
@@ -108,10 +109,12 @@ class Reader:
             exec(compile(step.text, step.document, "exec"), {})
             return
         words = step.words
-        for word in arguments(words):
-            self.lend(step, Path(word).parts[0], kind=data_kind(words))
-        made = Path(words[words.index("--out") + 1]) if "--out" in words else None
-        if made is not None and made.name in self.given:
+        for option, word in sorted(
+            arguments(words), key=lambda found: found[0] in ("generate", "sweep")
+        ):  # models first
+            self.lend(step, word.split("/")[0], kind=needed_kind(words, option, word))
+        made = words[words.index("--out") + 1] if "--out" in words else None
+        if made in self.given:
             shutil.rmtree(made)
         code, told = self.start([*words, *shortened(words)])
         if code:
@@ -127,10 +130,12 @@ class Reader:
         return done.exit_code, f"{done.output} {done.exception!r}"
 
     def lend(self, step: Step, place: str, kind: str | None = None, optional: bool = False) -> None:
-        """Put there what the reader is supposed to have. For DATA, which is anybody's: of the kind that the command needs."""
-        name = f"{place} ({kind})" if kind and f"{place} ({kind})" in self.lent else place
-        if not PLACE.match(place) or (name in self.given or (Path(place).exists() and name == place)):
+        """Put there what the reader is supposed to have, in place of what has another kind than the command needs."""
+        if not (place in self.lent or kind or PLACE.match(place)):
             return
+        if Path(place).exists() and kind in (None, found_kind(Path(place))):
+            return
+        name = f"{'REQUESTS' if place.endswith('.json') else 'DATA'} ({kind})" if kind else place
         if name not in self.lent:
             if not optional:
                 text = (
@@ -138,8 +143,9 @@ class Reader:
                 )
                 pytest.fail(text, pytrace=False)
             return
-        self.given = {g for g in self.given if g.split()[0] != place} | {name}
-        shutil.rmtree(place, ignore_errors=True)
+        self.given.add(place)
+        if Path(place).is_dir():
+            shutil.rmtree(place)
         source = self.lent[name]()
         (shutil.copytree if source.is_dir() else shutil.copy)(source, place)
 
@@ -154,37 +160,46 @@ def lent(request, labelled, described, judge, requests_files) -> dict[str, Calla
         "DATA (labels)": lambda: labelled,
         "MODEL": partial(fixture, "label_model"),
         "FOLDER": partial(fixture, "text_model"),
-        "MONSTERS": lambda: described,
         "MONSTERS_64": partial(fixture, "text_model"),
         "BUNDLE": partial(fixture, "label_bundle"),
         "TEXT_BUNDLE": partial(fixture, "text_bundle"),
         "EVALUATOR": lambda: judge,
         "test.json": lambda: requests_files["labels"],
-        "REQUESTS.json": lambda: requests_files["labels"],
-        "PROMPTS.json": lambda: requests_files["text"],
+        "REQUESTS (labels)": lambda: requests_files["labels"],
+        "REQUESTS (text)": lambda: requests_files["text"],
     }
 
 
-def arguments(words: list[str]) -> list[str]:
-    """The values of a command that name what must be there: not what it writes."""
+def arguments(words: list[str]) -> list[tuple[str, str]]:
+    """(option or word before it, value) of everything in a command that may name what must be there: not what it writes."""
     writes = {i + 1 for i, word in enumerate(words) if word == "--out"}
     if words[1:2] in (["data"], ["pack"]):
         writes.add(3)
-    return [value(word) for i, word in enumerate(words) if i not in writes and not word.startswith("-")]
+    read = [i for i, word in enumerate(words) if i and i not in writes and not word.startswith("-")]
+    return [(words[i - 1], words[i].partition("=")[2] or words[i]) for i in read]
 
 
-def value(word: str) -> str:
-    """Of KEY=VALUE the value."""
-    return word.partition("=")[2] or word
-
-
-def data_kind(words: list[str]) -> str | None:
-    """What DATA must hold for a command that learns from it, None where any will do."""
+def needed_kind(words: list[str], before: str, word: str) -> str | None:
+    """What a dataset to learn from, named after `before`, must hold, or a file of requests; None for everything else."""
     from fastgen.config import load_preset
+    from fastgen.shipped import find_model, model_kind
 
-    if words[:2] == ["fastgen", "train"]:
+    command = words[1] if words[0] == "fastgen" else ""
+    if command == "train" and before == "--data":
         return "text" if load_preset(words[2]).family == "text" or words[2].endswith("attributes") else "labels"
-    return "text" if words[:2] == ["fastgen", "index"] else None
+    if command == "index" and before == "index":
+        return "text"
+    if command in ("generate", "sweep") and before == command and word.endswith(".json") and "/" not in word:
+        named = model_kind(find_model(words[words.index("--model") + 1])) if "--model" in words else None
+        return named or ("text" if word.lower().startswith("prompt") else "labels")
+    return None
+
+
+def found_kind(place: Path) -> str | None:
+    """ "text" or "labels" where a dataset or a file of requests lies there."""
+    if place.is_file():
+        return "labels" if isinstance(json.loads(place.read_text()), list) else "text"
+    return "text" if (place / "train_info.json").is_file() else "labels" if (place / "train.json").is_file() else None
 
 
 def first_checkpoint(named: re.Match[str]) -> str:

@@ -259,7 +259,9 @@ def reader(lent, shipped, fastgen, tmp_path, monkeypatch) -> Reader:
     return Reader(lent, fastgen)
 
 
-@pytest.mark.parametrize("document", DOCUMENTS)
+@pytest.mark.parametrize(
+    "document", [d if d != "docs/presets.md" else pytest.param(d, marks=pytest.mark.slow) for d in DOCUMENTS]
+)
 def test_every_command_of_a_document_runs(document, reader):
     run(document, reader, lambda step: not matching(step, NOT_RUN | SLOW))
 

@@ -138,7 +138,8 @@ def typed_requests(
     the seeds `seed`, `seed` + 1, ... So an image does not depend on what else was asked for. Raises InputError."""
     if bool(prompts) == bool(labels):
         raise InputError("give either --prompt or --labels")
-    requests, places = [], []
+    requests: list[Request] = []
+    places: list[str] = []
     for text in prompts or labels:
         place = f"--{'prompt' if prompts else 'labels'} {brief(text)}"
         for own in range(seed, seed + count):

@@ -61,7 +61,7 @@ def model_kind(folder: Path) -> str | None:
     if (folder / MANIFEST).is_file():
         value = read_json(folder / MANIFEST)
         family = value.get("family") if isinstance(value, dict) else None
-        return family if family in KINDS else None
+        return family if isinstance(family, str) and family in KINDS else None
     index = read_json(folder / INDEX) if (folder / INDEX).is_file() else {}
     if not isinstance(index, dict):
         return None

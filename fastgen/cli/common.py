@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ class ModelPath(click.Path):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         from fastgen.shipped import find_model
 
-        return find_model(super().convert(value, param, ctx))
+        return find_model(os.fsdecode(super().convert(value, param, ctx)))
 
 
 FOLDER = click.Path(path_type=Path)
@@ -41,7 +42,7 @@ def given_again(ctx: click.Context, leave_out: Sequence[str]) -> list[str]:
         elif isinstance(param, click.Option) and param.is_flag:
             words.append((param.opts if value else param.secondary_opts)[0])
         elif param.multiple:
-            for one in value:
+            for one in value or ():
                 words += [param.opts[0], str(one)]
         else:
             words += [param.opts[0], *(map(str, value) if isinstance(value, tuple) else [str(value)])]

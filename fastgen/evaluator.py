@@ -183,16 +183,15 @@ def _load_folder(folder: Path) -> Evaluator:
 
 def _named(outputs: Any, module: ResNet18) -> Evaluator:
     """The evaluator whose outputs are called so: lists of values are those of attributes. InputError where they do not fit."""
-    of_attributes = isinstance(outputs, Mapping) and any(isinstance(v, list | tuple) for v in outputs.values())
-    if of_attributes:
-        attributes = check_attributes(outputs)
-        found, what = sum(map(len, attributes.values())), "values"
+    if isinstance(outputs, Mapping) and any(isinstance(value, list | tuple) for value in outputs.values()):
+        named = Evaluator(module, None, check_attributes(outputs))
+        found, what = sum(map(len, outputs.values())), "values"
     else:
         check_objects(outputs)
-        found, what = len(outputs), "objects"
+        named, found, what = Evaluator(module, outputs), len(outputs), "objects"
     if found != module.num_labels:
         raise InputError(f"found {found} {what}, expected one for each of the {module.num_labels} outputs")
-    return Evaluator(module, None, attributes) if of_attributes else Evaluator(module, outputs)
+    return named
 
 
 def _with_weights(state: Mapping[str, Any], path: Path) -> ResNet18:
@@ -204,5 +203,6 @@ def _with_weights(state: Mapping[str, Any], path: Path) -> ResNet18:
 
 def _rows(weight: object, dimensions: int, default: int, most: int = 100_000) -> int:
     """The outputs of a layer, from its weight; the default where that is none of the right dimensions."""
-    fits = isinstance(weight, Tensor) and weight.ndim == dimensions and 1 <= len(weight) <= most
-    return len(weight) if fits else default  # type: ignore[arg-type]
+    if isinstance(weight, Tensor) and weight.ndim == dimensions and 1 <= len(weight) <= most:
+        return len(weight)
+    return default

@@ -10,6 +10,7 @@ from PIL import Image
 from fastgen.images import png_bytes
 from fastgen.names import ICLEVR_OBJECTS
 
+ATTRIBUTES = {"body": ("cat", "slime"), "colour": ("blue", "green", "red")}
 PROMPTS = ["a red dragon with wings", "a small blue slime", "green robot with a sword", "purple insect with many legs"]
 
 
@@ -33,6 +34,16 @@ def make_evaluator(folder: Path, seed: int = 0) -> Path:
 
     torch.manual_seed(seed)
     evaluator.save(evaluator.build().eval(), folder, ICLEVR_OBJECTS, {})
+    return folder
+
+
+def make_attribute_evaluator(folder: Path, seed: int = 0) -> Path:
+    import torch
+
+    from fastgen import evaluator
+
+    torch.manual_seed(seed)
+    evaluator.save(evaluator.build(5, width=8).eval(), folder, ATTRIBUTES, {})
     return folder
 
 

@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 from PIL import Image
-from scoring_helpers import make_clip, make_evaluator
+from scoring_helpers import make_attribute_evaluator, make_clip, make_evaluator
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("onnxruntime")
@@ -292,6 +292,30 @@ def test_a_text_model_is_swept_over_noise_steps_of_an_index(
     assert len(manifest) == 3
     assert json.loads(manifest[0])["noise_steps"] == 2
     assert "clip_t" in next(iter(found.values()))
+
+
+def test_a_text_model_is_swept_by_the_attributes_of_its_images(fastgen, text_model, requests_files, tmp_path):
+    requests, out = tmp_path / "test.json", tmp_path / "out"
+    requests.write_bytes(requests_files["text"].read_bytes())
+    asked = {key: {"body": "cat", "colour": "red"} for key in json.loads(requests.read_text())}
+    (tmp_path / "attributes.json").write_text(json.dumps(asked))
+    options = ["--model", text_model, "--engine", "eager", "--evaluator", make_attribute_evaluator(tmp_path / "judge")]
+    options += ["--num-inference-steps", "1,2", "--guidance-scale", "1", "--seeds", "0,1"]
+    sweep = ["sweep", requests, "--out", out, *options]
+    assert fastgen(*sweep)[0] == 0
+    value = json.loads((out / "sweep.json").read_text())
+    assert value["metric"] == "attributes"
+    assert [list(row["metrics"]) for row in value["rows"]] == [["attributes", "body", "colour"]] * 2
+    assert value["rows"][0]["metrics"]["body"]["over"] == "seeds"
+    pictures, scores = images(out), stamps(out, "score.json")
+    assert fastgen(*sweep)[0] == 0
+    assert stamps(out, "score.json") == scores
+    (tmp_path / "attributes.json").write_text(json.dumps(asked).replace("cat", "slime"))
+    assert fastgen(*sweep)[0] == 0
+    again = json.loads((out / "sweep.json").read_text())
+    for row, other in zip(value["rows"], again["rows"], strict=True):
+        assert row["metrics"]["body"]["value"] == pytest.approx(1 - other["metrics"]["body"]["value"])
+    assert images(out) == pictures
 
 
 def test_broken_images_leave_their_point_without_a_score_and_the_others_with_one(

@@ -387,6 +387,27 @@ def test_an_evaluator_is_trained_saved_and_loaded(labelled: Path, tmp_path: Path
     assert 0 <= row["accuracy"] <= 1
 
 
+def test_an_evaluator_of_attributes_is_trained_saved_and_loaded(described: Path, tmp_path: Path) -> None:
+    from fastgen import evaluator
+
+    keys = [f"{i}_{action}" for i in range(6) for action in ("main", "attack1")]
+    entries = {key: {"colour": list(COLOURS)[int(key[0]) % 3], "action": key[2:]} for key in keys}
+    (described / "attributes.json").write_text(json.dumps(entries))
+    recipe = Training(steps=3, batch_size=4, precision="fp32", validation_fraction=0.25)
+    preset = Preset("tiny", "evaluator", 64, "stretch", evaluator=Network({"width": 8}, train=recipe))
+    out = train(preset, described, tmp_path / "evaluator", progress=False)
+    loaded = evaluator.load(out)
+    assert loaded.attributes == {"colour": ("blue", "green", "red"), "action": ("attack1", "main")}
+    assert loaded.predict(np.zeros((2, 3, 64, 64), np.float32)).shape == (2, 5)
+    row = json.loads((out / "log.jsonl").read_text().splitlines()[-1])
+    shares = [row["accuracy_colour"], row["accuracy_action"]]
+    assert 0 <= min(shares) == row["accuracy_lowest"] <= max(shares) <= 1
+    entries["0_main"]["colour"] = "green"
+    (described / "attributes.json").write_text(json.dumps(entries))
+    with pytest.raises(InputError, match="holds a job on other data"):
+        train(preset, described, out, progress=False)
+
+
 def test_the_second_run_takes_pixels_from_the_cache(
     labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

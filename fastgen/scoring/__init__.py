@@ -54,8 +54,8 @@ def score(
     does not know, images that are missing, not readable or generated for other requests, fewer than two images for FID, and
     files that are not what they should be; FastgenError without torch, torchmetrics or transformers, and for NaN.
     """
-    asked = {"evaluator": evaluator, "reference": reference, "features": features, "clip": clip}
-    check_options(**asked, attributes=attributes, batch_size=batch_size)
+    given: dict[str, Any] = {"evaluator": evaluator, "reference": reference, "features": features, "clip": clip}
+    check_options(**given, attributes=attributes, batch_size=batch_size)
     scorer = need("fastgen.scoring.scorer").Scorer(
         evaluator=evaluator,
         reference=reference,

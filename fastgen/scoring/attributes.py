@@ -11,7 +11,7 @@ from fastgen.attributes import MEAN, Attributes, check_complete, labels_of, outp
 from fastgen.jsonfiles import brief, located
 from fastgen.metrics import Share, attribute_hits
 from fastgen.requests import Request
-from fastgen.scoring.samples import Mean
+from fastgen.scoring.samples import Mean, Sample
 
 
 def asked_attributes(path: Path, requests: Sequence[Request], attributes: Attributes) -> np.ndarray:
@@ -35,11 +35,13 @@ def metric_names(attributes: Attributes) -> tuple[str, ...]:
 
 def attribute_samples(
     scores: Sequence[np.ndarray], targets: np.ndarray, attributes: Attributes
-) -> dict[str, tuple[Mean, ...]]:
+) -> dict[str, tuple[Sample, ...]]:
     """Metric -> a sample for each folder; scores (N, K) of each folder."""
     sizes = [len(values) for values in attributes.values()]
     hits = [attribute_hits(one, targets, sizes).astype(np.float64) for one in scores]  # (N, A) each
-    each = {name: tuple(Mean(one[:, i]) for one in hits) for i, name in enumerate(attributes)}
+    each: dict[str, tuple[Sample, ...]] = {
+        name: tuple(Mean(one[:, i]) for one in hits) for i, name in enumerate(attributes)
+    }
     return {MEAN: tuple(Mean(one.mean(axis=1)) for one in hits), **each}
 
 

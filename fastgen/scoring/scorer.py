@@ -66,8 +66,8 @@ class Scorer:
         batch_size: int = 64,
         device: str | None = None,
     ) -> None:
-        asked = {"evaluator": evaluator, "reference": reference, "features": features, "clip": clip}
-        check_options(**asked, attributes=attributes, batch_size=batch_size)
+        given: dict[str, Any] = {"evaluator": evaluator, "reference": reference, "features": features, "clip": clip}
+        check_options(**given, attributes=attributes, batch_size=batch_size)
         for asked, module in ((features, "torchmetrics"), (clip, "transformers")):
             if asked is not None:
                 need(module)
@@ -157,7 +157,7 @@ class Scorer:
     def identity(self) -> dict[str, Any]:
         """What the scores of given images and requests depend on, as JSON."""
         networks = [network for network in (self.evaluator, self.network, self.clip) if network]
-        value = {
+        value: dict[str, Any] = {
             "fastgen": __version__,
             "networks": {n.name: [n.fingerprint, n.preprocessing] for n in networks},
             "reference": None if self.reference is None else self.reference.fingerprint,

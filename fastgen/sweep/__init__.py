@@ -154,7 +154,7 @@ def _score(
     """(figures, warnings, whether it was scored now). A score that this scorer gave these images before is kept."""
     folders, file = plan.folders(point), plan.out / POINTS / point.name / SCORE
     manifests = {folder.name: hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest() for folder in folders}
-    made_from = {"scorer": dict(identity), "manifests": manifests}
+    made_from: dict[str, Any] = {"scorer": dict(identity), "manifests": manifests}
     if "attributes" in identity and (asked := plan.out / ATTRIBUTES).is_file():
         made_from["asked"] = hashlib.sha256(asked.read_bytes()).hexdigest()
     value: Any = read_json(file) if file.is_file() else None

@@ -51,8 +51,22 @@ def certificates(bundle: Path) -> Iterator[dict[str, Any]]:
             }
 
 
+def figures(score: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """One row per metric of what `fastgen score` wrote."""
+    for figure in score["metrics"].values():
+        error = figure["standard_error"]
+        yield {
+            "metric": figure["label"],
+            "value": round(figure["value"], 4),
+            "standard_error": "unknown" if error is None else round(error, 4),
+            "over": figure["over"],
+        }
+
+
 def sections(folder: Path) -> Iterator[str]:
     """The page's parts for whatever the folder holds."""
+    for image in sorted(folder.glob("*.png")):
+        yield f'<img src="{image.name}" width="192">'
     for sheet in sorted(folder.glob("generated/*/contact_sheet.png")):
         job = json.loads((sheet.parent / "job.json").read_text())
         settings, runs = job["job"], job["runs"]
@@ -65,9 +79,8 @@ def sections(folder: Path) -> Iterator[str]:
         yield f'<img src="{sheet.relative_to(folder).as_posix()}">'
     for file in sorted(folder.glob("scores/*.json")):
         score = json.loads(file.read_text())
-        yield f"<h2>Label accuracy: {html.escape(file.stem)}</h2>"
-        error = "unknown" if score["standard_error"] is None else f"{score['standard_error']:.3f}"
-        yield f"<p>{score['accuracy']:.3f}, standard error {error} over {score['standard_error_over']}</p>"
+        yield f"<h2>Scores: {html.escape(file.stem)}</h2>"
+        yield table(list(figures(score)))
     for file in sorted(folder.glob("engines-*.json")):
         yield f"<h2>Engines: {html.escape(file.stem.removeprefix('engines-'))}</h2>"
         yield table(cells(json.loads(file.read_text())["rows"]))

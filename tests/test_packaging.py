@@ -49,6 +49,7 @@ def test_the_wheel_runs_in_a_clean_environment(tmp_path):
     assert {f"fastgen/presets/{f.name}" for f in (ROOT / "fastgen" / "presets").glob("*.toml")} <= names
     models = [f.relative_to(ROOT).as_posix() for f in (ROOT / "fastgen" / "models").rglob("*") if f.is_file()]
     assert set(models) == {name for name in names if name.startswith("fastgen/models/")}
+    assert "fastgen/data/synthetic/held_out.txt" in names
     assert not any(name.startswith(("tests/", "benchmarks/", "bin/")) for name in names)
 
     venv.create(tmp_path / "env", with_pip=True)

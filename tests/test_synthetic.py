@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import colorsys
+import hashlib
 import json
 import shutil
 from dataclasses import replace
@@ -11,9 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
-from fastgen.data.synthetic import OBJECTS, write_iclevr, write_monsters
+from fastgen.data.synthetic import OBJECTS, label_lists, write_iclevr, write_monsters
 from fastgen.data.synthetic import iclevr as iclevr_module
 from fastgen.data.synthetic.creature import render_action
 from fastgen.data.synthetic.descriptions import PHRASES
@@ -319,11 +322,75 @@ def test_label_lists_give_files_and_labels_and_held_out_sets_are_dropped(tmp_pat
 def test_the_real_label_lists_leave_enough_sets_for_testing():
     if not (REAL / "iclevr").is_dir():
         pytest.skip("the real JSON files are not here")
-    train = iclevr_module._read_train(REAL / "iclevr" / "train.json", 18009)
+    train = label_lists.read_train(REAL / "iclevr" / "train.json", 18009)
     used = {frozenset(x) for x in train.values()}
     tests = iclevr_module._draw_tests(0, avoid=used)
     assert len(train) == 18009
     assert not used & {frozenset(x) for lists in tests.values() for x in lists}
+
+
+@pytest.fixture(scope="module")
+def reference_tests() -> list[Path]:
+    """The i-CLEVR task's own request files."""
+    files = [REAL / "iclevr" / name for name in ("test.json", "new_test.json")]
+    if not all(file.is_file() for file in files):
+        pytest.skip("the real JSON files are not here")
+    return files
+
+
+def held_sets(*sources: Path | str) -> set[frozenset[str]]:
+    return {labels for source in sources for labels in label_lists.read_held_out(source)}
+
+
+def test_a_fingerprint_is_that_of_the_documentation_whatever_the_order():
+    digest = hashlib.sha256(b"blue sphere,red cube").hexdigest()[:16]
+    assert label_lists.fingerprint(["red cube", "blue sphere"]) == digest
+    assert label_lists.fingerprint(("blue sphere", "red cube")) == digest
+    prints = {label_lists.fingerprint(labels) for labels in label_lists.all_label_sets()}
+    assert len(prints) == 24 + 276 + 2024
+
+
+def test_the_reference_list_holds_out_the_tasks_own_tests(reference_tests):
+    assert held_sets("reference") == held_sets(*reference_tests)
+    assert held_sets(Path("reference")) == held_sets(label_lists.HELD_OUT)
+    assert len(held_sets("reference")) == 64
+
+
+def test_the_reference_list_gives_the_data_that_the_tasks_own_files_give(reference_tests, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        iclevr_module, "render_all", lambda *_, **__: None
+    )  # a picture depends on seed, name and labels alone
+    write_iclevr(tmp_path / "files", count=30000, hold_out=reference_tests, progress=False)
+    write_iclevr(tmp_path / "list", count=30000, hold_out=["reference"], progress=False)
+    assert contents(tmp_path / "files") == contents(tmp_path / "list")
+    assert len(load(tmp_path / "list" / "train.json")) == 30000
+
+
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 10**6))
+def test_no_training_image_has_a_set_of_the_reference_list(seed):
+    held = held_sets("reference")
+    train = iclevr_module._draw_train(seed, 300, held)
+    assert len(train) == 300
+    assert not held & {frozenset(labels) for labels in train.values()}
+
+
+def test_fingerprints_of_a_file_hold_out_like_the_label_sets_themselves(tmp_path):
+    (tmp_path / "held.txt").write_text("# two sets\n" + label_lists.fingerprint(["red cube"]).upper() + "  # one\n\n")
+    assert held_sets(tmp_path / "held.txt") == {frozenset(["red cube"])}
+    (tmp_path / "held.txt").write_text("# none\n0123456789abcdef\n")
+    with pytest.raises(InputError, match=r"held\.txt: line 2: '0123456789abcdef' is not the fingerprint of"):
+        write_iclevr(tmp_path / "out", hold_out=[tmp_path / "held.txt"], progress=False)
+    with pytest.raises(InputError, match=r"cannot read .*none\.txt: No such file"):
+        write_iclevr(tmp_path / "out", hold_out=[tmp_path / "none.txt"], progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_takes_the_reference_list_by_name(fastgen, tmp_path):
+    arguments = ["--count", 3, "--size", 32, "--hold-out", "reference", "--workers", 1]
+    code, _, err = fastgen("data", "iclevr", tmp_path / "out", *arguments)
+    assert code == 0, err
+    assert not held_sets("reference") & held_sets(tmp_path / "out" / "test.json", tmp_path / "out" / "new_test.json")
 
 
 def object_pixels(labels: list[str], seed: int, size: int = 64) -> tuple[np.ndarray, np.ndarray]:

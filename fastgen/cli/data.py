@@ -36,7 +36,13 @@ def monsters(out: Path, **options: Any) -> None:
 @click.option("--count", default=18009, show_default=True, help="Number of scenes.")
 @click.option("--size", default=64, show_default=True, help="Image height and width, 32 to 256 px.")
 @click.option("--labels", "label_lists", type=FOLDER, help="A train.json to take file names and label lists from.")
-@click.option("--hold-out", multiple=True, type=FOLDER, help="Request file whose label sets must not be trained on.")
+@click.option(
+    "--hold-out",
+    multiple=True,
+    type=FOLDER,
+    metavar="FILE|reference",
+    help="Label sets that must not be trained on: a request file, fingerprints (.txt), or the i-CLEVR task's own tests.",
+)
 @click.option("--seed", default=0, show_default=True, help="The same seed and options, the same images.")
 @click.option("--workers", type=int, help="Processes.  [default: one per core]")
 def iclevr(out: Path, **options: Any) -> None:

@@ -5,35 +5,20 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from functools import partial
-from itertools import combinations
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from fastgen.data.synthetic.scenes import COLOURS, SHAPES, SLOTS, draw_scene, render
-from fastgen.data.synthetic.writing import (
-    check_range,
-    claim,
-    read_json,
-    remove_others,
-    render_all,
-    write_image,
-    write_json,
-)
-from fastgen.errors import InputError, unknown
+from fastgen.data.synthetic.label_lists import OBJECTS, Labels, LabelSet, all_label_sets, read_held_out, read_train
+from fastgen.data.synthetic.scenes import SLOTS, draw_scene, render
+from fastgen.data.synthetic.writing import check_range, claim, remove_others, render_all, write_image, write_json
+from fastgen.errors import InputError
 
-OBJECTS: dict[str, int] = {
-    f"{colour} {shape}": i for i, (shape, colour) in enumerate((s, c) for s in SHAPES for c in COLOURS)
-}
 TEST_SIZES = {
     "test.json": {1: 6, 2: 12, 3: 14},
     "new_test.json": {2: 12, 3: 20},
 }  # objects -> lists, as in the real files
 TRIES = 1000
-
-Labels = tuple[str, ...]
-LabelSet = frozenset[str]
 
 
 def write_iclevr(
@@ -43,7 +28,7 @@ def write_iclevr(
     size: int = 64,
     seed: int = 0,
     label_lists: Path | None = None,
-    hold_out: Sequence[Path] = (),
+    hold_out: Sequence[Path | str] = (),
     workers: int | None = None,
     progress: bool = True,
 ) -> None:
@@ -55,8 +40,9 @@ def write_iclevr(
     `workers` (None: one per CPU core) is; a picture depends on `seed`, its name and its labels alone.
 
     `count` is the number of images and `size` their edge in pixels, 32 to 256. `label_lists`, a `train.json`, gives
-    files and labels, its first `count`, instead of the seed. Label sets of the request files in `hold_out` (lists of
-    label lists) do not occur in training: they are drawn again, or dropped if they come from `label_lists`.
+    files and labels, its first `count`, instead of the seed. The label sets of `hold_out` do not occur in training: they
+    are drawn again, or dropped if they come from `label_lists`. Each of its entries is a request file (a list of label
+    lists), a .txt file of fingerprints (see `label_lists`), or "reference": the sets of the i-CLEVR task's own tests.
 
     Raises InputError for arguments out of range, malformed files, and if `out` holds anything else.
     """
@@ -65,12 +51,12 @@ def write_iclevr(
     check_range("size", size, 32, 256)
     check_range("seed", seed, 0)
     check_range("workers", workers if workers is not None else 1, 1)
-    held = {frozenset(labels) for path in hold_out for labels in _read_requests(path)}
+    held = {labels for source in hold_out for labels in read_held_out(source)}
     if label_lists is None:
         tests = _draw_tests(seed, avoid=held)
         train = _draw_train(seed, count, held | {frozenset(labels) for lists in tests.values() for labels in lists})
     else:
-        train = {n: v for n, v in _read_train(label_lists, count).items() if frozenset(v) not in held}
+        train = {n: v for n, v in read_train(label_lists, count).items() if frozenset(v) not in held}
         tests = _draw_tests(seed, avoid={frozenset(labels) for labels in train.values()})
     if not train:
         raise InputError("no images are left to render: label_lists is empty, or hold_out has all of its label sets")
@@ -111,9 +97,7 @@ def _by_scene(train: dict[str, Labels]) -> dict[str, dict[str, Labels]]:
 def _draw_tests(seed: int, avoid: set[LabelSet]) -> dict[str, list[Labels]]:
     """32 lists for each test file, all different, none in `avoid`; of the sizes TEST_SIZES where as many are left."""
     rng = _generator(seed, "tests")
-    free = [
-        labels for k in range(1, SLOTS + 1) for labels in combinations(OBJECTS, k) if frozenset(labels) not in avoid
-    ]
+    free = [labels for labels in all_label_sets() if frozenset(labels) not in avoid]
     wanted = [(name, k) for name, sizes in TEST_SIZES.items() for k, number in sizes.items() for _ in range(number)]
     if len(free) < len(wanted):
         raise InputError(
@@ -144,33 +128,3 @@ def _draw_labels(rng: np.random.Generator, held: set[LabelSet]) -> Labels:
         if not any(frozenset(labels[:k]) in held for k in range(1, SLOTS + 1)):
             return labels
     raise InputError(f"hold_out leaves no label sets for training ({TRIES} draws were all held out); hold out fewer")
-
-
-def _read_train(path: Path, count: int) -> dict[str, Labels]:
-    content = read_json(path)
-    if not isinstance(content, dict):
-        raise InputError(
-            f'{path} holds a JSON {type(content).__name__}, expected {{"<file>.png": ["red cube", ...], ...}}'
-        )
-    for name in content:
-        if Path(name).name != name or not name.endswith(".png") or "\\" in name:
-            raise InputError(f"{path}: {name!r} is not a plain .png file name")
-    return {name: _labels(f"{path}: {name!r}", labels) for name, labels in list(content.items())[:count]}
-
-
-def _read_requests(path: Path) -> list[Labels]:
-    content = read_json(path)
-    if not isinstance(content, list):
-        raise InputError(
-            f'{path} holds a JSON {type(content).__name__}, expected a list of label lists, [["red cube"], ...]'
-        )
-    return [_labels(f"{path}: row {i}", labels) for i, labels in enumerate(content)]
-
-
-def _labels(where: str, labels: Any) -> Labels:
-    if not isinstance(labels, list) or not 1 <= len(labels) <= SLOTS:
-        raise InputError(f"{where} is {labels!r}, expected a list of 1 to {SLOTS} labels")
-    for label in labels:
-        if not isinstance(label, str) or label not in OBJECTS:
-            raise InputError(f"{where}: {unknown('object', str(label), OBJECTS)}")
-    return tuple(labels)

@@ -1,0 +1,98 @@
+"""The 24 objects of i-CLEVR, files that list them, and fingerprints of label sets.
+
+A fingerprint is the first 16 hex digits of SHA-256 over the sorted labels joined by ",", in UTF-8: a list of them keeps
+label sets out of training data where the files that name them cannot be passed on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from fastgen.data.synthetic.scenes import COLOURS, SHAPES, SLOTS
+from fastgen.data.synthetic.writing import read_json
+from fastgen.errors import InputError, unknown
+
+OBJECTS: dict[str, int] = {
+    f"{colour} {shape}": i for i, (shape, colour) in enumerate((s, c) for s in SHAPES for c in COLOURS)
+}
+REFERENCE = "reference"  # the name of the list in HELD_OUT
+HELD_OUT = Path(__file__).with_name("held_out.txt")
+
+Labels = tuple[str, ...]
+LabelSet = frozenset[str]
+
+
+def all_label_sets() -> Iterator[Labels]:
+    """Every set of one to three objects, each in the order of OBJECTS: 2,324 of them."""
+    return (labels for k in range(1, SLOTS + 1) for labels in combinations(OBJECTS, k))
+
+
+def fingerprint(labels: Iterable[str]) -> str:
+    """16 hex digits that name a label set, whatever the order of its labels."""
+    return hashlib.sha256(",".join(sorted(labels)).encode()).hexdigest()[:16]
+
+
+def read_held_out(source: Path | str) -> list[LabelSet]:
+    """The label sets of a request file, of a .txt file of fingerprints, or of "reference", the list that comes along.
+
+    Raises InputError with file and row or line.
+    """
+    if str(source) == REFERENCE:
+        return _read_fingerprints(HELD_OUT)
+    path = Path(source)
+    if path.suffix.lower() == ".txt":
+        return _read_fingerprints(path)
+    return [frozenset(labels) for labels in _read_requests(path)]
+
+
+def read_train(path: Path, count: int) -> dict[str, Labels]:
+    """The first `count` entries {file name: labels} of a train.json. Raises InputError with file and entry."""
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise InputError(
+            f'{path} holds a JSON {type(content).__name__}, expected {{"<file>.png": ["red cube", ...], ...}}'
+        )
+    for name in content:
+        if Path(name).name != name or not name.endswith(".png") or "\\" in name:
+            raise InputError(f"{path}: {name!r} is not a plain .png file name")
+    return {name: _labels(f"{path}: {name!r}", labels) for name, labels in list(content.items())[:count]}
+
+
+def _read_fingerprints(path: Path) -> list[LabelSet]:
+    known = {fingerprint(labels): frozenset(labels) for labels in all_label_sets()}
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+    found = []
+    for number, line in enumerate(lines, 1):
+        word = line.partition("#")[0].strip().lower()
+        if word and word not in known:
+            raise InputError(
+                f"{path}: line {number}: {word!r} is not the fingerprint of 1 to {SLOTS} of the 24 objects"
+            )
+        if word:
+            found.append(known[word])
+    return found
+
+
+def _read_requests(path: Path) -> list[Labels]:
+    content = read_json(path)
+    if not isinstance(content, list):
+        raise InputError(
+            f'{path} holds a JSON {type(content).__name__}, expected a list of label lists, [["red cube"], ...]'
+        )
+    return [_labels(f"{path}: row {i}", labels) for i, labels in enumerate(content)]
+
+
+def _labels(where: str, labels: Any) -> Labels:
+    if not isinstance(labels, list) or not 1 <= len(labels) <= SLOTS:
+        raise InputError(f"{where} is {labels!r}, expected a list of 1 to {SLOTS} labels")
+    for label in labels:
+        if not isinstance(label, str) or label not in OBJECTS:
+            raise InputError(f"{where}: {unknown('object', str(label), OBJECTS)}")
+    return tuple(labels)

@@ -24,7 +24,7 @@ SIZE, DPI = (10.0, 5.6), 100  # 1000 px wide
 SETTING = ("solver", "steps", "guidance")
 MARKERS = "osD^vP*X<>"
 BAND, RING = "#dddddd", "#e6a700"
-FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
+FILE = click.Path(path_type=Path)
 
 
 def setting(row: Record) -> Record:

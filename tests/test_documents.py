@@ -186,7 +186,7 @@ def needed_kind(words: list[str], before: str, word: str) -> str | None:
 
     command = words[1] if words[0] == "fastgen" else ""
     if command == "train" and before == "--data":
-        return "text" if load_preset(words[2]).family == "text" or words[2].endswith("attributes") else "labels"
+        return "text" if load_preset(words[2]).family == "text" or words[2] == "evaluator-monsters" else "labels"
     if command == "index" and before == "index":
         return "text"
     if command in ("generate", "sweep") and before == command and word.endswith(".json") and "/" not in word:

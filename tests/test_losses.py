@@ -307,7 +307,7 @@ def test_everything_is_finite_at_zero_terminal_snr_forward_and_backward(lpips: A
     last = Draws(0, 0, np.arange(5, 6), 6, CPU)
 
     class Last(Draws):
-        def timesteps(self, stream: int, count: int) -> Tensor:
+        def timesteps(self, stream: int, count: int, shift: float = 1) -> Tensor:
             return torch.full((len(self.positions),), count - 1)
 
     losses = task.losses(task.module, np.arange(5, 6), Last(**vars(last)))

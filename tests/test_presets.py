@@ -56,7 +56,7 @@ def networks(preset: Preset) -> Any:
     if preset.family == "text":
         return UNet2DConditionModel(**preset.unet.config), None
     assert preset.conditioner is not None
-    unet = unet_class(preset.conditioner["kind"])(**preset.unet.config)
+    unet = unet_class(preset.conditioner["kind"], preset.unet.config)(**preset.unet.config)
     return unet, LabelConditioner(num_labels=len(ICLEVR_OBJECTS), **preset.conditioner)
 
 

@@ -5,20 +5,19 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from diffusers.models.embeddings import get_timestep_embedding
+from label_unets import LABELS, check_bf16, check_onnx_graph, inputs
 
 from fastgen.config import Sampling
 from fastgen.errors import InputError
 from fastgen.names import ICLEVR_OBJECTS
 from fastgen.networks import LabelConditioner, LabelUNet, Model, load_model, save_model
 from fastgen.networks.broadcast_unet import BroadcastUNet
-from fastgen.precision import lowered
 
 SCHEDULE = {"_class_name": "DDPMScheduler", "num_train_timesteps": 1000, "beta_schedule": "squaredcos_cap_v2"}
-LABELS, DIM, TIME = len(ICLEVR_OBJECTS), 6, 8
+DIM, TIME = 6, 8
 
 
 @pytest.fixture(scope="module")
@@ -30,12 +29,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = Model(None, "labels", unet, SCHEDULE, Sampling("ddpm", 3, 1.0), conditioner, ICLEVR_OBJECTS)
     save_model(model, out := tmp_path_factory.mktemp("models") / "broadcast")
     return out
-
-
-def inputs(batch: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(batch)
-    labels = (torch.rand(batch, LABELS, generator=generator) < 0.1).float()
-    return torch.randn(batch, 3, 16, 16, generator=generator), torch.linspace(0, 999, batch), labels
 
 
 def test_every_level_is_told_label_and_time_by_constant_planes(folder: Path) -> None:
@@ -83,26 +76,8 @@ def test_sizes_that_do_not_halve_are_refused() -> None:
 
 @pytest.mark.parametrize("batch", [1, 3])
 def test_its_onnx_graph_computes_the_same_at_any_batch_size(folder: Path, tmp_path_factory, batch: int) -> None:
-    pytest.importorskip("onnxscript")
-    onnxruntime = pytest.importorskip("onnxruntime")
-    from export.onnx import export_onnx
-
-    model = load_model(folder)
-    path = tmp_path_factory.getbasetemp() / "broadcast-onnx" / "model.onnx"
-    if not path.exists():
-        export_onnx(model.networks()["unet"], model.signatures()["unet"], path)
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    tensors = inputs(batch)
-    names = [tensor.name for tensor in model.signatures()["unet"].inputs]
-    found = session.run(None, {n: x.numpy() for n, x in zip(names, tensors, strict=True)})[0]
-    with torch.no_grad():
-        expected = model.networks()["unet"](*tensors)
-    np.testing.assert_allclose(found, expected.numpy(), rtol=1e-3, atol=1e-5)
+    check_onnx_graph(folder, tmp_path_factory.getbasetemp() / "broadcast-onnx" / "model.onnx", batch)
 
 
 def test_bf16_keeps_timesteps_apart(folder: Path) -> None:
-    unet = load_model(folder).networks()["unet"]
-    x, timesteps, labels = inputs(4)
-    with torch.no_grad():
-        exact, rounded = unet(x, timesteps, labels), lowered(unet, "bf16")(x, timesteps, labels)
-    assert torch.nn.functional.cosine_similarity(exact.flatten(), rounded.flatten(), dim=0) > 0.999
+    check_bf16(folder)

@@ -5,20 +5,18 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DModel
+from label_unets import LABELS, check_bf16, check_onnx_graph, inputs
 
 from fastgen.config import Sampling
 from fastgen.names import ICLEVR_OBJECTS
 from fastgen.networks import LabelConditioner, Model, load_model, save_model
 from fastgen.networks.patch_unet import PatchUNet
-from fastgen.precision import lowered
 from fastgen.training.modules import build_module
 
 SCHEDULE = {"_class_name": "DDPMScheduler", "num_train_timesteps": 1000, "beta_schedule": "squaredcos_cap_v2"}
-LABELS = len(ICLEVR_OBJECTS)
 BLOCKS = {
     "block_out_channels": (8, 16),
     "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
@@ -37,12 +35,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = Model(None, "labels", unet, SCHEDULE, Sampling("ddpm", 3, 1.0), conditioner, ICLEVR_OBJECTS)
     save_model(model, out := tmp_path_factory.mktemp("models") / "patches")
     return out
-
-
-def inputs(batch: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(batch)
-    labels = (torch.rand(batch, LABELS, generator=generator) < 0.1).float()
-    return torch.randn(batch, 3, 16, 16, generator=generator), torch.linspace(0, 999, batch), labels
 
 
 def test_it_is_diffusers_unet_on_squares_of_pixels() -> None:
@@ -85,26 +77,8 @@ def test_sizes_that_do_not_hold_whole_patches_are_refused() -> None:
 
 @pytest.mark.parametrize("batch", [1, 3])
 def test_its_onnx_graph_computes_the_same_at_any_batch_size(folder: Path, tmp_path_factory, batch: int) -> None:
-    pytest.importorskip("onnxscript")
-    onnxruntime = pytest.importorskip("onnxruntime")
-    from export.onnx import export_onnx
-
-    model = load_model(folder)
-    path = tmp_path_factory.getbasetemp() / "patches-onnx" / "model.onnx"
-    if not path.exists():
-        export_onnx(model.networks()["unet"], model.signatures()["unet"], path)
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    tensors = inputs(batch)
-    names = [tensor.name for tensor in model.signatures()["unet"].inputs]
-    found = session.run(None, {n: x.numpy() for n, x in zip(names, tensors, strict=True)})[0]
-    with torch.no_grad():
-        expected = model.networks()["unet"](*tensors)
-    np.testing.assert_allclose(found, expected.numpy(), rtol=1e-3, atol=1e-5)
+    check_onnx_graph(folder, tmp_path_factory.getbasetemp() / "patches-onnx" / "model.onnx", batch)
 
 
 def test_bf16_keeps_timesteps_apart(folder: Path) -> None:
-    unet = load_model(folder).networks()["unet"]
-    x, timesteps, labels = inputs(4)
-    with torch.no_grad():
-        exact, rounded = unet(x, timesteps, labels), lowered(unet, "bf16")(x, timesteps, labels)
-    assert torch.nn.functional.cosine_similarity(exact.flatten(), rounded.flatten(), dim=0) > 0.999
+    check_bf16(folder)

@@ -22,6 +22,8 @@ from click.testing import CliRunner
 from documents import DOCUMENTS, Step, check_words, inline, steps, unmarked
 from small_presets import SMALL
 
+from fastgen.shipped import MODELS as SHIPPED
+
 pytest.importorskip("torch")
 
 NOT_RUN = {  # pattern of a command -> why it is parsed only
@@ -160,7 +162,7 @@ def lent(request, labelled, described, judge, requests_files) -> dict[str, Calla
         "DATA (labels)": lambda: labelled,
         "MODEL": partial(fixture, "label_model"),
         "FOLDER": partial(fixture, "text_model"),
-        "MONSTERS_64": partial(fixture, "text_model"),
+        "MONSTERS_64": lambda: SHIPPED / "monsters-64",
         "BUNDLE": partial(fixture, "label_bundle"),
         "TEXT_BUNDLE": partial(fixture, "text_bundle"),
         "EVALUATOR": lambda: judge,
@@ -214,7 +216,8 @@ def shortened(words: list[str]) -> list[str]:
     if words[:3] == ["fastgen", "data", "monsters"]:
         return ["--count", "2", "--size", "32", "--frames", "1", "--test-count", "4", "--workers", "1"]
     if words[:2] == ["fastgen", "train"]:
-        return [f"--set={override}" for override in small(words[2])]
+        sizes = {word.partition("=")[0] for word in words if word.startswith(("unet.config.", "image_size="))}
+        return [f"--set={override}" for override in small(words[2]) if override.partition("=")[0] not in sizes]
     if words[:2] == ["fastgen", "generate"]:
         return ["--num-inference-steps", "2"]
     if words[:2] == ["fastgen", "sweep"]:

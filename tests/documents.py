@@ -72,6 +72,13 @@ def inline(document: str) -> Iterator[str]:
             yield command
 
 
+def links(document: str) -> list[str]:
+    """The places in the repository that a document links to, or shows as pictures, relative to it."""
+    text = FENCE.sub("", (REPO / document).read_text(encoding="utf-8"))
+    targets = (target.partition("#")[0] for target in re.findall(r"\]\(([^)\s]+)", text))
+    return [target for target in targets if target and "://" not in target]
+
+
 def unmarked(document: str) -> Iterator[str]:
     """Commands in blocks that are not marked as bash, where nothing would run them."""
     for language, text in FENCE.findall((REPO / document).read_text(encoding="utf-8")):

@@ -19,7 +19,7 @@ from pathlib import Path
 import click
 import pytest
 from click.testing import CliRunner
-from documents import DOCUMENTS, Step, check_words, inline, steps, unmarked
+from documents import DOCUMENTS, REPO, Step, check_words, inline, links, steps, unmarked
 from small_presets import SMALL
 
 from fastgen.shipped import MODELS as SHIPPED
@@ -37,6 +37,7 @@ NOT_RUN = {  # pattern of a command -> why it is parsed only
     r"--features inception\.pth": "needs the weights of FID's Inception; see tests/test_inception.py",
     r"--checkpoint 500,1000,best,last": "needs a run of 1000 steps; see tests/test_sweep.py",
 }
+CARDS = sorted(folder.parent.name for folder in SHIPPED.glob("*/README.md"))
 SLOW = {r"--engine compile": "compiles for a minute"}
 PLACE = re.compile(
     r"[A-Z][A-Z0-9_]*(\.json)?$|[a-z_]*test\.json$"
@@ -283,6 +284,12 @@ def test_commands_that_a_document_mentions_exist_with_their_options(document):
             check_words(words, incomplete=True)
         except click.UsageError as error:
             pytest.fail(f"{document}: `{command}`: {error.format_message()}", pytrace=False)
+
+
+@pytest.mark.parametrize("document", [*DOCUMENTS, *(f"fastgen/models/{card}/README.md" for card in CARDS)])
+def test_pictures_and_files_that_a_document_links_to_are_there(document):
+    assert [t for t in links(document) if not (REPO / document).parent.joinpath(t).exists()] == []
+    assert "docs/measured.md" in links("README.md")
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)

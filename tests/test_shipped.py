@@ -9,8 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from scoring_helpers import make_evaluator
 
 from fastgen import evaluator, load, shipped
+from fastgen.data.synthetic import write_monsters
 from fastgen.errors import InputError
 from fastgen.networks import load_model
 from fastgen.packing import pack
@@ -135,6 +137,23 @@ def test_generate_without_a_model_says_which_one_it_took(fastgen, here, requests
     assert out.startswith("generated/prompts: 2 images, 2 generated")
     code, out, err = fastgen("generate", requests_files["labels"], "--num-inference-steps", 2, "--limit", 2)
     assert (code, err) == (0, "model: iclevr-64 (shipped with fastgen; no runs/latest here)\n")
+
+
+def test_a_sweep_without_a_model_takes_the_shipped_one_that_fits(fastgen, here, requests_files):
+    judge = make_evaluator(here / "judge")
+    grid = ["--num-inference-steps", "1,2", "--guidance-scale", "2", "--scheduler", "ddim", "--limit", 2]
+    code, _, err = fastgen("sweep", requests_files["labels"], *grid, "--out", "SWEEP", "--evaluator", judge)
+    assert code == 0, err
+    assert "model: iclevr-64 (shipped with fastgen; no runs/latest here)\n" in err
+    assert sorted(f.name for f in Path("SWEEP/points").iterdir()) == ["ddim-1steps-g2", "ddim-2steps-g2"]
+
+
+def test_an_index_without_a_model_takes_the_shipped_one_for_prompts(fastgen, here):
+    write_monsters(here / "data", count=2, frames=1, size=32, test_count=4, workers=1, progress=False)
+    code, out, err = fastgen("index", "data", "--limit", 4)
+    assert code == 0, err
+    assert err.startswith("model: monsters-64 (shipped with fastgen; no runs/latest here)\n")
+    assert out.startswith("monsters-64-index: 4 images")
 
 
 def test_a_named_model_generates_exports_and_stays_as_it_was(fastgen, here, stand_ins, export_few, monkeypatch):

@@ -19,7 +19,9 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 @click.command()
 @click.argument("data", type=FOLDER)
 @click.option(
-    "--model", type=MODEL, help="Bundle or model folder, for its text encoder and VAE.  [default: the latest]"
+    "--model",
+    type=MODEL,
+    help="Bundle or model folder, for its text encoder and VAE.  [default: as for `generate` with prompts]",
 )
 @click.option("--out", type=FOLDER, help="Index folder.  [default: index/ in a model folder, or beside a bundle]")
 @click.option("--text", default="caption", show_default=True, help="Embed each caption, or the description alone.")
@@ -44,10 +46,14 @@ def index(
     """Index the training set DATA by its texts, so that `generate --rag` can start from the nearest training image."""
     from fastgen.pipeline import load
     from fastgen.retrieval.indexing import Options, build_index, default_folder, indexing_engine
-    from fastgen.runs import latest_model
+    from fastgen.shipped import default_model
 
     chosen = Options(text, frames, image_mode)  # type: ignore[arg-type]  # it checks them
-    folder = model or latest_model(engine)
+    folder = model
+    if folder is None:
+        default = default_model("text", engine)
+        click.echo(f"model: {default}", err=True)
+        folder = default.folder
     pipeline = load(folder, engine or indexing_engine(folder, options["device"]), **options)
     target = out or default_folder(folder)
     say = partial(click.echo, err=True)

@@ -19,7 +19,7 @@ SCORING = ("evaluator", "attributes", "reference", "features", "clip", "download
 @click.command()
 @click.argument("requests_file", metavar="REQUESTS.json", type=FOLDER)
 @click.option("--out", type=FOLDER, required=True, help="Folder of the sweep; the same command continues it.")
-@click.option("--model", type=MODEL, help="Bundle, or model folder (engine eager).  [default: the latest run's]")
+@click.option("--model", type=MODEL, help="Bundle, or model folder (engine eager).  [default: as for `generate`]")
 @click.option("--engine", help="eager, compile, ort, openvino or trt.  [default: what is installed and fits]")
 @click.option("--scheduler", metavar="ddim,dpmpp-2m", help="Solvers.  [default: the model's]")
 @click.option("--num-inference-steps", metavar="5,10,20", help="Denoising steps.  [default: the model's]")
@@ -128,8 +128,9 @@ def _run(
     options: dict[str, Any],
 ) -> Any:
     """Parse what was typed, all of it before anything is loaded, and sweep."""
-    from fastgen.runs import latest_model
+    from fastgen.requests import parse_requests
     from fastgen.scoring.options import check_options, need
+    from fastgen.shipped import default_model
     from fastgen.sweep.choice import Rule, parse_within
     from fastgen.sweep.grid import Problems, integer, parse_grid, parse_list
 
@@ -140,9 +141,13 @@ def _run(
     rule = found.attempt(lambda: Rule(words["rule"], *(within or (2.0, "%")), words["against"]))
     asked = {name: scoring[name] for name in ("evaluator", "attributes", "reference", "features", "clip")}
     found.attempt(lambda: check_options(**asked, batch_size=1))
-    folder = found.attempt(lambda: model or latest_model(engine))
+    default = None if model else found.attempt(lambda: default_model(parse_requests(requests_file).kind, engine))
     found.check()
     assert grid is not None
+    folder = model
+    if default is not None:
+        _say(f"model: {default}")
+        folder = default.folder
     assert folder is not None
     scorer = need("fastgen.scoring.scorer").Scorer(**scoring)
     from fastgen.sweep import sweep as run

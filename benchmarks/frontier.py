@@ -34,7 +34,7 @@ from fastgen.tables import parse_key
 
 FOLDER = click.Path(path_type=Path)
 SOLVERS = "ddim,dpmpp-2m,dpmpp-3m,unipc,deis,euler,heun,pndm"
-STEPS, SCALES = "4,6,8,10,15,20,30,50", "1,1.5,2,3,4,6"
+STEPS, SCALES = "2,3,4,6,8,10,15,20,30,50", "1,1.5,2,3,4,6"
 PNDM_STEPS = 70
 ENGINE = ("engine", "dtype", "threads", "batch_size")
 IDLE = 0.3  # load average below which a machine counts as idle

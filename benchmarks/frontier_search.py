@@ -42,7 +42,8 @@ class Space:
 @dataclass(frozen=True)
 class Effort:
     """`scales`: how many guidance scales are crossed with solvers and steps; `finalists`: how many points are measured with all
-    seeds at a time, until one is as good as the reference; `standard_errors`: of the reference, how much worse that may be."""
+    seeds at a time, until no cheaper one is left that may be as good as the reference; `standard_errors`: of the reference, how
+    much worse that may be."""
 
     coarse_seeds: tuple[int, ...] = (1000,)
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
@@ -157,12 +158,19 @@ def search(bench: Bench, space: Space, reference: tuple[str, int], found: Search
     scale = climb(space.scales, scales[0], lambda g: bench.loss(*bench.measure(COARSE, [Point(*reference, g)])))
     found.reference = Point(*reference, scale)
     frontier, good = finalists(bench, found.reference)
-    rest, size = good, bench.effort.finalists
-    bench.measure(FINE, [*frontier, *rest[:size]])
-    bench.measure(FINE, [found.reference])
-    while (named := chosen(bench, found.reference)) == found.reference and (rest := rest[size:]):
+    size = bench.effort.finalists
+    bench.measure(FINE, [*frontier, *good[:size], found.reference])
+    while rest := cheaper(bench, good, named := chosen(bench, found.reference)):
         bench.measure(FINE, rest[:size])
     found.chosen, found.complete = named, True
+
+
+def cheaper(bench: Bench, points: Iterable[Point], named: Point | None) -> list[Point]:
+    """Those of the `points` that the fine pass did not measure yet and that need fewer evaluations than the named one."""
+    if named is None:
+        return []
+    most = bench.evaluations(named) or 0
+    return [p for p in points if p not in bench.rows[FINE] and (bench.evaluations(p) or 0) < most]
 
 
 def best_scales(bench: Bench, space: Space) -> list[float]:

@@ -19,7 +19,7 @@ pytest.importorskip("onnxruntime")
 
 from benchmarks import frontier, frontier_plot
 from benchmarks.frontier import machine_state, pool, record, reference_sampling, toml
-from benchmarks.frontier_search import COARSE, Bench, Effort, climb, finalists, named
+from benchmarks.frontier_search import COARSE, FINE, Bench, Effort, cheaper, climb, finalists, named
 from fastgen.config import Sampling
 from fastgen.errors import InputError
 from fastgen.requests import read_requests
@@ -71,6 +71,18 @@ def test_finalists_are_the_coarse_frontier_and_what_is_not_clearly_worse_than_th
     frontier_, good = finalists(bench(found), REFERENCE)
     assert [p.num_inference_steps for p in frontier_] == [5, 10, 30]
     assert [p.num_inference_steps for p in good] == [10, 30, 50]
+
+
+def test_a_point_is_named_for_good_only_when_no_cheaper_one_is_left_unmeasured():
+    found = rows((10, 0.9), (15, 0.9), (20, 0.9), (30, 0.9))
+    ten, fifteen, twenty, thirty = (p for p in found if p != REFERENCE)
+    made = bench(found)
+    made._evaluations = {p: r.evaluations for p, r in found.items()}
+    made.rows[FINE] = {p: found[p] for p in (ten, thirty, REFERENCE)}
+    good = [ten, fifteen, twenty, thirty]
+    assert cheaper(made, good, thirty) == [fifteen, twenty]
+    assert cheaper(made, good, ten) == []
+    assert cheaper(made, good, REFERENCE) == [fifteen, twenty]
 
 
 @given(st.sampled_from(SCALES), st.sampled_from(SCALES))

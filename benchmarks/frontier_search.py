@@ -169,8 +169,8 @@ def cheaper(bench: Bench, points: Iterable[Point], named: Point | None) -> list[
     """Those of the `points` that the fine pass did not measure yet and that need fewer evaluations than the named one."""
     if named is None:
         return []
-    most = bench.evaluations(named) or 0
-    return [p for p in points if p not in bench.rows[FINE] and (bench.evaluations(p) or 0) < most]
+    coarse, fine = bench.rows[COARSE], bench.rows[FINE]
+    return [p for p in points if p not in fine and coarse[p].evaluations < fine[named].evaluations]
 
 
 def best_scales(bench: Bench, space: Space) -> list[float]:

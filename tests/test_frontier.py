@@ -77,7 +77,6 @@ def test_a_point_is_named_for_good_only_when_no_cheaper_one_is_left_unmeasured()
     found = rows((10, 0.9), (15, 0.9), (20, 0.9), (30, 0.9))
     ten, fifteen, twenty, thirty = (p for p in found if p != REFERENCE)
     made = bench(found)
-    made._evaluations = {p: r.evaluations for p, r in found.items()}
     made.rows[FINE] = {p: found[p] for p in (ten, thirty, REFERENCE)}
     good = [ten, fifteen, twenty, thirty]
     assert cheaper(made, good, thirty) == [fifteen, twenty]

@@ -29,6 +29,16 @@ def say(line: str) -> None:
     click.echo(line, err=True)
 
 
+def model_for(kind: str, engine: str | None) -> Path:
+    """The model that generates requests of this kind, "text" or "labels", when none is named; said on stderr. Raises InputError
+    as `shipped.default_model` does."""
+    from fastgen.shipped import default_model
+
+    default = default_model(kind, engine)
+    say(f"model: {default}")
+    return default.folder
+
+
 def given_again(ctx: click.Context, leave_out: Sequence[str]) -> list[str]:
     """The command line of `ctx`, but for the options left out."""
     words = [str(ctx.info_name)]

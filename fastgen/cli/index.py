@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import click
 
-from fastgen.cli.common import FOLDER, MODEL, POSITIVE
+from fastgen.cli.common import FOLDER, MODEL, POSITIVE, model_for
 from fastgen.errors import InputError
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -46,14 +46,9 @@ def index(
     """Index the training set DATA by its texts, so that `generate --rag` can start from the nearest training image."""
     from fastgen.pipeline import load
     from fastgen.retrieval.indexing import Options, build_index, default_folder, indexing_engine
-    from fastgen.shipped import default_model
 
     chosen = Options(text, frames, image_mode)  # type: ignore[arg-type]  # it checks them
-    folder = model
-    if folder is None:
-        default = default_model("text", engine)
-        click.echo(f"model: {default}", err=True)
-        folder = default.folder
+    folder = model or model_for("text", engine)
     pipeline = load(folder, engine or indexing_engine(folder, options["device"]), **options)
     target = out or default_folder(folder)
     say = partial(click.echo, err=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from fastgen.cli.common import FOLDER, MODEL, POSITIVE
+from fastgen.cli.common import FOLDER, MODEL, POSITIVE, model_for, say
 from fastgen.cli.score import scoring_options
 from fastgen.errors import FastgenError
 
@@ -105,14 +105,14 @@ def sweep(
         )
     except RefusedError as error:
         for problem in error.problems:
-            _say(f"fastgen: error: {' '.join(problem.split())}")
+            say(f"fastgen: error: {' '.join(problem.split())}")
         sys.exit(error.exit_code)
     click.echo(found.table())
     for warning in found.warnings:
-        _say(f"warning: {warning}")
+        say(f"warning: {warning}")
     click.echo(f"wrote {out}")
     if found.unfinished:
-        _say(f"{len(found.unfinished)} points are unfinished after {minutes:g} minutes; the same command continues")
+        say(f"{len(found.unfinished)} points are unfinished after {minutes:g} minutes; the same command continues")
     if found.failed:
         raise FastgenError(f"{len(found.failed)} points failed: {found.failed[0].point}: {found.failed[0].error}")
 
@@ -130,7 +130,6 @@ def _run(
     """Parse what was typed, all of it before anything is loaded, and sweep."""
     from fastgen.requests import parse_requests
     from fastgen.scoring.options import check_options, need
-    from fastgen.shipped import default_model
     from fastgen.sweep.choice import Rule, parse_within
     from fastgen.sweep.grid import Problems, integer, parse_grid, parse_list
 
@@ -141,21 +140,13 @@ def _run(
     rule = found.attempt(lambda: Rule(words["rule"], *(within or (2.0, "%")), words["against"]))
     asked = {name: scoring[name] for name in ("evaluator", "attributes", "reference", "features", "clip")}
     found.attempt(lambda: check_options(**asked, batch_size=1))
-    default = None if model else found.attempt(lambda: default_model(parse_requests(requests_file).kind, engine))
+    folder = found.attempt(lambda: model or model_for(parse_requests(requests_file).kind, engine))
     found.check()
     assert grid is not None
-    folder = model
-    if default is not None:
-        _say(f"model: {default}")
-        folder = default.folder
     assert folder is not None
     scorer = need("fastgen.scoring.scorer").Scorer(**scoring)
     from fastgen.sweep import sweep as run
 
     return run(
-        folder, requests_file, out, grid, scorer=scorer, rule=rule, seeds=seeds, engine=engine, say=_say, **options
+        folder, requests_file, out, grid, scorer=scorer, rule=rule, seeds=seeds, engine=engine, say=say, **options
     )
-
-
-def _say(line: str) -> None:
-    click.echo(line, err=True)

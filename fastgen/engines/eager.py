@@ -31,8 +31,7 @@ class Engine(TorchEngine):
         self._modules = {k: m.to(self.device, self._torch_dtype) for k, m in source.networks().items()}
 
     def run(self, network: str, *inputs: Any) -> tuple[Any, ...]:
-        torch = self._torch
-        with torch.inference_mode():
+        with self.precisely(network), self._torch.inference_mode():
             names = [t.name for t in self.signatures[network].inputs]
             cast = [self._cast(name, x) for name, x in zip(names, inputs, strict=True)]
             outputs = self._modules[network](*cast)

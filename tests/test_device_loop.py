@@ -121,6 +121,40 @@ def test_the_check_for_host_reads_can_fail():
         torch.ones(1).item()
 
 
+class Shapes:
+    """An engine on `meta` tensors, which have shapes and no values."""
+
+    device, capturable = "meta", True
+
+    def run(self, network, sample, timestep, cond):
+        assert len(sample) == len(timestep) == len(cond)
+        return (torch.empty_like(sample),)
+
+    def run_guided(self, sample, timestep, conds):
+        assert len(conds) == 2 * len(sample)
+        return torch.cat([sample, sample])
+
+
+@pytest.mark.parametrize("key", SOLVERS)
+def test_no_row_needs_a_value_on_the_host_not_even_inside_an_operation(key):
+    """A boolean mask, for one, is looked up by an operation that reads the device inside."""
+    table = compile_key(key, SCHEDULE)
+    assert (table.clip is not None) == key.startswith(("ddim", "ddpm", "heun"))  # clipping is among what is looked at
+    loop = DeviceLoop(Shapes(), table, (3, *SHAPE), (3, 24), graphs=False)
+    new = {"device": "meta"}
+    x, cond, uncond = torch.empty(3, *SHAPE, **new), torch.empty(3, 24, **new), torch.empty(1, 24, **new)
+    seeds = torch.empty(3, dtype=torch.int64, **new)
+    for options in ({}, {"guidance_scale": 2.0, "uncond": uncond}):
+        assert loop.run(x, cond, seeds=seeds, **options).shape == (3, *SHAPE)
+
+
+def test_the_check_on_meta_tensors_can_fail():
+    x = torch.empty(3, device="meta")
+    for reads in (lambda: x[x > 1], lambda: x.item(), lambda: bool(x[0] > 0)):
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            reads()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("graphs", [False, True])
 @pytest.mark.parametrize("key", ["pndm:6", "ddpm:6"])

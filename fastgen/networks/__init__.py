@@ -19,7 +19,7 @@ from torch import nn
 
 from fastgen.checkpoint_choice import Chosen, choose_checkpoint, model_parts
 from fastgen.config import Sampling
-from fastgen.errors import InputError
+from fastgen.errors import InputError, first_line
 from fastgen.jsonfiles import read_json, write_json
 from fastgen.names import read_objects
 from fastgen.networks.labels import (
@@ -290,7 +290,7 @@ def _from_pretrained(cls: Any, folder: Path) -> Any:
             folder, output_loading_info=True, use_safetensors=True, local_files_only=True, torch_dtype=torch.float32
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"{folder}: cannot be loaded as {cls.__name__}: {str(error).splitlines()[0]}") from None
+        raise InputError(f"{folder}: cannot be loaded as {cls.__name__}: {first_line(error)}") from None
     wrong = [*info["missing_keys"], *info["unexpected_keys"], *map(str, info["mismatched_keys"])]
     wrong = [key for key in wrong if not str(key).endswith("position_ids")]
     if wrong:

@@ -140,7 +140,7 @@ def save_model(model: Model, folder: Path, record: Mapping[str, Any] | None = No
     folder.mkdir(parents=True, exist_ok=True)
     _save_module(model.unet, folder / "unet", trained)
     (folder / "scheduler").mkdir(exist_ok=True)
-    write_json(folder / "scheduler" / "scheduler_config.json", model.scheduler_config)
+    write_json(folder / "scheduler" / "scheduler_config.json", model.scheduler_config, infinity=True)
     scheduler_class = model.scheduler_config["_class_name"]
     index: dict[str, Any] = {"scheduler": ["diffusers", scheduler_class]}
     if model.family == "labels":
@@ -206,7 +206,7 @@ def load_model(folder: str | os.PathLike[str], checkpoint: str | None = None) ->
     if not index_file.is_file():
         raise InputError(f"{folder}: not a model folder (model_index.json is missing)")
     index = read_json(index_file)
-    scheduler_config = read_json(folder / "scheduler" / "scheduler_config.json")
+    scheduler_config = read_json(folder / "scheduler" / "scheduler_config.json", infinity=True)
     sampling = _sampling(folder, scheduler_config)
     if "conditioner" in index:
         return _load_labels(folder, index, scheduler_config, sampling, chosen)

@@ -71,7 +71,7 @@ def test_tf32_is_on_by_default_so_that_these_tests_can_fail():
 @pytest.mark.parametrize("network", ["text_encoder", "unet", "vae_decoder", "vae_encoder"])
 def test_eager_runs_every_network_in_fp32_and_leaves_the_process_as_it_was(text_model, setting, network):
     pipeline = load(text_model, "eager")
-    seen = seen_by(pipeline.engine._modules[network])
+    seen = seen_by(pipeline.engine._module(network))
     pipeline.engine.run(network, *inputs(pipeline, network))
     assert [is_exact(found) for found in seen] == [True]
     assert settings() == setting
@@ -79,7 +79,7 @@ def test_eager_runs_every_network_in_fp32_and_leaves_the_process_as_it_was(text_
 
 def test_in_bf16_the_process_decides(label_model, setting):
     pipeline = load(label_model, "eager", dtype="bf16")
-    seen = seen_by(pipeline.engine._modules["unet"])
+    seen = seen_by(pipeline.engine._module("unet"))
     pipeline.engine.run("unet", *inputs(pipeline, "unet"))
     assert seen == [setting]
 

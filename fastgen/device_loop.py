@@ -36,11 +36,19 @@ class DeviceLoop:
     """Runs one solver table at one batch size on a torch engine, as `sampling.sample` does.
 
     `shape` (B, C, h, w) of the state, `cond_shape` (B, ...) of the conditions. With `graphs`, rows are recorded as CUDA
-    graphs when they are first needed: guided ones and others apart, as others cost B rows of the network, not 2B.
+    graphs when they are first needed: guided ones and others apart, as others cost B rows of the network, not 2B. `pool`: that
+    of a loop which still exists and never runs at the same time, such as one of another batch size.
     """
 
     def __init__(
-        self, engine: Engine, table: SolverTable, shape: Sequence[int], cond_shape: Sequence[int], *, graphs: bool
+        self,
+        engine: Engine,
+        table: SolverTable,
+        shape: Sequence[int],
+        cond_shape: Sequence[int],
+        *,
+        graphs: bool,
+        pool: Any = None,
     ) -> None:
         import torch
 
@@ -62,9 +70,14 @@ class DeviceLoop:
         forks = graphs and engine.capturable and self._stochastic
         self._side: Any = streams.stream(engine.device, streams.NOISE) if forks else None
         self._forked = False
-        self._recorded: dict[
-            bool, tuple[Graph, ...]
-        ] = {}  # guided or not -> its rows, or what is before and after a call
+        # Guided or not -> its rows, or what comes before and after a call of the engine.
+        self._recorded: dict[bool, tuple[Graph, ...]] = {}
+        self._shared_pool = pool
+
+    @property
+    def pool(self) -> Any:
+        """The memory pool of the recorded graphs, None before there are any."""
+        return next((graphs[0].pool for graphs in self._recorded.values()), None)
 
     def run(
         self,
@@ -112,8 +125,13 @@ class DeviceLoop:
             after()
 
     def _record(self, guided: bool) -> tuple[Graph, ...]:
-        device, reset = self._engine.device, self._index.zero_  # no row is looked up behind the table's end
-        pool = next((graphs[0].pool for graphs in self._recorded.values()), None)  # rows never overlap
+        device, pool = self._engine.device, self.pool or self._shared_pool  # rows never overlap
+
+        def reset() -> None:
+            self._index.zero_()  # no row is looked up behind the table's end
+            self._prepared.pop(guided, None)
+            self._prediction.pop(guided, None)
+
         with self._torch.inference_mode():
             if self._engine.capturable:
                 return (Graph(lambda: self._whole_row(guided), device, pool, reset),)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import gc
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from fastgen import streams
 
 WARM_UP = 3  # calls before the recording: libraries choose their algorithms and allocate their workspaces there
+_recording = threading.Lock()  # work that another thread queues on the recording's stream would be recorded too
 
 
 class Graph:
@@ -17,7 +22,8 @@ class Graph:
     The caller keeps the tensors that existed before alive; those made while recording live in the graph's memory pool, as long
     as the graph does. The function itself is not kept, so that its owner and the graph do not keep each other alive.
     The calls before the recording change the tensors too: set them before the first replay. `reset` is called before each of
-    these calls. `pool`: the memory pool of a graph that never runs at the same time, to share.
+    these calls, and before the recording. `pool`: the `pool` of a graph that still exists and never runs at the same time, to
+    share. Graphs of one device share the workspace of cuBLAS: replay them on one stream at a time.
     Raises what `function` raises, on the caller's stream.
     """
 
@@ -27,15 +33,12 @@ class Graph:
         import torch
 
         stream = streams.stream(device, streams.CAPTURE)
-        with torch.cuda.device(device):
+        with _recording, torch.cuda.device(device):
+            self.pool = pool or torch.cuda.graph_pool_handle()
             _warm_up(function, stream, reset)
+            reset()  # lets go of what the last of these calls has made, for the recording to use its memory
             self._graph = torch.cuda.CUDAGraph()
-            _record(self._graph, function, stream, pool)
-
-    @property
-    def pool(self) -> Any:
-        """The handle of its memory pool."""
-        return self._graph.pool()
+            _record(self._graph, function, stream, self.pool)
 
     def __call__(self) -> None:
         """Replay it on the current stream; returns before it has run."""
@@ -68,16 +71,43 @@ def _record(graph: Any, function: Callable[[], None], stream: Any, pool: Any) ->
 
     current, failure = torch.cuda.current_stream(), None
     try:
-        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+        with (
+            _no_collector(),
+            torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
+        ):
             try:
                 function()
             except BaseException as error:
                 failure = error
     except BaseException as error:
         torch.cuda.set_stream(current)
+        _give_back(pool)
         failure = failure or error
     if failure is not None:
         try:
             raise failure
         finally:
             del failure  # its traceback holds this frame
+
+
+@contextmanager
+def _no_collector() -> Iterator[None]:
+    """Keep Python's cycle collector from freeing CUDA memory during a recording, which that would break."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _give_back(pool: Any) -> None:
+    """End what a recording that failed to begin or end has left open: the allocator would go on taking all that is freed for
+    memory that a recording may still use, and torch has no public way to tell it."""
+    import torch
+
+    device = torch.cuda.current_device()
+    with contextlib.suppress(RuntimeError):  # it was not open: then the graph gives its pool back itself
+        torch._C._cuda_endAllocateToPool(device, pool)
+        torch._C._cuda_releasePool(device, pool)

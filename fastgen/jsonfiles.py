@@ -8,7 +8,7 @@ import os
 import re
 import reprlib
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
@@ -72,20 +72,45 @@ def write_json(path: str | os.PathLike[str], value: Any, indent: int | None = 2,
     write_bytes(path, text.encode("utf-8", "backslashreplace"))  # a lone surrogate becomes \udXXX, its JSON escape
 
 
+def write_new_json(path: str | os.PathLike[str], value: Any) -> bool:
+    """As `write_json`, but False, and nothing is written, where `path` is there already: of several processes one succeeds."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return _write(Path(path), text.encode("utf-8", "backslashreplace"), _place_new)
+
+
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
     """Writes a file so that `path` holds the old content or all of the new, never a part; FastgenError if it fails."""
-    path = Path(path)
+    _write(Path(path), data, os.replace)
+
+
+def _write(path: Path, data: bytes, place: Callable[[Path, Path], None]) -> bool:
+    """Write a temporary file and `place` it at `path`; False where `place` finds a file there."""
     temporary = path.parent / f".tmp-{secrets.token_hex(8)}"
     try:
         with open(temporary, "xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        place(temporary, path)
+    except FileExistsError:
+        return False
     except OSError as error:
+        raise FastgenError(f"{path}: cannot be written: {error.strerror or error}") from None
+    finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise FastgenError(f"{path}: cannot be written: {error.strerror or error}") from None
+    return True
+
+
+def _place_new(temporary: Path, path: Path) -> None:
+    """Give a file a name that is free. FileExistsError where it is not."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links
+        with open(path, "xb"):
+            os.replace(temporary, path)
 
 
 def _read_text(path: Path) -> str:

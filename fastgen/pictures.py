@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -78,7 +79,7 @@ class Decoder:
         device = self._engine.device
         stream = streams.stream(device, streams.DECODE)
         stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
+        with torch.cuda.device(device), torch.cuda.stream(stream):
             found = quantised(self.decode(x, limit), normalize)
             host = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True) for t in found]
             done = torch.cuda.Event()
@@ -107,8 +108,7 @@ class Decoder:
             return Pictures(pixels, problems)
         pixels = np.array(pixels)
         try:
-            self._exact = self._exact or Decoder(self._open_exact(), self._spec)
-            again = self._exact.start(x[retry], normalize, limit)()
+            again = self._decoded_exactly(x, retry, normalize, limit)
         except Exception as error:
             if not isinstance(error, FastgenError) and not self._engine.is_out_of_memory(error):
                 raise
@@ -118,3 +118,18 @@ class Decoder:
         for j, i in enumerate(retry):
             pixels[i], problems[i] = again.pixels[j], again.problems[j]
         return Pictures(pixels, problems)
+
+    def _decoded_exactly(self, x: Array, rows: list[int], normalize: str, limit: int | None) -> Pictures:
+        """These rows of x decoded in fp32, beside what is queued. An engine that compiles for each number of rows takes them
+        one by one: how many are broken differs from batch to batch."""
+        assert self._open_exact is not None
+        self._exact = self._exact or Decoder(self._open_exact(), self._spec)
+        one_by_one, device = self._engine.static_shapes, self._engine.device
+        with contextlib.ExitStack() as stack:
+            if device.startswith("cuda"):
+                import torch
+
+                stack.enter_context(torch.cuda.device(device))
+                stack.enter_context(torch.cuda.stream(streams.stream(device, streams.DECODE)))
+            broken = self._engine.xp.stack([x[i] for i in rows])
+            return self._exact.start(broken, normalize, 1 if one_by_one else limit)()

@@ -228,7 +228,8 @@ class Pipeline:
             self._drop_loops()
         key = (table.key, len(x))
         if key not in self._loops:
-            self._loops[key] = DeviceLoop(self.engine, table, x.shape, cond.shape, graphs=self._graphs)
+            pool = next((loop.pool for loop in self._loops.values() if loop.pool), None)
+            self._loops[key] = DeviceLoop(self.engine, table, x.shape, cond.shape, graphs=self._graphs, pool=pool)
         return self._loops[key]
 
     def _drop_loops(self) -> None:

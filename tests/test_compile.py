@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 import subprocess
 from pathlib import Path
@@ -249,6 +250,31 @@ def test_memory_that_is_exhausted_inside_a_package_is_recognised(label_model, mo
     monkeypatch.setattr(engine, "_allocations_failed", lambda: 7)  # somebody else's, before
     with pytest.raises(FastgenError, match="run_func_"):
         engine.run("unet", *inputs(engine, "unet", 2))
+
+
+def test_an_engine_on_a_gpu_gives_the_memory_of_its_weights_back_when_it_goes(label_model, monkeypatch):
+    """Packages of torch 2.13 never let go of weights that they have used; the model's own are not the engine's to free."""
+    engine = open_engine(label_model)
+    monkeypatch.setattr(engine, "capturable", True)
+    module, own = engine._module("unet"), engine._networks["unet"]
+    held = [parameter.detach() for parameter in module.parameters()]
+    assert module is not own
+    assert all(one.untyped_storage().size() for one in held)
+    monkeypatch.undo()
+    del module, engine
+    gc.collect()
+    assert not any(one.untyped_storage().size() for one in held)
+    assert all(parameter.untyped_storage().size() for parameter in own.parameters())
+
+
+def test_constants_stay_on_the_kind_of_device_that_they_were_compiled_for(tmp_path):
+    from safetensors.torch import save_file
+
+    file = tmp_path / base_compile.CONSTANTS
+    save_file({"a": torch.ones(2), "b": torch.zeros(1)}, file, metadata={"a": "cpu", "b": "cuda"})
+    found = base_compile._constants(file, torch.device("meta"))
+    assert {name: value.device.type for name, value in found.items()} == {"a": "cpu", "b": "meta"}
+    assert base_compile._constants(tmp_path / "none", torch.device("cpu")) == {}
 
 
 def test_measuring_memory_compiles_nothing(label_model, cache):

@@ -6,6 +6,8 @@ Over a double of torch's streams and graphs (tests/cuda_double.py); on a GPU, te
 from __future__ import annotations
 
 import gc
+import threading
+import time
 import weakref
 from collections.abc import Iterator
 
@@ -19,7 +21,11 @@ import cuda_double  # noqa: E402
 from fastgen import streams  # noqa: E402
 from fastgen.device_loop import DeviceLoop  # noqa: E402
 from fastgen.graphs import Graph  # noqa: E402
+from fastgen.images import read_pixels  # noqa: E402
+from fastgen.jobs.job import run_job  # noqa: E402
+from fastgen.pictures import Decoder  # noqa: E402
 from fastgen.pipeline import load  # noqa: E402
+from fastgen.requests import Request  # noqa: E402
 from fastgen.sampling import initial_latents, sample  # noqa: E402
 from fastgen.solver import compile_key  # noqa: E402
 
@@ -92,12 +98,27 @@ def test_replayed_rows_compute_what_the_loop_computes(cuda, engine, key, options
     assert cuda.current == cuda.default
 
 
-def test_the_double_replays_on_the_tensors_that_were_recorded(cuda):
+def test_the_double_computes_nothing_while_it_records_and_replays_on_the_same_tensors(cuda):
     x, y = torch.zeros(2), []
-    graph = Graph(lambda: y.append(x * 2 + 1), "cpu")
+
+    def function():
+        y.append(x * 2 + 1)
+        x.add_(1)
+
+    graph = Graph(function, "cpu")
+    assert x.tolist() == [3, 3]  # of the calls that warm up
+    assert y[-1].isnan().all()
     x.fill_(5)
     graph()
-    assert y[-1].tolist() == [11, 11]
+    assert (x.tolist(), y[-1].tolist()) == ([6, 6], [11, 11])
+
+
+@pytest.mark.parametrize("reads", [lambda x: x.item(), lambda x: x[x > 0], lambda x: bool(x > 0)])
+def test_a_recording_that_reads_the_device_fails_in_the_double_as_on_a_gpu(cuda, reads):
+    x = torch.ones(1)
+    with pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
+        Graph(lambda: reads(x) if cuda.recording else None, "cpu")
+    assert cuda.current == cuda.default
 
 
 @pytest.mark.parametrize("capturable", [True, False])
@@ -202,6 +223,59 @@ def test_a_recording_that_cannot_be_ended_raises_the_first_error_on_the_callers_
         Graph(lambda: side.wait_stream(torch.cuda.current_stream()), "cpu")
     assert cuda.current == cuda.default
 
+    x = torch.ones(1)  # the allocator waits for nothing, and records again
+    torch.cuda.empty_cache()
+    assert len(cuda.released) == 2
+    Graph(lambda: x.add_(1), "cpu")()
+    assert x.item() == 5
+
+
+def test_memory_that_runs_out_when_a_recording_is_made_ready_is_known_too(cuda):
+    """Then the graph itself gives its pool back."""
+    cuda.fails_at_end = torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(torch.OutOfMemoryError):
+        Graph(lambda: None, "cpu")
+    assert (cuda.current, cuda.underway, cuda.released) == (cuda.default, set(), [])
+
+
+def test_what_the_calls_before_left_is_gone_when_the_recording_begins(cuda, engine, monkeypatch):
+    table = compile_key("dpmpp-2m-sde:4", SCHEDULE)
+    loop = recorded_loop(Capturable(engine), table)
+    begin, held = cuda_double.CUDAGraph.capture_begin, []
+
+    def noted(graph, *arguments, **options):
+        held.append((dict(loop._prepared), dict(loop._prediction)))
+        return begin(graph, *arguments, **options)
+
+    monkeypatch.setattr(cuda_double.CUDAGraph, "capture_begin", noted)
+    run(loop, table)
+    assert held == [({}, {})]
+
+
+def test_the_collector_does_not_run_during_a_recording(cuda):
+    seen = []
+    Graph(lambda: seen.append(gc.isenabled()), "cpu")
+    assert seen == [True] * 3 + [False]
+    assert gc.isenabled()
+
+
+def test_another_thread_records_only_after_this_one(cuda):
+    order, inside = [], threading.Event()
+
+    def slow():
+        if cuda.recording is not None:
+            order.append("first")
+            inside.set()
+            time.sleep(0.2)
+            order.append("first is done")
+
+    first = threading.Thread(target=lambda: Graph(slow, "cpu"))
+    first.start()
+    assert inside.wait(10)
+    Graph(lambda: order.append("second"), "cpu")
+    first.join()
+    assert order[:3] == ["first", "first is done", "second"]
+
 
 def test_a_failed_recording_keeps_nothing_alive(cuda, engine):
     table = compile_key("dpmpp-2m-sde:4", SCHEDULE)
@@ -237,3 +311,114 @@ def test_seeds_reach_a_replay(cuda, engine):
     loop, (x, cond, _) = recorded_loop(Capturable(engine), table), inputs(table)
     first = loop.run(x, cond, seeds=torch.from_numpy(np.array(SEEDS)))
     assert not torch.equal(loop.run(x, cond, seeds=torch.from_numpy(np.array(SEEDS) + 1)), first)
+
+
+# Whole batches: sampling, decoding beside the next batch, the host's reading. Nothing may run before what it needs.
+
+
+@pytest.fixture
+def on_a_gpu(cuda, monkeypatch):
+    """(model, device) -> its pipeline as if eager ran on a GPU, with recorded rows."""
+
+    def make(model, device="cpu"):
+        pipeline = load(model, "eager")
+        pipeline.engine.device, pipeline.engine.capturable = cuda_double.Device(device), True
+        pipeline.on_gpu = pipeline._graphs = True
+        config = pipeline.source.scheduler_config
+        pipeline.source.table = {
+            key: compile_key(key, config) for key in ("ddim:4", "dpmpp-2m-sde:4")
+        }.get  # on the host
+        return pipeline
+
+    return make
+
+
+def requests(kind):
+    given = {"prompt": "a red dragon"} if kind == "text" else {"labels": ("red cube",)}
+    return [Request(str(i), f"{i}.png", seed=i, **given) for i in range(7)]
+
+
+def pixels(folder):
+    return np.stack([read_pixels(folder / f"{i}.png") for i in range(7)]).astype(int)
+
+
+@pytest.mark.parametrize("kind", ["text", "labels"])
+@pytest.mark.parametrize("solver", ["ddim", "dpmpp-2m-sde"])
+def test_a_job_on_a_gpu_is_in_order_and_gives_the_pictures_of_a_cpu(
+    on_a_gpu, monkeypatch, request, tmp_path, kind, solver
+):
+    model = request.getfixturevalue("text_model" if kind == "text" else "label_model")
+    settings = {"scheduler": solver, "num_inference_steps": 4, "guidance_scale": 3.0, "guidance_interval": (1, 3)}
+    plain = load(model, "eager")
+    run_job(plain, requests(kind), tmp_path / "cpu", plain.settings(**settings), batch_size=3)
+    pipeline = on_a_gpu(model)
+    with cuda_double.ordered(monkeypatch):
+        report = run_job(pipeline, requests(kind), tmp_path / "gpu", pipeline.settings(**settings), batch_size=3)
+    assert report.errors == {}
+    assert np.abs(pixels(tmp_path / "gpu") - pixels(tmp_path / "cpu")).max() <= 1
+    assert len(pipeline._loops) == 2  # batches of 3 and of 2 ...
+    assert len({loop.pool for loop in pipeline._loops.values()}) == 1  # ... in one pool
+    (size, loop), *_ = pipeline._loops.items()
+    held = weakref.ref(loop)
+    del loop, size
+    pipeline.free_memory()
+    assert held() is None
+
+
+@pytest.mark.parametrize("left_out", ["decode", "capture"])
+def test_a_wait_that_is_left_out_is_noticed(on_a_gpu, monkeypatch, text_model, left_out):
+    pipeline = on_a_gpu(text_model)
+    wait, use = cuda_double.Stream.wait_stream, {"decode": streams.DECODE, "capture": streams.CAPTURE}[left_out]
+    blind = streams.stream("cpu", use)
+    monkeypatch.setattr(cuda_double.Stream, "wait_stream", lambda one, other: one == blind or wait(one, other))
+    with pytest.raises(AssertionError, match="may still use"), cuda_double.ordered(monkeypatch):
+        pipeline.generate(["a red dragon"], seeds=[0], scheduler="ddim", num_inference_steps=4)
+
+
+def test_an_event_that_is_not_waited_for_is_noticed(on_a_gpu, monkeypatch, text_model):
+    pipeline = on_a_gpu(text_model)
+    monkeypatch.setattr(cuda_double.Event, "synchronize", lambda event: None)
+    with pytest.raises(AssertionError, match="the host reads"), cuda_double.ordered(monkeypatch):
+        pipeline.generate(["a red dragon"], seeds=[0], scheduler="ddim", num_inference_steps=4)
+
+
+def test_a_broken_picture_is_decoded_again_in_order_beside_the_next_batch(on_a_gpu, monkeypatch, text_model):
+    pipeline, exact = on_a_gpu(text_model), on_a_gpu(text_model).engine
+    engine, run = pipeline.engine, pipeline.engine.run
+    x = torch.randn(4, *pipeline.spec.latent_shape)
+    expected = pipeline.decoder.start(x)().pixels
+    engine.dtype = "fp16"
+
+    def breaks(network, *inputs):
+        outputs = run(network, *inputs)
+        return (torch.cat([outputs[0][:2], outputs[0][2:] * torch.nan]),)
+
+    monkeypatch.setattr(engine, "run", breaks)
+    decoder = Decoder(engine, pipeline.spec, lambda: exact)
+    with cuda_double.ordered(monkeypatch):
+        pictures = decoder.start(x)()
+    assert pictures.problems == [None] * 4
+    assert np.array_equal(pictures.pixels, expected)
+
+
+def test_an_engine_that_compiles_per_size_decodes_broken_pictures_one_by_one(on_a_gpu, monkeypatch, text_model):
+    pipeline, exact = on_a_gpu(text_model), on_a_gpu(text_model).engine
+    sizes, run = [], exact.run
+    monkeypatch.setattr(exact, "run", lambda name, x: sizes.append(len(x)) or run(name, x))
+    pipeline.engine.dtype, pipeline.engine.static_shapes = "fp16", True
+    exact.static_shapes = True
+    broken = pipeline.engine.run
+    monkeypatch.setattr(pipeline.engine, "run", lambda name, x: (broken(name, x)[0] * torch.nan,))
+    pictures = Decoder(pipeline.engine, pipeline.spec, lambda: exact).start(
+        torch.randn(3, *pipeline.spec.latent_shape)
+    )()
+    assert pictures.problems == [None] * 3
+    assert sizes == [1, 1, 1]
+
+
+def test_work_on_the_second_gpu_makes_no_context_on_the_first(cuda, on_a_gpu, monkeypatch, text_model):
+    pipeline, device, made = on_a_gpu(text_model), torch.cuda.device, streams._streams(1)
+    monkeypatch.setattr(streams, "stream", lambda device, use: made[use])  # `cpu` stands for the second GPU
+    monkeypatch.setattr(torch.cuda, "device", lambda name: device(1))
+    pipeline.generate(["a red dragon"], seeds=[0], scheduler="ddim", num_inference_steps=4)
+    assert cuda.contexts == {1}

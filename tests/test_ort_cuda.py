@@ -200,6 +200,9 @@ def test_on_cuda_it_runs_the_fp16_graphs_and_the_text_encoder_in_fp32(lowered_bu
     assert opened["unet"] == ("model.fp16.ort.onnx", "1", True)
     assert opened["text_encoder"] == ("model.ort.onnx", "0", False) or opened["text_encoder"][0] == "model.onnx"
     assert [engine.executed(name) for name in ("unet", "text_encoder")] == ["fp16", "fp32"]
+    for text in ("Failed to allocate memory for requested buffer", "CUDNN_STATUS_ALLOC_FAILED", "CUDA out of memory"):
+        assert engine.is_out_of_memory(Exception(text))  # onnxruntime's errors are of no common class
+    assert not engine.is_out_of_memory(Exception("a bug"))
 
 
 def test_a_bundle_without_fp16_graphs_runs_in_fp32_by_default_and_this_is_told(label_bundle, cuda_engine, capsys):

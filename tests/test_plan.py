@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import math
+import os
 import weakref
 
 import numpy as np
@@ -13,8 +14,9 @@ from PIL import Image
 
 from fastgen.buckets import Batch
 from fastgen.errors import FastgenError
-from fastgen.jobs import job, plan
+from fastgen.jobs import folder, job, plan
 from fastgen.jobs.job import estimate_job, run_job
+from fastgen.jobs.shards import Shard
 from fastgen.pictures import Decoder
 from fastgen.pipeline import load
 from fastgen.requests import Request
@@ -343,11 +345,58 @@ def test_a_resumed_job_decodes_as_many_together_as_it_began_with(text, monkeypat
     assert seen == [4]
 
 
+def test_a_resumed_job_of_an_engine_with_sizes_of_its_own_runs_the_same_batches(labels, monkeypatch, tmp_path):
+    monkeypatch.setattr(labels.engine, "batch_sizes", lambda network: [8, 64, 128])
+    monkeypatch.setattr(labels.engine, "static_shapes", True)
+    seen, run = [], labels.engine.run
+    monkeypatch.setattr(labels.engine, "run", lambda name, *x: seen.append(len(x[0])) or run(name, *x))
+    settings = labels.settings(num_inference_steps=1, scheduler="ddim")
+    run_job(labels, requests(63), tmp_path, settings)  # fewer than the 64 that run together
+    assert seen == [128]
+    (tmp_path / "5.png").unlink()
+    assert run_job(labels, requests(63), tmp_path, settings).generated == 63
+    assert seen == [128, 128]
+
+
+class MissesIt:
+    """The module `os` for a process that looks for a file just before another one writes it."""
+
+    def __init__(self, file):
+        self._file, self._looked = file, 0
+        self.path = self
+
+    def lexists(self, path):
+        self._looked += path == self._file
+        return os.path.lexists(path) and not (path == self._file and self._looked <= 2)
+
+
+def test_shards_that_begin_together_run_the_batches_of_the_one_that_was_first(labels, monkeypatch, tmp_path):
+    """Each measures the memory of its own card; job.json is written by one of them."""
+    settings, claim = labels.settings(), job.claim
+    run_job(labels, requests(7), tmp_path / "whole", settings, batch_size=2)
+
+    def late(out, files, *arguments, **options):
+        if not (out / "job.json").exists():  # the other one was a little sooner
+            monkeypatch.setattr(job, "automatic_batch_size", lambda *a: 2)
+            monkeypatch.setattr(job, "claim", claim)
+            run_job(labels, requests(7), out, settings, shard=Shard(1, 2))
+            monkeypatch.setattr(folder, "os", MissesIt(out / "job.json"))
+            files = []  # nor has it seen the other one's files
+        return claim(out, files, *arguments, **options)
+
+    monkeypatch.setattr(job, "automatic_batch_size", lambda *a: 3)
+    monkeypatch.setattr(job, "claim", late)
+    report = run_job(labels, requests(7), tmp_path / "out", settings, shard=Shard(2, 2))
+    assert report.complete
+    assert json.loads((tmp_path / "out" / "job.json").read_text())["limits"]["batch"] == 2
+    assert np.array_equal(pixels(tmp_path / "out"), pixels(tmp_path / "whole"))
+
+
 def test_a_job_of_an_older_version_goes_on_with_what_fits_now(text, monkeypatch, tmp_path):
     asked = [Request(str(i), f"{i}.png", prompt="a red dragon", seed=i) for i in range(4)]
     run_job(text, asked, tmp_path, text.settings(), batch_size=4)
     record = json.loads((tmp_path / "job.json").read_text())
-    assert record.pop("decode_batch_size") == 64
+    assert record.pop("limits") == {"batch": 4, "decode": 64}
     (tmp_path / "job.json").write_text(json.dumps(record))
     (tmp_path / "1.png").unlink()
     assert run_job(text, asked, tmp_path, text.settings()).generated == 4
@@ -385,6 +434,29 @@ def test_an_error_without_words_ends_a_job_in_one_line(labels, monkeypatch, tmp_
     monkeypatch.setattr(labels.engine, "run", fail)
     with pytest.raises(FastgenError, match=r"batch_size is 1 already: MemoryError$"):
         run_job(labels, requests(2), tmp_path / "out", labels.settings(), batch_size=1)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("GET was unable to find an engine to execute this computation"),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+    ids=["cuDNN", "CUDA", "cuBLAS"],
+)
+def test_what_cuda_s_libraries_say_when_memory_runs_out_halves_the_batch(label_model, monkeypatch, tmp_path, error):
+    pipeline = load(label_model, "eager")
+    run, said = pipeline.engine.run, []
+
+    def limited(network, *inputs):
+        if len(inputs[0]) > 2:
+            raise error
+        return run(network, *inputs)
+
+    monkeypatch.setattr(pipeline.engine, "run", limited)
+    report = run_job(pipeline, requests(4), tmp_path / "out", pipeline.settings(), batch_size=2, say=said.append)
+    assert (report.errors, said) == ({}, ["cpu: out of memory with a batch of 2; going on with 1"])
 
 
 def test_a_batch_that_ran_out_of_memory_is_gone_before_the_next_is_tried(monkeypatch):

@@ -115,7 +115,7 @@ def build(module: nn.Module, inputs: Sequence[Tensor], settings: dict[str, Any],
         k: v.contiguous() for k, v in program.constants.items() if isinstance(v, torch.Tensor) and k not in weights
     }
     if extra:
-        save_file(extra, folder / CONSTANTS)
+        save_file(extra, folder / CONSTANTS, metadata={k: v.device.type for k, v in extra.items()})
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,6 @@ def open_package(folder: Path, device: torch.device, weights: Mapping[str, Tenso
     On a GPU it does no synchronisation of its own, so that it can be captured: one thread at a time may run it.
     """
     import torch
-    from safetensors.torch import load_file
 
     on_gpu = device.type == "cuda"
     index = (torch.cuda.current_device() if device.index is None else device.index) if on_gpu else -1
@@ -147,11 +146,21 @@ def open_package(folder: Path, device: torch.device, weights: Mapping[str, Tenso
         )
     if weights is None:
         return Package(loaded.loader, None)
-    extra = load_file(folder / CONSTANTS, str(device)) if (folder / CONSTANTS).exists() else {}
-    held = {**weights, **extra}
+    held = {**weights, **_constants(folder / CONSTANTS, device)}
     used = {name: held[name] for name in loaded.get_constant_fqns()}
     loaded.load_constants(used, check_full_update=True, user_managed=True)
     return Package(loaded.loader, used)
+
+
+def _constants(path: Path, device: torch.device) -> dict[str, Tensor]:
+    """The constants in a file, each on the kind of device that it was compiled for."""
+    from safetensors import safe_open
+
+    if not path.exists():
+        return {}
+    with safe_open(path, "pt") as file:
+        kinds = file.metadata()
+        return {k: file.get_tensor(k).to("cpu" if kinds[k] == "cpu" else device) for k in file.keys()}  # noqa: SIM118
 
 
 def named_weights(module: nn.Module) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -12,11 +12,18 @@ from fastgen.engines.base_fp32 import exact_fp32
 from fastgen.errors import InputError
 
 # What CUDA's libraries say through other exceptions than torch's own.
-OUT_OF_MEMORY = "out of memory", "status_alloc_failed"
+OUT_OF_MEMORY = (
+    "out of memory",
+    "status_alloc_failed",
+    "unable to find an engine",  # cuDNN, when none of its algorithms gets the workspace that it needs
+    "failed to allocate memory",  # onnxruntime
+)
 
 
 class TorchEngine(base.Engine):
     """An engine on torch tensors of one device."""
+
+    _library_errors: ClassVar[type[Exception]] = RuntimeError  # what its library raises, whatever is wrong
 
     def open_device(self, device: str | None, threads: int | None, kinds: tuple[str, ...] = ("cpu", "cuda")) -> None:
         """Sets `xp` and `device` (by default the GPU if there is one); InputError for a device that is not there."""
@@ -48,7 +55,8 @@ class TorchEngine(base.Engine):
     def is_out_of_memory(self, error: BaseException) -> bool:
         if isinstance(error, (MemoryError, self._torch.OutOfMemoryError)):
             return True
-        return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in OUT_OF_MEMORY)
+        text = str(error).lower()
+        return isinstance(error, self._library_errors) and any(words in text for words in OUT_OF_MEMORY)
 
     def synchronize(self) -> None:
         if self.device.startswith("cuda"):

@@ -13,9 +13,11 @@ would pay after 5,000 prompts. On a GPU packages hold code only: all numbers of 
 
 from __future__ import annotations
 
+import copy
 import json
+import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
     from fastgen.engines.base_compile import Package
     from fastgen.networks import Model
 
-FORMAT = 1  # of what is compiled: raise it when packages change although no field of the recipe does
+FORMAT = 2  # of what is compiled: raise it when packages change although no field of the recipe does
 COMPILED = "unet", "vae_decoder"  # the others run once per prompt or picture: compiling pays after thousands of them
 
 
@@ -64,6 +66,8 @@ class Engine(TorchEngine):
         self._source, self._networks = source, source.networks()
         self._modules: dict[str, nn.Module] = {}
         self._loaded: dict[tuple[str, int], Package] = {}
+        self._own: list[Tensor] = []  # weights on a GPU; a package never lets go of those that it has used (torch 2.13)
+        weakref.finalize(self, _free, self._own)
 
     def run(self, network: str, *inputs: Any) -> tuple[Any, ...]:
         """One forward of `network`, compiled first where the cache does not hold it for so many rows."""
@@ -72,11 +76,9 @@ class Engine(TorchEngine):
         rows = len(inputs[0])
         checked = [_checked(x, t, rows) for x, t in zip(inputs, self.signatures[network].inputs, strict=True)]
         package = self._loaded.get((network, rows)) or self._load(network, rows)
-        with self._failing(f"engine compile: {network} at {rows} rows failed"), self.precisely(network):
-            if not self.capturable:
-                return package.run(checked)
-            with self._torch.cuda.device(self.device):  # it runs on the current stream of the current device
-                return package.run(checked)
+        failed = f"engine compile: {network} at {rows} rows failed"
+        with self._failing(failed), self.precisely(network), self._active():
+            return package.run(checked)  # on the current stream of the current device
 
     def recipe(self, network: str, rows: int) -> Recipe | None:
         """What a package is made of and for; None for a network that is not compiled."""
@@ -118,9 +120,13 @@ class Engine(TorchEngine):
         assert recipe is not None
         artifact = artifacts.obtain(recipe, lambda folder: self._build(network, rows, folder), announce)
         weights = None if "freezing" in self._options else named_weights(self._module(network))
-        with self._failing(f"{artifact.folder}: cannot be loaded"):
+        with self._failing(f"{artifact.folder}: cannot be loaded"), self._active():
             self._loaded[network, rows] = open_package(artifact.folder, self._torch.device(self.device), weights)
         return self._loaded[network, rows]
+
+    def _active(self) -> AbstractContextManager[Any]:
+        """Within it the engine's GPU is the current one."""
+        return self._torch.cuda.device(self.device) if self.capturable else nullcontext()
 
     def _build(self, network: str, rows: int, folder: Path) -> None:
         from fastgen.engines.base_compile import build, check_tools
@@ -137,11 +143,18 @@ class Engine(TorchEngine):
 
     def _module(self, network: str) -> nn.Module:
         """The network in the precision that it is executed in, on the device."""
+        from fastgen.engines.base_compile import named_weights
         from fastgen.precision import lowered
 
         if network not in self._modules:
-            module = lowered(self._networks[network], self.executed(network)).to(self.device)
-            self._modules[network] = module.to(memory_format=self._torch.channels_last)  # type: ignore[call-overload]
+            with self._torch.inference_mode(False):  # weights are ordinary tensors, whoever asks for them first
+                module = lowered(self._networks[network], self.executed(network))
+                if module is self._networks[network] and self.capturable:
+                    module = copy.deepcopy(module)  # the engine's own, to let go of
+                module = module.to(self.device).to(memory_format=self._torch.channels_last)  # type: ignore[call-overload]
+            self._modules[network] = module
+            if self.capturable:
+                self._own += named_weights(module).values()
         return self._modules[network]
 
     def _samples(self, network: str, rows: int) -> list[Tensor]:
@@ -166,6 +179,13 @@ class Engine(TorchEngine):
         if not self.capturable:
             return 0
         return int(self._torch.cuda.memory_stats_as_nested_dict(self.device).get("num_ooms", 0))
+
+
+def _free(tensors: list[Tensor]) -> None:
+    """Give the memory of these tensors back, whoever holds on to them."""
+    for tensor in tensors:
+        tensor.untyped_storage().resize_(0)
+    tensors.clear()
 
 
 def _checked(value: Tensor, tensor: signatures.Tensor, rows: int) -> Tensor:

@@ -44,7 +44,8 @@ class Engine(TorchEngine):
     def _module(self, network: str) -> nn.Module:
         """The network on the device, where it goes when it is first run: some jobs never need some networks."""
         if network not in self._modules:
-            self._modules[network] = self._networks[network].to(self.device, self._torch_dtype)
+            with self._torch.inference_mode(False):  # weights are ordinary tensors, whoever asks for them first
+                self._modules[network] = self._networks[network].to(self.device, self._torch_dtype)
         return self._modules[network]
 
     def _cast(self, name: str, x: Any) -> Any:

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image
 
@@ -14,23 +14,26 @@ from fastgen.errors import InputError
 from fastgen.folders import make_folder
 from fastgen.images import image_grid, read_pixels, save_contact_sheet, save_image
 from fastgen.jobs.shards import remove_parts
-from fastgen.jsonfiles import read_json, write_bytes, write_json
+from fastgen.jsonfiles import read_json, write_bytes, write_json, write_new_json
 from fastgen.names import GRID, STRIP_SHEET
 from fastgen.requests import CONTACT_SHEET, Request
 from fastgen.strips import StripFiles, save_strip_sheet
 
 MANIFEST, JOB = "manifest.jsonl", "job.json"
-DECODE = (
-    "decode_batch_size"  # in job.json: free memory decides it, nobody asks for it, so it is no part of what the job is
-)
 
 
-def claim(
-    out: Path, files: Sequence[Path], identity: dict[str, Any], *, decode: int | None = None, sweep: bool
-) -> int | None:
+class Limits(NamedTuple):
+    """How many images run together at most, and how many the VAE decodes together (None: not recorded, or nothing to decode).
+    A job that is continued keeps both, to the same bytes: they may follow from the memory that was free."""
+
+    batch: int
+    decode: int | None
+
+
+def claim(out: Path, files: Sequence[Path], identity: dict[str, Any], limits: Limits, *, sweep: bool) -> bool:
     """Make `out` this job's folder, or refuse: it belongs to another job, or holds files that would be overwritten.
 
-    Returns how many images the VAE decodes together: `decode`, or what the job began with if it is continued.
+    False when another process, such as another shard's, has made it its own meanwhile: then its limits hold.
     """
     path = out / JOB
     for folder in (out, *out.parents):
@@ -44,12 +47,11 @@ def claim(
                 "choose another --out"
             )
         make_folder(out)
-        write_json(path, {"job": identity, DECODE: decode, "runs": []})
-        return decode
+        return write_new_json(path, {"job": identity, "limits": limits._asdict(), "runs": []})
     check_same_job(out, identity)
     if sweep:
         _sweep(files)
-    return held_decode_size(out) or decode
+    return True
 
 
 def check_same_job(out: Path, identity: dict[str, Any]) -> None:
@@ -90,20 +92,17 @@ def _sweep(files: Sequence[Path]) -> None:
             leftover.unlink(missing_ok=True)
 
 
-def held_batch_size(out: Path) -> int | None:
-    """The batch size of the job that `out` holds, so that a resumed one cuts its requests in the same way."""
+def held_limits(out: Path) -> Limits | None:
+    """Those of the job that `out` holds, so that a resumed one cuts its requests in the same way."""
     path = out / JOB
-    return _positive(_read_record(path)["job"].get("batch_size")) if path.is_file() else None
-
-
-def held_decode_size(out: Path) -> int | None:
-    """How many images the VAE decodes together in the job that `out` holds; None where that is not recorded."""
-    path = out / JOB
-    return _positive(_read_record(path).get(DECODE)) if path.is_file() else None
-
-
-def _positive(value: Any) -> int | None:
-    return value if isinstance(value, int) and value > 0 else None
+    if not path.is_file():
+        return None
+    record = _read_record(path)
+    held = record.get("limits")
+    if not isinstance(held, dict):  # of an older version, which recorded no more than this
+        held = {"batch": record["job"].get("batch_size")}
+    batch, decode = (value if isinstance(value, int) and value > 0 else None for value in map(held.get, Limits._fields))
+    return None if batch is None else Limits(batch, decode)
 
 
 def _read_record(path: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any
 from fastgen.buckets import Batch, cut, halved
 from fastgen.conditions import Conditions
 from fastgen.errors import FastgenError, InputError, first_line
-from fastgen.jobs.folder import MANIFEST, claim, extra_files, finish, held_batch_size, held_decode_size
+from fastgen.jobs.folder import MANIFEST, Limits, claim, extra_files, finish, held_limits
 from fastgen.jobs.plan import Estimate, automatic_batch_size, decode_batch_size, estimate
 from fastgen.jobs.record import job_identity, manifest_line, truncated_prompts
 from fastgen.jobs.shards import Shard, save_part, whole_job
@@ -74,13 +74,14 @@ def run_job(
     settings.check_interval(table)
     encoder = pipeline.encoder(requests, settings.guided)
     files = [safe_path(out, r.image_name) for r in requests]
-    limit = batch_size or held_batch_size(out) or automatic_batch_size(pipeline, settings)
-    decode = held_decode_size(out) or decode_batch_size(pipeline)
-    batches = cut(len(requests), limit, pipeline.buckets(settings))
-    identity = job_identity(pipeline, requests, settings, limit, rag)
     strips = None if strip is None else StripFiles.plan_for(pipeline.spec, table, strip, out, files)
-    mine = [*files, *extra_files(out, files, strips, grid)]
-    decode = claim(out, mine, identity, decode=decode, sweep=shard is None)
+    own = [*files, *extra_files(out, files, strips, grid)]
+    claimed = False
+    while not claimed:  # again where another shard claims the folder while this one measures its memory
+        limits = job_limits(pipeline, settings, out, batch_size)
+        batches = cut(len(requests), limits.batch, pipeline.buckets(settings))
+        identity = job_identity(pipeline, requests, settings, limits.batch, rag)
+        claimed = claim(out, own, identity, limits, sweep=shard is None)
     start_from = pipeline.retrieve(requests, settings, rag)
     truncated = truncated_prompts(encoder)
     lines = [manifest_line(r, settings, identity, truncated, start_from) for r in requests]
@@ -92,7 +93,9 @@ def run_job(
     count = sum(map(len, pending))
     with progress_bar(count, progress, shard) as bar, Writer(_writers(pipeline)) as writer:
         advance = StepBar(bar, writer, len(table))
-        begin = partial(_begin, pipeline, requests, encoder, table, settings, start_from, advance, strips, decode)
+        begin = partial(
+            _begin, pipeline, requests, encoder, table, settings, start_from, advance, strips, limits.decode
+        )
         for batch, pictures in _generated(pipeline, settings, pending, begin, say):
             rows = zip(lines[batch.rows], files[batch.rows], pictures.pixels, pictures.problems, strict=True)
             for line, file, pixels, problem in rows:
@@ -115,6 +118,13 @@ def run_job(
             all_lines = [line for _, line in collected.lines]
             finish(out, requests, files, all_lines, identity, collected.runs, grid, strips)
     return Report(out, len(positions), count, seconds, errors, truncated, (out / MANIFEST).exists())
+
+
+def job_limits(pipeline: Pipeline, settings: Settings, out: Path, batch_size: int | None) -> Limits:
+    """What was asked for, else what the job in `out` began with, else what suits the engine and its memory."""
+    held = held_limits(out)
+    batch = batch_size or (held.batch if held else automatic_batch_size(pipeline, settings))
+    return Limits(batch, held.decode if held and held.decode else decode_batch_size(pipeline))
 
 
 def estimate_job(

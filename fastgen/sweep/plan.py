@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from fastgen.bundle import is_bundle, read_bundle
 from fastgen.checkpoint_choice import check_bundle_of, choose_checkpoint
 from fastgen.errors import InputError, unknown
-from fastgen.jobs.folder import check_same_job, held_batch_size
-from fastgen.jobs.plan import automatic_batch_size
+from fastgen.jobs.folder import check_same_job
+from fastgen.jobs.job import job_limits
 from fastgen.jobs.record import job_identity
 from fastgen.jsonfiles import located
 from fastgen.pipeline import Pipeline, load, model_objects
@@ -82,7 +82,7 @@ class Plan:
             for folder, seed in zip(self.folders(point), self.seeds, strict=True):
                 if point.checkpoint == checkpoint and folder.exists():
                     settings = pipeline.settings(**point.settings(), seed=seed)
-                    limit = self.batch_size or held_batch_size(folder) or automatic_batch_size(pipeline, settings)
+                    limit = job_limits(pipeline, settings, folder, self.batch_size).batch
                     check_same_job(folder, job_identity(pipeline, self.requests, settings, limit, self.start(point)))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,8 +29,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "ddpm": {"scheduler": "ddpm"},
     "sde": {"scheduler": "dpmpp-2m-sde"},
 }
-SIZES = 7, 5, 7, 5, 3  # of batches that overlap
-MANY_TABLES = range(2, 26)
+SIZES, FEW_SIZES = (7, 5, 7, 5, 3), (3, 2, 3)  # of batches that overlap
+TABLES = range(2, 26)  # steps of 24 solver tables
 NEEDS_GPU = "needs a GPU"
 
 
@@ -69,14 +69,6 @@ def compared(
         allowed = GREY_LEVELS if most is None else most
         return {"what": what, "passed": bool(levels <= allowed), **figures, "allowed": f"{allowed}/255"}
     return {"what": what, "passed": psnr is None or bool(psnr >= PSNR_DB), **figures, "allowed": f"{PSNR_DB:.0f} dB"}
-
-
-def attempt(what: str, call: Callable[[], Fact]) -> Fact:
-    """A fact, or the exception that came instead: the part's other facts do not depend on it."""
-    try:
-        return call()
-    except Exception as error:
-        return raised(what, error)
 
 
 def about(run: Run) -> Iterator[Fact]:
@@ -134,8 +126,9 @@ def full_precision(run: Run, model: str) -> Iterator[Fact]:
     process's own flag as it was."""
     import torch
 
-    expected, found, cudnn = images(pipeline(model, "cpu", "fp32")), {}, torch.backends.cudnn
+    cudnn = torch.backends.cudnn
     before = cudnn.allow_tf32
+    expected, found = images(pipeline(model, "cpu", "fp32")), {}
     for allowed in (True, False):
         what = f"fp32 where cudnn.allow_tf32 is {allowed}"
         pipeline.cache_clear()  # graphs and algorithms are chosen under the flag
@@ -165,12 +158,13 @@ def overlap(run: Run, model: str) -> Iterator[Fact]:
     streams and memory pools that rotate would have come round."""
     pipe = pipeline(model, run.device, run.low, True)
     settings = pipe.settings(scheduler="ddpm", num_inference_steps=12)
-    expected = batches(pipe, settings, SIZES, queued=1)
-    yield compared("overlapped batches", expected, batches(pipe, settings, SIZES, queued=2), most=0)
-    for steps in MANY_TABLES if run.cuda else MANY_TABLES[:2]:
+    sizes, tables = (SIZES, TABLES) if run.cuda else (FEW_SIZES, TABLES[:2])
+    expected = batches(pipe, settings, sizes, queued=1)
+    yield compared("overlapped batches", expected, batches(pipe, settings, sizes, queued=2), most=0)
+    for steps in tables:
         images(pipe, num_inference_steps=steps)
-    found = batches(pipe, settings, SIZES, queued=2)
-    yield compared(f"overlapped batches after {len(MANY_TABLES) if run.cuda else 2} tables", expected, found, most=0)
+    found = batches(pipe, settings, sizes, queued=2)
+    yield compared(f"overlapped batches after {len(tables)} tables", expected, found, most=0)
 
 
 def batches(pipe: Pipeline, settings: Settings, sizes: Sequence[int], queued: int) -> np.ndarray:

@@ -55,6 +55,17 @@ def images_per_s(pipe: Pipeline, batch: int) -> dict[str, Any]:
     return {"images_per_s": statistics.median(found[1:]), "spread": spread(found[1:]), "first_s": batch / found[0]}
 
 
+def full_size(run: Run) -> Iterator[Fact]:
+    """What the job needs: random weights of full size, their pictures by eager fp32, and the card's rates."""
+    model = gpu_sections.text_model(run)
+    yield {"what": "model", "model": model.name, "steps": list(gpu_sections.references(run, model))}
+    rates = {
+        d: {"tflop_per_s": r.flop_per_s / 1e12, "gb_per_s": r.bytes_per_s / 1e9}
+        for d, r in gpu_sections.rates(run).items()
+    }
+    yield {"what": "rates", "rates": rates}
+
+
 def job(run: Run) -> Iterator[Fact]:
     """As much of the job of 1,063 prompts as the limit allows, on random weights of full size."""
     for fact in gpu_sections.job(run, fit=True):

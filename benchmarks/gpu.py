@@ -20,7 +20,7 @@ import click
 from benchmarks.gpu_targets import targets
 from benchmarks.machine import environment
 from benchmarks.matrix import default_device, line
-from benchmarks.parts import Fact, Part, Run, run_parts
+from benchmarks.parts import Fact, Part, Run, kept_for_all_parts, run_parts
 from benchmarks.report import table
 from benchmarks.rows import UNITS
 from fastgen.cachedir import cache_dir
@@ -112,8 +112,6 @@ def main(
     """The whole job, peers, batch 1, labels, growth, where time goes, then all that compiles; a table of targets last."""
     deadline = time.monotonic() + 60 * minutes
     out.mkdir(parents=True, exist_ok=True)
-    for kept in (out / "rates.json", *out.glob("reference-*.npz")):
-        kept.unlink(missing_ok=True)  # of an earlier run, perhaps on another card
     run = Run(
         device or default_device(),
         out.absolute(),
@@ -124,7 +122,8 @@ def main(
     )
     results = Results(out / "gpu.json")
     results.found["environment"] = environment()
-    run_parts([section for section in SECTIONS if not only or section.name in only], run, results, deadline)
+    with kept_for_all_parts(run.out):
+        run_parts([section for section in SECTIONS if not only or section.name in only], run, results, deadline)
     if rows := results.found.get("growth"):
         value = {key: results.found[key] for key in ("settings", "environment")} | {"rows": rows}
         (out / "growth.json").write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")

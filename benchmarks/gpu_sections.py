@@ -55,7 +55,7 @@ def fast(run: Run, engine: str = "eager") -> str:
 
 def rates(run: Run) -> dict[str, floor.Rates]:
     """What the device reaches in each precision: measured once in a run."""
-    file = run.out / "rates.json"
+    file = run.kept / "rates.json"
     if not file.exists():
         found = {dtype: floor.measure(run.device, dtype) for dtype in dict.fromkeys(("fp32", "bf16", run.low))}
         file.write_text(json.dumps({dtype: asdict(one) for dtype, one in found.items()}))
@@ -64,7 +64,7 @@ def rates(run: Run) -> dict[str, floor.Rates]:
 
 def references(run: Run, model: Path) -> dict[int, np.ndarray]:
     """Steps -> the model's first images by eager fp32: made once in a run."""
-    file = run.out / f"reference-{model.name}.npz"
+    file = run.kept / f"reference-{model.name}.npz"
     if not file.exists():
         found = Matrix(_plan(run, model), []).references()
         arrays: dict[str, Any] = {str(steps): images for steps, images in found.items()}

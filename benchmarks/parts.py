@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import queue
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,11 +19,13 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 REPOSITORY = Path(__file__).parents[1]
+KEPT = "kept"
 FRAMES = 12  # lines of a helper's last words
 Fact = dict[str, Any]  # "what"; "passed" where it is a check; "skipped" or "error" where it is not known; and figures
 
@@ -66,9 +69,26 @@ class Run:
         return "fp16" if self.cuda else "bf16"
 
     @property
+    def kept(self) -> Path:
+        """What one part makes for the others."""
+        return self.out / KEPT
+
+    @property
     def left(self) -> float:
         """Seconds until the part is ended."""
         return self.deadline - time.monotonic()
+
+
+@contextmanager
+def kept_for_all_parts(out: Path) -> Iterator[None]:
+    """The folder `Run.kept` is empty when the block begins, and gone afterwards."""
+    kept = out / KEPT
+    shutil.rmtree(kept, ignore_errors=True)
+    kept.mkdir(parents=True)
+    try:
+        yield
+    finally:
+        shutil.rmtree(kept, ignore_errors=True)
 
 
 class Sink(Protocol):

@@ -87,8 +87,11 @@ def written(text: str, new: str) -> str:
 
 
 def take(files: Iterable[Path], folder: Path) -> None:
-    """Copy each file as first-CARD.json, over an earlier one of that card. SystemExit for one that was not taken on a GPU."""
+    """Copy each file as first-CARD.json, over an earlier one of that card. SystemExit for one that is not
+    there or was not taken on a GPU."""
     for file in files:
+        if not file.is_file():
+            raise SystemExit(f"error: {file}: not there; python -m benchmarks.first {file.parent} writes it")
         value = json.loads(file.read_text(encoding="utf-8"))
         card = value["environment"].get("gpu")
         if card is None:
@@ -99,7 +102,7 @@ def take(files: Iterable[Path], folder: Path) -> None:
 
 
 @click.command()
-@click.argument("files", nargs=-1, type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.argument("files", nargs=-1, type=click.Path(path_type=Path, dir_okay=False))
 @click.option(
     "--results", type=click.Path(path_type=Path), default=RESULTS / "gpu", help="[default: benchmarks/results/gpu]"
 )

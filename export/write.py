@@ -26,7 +26,7 @@ from fastgen.bundle import (
 )
 from fastgen.errors import FastgenError, InputError
 from fastgen.folders import sync_tree
-from fastgen.jsonfiles import read_json, write_json
+from fastgen.jsonfiles import infinity_as_text, read_json, write_json
 from fastgen.settings import late_steps
 from fastgen.spec import Spec, sha256_file
 from fastgen.tables import format_key, parse_key
@@ -266,7 +266,7 @@ def _manifest(spec: Spec) -> dict[str, Any]:
             "num_inference_steps": sampling.num_inference_steps,
             "guidance_scale": sampling.guidance_scale,
         },
-        "scheduler_config": dict(spec.scheduler_config),
+        "scheduler_config": infinity_as_text(spec.scheduler_config),
         "scaling_factor": spec.scaling_factor,
         "objects": spec.objects,
         "signatures": {name: s.to_json() for name, s in spec.signatures.items()},

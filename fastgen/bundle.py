@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastgen.config import Sampling
 from fastgen.errors import InputError
-from fastgen.jsonfiles import located, read_json
+from fastgen.jsonfiles import infinity_from_text, located, read_json
 from fastgen.prompts import Tokenizer
 from fastgen.signatures import Signature
 from fastgen.spec import Spec, sha256_file
@@ -158,7 +158,7 @@ def read_bundle(folder: str | os.PathLike[str]) -> Bundle:
             family=value["family"],
             signatures=signatures,
             sampling=sampling,
-            scheduler_config=value["scheduler_config"],
+            scheduler_config=infinity_from_text(value["scheduler_config"]),
             scaling_factor=float(value["scaling_factor"]),
             objects=value["objects"],
             sha256=value["source_sha256"],

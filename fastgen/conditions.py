@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from fastgen.engines.base import Array, Engine
 
 ENCODE_BATCH = 16  # prompts per forward of the text encoder
+HELD_BYTES = 2**28  # 1,700 prompts of 77 tokens, 512 wide: ten batches of a large job
 
 
 class LabelConditions:
@@ -30,31 +32,43 @@ class LabelConditions:
 
 
 class PromptConditions:
-    """Prompts -> text states (B, tokens, D), each distinct prompt encoded once; the unconditional row is the empty prompt.
+    """Prompts -> text states (B, tokens, D), the unconditional row is the empty prompt.
 
-    Distinct prompts are encoded in fixed batches of the whole job, so that a resumed job encodes them in the same company.
+    Distinct prompts are encoded in fixed batches of the whole job when they are first needed, hence a resumed job encodes each
+    in the same batch, to the same bits. The states of the batches used last stay on the engine's device, `held_bytes` of them
+    (always one batch); a prompt whose states were let go is encoded again.
     """
 
-    def __init__(self, engine: Engine, tokenizer: Any, prompts: Sequence[str], guided: bool) -> None:
+    def __init__(
+        self, engine: Engine, tokenizer: Any, prompts: Sequence[str], guided: bool, held_bytes: int = HELD_BYTES
+    ) -> None:
         distinct = dict.fromkeys([*([""] if guided else []), *prompts])
         self._engine = engine
         self._ids, counts = tokenizer.encode(list(distinct))
         self._batches = _batches(engine, len(distinct))
         places = [(number, row) for number, batch in enumerate(self._batches) for row in range(len(batch))]
         self._place = dict(zip(distinct, places, strict=True))
-        self._states: dict[int, Array] = {}
+        self._states: OrderedDict[int, Array] = OrderedDict()  # number of a batch -> its states; used last at the end
+        self._held_bytes = held_bytes
+        self._uncond: Array | None = None
         self.truncated = {p: n for p, n in zip(distinct, counts, strict=True) if n > tokenizer.length}
 
     def __call__(self, requests: Sequence[Request]) -> Array:
         return self._engine.xp.stack([self._state(r.prompt or "") for r in requests])
 
     def uncond(self) -> Array:
-        return self._state("")[None]
+        """(1, tokens, D)"""
+        if self._uncond is None:  # a tensor of its own: a view would hold all states of its batch
+            self._uncond = self._engine.xp.stack([self._state("")])
+        return self._uncond
 
     def _state(self, prompt: str) -> Array:
         number, row = self._place[prompt]
         if number not in self._states:
             self._states[number] = _encode(self._engine, self._ids, self._batches[number])[0]
+            while len(self._states) > 1 and sum(s.nbytes for s in self._states.values()) > self._held_bytes:
+                self._states.popitem(last=False)
+        self._states.move_to_end(number)
         return self._states[number][row]
 
 
@@ -79,6 +93,6 @@ def _batches(engine: Engine, count: int) -> list[Batch]:
 
 
 def _encode(engine: Engine, ids: np.ndarray, batch: Batch) -> tuple[Array, ...]:
-    """What the text encoder says of one batch of token ids: states (B, tokens, D), pooled (B, D), perhaps padded."""
+    """The text encoder on one batch of token ids: states (B, tokens, D), pooled states (B, D), perhaps padded."""
     rows = engine.array(ids[batch.rows])
     return engine.run("text_encoder", engine.padded(rows, batch.bucket) if engine.static_shapes else rows)

@@ -7,10 +7,11 @@ the whole run is queued in the time that a few rows take.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from fastgen import streams
 from fastgen.graphs import Graph
 from fastgen.noise import normal
 from fastgen.sampling import Row, guide, guided_rows, pack_rows, step, take_rows, unconditional_first
@@ -57,8 +58,13 @@ class DeviceLoop:
         self._prepared: dict[bool, _Prepared] = {}  # guided or not -> what its rows begin with
         self._prediction: dict[bool, Tensor] = {}
         self._stochastic = bool((table.c != 0).any())
-        self._side = torch.cuda.Stream(engine.device) if engine.device.startswith("cuda") else None
-        self._recorded: dict[bool, Callable[[], None]] = {}
+        # A fork must end in the graph that it began in, and outside graphs it would save nothing.
+        forks = graphs and engine.capturable and self._stochastic
+        self._side: Any = streams.stream(engine.device, streams.NOISE) if forks else None
+        self._forked = False
+        self._recorded: dict[
+            bool, tuple[Graph, ...]
+        ] = {}  # guided or not -> its rows, or what is before and after a call
 
     def run(
         self,
@@ -75,9 +81,9 @@ class DeviceLoop:
         on the device. Returns when everything is queued, not when it has run. Raises InputError."""
         first, last = guided_rows(self._table, guidance_scale, uncond is not None, guidance_interval)
         rows = [first <= i < last for i in range(len(self._table))]
-        calls = {
-            guided: self._row(guided) for guided in sorted(set(rows))
-        }  # recording changes the buffers: before they are set
+        if self._graphs:  # recording changes the buffers: before they are set
+            for guided in sorted(set(rows) - set(self._recorded)):
+                self._recorded[guided] = self._record(guided)
         self._x.copy_(x)
         self._cond.copy_(cond)
         if uncond is not None:
@@ -89,43 +95,38 @@ class DeviceLoop:
             m.zero_()
         with self._torch.inference_mode():
             for i, guided in enumerate(rows):
-                calls[guided]()
+                self._row(guided)
                 if on_step is not None:
                     on_step(i, self._x.clone())
         return self._x.clone()
 
-    def _row(self, guided: bool) -> Callable[[], None]:
-        """One row, recorded if graphs are used."""
-        if guided not in self._recorded:
-            with self._torch.inference_mode():
-                self._recorded[guided] = self._record(guided)
-        return self._recorded[guided]
-
-    def _record(self, guided: bool) -> Callable[[], None]:
+    def _row(self, guided: bool) -> None:
         if not self._graphs:
-            return lambda: self._whole_row(guided)
-        device, reset = self._engine.device, self._index.zero_  # no row is looked up behind the table's end
-        if self._engine.capturable:
-            return Graph(lambda: self._whole_row(guided), device, self._pool(), reset)
-        before = Graph(lambda: self._before(guided), device, self._pool(), reset)
-        self._predict(guided)
-        after = Graph(lambda: self._after(guided), device, before.pool)
-
-        def row() -> None:
+            self._whole_row(guided)
+        elif self._engine.capturable:
+            self._recorded[guided][0]()
+        else:
+            before, after = self._recorded[guided]
             before()
             self._predict(guided)
             after()
 
-        row.pool = before.pool  # type: ignore[attr-defined]
-        return row
-
-    def _pool(self) -> Any:
-        """The memory pool of what was recorded already: rows never overlap."""
-        return next((recorded.pool for recorded in self._recorded.values()), None)  # type: ignore[attr-defined]
+    def _record(self, guided: bool) -> tuple[Graph, ...]:
+        device, reset = self._engine.device, self._index.zero_  # no row is looked up behind the table's end
+        pool = next((graphs[0].pool for graphs in self._recorded.values()), None)  # rows never overlap
+        with self._torch.inference_mode():
+            if self._engine.capturable:
+                return (Graph(lambda: self._whole_row(guided), device, pool, reset),)
+            before = Graph(lambda: self._before(guided), device, pool, reset)
+            self._predict(guided)
+            return before, Graph(lambda: self._after(guided), device, before.pool)
 
     def _whole_row(self, guided: bool) -> None:
-        self._before(guided)
-        self._predict(guided)
+        try:
+            self._before(guided)
+            self._predict(guided)
+        finally:
+            self._join()  # where memory ran out, too: a recording cannot end with a fork
         self._after(guided)
 
     def _before(self, guided: bool) -> None:
@@ -146,36 +147,34 @@ class DeviceLoop:
         else:
             prediction = self._engine.run("unet", sample, timestep, self._cond)[0]
         if self._graphs and not self._engine.capturable:  # the second graph reads a fixed address
-            held = self._prediction.setdefault(guided, self._torch.empty_like(prediction))
-            prediction = held.copy_(prediction)
+            if guided not in self._prediction:
+                self._prediction[guided] = self._torch.empty_like(prediction)
+            prediction = self._prediction[guided].copy_(prediction)
         self._prediction[guided] = prediction
 
     def _after(self, guided: bool) -> None:
         """Guidance, step, and on to the next row."""
-        self._join()
         prediction, prepared = self._prediction[guided], self._prepared[guided]
         if guided:
             prediction = guide(prediction, self._scale)
         x, history = step(self._x, tuple(self._history), prediction, prepared.row, prepared.noise)
         self._x.copy_(x)
-        for held, new in reversed(
-            list(zip(self._history, history, strict=True))
-        ):  # each is read before it is overwritten
-            held.copy_(new)
+        for held, new in reversed(list(zip(self._history, history, strict=True))):
+            held.copy_(new)  # each is read before it is overwritten
         self._index += 1
 
-    def _beside(self) -> AbstractContextManager[Any]:
-        """A stream beside the current one; `_join` brings them together again."""
-        if self._side is None or not self._forks:
-            return nullcontext()
+    @contextmanager
+    def _beside(self) -> Iterator[None]:
+        """A stream beside the current one, where rows fork; `_join` brings them together again."""
+        if self._side is None:
+            yield
+            return
         self._side.wait_stream(self._torch.cuda.current_stream(self._engine.device))
-        return self._torch.cuda.stream(self._side)
+        self._forked = True
+        with self._torch.cuda.stream(self._side):
+            yield
 
     def _join(self) -> None:
-        if self._side is not None and self._stochastic and self._forks:
+        if self._forked:
             self._torch.cuda.current_stream(self._engine.device).wait_stream(self._side)
-
-    @property
-    def _forks(self) -> bool:
-        """A fork must end in the graph that it began in, and outside graphs it would save nothing."""
-        return self._graphs and self._engine.capturable
+            self._forked = False

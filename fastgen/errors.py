@@ -18,6 +18,11 @@ class InputError(FastgenError):
     exit_code = 2
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, or the name of its class where it says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def unknown(kind: str, name: str, choices: Iterable[str], limit: int = 40) -> InputError:
     """An InputError for a name that is not among the choices: names the nearest one and lists them all, up to `limit`."""
     options = list(choices)

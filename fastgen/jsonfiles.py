@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import reprlib
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
 from fastgen.errors import FastgenError, InputError
 
+INFINITE = {"Infinity": math.inf, "-Infinity": -math.inf}
 MAX_INTEGER_DIGITS = 40  # int() itself refuses 4300 digits, and takes quadratic time below that
 
 _SHORT = reprlib.Repr()
@@ -42,14 +44,16 @@ def located(place: object) -> Iterator[None]:
         raise InputError(f"{place}: {error}") from None
 
 
-def read_json(path: str | os.PathLike[str]) -> Any:
+def read_json(path: str | os.PathLike[str], *, infinity: bool = False) -> Any:
     """The value of a JSON file (UTF-8, byte order mark accepted).
 
+    `infinity`: accept Infinity and -Infinity, which are not JSON, but which Python's libraries write: diffusers does, into the
+    scheduler_config.json of DPM-Solver (`lambda_min_clipped`).
     Raises InputError for a missing or unreadable file, bytes that are not UTF-8, malformed JSON, nesting too deep for
     the parser, and what the parser would let pass although somebody loses by it: a key twice in one object, NaN,
     Infinity, integers of more than 40 digits.
     """
-    return _parse(_read_text(Path(path)), Path(path), first_line=1)
+    return _parse(_read_text(Path(path)), Path(path), 1, _WITH_INFINITY if infinity else _STRICT)
 
 
 def read_jsonl(path: str | os.PathLike[str]) -> list[tuple[int, Any]]:
@@ -58,12 +62,13 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[tuple[int, Any]]:
     return [(number, _parse(line, Path(path), number)) for number, line in lines if line.strip(" \t\r")]
 
 
-def write_json(path: str | os.PathLike[str], value: Any, indent: int | None = 2) -> None:
+def write_json(path: str | os.PathLike[str], value: Any, indent: int | None = 2, *, infinity: bool = False) -> None:
     """Writes `value` as UTF-8 JSON under a temporary name, then renames it to `path`.
 
-    Raises FastgenError where the disk or the permissions refuse, ValueError for NaN and infinity.
+    `infinity`: write infinite numbers as `read_json` reads them, for files that diffusers reads.
+    Raises FastgenError where the disk or the permissions refuse, ValueError for NaN, and for infinity unless asked for.
     """
-    text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False) + "\n"
+    text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=infinity) + "\n"
     write_bytes(path, text.encode("utf-8", "backslashreplace"))  # a lone surrogate becomes \udXXX, its JSON escape
 
 
@@ -108,8 +113,25 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
+def infinity_as_text(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A flat config whose infinite numbers are the words Infinity and -Infinity: strict JSON."""
+    words = {math.inf: "Infinity", -math.inf: "-Infinity"}
+    return {key: words.get(value, value) if isinstance(value, float) else value for key, value in config.items()}
+
+
+def infinity_from_text(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config that `infinity_as_text` was given."""
+    return {key: INFINITE.get(value, value) if isinstance(value, str) else value for key, value in config.items()}
+
+
 def _refuse_constant(_: str) -> NoReturn:
     raise _RefusedError
+
+
+def _infinity(word: str) -> float:
+    if word not in INFINITE:
+        raise _RefusedError
+    return INFINITE[word]
 
 
 def _integer(digits: str) -> int:
@@ -118,12 +140,13 @@ def _integer(digits: str) -> int:
     return int(digits)
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse_constant, parse_int=_integer)
+_STRICT = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse_constant, parse_int=_integer)
+_WITH_INFINITY = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_infinity, parse_int=_integer)
 
 
-def _parse(text: str, path: Path, first_line: int) -> Any:
+def _parse(text: str, path: Path, first_line: int, decoder: json.JSONDecoder = _STRICT) -> Any:
     try:
-        return _DECODER.decode(text)
+        return decoder.decode(text)
     except json.JSONDecodeError as error:
         place = f"{path}: line {first_line + error.lineno - 1}, column {error.colno}"
         if not text.strip():
@@ -131,7 +154,7 @@ def _parse(text: str, path: Path, first_line: int) -> Any:
         help_text = "; is it JSONL (a value per line)? then name it .jsonl" if error.msg == "Extra data" else ""
         raise InputError(f"{place}: malformed JSON: {error.msg}{help_text}") from None
     except _RefusedError:
-        position, problem = _explain(text)
+        position, problem = _explain(text, ("NaN",) if decoder is _WITH_INFINITY else ("NaN", "Infinity"))
         line = first_line + text.count("\n", 0, position)
         column = position - text.rfind("\n", 0, position)
         raise InputError(f"{path}: line {line}, column {column}: {problem}") from None
@@ -139,8 +162,8 @@ def _parse(text: str, path: Path, first_line: int) -> Any:
         raise InputError(f"{path}: line {first_line}: JSON nested too deeply") from None
 
 
-def _explain(text: str) -> tuple[int, str]:
-    """(position, problem) of what a hook refused. Everything before that position is well-formed JSON."""
+def _explain(text: str, constants: tuple[str, ...]) -> tuple[int, str]:
+    """(position, problem) of what a hook refused; `constants`: those that it refuses. What comes before is well-formed."""
     objects: list[set[str]] = []
     for match in _TOKEN.finditer(text):
         token, string, colon = match[0], match[1], match[2]
@@ -153,7 +176,7 @@ def _explain(text: str) -> tuple[int, str]:
             if key in objects[-1]:
                 return match.start(), f"key {brief(key)} occurs twice in one object; only one of them would be kept"
             objects[-1].add(key)
-        elif not string and token.endswith(("NaN", "Infinity")):
+        elif not string and token.endswith(constants):
             return match.start(), f"found {token}, which is not JSON"
         elif not string and len(token) > MAX_INTEGER_DIGITS and token.lstrip("-").isdigit():
             return match.start(), f"found an integer of {len(token)} digits, expected at most {MAX_INTEGER_DIGITS}"

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fastgen import streams
 from fastgen.buckets import cut
-from fastgen.errors import FastgenError
+from fastgen.errors import FastgenError, first_line
 from fastgen.images import problem_of, quantised
 
 if TYPE_CHECKING:
@@ -33,17 +34,26 @@ class Decoder:
     def __init__(self, engine: Engine, spec: Spec, open_exact: Callable[[], Engine] | None = None) -> None:
         self._engine, self._spec, self._open_exact = engine, spec, open_exact
         self._exact: Decoder | None = None
-        self._stream: Any = None
-        self.limit: int | None = None  # images per forward, where memory allows fewer than the engine would take
 
-    def decode(self, x: Array) -> Array:
-        """(B, C, h, w) -> (B, 3, H, W) float32, nominally in [-1, 1], in a few forwards of the VAE decoder."""
+    @property
+    def most(self) -> int:
+        """Images that the engine decodes at once."""
+        return max(1, self._engine.decode_pixels // self._spec.image_size**2)
+
+    def decode(self, x: Array, limit: int | None = None) -> Array:
+        """(B, C, h, w) -> (B, 3, H, W) float32, nominally in [-1, 1], in forwards of at most `limit` images (default: `most`).
+
+        An engine that compiles a network for each number of rows decodes larger batches in parts of exactly `limit` images,
+        the last one padded, so that it compiles once; others decode in parts as even as can be.
+        """
         engine = self._engine
         if self._spec.family == "labels":
             return x
         x = x / self._spec.scaling_factor
         sizes = engine.batch_sizes("vae_decoder")
-        limit = self.limit or max(1, engine.decode_pixels // self._spec.image_size**2)
+        limit = limit or self.most
+        if sizes is None and engine.static_shapes:
+            sizes = [min(limit, len(x))]
         parts = []
         for batch in cut(len(x), limit if sizes is None else max(limit, min(sizes)), sizes):
             rows = x[batch.rows]
@@ -53,34 +63,42 @@ class Decoder:
         return parts[0] if len(parts) == 1 else engine.xp.concatenate(parts)
 
     @np.errstate(over="ignore", invalid="ignore")  # broken images are looked for in the end
-    def start(self, x: Array, normalize: str = "clamp") -> Callable[[], Pictures]:
+    def start(self, x: Array, normalize: str = "clamp", limit: int | None = None) -> Callable[[], Pictures]:
         """Begin to decode x (B, C, h, w); the call that is returned waits for the pictures. `normalize`: see `quantised`.
+        `limit`: see `decode`.
 
         On a GPU everything is queued on a stream of its own behind what is queued already, down to the copy into the host's
         memory; elsewhere the pictures are ready at once.
         """
         if not self._engine.device.startswith("cuda"):
-            ready = quantised(self._engine.numpy(self.decode(x)), normalize)
-            return lambda: self._finish(x, normalize, *ready)
+            ready = quantised(self._engine.numpy(self.decode(x, limit)), normalize)
+            return lambda: self._finish(x, normalize, limit, *ready)
         import torch
 
         device = self._engine.device
-        self._stream = self._stream or torch.cuda.Stream(device)
-        self._stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(self._stream):
-            found = quantised(self.decode(x), normalize)
+        stream = streams.stream(device, streams.DECODE)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            found = quantised(self.decode(x, limit), normalize)
             host = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True) for t in found]
             done = torch.cuda.Event()
-            done.record(self._stream)
+            done.record(stream)
 
         def wait() -> Pictures:
             done.synchronize()
-            return self._finish(x, normalize, *(t.numpy() for t in host))  # and x lives until here
+            return self._finish(x, normalize, limit, *(t.numpy() for t in host))  # and x lives until here
 
         return wait
 
     def _finish(
-        self, x: Array, normalize: str, pixels: np.ndarray, broken: np.ndarray, low: np.ndarray, high: np.ndarray
+        self,
+        x: Array,
+        normalize: str,
+        limit: int | None,
+        pixels: np.ndarray,
+        broken: np.ndarray,
+        low: np.ndarray,
+        high: np.ndarray,
     ) -> Pictures:
         size = pixels[0].size
         problems = [problem_of(size, *values) for values in zip(broken, low, high, strict=True)]
@@ -90,12 +108,12 @@ class Decoder:
         pixels = np.array(pixels)
         try:
             self._exact = self._exact or Decoder(self._open_exact(), self._spec)
-            again = self._exact.start(x[retry], normalize)()
+            again = self._exact.start(x[retry], normalize, limit)()
         except Exception as error:
             if not isinstance(error, FastgenError) and not self._engine.is_out_of_memory(error):
                 raise
             for i in retry:
-                problems[i] = f"{problems[i]}; decoding in fp32 instead failed: {str(error).splitlines()[0]}"
+                problems[i] = f"{problems[i]}; decoding in fp32 instead failed: {first_line(error)}"
             return Pictures(pixels, problems)
         for j, i in enumerate(retry):
             pixels[i], problems[i] = again.pixels[j], again.problems[j]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import operator
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from fastgen.engines.base import Array, Engine
+    from fastgen.jobs.plan import Memory
     from fastgen.spec import Source
 
 
@@ -58,6 +61,7 @@ class Pipeline:
             raise InputError(f"CUDA graphs need a GPU; engine {engine.name} runs on {engine.device}")
         self._graphs = self.on_gpu and not engine.reference if graphs is None else graphs
         self._loops: dict[tuple[str, int], DeviceLoop] = {}
+        self.measured: dict[str, Memory] = {}  # network -> what it takes on a GPU, once a job has measured it
 
     def settings(
         self,
@@ -154,18 +158,20 @@ class Pipeline:
         bucket: int | None = None,
         on_step: Callable[[int, Array], None] | None = None,
         strip: StripPlan | None = None,
+        decode_batch_size: int | None = None,
     ) -> Callable[[], Pictures]:
         """Begin with one batch of requests; the call that is returned waits for its pictures.
 
         On a GPU this returns when everything is queued: start the next batch before waiting for this one. `bucket`: the size
         to which an engine with static shapes pads the batch. `start`: what `retrieve` found. `on_step(i, x)` sees the state
         after each row, and with i = -1 the one that a run starts from. `strip`: keep the states that it names, for the
-        pictures' strips.
+        pictures' strips. `decode_batch_size`: images that the VAE decodes together, by default what the engine takes at once.
         """
         frames = None if strip is None else Frames(strip, len(requests), on_step)
         x = self.latents(requests, encoder, table, settings, start, bucket=bucket, on_step=frames or on_step)
-        wait = self.decoder.start(x, settings.normalize)
-        return wait if frames is None else frames.start(self.decoder, settings.normalize, wait)
+        decode = partial(self.decoder.start, normalize=settings.normalize, limit=decode_batch_size)
+        wait = decode(x)
+        return wait if frames is None else frames.start(decode, wait)
 
     def sample_batch(
         self,
@@ -218,11 +224,18 @@ class Pipeline:
 
     def _loop(self, table: SolverTable, x: Array, cond: Array) -> DeviceLoop:
         """The loop for this table and batch size; those of other tables are dropped with their memory."""
+        if any(held != table.key for held, _ in self._loops):
+            self._drop_loops()
         key = (table.key, len(x))
         if key not in self._loops:
-            self._loops = {k: loop for k, loop in self._loops.items() if k[0] == table.key}
             self._loops[key] = DeviceLoop(self.engine, table, x.shape, cond.shape, graphs=self._graphs)
         return self._loops[key]
+
+    def _drop_loops(self) -> None:
+        """Let go of all loops, and of what else nobody uses any more but has references to itself, with their memory."""
+        self.engine.synchronize()  # none of them is running
+        self._loops.clear()
+        gc.collect()
 
     def buckets(self, settings: Settings) -> Sequence[int] | None:
         """The batch sizes that the engine was compiled for, if it was; with a guidance interval for both kinds of rows."""
@@ -238,7 +251,7 @@ class Pipeline:
 
     def free_memory(self) -> None:
         """Let go of recorded graphs and unused device memory: the next batch allocates anew."""
-        self._loops.clear()
+        self._drop_loops()
         self.engine.release_memory()
 
 

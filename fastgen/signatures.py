@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 BATCH = "batch"
+NETWORKS = ("text_encoder", "unet", "vae_decoder", "vae_encoder")  # the names of all that a model may have
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from fastgen.errors import InputError
 from fastgen.images import fit_text, image_grid, read_metadata, read_pixels, save_image
 from fastgen.names import STRIP_FOLDER
-from fastgen.pictures import Decoder, Pictures
+from fastgen.pictures import Pictures
 from fastgen.tables import SolverTable
 
 if TYPE_CHECKING:
@@ -84,9 +84,11 @@ class Frames:
         if self._on_step is not None:
             self._on_step(index, x)
 
-    def start(self, decoder: Decoder, normalize: str, final: Callable[[], Pictures]) -> Callable[[], Pictures]:
-        """Begin to decode the states; the call that is returned waits for the `final` pictures, with their strips."""
-        waits = {row: decoder.start(x, normalize) for row, x in self._states.items() if row != self._last}
+    def start(
+        self, decode: Callable[[Array], Callable[[], Pictures]], final: Callable[[], Pictures]
+    ) -> Callable[[], Pictures]:
+        """Begin to `decode` the states; the call that is returned waits for the `final` pictures, with their strips."""
+        waits = {row: decode(x) for row, x in self._states.items() if row != self._last}
 
         def wait() -> Pictures:
             pictures = final()

@@ -246,6 +246,9 @@ def test_memory_that_is_exhausted_inside_a_package_is_recognised(label_model, mo
     with pytest.raises(torch.OutOfMemoryError) as error:
         engine.run("unet", *inputs(engine, "unet", 2))
     assert engine.is_out_of_memory(error.value)
+    monkeypatch.setattr(engine, "_allocations_failed", lambda: 7)  # somebody else's, before
+    with pytest.raises(FastgenError, match="run_func_"):
+        engine.run("unet", *inputs(engine, "unet", 2))
 
 
 def test_measuring_memory_compiles_nothing(label_model, cache):

@@ -8,6 +8,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from torch.utils._pytree import tree_leaves  # noqa: E402
 
 from fastgen.device_loop import DeviceLoop  # noqa: E402
 from fastgen.errors import InputError  # noqa: E402
@@ -41,6 +42,16 @@ class NoHostReads(TorchDispatchMode):
         name = func.overloadpacket.__name__
         assert name not in WAITS, f"{name} waits for the device"
         return func(*args, **(kwargs or {}))
+
+
+class OneDevice(TorchDispatchMode):
+    """Fails at an operation that sees a tensor of another device than `meta`: on a GPU, a copy that no recording can hold."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        for value in tree_leaves((args, kwargs, output)):
+            assert not isinstance(value, torch.Tensor) or value.device.type == "meta", f"{func} on {value.device}"
+        return output
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +130,69 @@ def test_no_row_reads_the_device(pipelines, label_model, key):
 def test_the_check_for_host_reads_can_fail():
     with NoHostReads(), pytest.raises(AssertionError, match="waits for the device"):
         torch.ones(1).item()
+
+
+class Shapes:
+    """An engine on `meta` tensors, which have shapes and no values."""
+
+    device, capturable = "meta", True
+
+    def run(self, network, sample, timestep, cond):
+        assert len(sample) == len(timestep) == len(cond)
+        return (torch.empty_like(sample),)
+
+    def run_guided(self, sample, timestep, conds):
+        assert len(conds) == 2 * len(sample)
+        return torch.cat([sample, sample])
+
+
+@pytest.mark.parametrize("key", SOLVERS)
+def test_no_row_needs_a_value_on_the_host_not_even_inside_an_operation(key):
+    """A boolean mask, for one, is looked up by an operation that reads the device inside."""
+    table = compile_key(key, SCHEDULE)
+    assert (table.clip is not None) == key.startswith(("ddim", "ddpm", "heun"))  # clipping is among what is looked at
+    loop = DeviceLoop(Shapes(), table, (3, *SHAPE), (3, 24), graphs=False)
+    new = {"device": "meta"}
+    x, cond, uncond = torch.empty(3, *SHAPE, **new), torch.empty(3, 24, **new), torch.empty(1, 24, **new)
+    seeds = torch.empty(3, dtype=torch.int64, **new)
+    for options in ({}, {"guidance_scale": 2.0, "uncond": uncond}):
+        with OneDevice():
+            assert loop.run(x, cond, seeds=seeds, **options).shape == (3, *SHAPE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "name", ["monsters-pndm-rag", "monsters-ddim", "monsters-best", "iclevr-class-embed", "iclevr-concat"]
+)
+def test_no_reference_network_needs_a_value_on_the_host(name, dtype):
+    from benchmarks.models import architecture, build
+    from fastgen.networks.labels import LabelConditioner, LabelUNet, conditioner_dim
+    from fastgen.networks.text import TextUNet
+
+    preset = architecture(name)
+    with torch.device("meta"):
+        unet = build(preset, "unet")
+        if preset.conditioner is None:
+            network, cond = TextUNet(unet), torch.empty(2, 77, unet.config.cross_attention_dim)
+        else:
+            table = {"dim": conditioner_dim(preset.conditioner["kind"], unet.config)[0], **preset.conditioner}
+            network = LabelUNet(unet, LabelConditioner(num_labels=24, **table))
+            cond = torch.empty(2, 24)
+        size = unet.config.sample_size
+        x, timestep = torch.empty(2, unet.config.out_channels, size, size), torch.empty(2)
+    network = network.to(dtype)
+    with torch.inference_mode(), OneDevice():
+        assert network(x.to(dtype), timestep, cond.to(dtype)).shape == x.shape
+
+
+def test_the_checks_on_meta_tensors_can_fail():
+    x = torch.empty(3, device="meta")
+    for reads in (lambda: x[x > 1], lambda: x.item(), lambda: bool(x[0] > 0)):
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            reads()
+    for mixes in (lambda: x + torch.tensor(1.0), lambda: torch.tensor([1.0, 2.0, 3.0]).to("meta")):
+        with pytest.raises(AssertionError, match="on cpu"), OneDevice():
+            mixes()
 
 
 @pytest.mark.gpu

@@ -217,3 +217,25 @@ def test_threads_are_passed_on(label_bundle):
         engine = create_engine(name, bundle, threads=1, dtype="fp32")
         inputs = list(bundle.spec.signatures["unet"].sample_inputs(2, np.random.default_rng(0)).values())
         assert np.isfinite(engine.run("unet", *inputs)[0]).all()
+
+
+def test_arrays_are_pinned_on_the_engine_s_own_gpu(label_model, monkeypatch):
+    """On another one, pinning would make a CUDA context there."""
+    from contextlib import contextmanager
+
+    current, pinned = ["cuda:0"], []
+
+    @contextmanager
+    def device(name):
+        current.append(name)
+        yield
+        current.pop()
+
+    engine = load(label_model, "eager").engine
+    monkeypatch.setattr(engine, "device", "cuda:1")
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(current[-1]) or self)
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, place, non_blocking: (self, place, non_blocking))
+    _, place, non_blocking = engine.array(np.zeros(3, np.float32))
+    assert (pinned, place, non_blocking) == (["cuda:1"], "cuda:1", True)
+    assert current == ["cuda:0"]

@@ -11,6 +11,7 @@ import pytest
 torch = pytest.importorskip("torch")
 ort = pytest.importorskip("onnxruntime")
 
+from fastgen import streams  # noqa: E402
 from fastgen.bundle import read_bundle  # noqa: E402
 from fastgen.engines import base_ort_cuda, create_engine  # noqa: E402
 from fastgen.engines import ort as engine_ort  # noqa: E402
@@ -172,6 +173,7 @@ def cuda_engine(monkeypatch, text_bundle):
         monkeypatch.setattr(engine_ort, "_check_gpu_build", lambda: None)
         monkeypatch.setattr(torch.cuda, "Stream", CpuStream)
         monkeypatch.setattr(torch.cuda, "current_stream", CpuStream)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
 
         def open_device(self, device, threads, kinds):
             self._torch, self.xp, self.device = torch, torch, "cpu"
@@ -179,7 +181,9 @@ def cuda_engine(monkeypatch, text_bundle):
         monkeypatch.setattr(engine_ort.Engine, "open_device", open_device)
         return create_engine("ort", bundle, device="cuda", dtype=dtype), opened
 
-    return make
+    streams._streams.cache_clear()
+    yield make
+    streams._streams.cache_clear()
 
 
 def test_on_cuda_it_runs_the_fp16_graphs_and_the_text_encoder_in_fp32(lowered_bundle, cuda_engine):

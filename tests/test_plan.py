@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import json
 import math
+import weakref
 
 import numpy as np
 import pytest
@@ -214,6 +217,219 @@ def test_half_as_long_for_a_shard(fastgen_process, label_bundle, requests_files,
 def test_graphs_need_a_gpu(label_bundle):
     with pytest.raises(FastgenError, match="CUDA graphs need a GPU"):
         load(label_bundle, "ort", graphs=True)
+
+
+class Card:
+    """A GPU of `total` bytes: a library takes `start` bytes when it is first used, a network `fixed` and `row` for each row.
+    As an engine it keeps what it had at its peak until that is released."""
+
+    device = "cuda"
+
+    def __init__(self, total, *, row, fixed=0, start=0):
+        self.total, self.row, self.fixed, self.start = total, row, fixed, start
+        self.loaded = self.held = 0
+        self.probed = []
+
+    def free(self):
+        return self.total - self.loaded - self.held
+
+    def probe(self, network, rows):
+        self.probed.append(rows)
+        self.loaded = self.start
+        self.held = max(self.held, self.fixed + rows * self.row)
+        if self.free() < 0:
+            self.held = 0
+            raise MemoryError("out of memory")
+
+    def synchronize(self):
+        pass
+
+    def release_memory(self):
+        self.held = 0
+
+    def is_out_of_memory(self, error):
+        return isinstance(error, MemoryError)
+
+
+@pytest.fixture
+def card(monkeypatch):
+    monkeypatch.setattr(plan, "free_memory", lambda engine: engine.free())
+    return Card
+
+
+@pytest.mark.parametrize("start", [0, 10**9, 4 * 10**9])
+@pytest.mark.parametrize("fixed", [0, 2 * 10**8])
+def test_what_libraries_take_when_they_are_first_used_is_not_memory_of_the_rows(card, start, fixed):
+    engine = card(16 * 10**9, row=10**8, fixed=fixed, start=start)
+    cost = plan.measure_memory(engine, "unet")
+    assert cost == plan.Memory(fixed, 10**8)
+    rows = cost.rows_in(plan.USABLE * engine.free())
+    engine.probe("unet", rows)  # fits
+    assert rows == int((0.8 * (16 * 10**9 - start) - fixed) / 10**8)
+
+
+@pytest.mark.parametrize(("total", "rows"), [(9, 9), (7, 2), (3, 2), (1, 1), (0.5, 1)])
+def test_memory_that_runs_out_while_it_is_measured_limits_the_batch(card, total, rows):
+    engine = card(int(total * 10**8), row=10**8)
+    found = plan.measure_memory(engine, "unet").rows_in(total * 10**8)
+    assert found == rows
+    assert engine.held == 0
+
+
+def test_other_errors_while_measuring_are_errors(card):
+    engine = card(10**9, row=1)
+    engine.is_out_of_memory = lambda error: False
+    engine.total = 0
+    with pytest.raises(MemoryError):
+        plan.measure_memory(engine, "unet")
+
+
+def on_a_gpu(pipeline, monkeypatch, total, costs):
+    """The pipeline as if its engine ran on a GPU of so many free bytes, where networks take `costs`."""
+    monkeypatch.setattr(pipeline, "on_gpu", True)
+    monkeypatch.setattr(pipeline, "measured", costs)
+    monkeypatch.setattr(plan, "free_memory", lambda engine: total)
+
+
+def test_the_unet_gets_what_the_decoder_that_runs_beside_it_leaves(text, monkeypatch):
+    costs = {"vae_decoder": plan.Memory(0, 100.0), "unet": plan.Memory(0, 10.0)}
+    monkeypatch.setattr(text.engine, "decode_pixels", 16 * text.spec.image_size**2)
+    on_a_gpu(text, monkeypatch, 4000, costs)
+    assert plan.decode_batch_size(text) == 10  # a quarter of 4000
+    assert plan.automatic_batch_size(text, text.settings(guidance_scale=1.0)) == 128
+    assert plan.automatic_batch_size(text, text.settings(guidance_scale=2.0)) == (3200 - 1000) // 20
+    on_a_gpu(text, monkeypatch, 10**6, costs)
+    assert plan.decode_batch_size(text) == 16  # the engine's own
+    on_a_gpu(text, monkeypatch, 10, costs)
+    assert plan.decode_batch_size(text) == plan.automatic_batch_size(text, text.settings()) == 1
+
+
+def test_a_network_is_measured_once_per_pipeline(text, monkeypatch):
+    measured = []
+    on_a_gpu(text, monkeypatch, 10**6, {})
+    monkeypatch.setattr(plan, "measure_memory", lambda e, name: measured.append(name) or plan.Memory(0, 1.0))
+    for _ in range(2):
+        plan.automatic_batch_size(text, text.settings())
+        plan.decode_batch_size(text)
+    assert measured == ["vae_decoder", "unet"]
+
+
+def decoded(monkeypatch, pipeline):
+    """The numbers of images that the VAE decodes together."""
+    run, seen = pipeline.engine.run, []
+
+    def noted(network, *inputs):
+        if network == "vae_decoder":
+            seen.append(len(inputs[0]))
+        return run(network, *inputs)
+
+    monkeypatch.setattr(pipeline.engine, "run", noted)
+    return seen
+
+
+def test_a_resumed_job_decodes_as_many_together_as_it_began_with(text, monkeypatch, tmp_path):
+    asked = [Request(str(i), f"{i}.png", prompt="a red dragon", seed=i) for i in range(8)]
+    monkeypatch.setattr(job, "decode_batch_size", lambda pipeline: 2)
+    seen = decoded(monkeypatch, text)
+    run_job(text, asked, tmp_path, text.settings(), batch_size=4)
+    assert seen == [2, 2, 2, 2]
+    monkeypatch.setattr(job, "decode_batch_size", lambda pipeline: 3)  # there is more memory now
+    (tmp_path / "5.png").unlink()
+    seen.clear()
+    run_job(text, asked, tmp_path, text.settings())
+    assert seen == [2, 2]
+    seen.clear()
+    text.generate(prompts=["a red dragon"] * 4, batch_size=4)  # a job leaves nothing behind in the pipeline
+    assert seen == [4]
+
+
+def test_a_job_of_an_older_version_goes_on_with_what_fits_now(text, monkeypatch, tmp_path):
+    asked = [Request(str(i), f"{i}.png", prompt="a red dragon", seed=i) for i in range(4)]
+    run_job(text, asked, tmp_path, text.settings(), batch_size=4)
+    record = json.loads((tmp_path / "job.json").read_text())
+    assert record.pop("decode_batch_size") == 64
+    (tmp_path / "job.json").write_text(json.dumps(record))
+    (tmp_path / "1.png").unlink()
+    assert run_job(text, asked, tmp_path, text.settings()).generated == 4
+
+
+@pytest.mark.parametrize(
+    ("batch", "expected"), [(119, [16] * 8), (128, [16] * 8), (64, [16] * 4), (7, [7]), (16, [16])]
+)
+def test_an_engine_that_compiles_per_size_decodes_large_batches_in_one_size(text, monkeypatch, batch, expected):
+    seen = []
+
+    class Compiled:
+        device, dtype, static_shapes, decode_pixels, xp = "cpu", "fp16", True, 16 * text.spec.image_size**2, np
+
+        def batch_sizes(self, network):
+            return None
+
+        def padded(self, rows, size):
+            return type(text.engine).padded(self, rows, size)
+
+        def run(self, network, x):
+            seen.append(len(x))
+            return (np.repeat(x[:, :3].mean((2, 3))[:, :, None, None], 2, 2),)
+
+    x = np.random.default_rng(0).standard_normal((batch, *text.spec.latent_shape)).astype(np.float32)
+    images = Decoder(Compiled(), text.spec).decode(x)
+    assert seen == expected
+    np.testing.assert_allclose(images[:, :, 0, 0], x[:, :3].mean((2, 3)) / text.spec.scaling_factor, atol=1e-6)
+
+
+def test_an_error_without_words_ends_a_job_in_one_line(labels, monkeypatch, tmp_path):
+    def fail(network, *inputs):
+        raise MemoryError
+
+    monkeypatch.setattr(labels.engine, "run", fail)
+    with pytest.raises(FastgenError, match=r"batch_size is 1 already: MemoryError$"):
+        run_job(labels, requests(2), tmp_path / "out", labels.settings(), batch_size=1)
+
+
+def test_a_batch_that_ran_out_of_memory_is_gone_before_the_next_is_tried(monkeypatch):
+    """With what caused the error: tracebacks hold on to tensors."""
+    recorder, held = Recorder(), []
+
+    class Tensors:
+        pass
+
+    def begin(batch):
+        tensors = Tensors()
+        held.append(weakref.ref(tensors))
+        if batch.bucket > 2:
+            try:
+                raise RuntimeError(str(tensors))
+            except RuntimeError as cause:
+                raise MemoryError("no room") from cause
+        return lambda: None
+
+    monkeypatch.setattr(recorder, "begin", begin)
+    alive = []
+    monkeypatch.setattr(recorder, "free_memory", lambda: alive.append(held[0]()))
+    gc.disable()
+    try:
+        generated(recorder, [Batch(0, 4, 4)])
+    finally:
+        gc.enable()
+    assert alive == [None]
+
+
+def test_memory_that_only_the_collector_finds_is_free_for_the_next_batch(labels):
+    class Cycle:
+        pass
+
+    cycle = Cycle()
+    cycle.itself = cycle
+    held = weakref.ref(cycle)
+    gc.disable()
+    try:
+        del cycle
+        assert held() is not None
+        labels.free_memory()
+        assert held() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.gpu

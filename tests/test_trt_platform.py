@@ -10,6 +10,7 @@ import pytest
 import tensorrt_double as double
 from tensorrt_double import BEHAVIOUR
 
+import fastgen.streams
 from fastgen.engines import base_trt, missing_packages
 from fastgen.engines.base_trt import Gpu, open_gpu, open_platform
 from fastgen.errors import InputError
@@ -114,11 +115,12 @@ class Stream:
 def streams(monkeypatch):
     """A function that sets the handle of the current stream, and the list of who waited for whom."""
     log: list[tuple[int, int]] = []
-    base_trt._side_stream.cache_clear()
+    fastgen.streams._streams.cache_clear()
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream(99, log))
     yield lambda handle: monkeypatch.setattr(torch.cuda, "current_stream", lambda: Stream(handle, log)), log
-    base_trt._side_stream.cache_clear()
+    fastgen.streams._streams.cache_clear()
 
 
 def test_work_is_queued_on_the_current_stream(streams):

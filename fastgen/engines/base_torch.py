@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
 
 from fastgen.engines import base
+from fastgen.engines.base_fp32 import exact_fp32
 from fastgen.errors import InputError
 
 # What CUDA's libraries say through other exceptions than torch's own.
@@ -33,10 +35,15 @@ class TorchEngine(base.Engine):
         tensor = self._torch.from_numpy(np.ascontiguousarray(values))
         if not self.device.startswith("cuda"):
             return tensor
-        return tensor.pin_memory().to(self.device, non_blocking=True)
+        with self._torch.cuda.device(self.device):  # pinning makes a CUDA context on the current device, if it has none
+            return tensor.pin_memory().to(self.device, non_blocking=True)
 
     def numpy(self, values: Any) -> np.ndarray:
         return values.cpu().numpy()
+
+    def precisely(self, network: str) -> AbstractContextManager[Any]:
+        """What torch must run this network in: where it executes fp32, without rounding to TF32 or bf16 on the way."""
+        return exact_fp32() if self.executed(network) == "fp32" else nullcontext()
 
     def is_out_of_memory(self, error: BaseException) -> bool:
         if isinstance(error, (MemoryError, self._torch.OutOfMemoryError)):

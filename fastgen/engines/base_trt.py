@@ -15,9 +15,9 @@ import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
+from fastgen import streams
 from fastgen.errors import FastgenError, InputError
 
 MINIMUM = (10, 13)
@@ -55,7 +55,7 @@ class Gpu:
             if current.cuda_stream != 0:
                 yield current.cuda_stream
                 return
-            side = _side_stream(self.device)
+            side = streams.stream(self.device, streams.TENSORRT)
             side.wait_stream(current)
             yield side.cuda_stream
             current.wait_stream(side)
@@ -210,13 +210,6 @@ def _make_log(trt: Any) -> Any:
                 self.errors.append(msg)
 
     return Log()
-
-
-@cache
-def _side_stream(device: str) -> Any:
-    import torch
-
-    return torch.cuda.Stream(device)
 
 
 def _dotted(version: tuple[int, int]) -> str:

@@ -14,9 +14,10 @@ would pay after 5,000 prompts. On a GPU packages hold code only: all numbers of 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -25,7 +26,7 @@ from fastgen.artifacts import Recipe
 from fastgen.engines import base
 from fastgen.engines.base import announce
 from fastgen.engines.base_torch import TorchEngine
-from fastgen.errors import FastgenError, InputError
+from fastgen.errors import FastgenError, InputError, first_line
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -63,7 +64,6 @@ class Engine(TorchEngine):
         self._source, self._networks = source, source.networks()
         self._modules: dict[str, nn.Module] = {}
         self._loaded: dict[tuple[str, int], Package] = {}
-        self._failures = self._allocations_failed()
 
     def run(self, network: str, *inputs: Any) -> tuple[Any, ...]:
         """One forward of `network`, compiled first where the cache does not hold it for so many rows."""
@@ -72,13 +72,11 @@ class Engine(TorchEngine):
         rows = len(inputs[0])
         checked = [_checked(x, t, rows) for x, t in zip(inputs, self.signatures[network].inputs, strict=True)]
         package = self._loaded.get((network, rows)) or self._load(network, rows)
-        try:
+        with self._failing(f"engine compile: {network} at {rows} rows failed"), self.precisely(network):
             if not self.capturable:
                 return package.run(checked)
             with self._torch.cuda.device(self.device):  # it runs on the current stream of the current device
                 return package.run(checked)
-        except RuntimeError as error:
-            self._fail(error, f"engine compile: {network} at {rows} rows failed")
 
     def recipe(self, network: str, rows: int) -> Recipe | None:
         """What a package is made of and for; None for a network that is not compiled."""
@@ -120,25 +118,20 @@ class Engine(TorchEngine):
         assert recipe is not None
         artifact = artifacts.obtain(recipe, lambda folder: self._build(network, rows, folder), announce)
         weights = None if "freezing" in self._options else named_weights(self._module(network))
-        try:
-            package = open_package(artifact.folder, self._torch.device(self.device), weights)
-        except RuntimeError as error:
-            self._fail(error, f"{artifact.folder}: cannot be loaded")
-        self._loaded[network, rows] = package
-        return package
+        with self._failing(f"{artifact.folder}: cannot be loaded"):
+            self._loaded[network, rows] = open_package(artifact.folder, self._torch.device(self.device), weights)
+        return self._loaded[network, rows]
 
     def _build(self, network: str, rows: int, folder: Path) -> None:
         from fastgen.engines.base_compile import build, check_tools
 
         check_tools(self.capturable)
-        try:
+        with self._failing(f"engine compile: {network} at {rows} rows cannot be compiled"), self.precisely(network):
             build(self._module(network), self._samples(network, rows), self._options, folder)
-        except RuntimeError as error:
-            self._fail(error, f"engine compile: {network} at {rows} rows cannot be compiled")
 
     def _run_module(self, network: str, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The network as it is, without compiling."""
-        with self._torch.inference_mode():
+        with self.precisely(network), self._torch.inference_mode():
             outputs = self._module(network)(*inputs)
         return outputs if isinstance(outputs, tuple) else (outputs,)
 
@@ -155,20 +148,24 @@ class Engine(TorchEngine):
         rng = np.random.default_rng(0)
         return [self.array(x) for x in self.signatures[network].sample_inputs(rows, rng).values()]
 
-    def _fail(self, error: RuntimeError, what: str) -> NoReturn:
-        """Raise what one of torch's errors means: memory that is exhausted inside a package has lost its name on the way."""
-        failures, self._failures = self._failures, self._allocations_failed()
-        if self.is_out_of_memory(error):
-            raise error
-        if self._failures > failures:
-            raise self._torch.OutOfMemoryError(f"{what}: CUDA out of memory") from error
-        first_line = next(iter(str(error).splitlines()), "no message")
-        raise FastgenError(f"{what}: {type(error).__name__}: {first_line}") from error
+    @contextmanager
+    def _failing(self, what: str) -> Iterator[None]:
+        """Raise what one of torch's errors inside means. A package tells memory that is exhausted as any other failure; torch
+        counts the allocations that failed."""
+        before = self._allocations_failed()
+        try:
+            yield
+        except RuntimeError as error:
+            if self.is_out_of_memory(error):
+                raise
+            if self._allocations_failed() > before:
+                raise self._torch.OutOfMemoryError(f"{what}: CUDA out of memory") from error
+            raise FastgenError(f"{what}: {type(error).__name__}: {first_line(error)}") from error
 
     def _allocations_failed(self) -> int:
         if not self.capturable:
             return 0
-        return int(self._torch.cuda.memory_stats(self.device).get("num_ooms", 0))
+        return int(self._torch.cuda.memory_stats_as_nested_dict(self.device).get("num_ooms", 0))
 
 
 def _checked(value: Tensor, tensor: signatures.Tensor, rows: int) -> Tensor:

@@ -8,6 +8,8 @@ from fastgen.engines import base
 from fastgen.engines.base_torch import TorchEngine
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from fastgen.networks import Model
 
 
@@ -28,16 +30,22 @@ class Engine(TorchEngine):
         self.capturable = self.device.startswith("cuda")
         self._torch_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.dtype]
         self.signatures = source.spec.signatures
-        self._modules = {k: m.to(self.device, self._torch_dtype) for k, m in source.networks().items()}
+        self._networks = source.networks()
+        self._modules: dict[str, nn.Module] = {}
 
     def run(self, network: str, *inputs: Any) -> tuple[Any, ...]:
-        torch = self._torch
-        with torch.inference_mode():
+        with self.precisely(network), self._torch.inference_mode():
             names = [t.name for t in self.signatures[network].inputs]
             cast = [self._cast(name, x) for name, x in zip(names, inputs, strict=True)]
-            outputs = self._modules[network](*cast)
+            outputs = self._module(network)(*cast)
             outputs = outputs if isinstance(outputs, tuple) else (outputs,)
             return tuple(y.float() for y in outputs)
+
+    def _module(self, network: str) -> nn.Module:
+        """The network on the device, where it goes when it is first run: some jobs never need some networks."""
+        if network not in self._modules:
+            self._modules[network] = self._networks[network].to(self.device, self._torch_dtype)
+        return self._modules[network]
 
     def _cast(self, name: str, x: Any) -> Any:
         """Timesteps stay float32, as in diffusers: bf16 cannot tell 999 from 1000."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fastgen import streams
 from fastgen.bundle import graph_name
 from fastgen.engines import has_distribution
 from fastgen.engines.base import announce
@@ -98,7 +99,7 @@ class Engine(TorchEngine):
     def _open_cuda(self, network: str) -> Runner:
         """The text encoder finds its end tokens on the host: it is not recorded, which matters little once per prompt."""
         torch, device = self._torch, self._torch.device(self.device)
-        stream, whole = torch.cuda.Stream(device), network != "text_encoder"
+        stream, whole = streams.stream(self.device, streams.onnxruntime(network)), network != "text_encoder"
         provider = provider_options(device.index or 0, stream.cuda_stream, graphs=whole)
         session = open_session(self._graph(network), self._options(), provider, whole=whole)
         return Runner(session, self.signatures[network], self.device, stream, lambda: torch.cuda.current_stream(device))

@@ -68,7 +68,7 @@ def _read(named: str, family: str) -> dict[str, Any]:
         inside = [path / part for part in ("scheduler_config.json", "scheduler/scheduler_config.json")]
         path = next((file for file in inside if file.is_file()), inside[0])
     if path.suffix == ".json":
-        config = read_json(path)
+        config = read_json(path, infinity=True)
         if not isinstance(config, dict) or not isinstance(config.get("_class_name"), str):
             raise InputError(f"{path}: expected a scheduler_config.json with _class_name")
         return config

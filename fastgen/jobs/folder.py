@@ -20,10 +20,18 @@ from fastgen.requests import CONTACT_SHEET, Request
 from fastgen.strips import StripFiles, save_strip_sheet
 
 MANIFEST, JOB = "manifest.jsonl", "job.json"
+DECODE = (
+    "decode_batch_size"  # in job.json: free memory decides it, nobody asks for it, so it is no part of what the job is
+)
 
 
-def claim(out: Path, files: Sequence[Path], identity: dict[str, Any], *, sweep: bool) -> None:
-    """Make `out` this job's folder, or refuse: it belongs to another job, or holds files that would be overwritten."""
+def claim(
+    out: Path, files: Sequence[Path], identity: dict[str, Any], *, decode: int | None = None, sweep: bool
+) -> int | None:
+    """Make `out` this job's folder, or refuse: it belongs to another job, or holds files that would be overwritten.
+
+    Returns how many images the VAE decodes together: `decode`, or what the job began with if it is continued.
+    """
     path = out / JOB
     for folder in (out, *out.parents):
         if os.path.lexists(folder) and not folder.is_dir():
@@ -36,11 +44,12 @@ def claim(out: Path, files: Sequence[Path], identity: dict[str, Any], *, sweep: 
                 "choose another --out"
             )
         make_folder(out)
-        write_json(path, {"job": identity, "runs": []})
-        return
+        write_json(path, {"job": identity, DECODE: decode, "runs": []})
+        return decode
     check_same_job(out, identity)
     if sweep:
         _sweep(files)
+    return held_decode_size(out) or decode
 
 
 def check_same_job(out: Path, identity: dict[str, Any]) -> None:
@@ -84,8 +93,17 @@ def _sweep(files: Sequence[Path]) -> None:
 def held_batch_size(out: Path) -> int | None:
     """The batch size of the job that `out` holds, so that a resumed one cuts its requests in the same way."""
     path = out / JOB
-    held = _read_record(path)["job"].get("batch_size") if path.is_file() else None
-    return held if isinstance(held, int) and held > 0 else None
+    return _positive(_read_record(path)["job"].get("batch_size")) if path.is_file() else None
+
+
+def held_decode_size(out: Path) -> int | None:
+    """How many images the VAE decodes together in the job that `out` holds; None where that is not recorded."""
+    path = out / JOB
+    return _positive(_read_record(path).get(DECODE)) if path.is_file() else None
+
+
+def _positive(value: Any) -> int | None:
+    return value if isinstance(value, int) and value > 0 else None
 
 
 def _read_record(path: Path) -> dict[str, Any]:
@@ -118,6 +136,7 @@ def finish(
         if strips is not None:
             by_image = dict(zip(files, strips.files, strict=True))
             save_strip_sheet(out / STRIP_SHEET, [by_image[f] for f, _ in done], captions, strips.plan)
-    write_json(out / JOB, {"job": identity, "runs": [*_read_record(out / JOB)["runs"], *runs]})
+    record = _read_record(out / JOB)
+    write_json(out / JOB, record | {"job": identity, "runs": [*record["runs"], *runs]})
     remove_parts(out)
     _sweep([*files, *(strips.files if strips else ())])

@@ -13,9 +13,9 @@ from typing import Any
 
 from fastgen.buckets import Batch, cut, halved
 from fastgen.conditions import Conditions
-from fastgen.errors import FastgenError, InputError
-from fastgen.jobs.folder import MANIFEST, claim, extra_files, finish, held_batch_size
-from fastgen.jobs.plan import Estimate, automatic_batch_size, estimate
+from fastgen.errors import FastgenError, InputError, first_line
+from fastgen.jobs.folder import MANIFEST, claim, extra_files, finish, held_batch_size, held_decode_size
+from fastgen.jobs.plan import Estimate, automatic_batch_size, decode_batch_size, estimate
 from fastgen.jobs.record import job_identity, manifest_line, truncated_prompts
 from fastgen.jobs.shards import Shard, save_part, whole_job
 from fastgen.jobs.writing import StepBar, Writer, progress_bar
@@ -75,22 +75,24 @@ def run_job(
     encoder = pipeline.encoder(requests, settings.guided)
     files = [safe_path(out, r.image_name) for r in requests]
     limit = batch_size or held_batch_size(out) or automatic_batch_size(pipeline, settings)
+    decode = held_decode_size(out) or decode_batch_size(pipeline)
     batches = cut(len(requests), limit, pipeline.buckets(settings))
     identity = job_identity(pipeline, requests, settings, limit, rag)
     strips = None if strip is None else StripFiles.plan_for(pipeline.spec, table, strip, out, files)
-    claim(out, [*files, *extra_files(out, files, strips, grid)], identity, sweep=shard is None)
+    mine = [*files, *extra_files(out, files, strips, grid)]
+    decode = claim(out, mine, identity, decode=decode, sweep=shard is None)
     start_from = pipeline.retrieve(requests, settings, rag)
     truncated = truncated_prompts(encoder)
     lines = [manifest_line(r, settings, identity, truncated, start_from) for r in requests]
 
-    mine = batches if shard is None else shard.part(batches)
+    part = batches if shard is None else shard.part(batches)
     present = [f.exists() and (strips is None or strips.present(i)) for i, f in enumerate(files)]
-    pending = [batch for batch in mine if not all(present[batch.rows])]
+    pending = [batch for batch in part if not all(present[batch.rows])]
     errors: dict[str, str] = {}
     count = sum(map(len, pending))
     with progress_bar(count, progress, shard) as bar, Writer(_writers(pipeline)) as writer:
         advance = StepBar(bar, writer, len(table))
-        begin = partial(_begin, pipeline, requests, encoder, table, settings, start_from, advance, strips)
+        begin = partial(_begin, pipeline, requests, encoder, table, settings, start_from, advance, strips, decode)
         for batch, pictures in _generated(pipeline, settings, pending, begin, say):
             rows = zip(lines[batch.rows], files[batch.rows], pictures.pixels, pictures.problems, strict=True)
             for line, file, pixels, problem in rows:
@@ -106,7 +108,7 @@ def run_job(
     if shard is None:
         finish(out, requests, files, lines, identity, [run] if run else [], grid, strips)
         return Report(out, len(requests), count, seconds, errors, truncated)
-    positions = [i for batch in mine for i in range(batch.start, batch.stop)]
+    positions = [i for batch in part for i in range(batch.start, batch.stop)]
     save_part(out, shard, [(i, lines[i]) for i in positions], run)
     with whole_job(out, shard) as collected:
         if collected is not None:
@@ -133,8 +135,8 @@ def estimate_job(
     texts = len({r.prompt for r in requests}) + (len({query(r, rag.text) for r in requests}) if rag else 0)
     limit = batch_size or automatic_batch_size(pipeline, settings)
     batches = cut(len(requests), limit, pipeline.buckets(settings))
-    mine = batches if shard is None else shard.part(batches)
-    return estimate(pipeline, table, settings, mine, texts)
+    part = batches if shard is None else shard.part(batches)
+    return estimate(pipeline, table, settings, part, texts, decode_batch_size(pipeline))
 
 
 def _generated(
@@ -156,7 +158,7 @@ def _generated(
         except Exception as error:
             if not pipeline.engine.is_out_of_memory(error):
                 raise
-            short = error.with_traceback(None)  # which would hold on to the tensors of the failed batch
+            short = first_line(error)  # the error itself and its causes hold on to the tensors of the failed batch
         if queue:
             batch, wait = queue.popleft()
             yield batch, wait()
@@ -166,9 +168,9 @@ def _generated(
 
 
 def _smaller(
-    pipeline: Pipeline, settings: Settings, todo: Iterable[Batch], error: BaseException, say: Callable[[str], None]
+    pipeline: Pipeline, settings: Settings, todo: Iterable[Batch], error: str, say: Callable[[str], None]
 ) -> list[Batch]:
-    """What is still to do, in batches of half the size."""
+    """What is still to do, in batches of half the size. `error`: what was said when memory ran out."""
     device, sizes = pipeline.engine.device, pipeline.buckets(settings)
     first, *rest = todo
     try:
@@ -177,8 +179,7 @@ def _smaller(
         for batch in rest:
             parts += halved(batch, sizes) if batch.bucket > limit else [batch]
     except InputError as reason:
-        brief = str(error).splitlines()[0]
-        raise FastgenError(f"{device}: out of memory with a batch of {first.bucket}, and {reason}: {brief}") from None
+        raise FastgenError(f"{device}: out of memory with a batch of {first.bucket}, and {reason}: {error}") from None
     say(f"{device}: out of memory with a batch of {first.bucket}; going on with {limit}")
     return parts
 
@@ -192,10 +193,12 @@ def _begin(
     start: Start | None,
     advance: StepBar,
     strips: StripFiles | None,
+    decode: int | None,
     batch: Batch,
 ) -> Callable[[], Pictures]:
     """Start one batch; where that blocks, on a CPU, the bar follows its steps."""
     options: dict[str, Any] = {"bucket": batch.bucket, "strip": strips.plan if strips else None}
+    options["decode_batch_size"] = decode
     options["on_step"] = None if pipeline.on_gpu else partial(advance.step, len(batch))
     return pipeline.start_batch(requests[batch.rows], encoder, table, settings, start, **options)
 

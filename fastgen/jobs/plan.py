@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 CPU_BATCH = 16
 MAX_BATCH = 128  # images; beyond it GPUs gain nothing, and a job's last batches grow
 USABLE = 0.8  # of free memory: graphs, workspaces and fragmentation take the rest
+DECODER_SHARE = 0.25  # of free memory, for the VAE decoder
 PROBED_ROWS = 2, 8
 GIB = 2**30
 
@@ -48,42 +49,114 @@ class Estimate:
 
 
 def automatic_batch_size(pipeline: Pipeline, settings: Settings) -> int:
-    """How many images run together by default: 16 on a CPU; on a GPU what fits into its free memory, at most 128, measured on
-    a few rows, or the largest size that the engine was compiled for. Sets the VAE decoder's own batch size too."""
+    """How many images run together by default: 16 on a CPU; on a GPU what fits into its free memory beside the VAE decoder, at
+    most 128, measured on a few rows, or the largest size that the engine was compiled for."""
     engine, sizes = pipeline.engine, pipeline.buckets(settings)
     if sizes is not None:
         return max([size for size in sizes if size <= MAX_BATCH] or [min(sizes)])
     if not pipeline.on_gpu:
         return CPU_BATCH
+    taken = 0.0
     if pipeline.spec.family == "text":
-        at_once = max(1, engine.decode_pixels // pipeline.spec.image_size**2)
-        pipeline.decoder.limit = min(at_once, _rows_that_fit(engine, "vae_decoder"))
-    rows = _rows_that_fit(engine, "unet")
+        cost = _memory_of(pipeline, "vae_decoder")  # which decodes one batch while the next one is sampled
+        taken = cost.fixed + cost.row * _decoded_at_once(pipeline)
+    cost = _memory_of(pipeline, "unet")
+    rows = cost.rows_in(USABLE * free_memory(engine) - taken)
     return max(1, min(MAX_BATCH, rows // 2 if settings.guided else rows))
 
 
-def _rows_that_fit(engine: Engine, network: str) -> int:
-    """Rows of a network that the GPU's free memory holds, extrapolated from two measurements."""
+def decode_batch_size(pipeline: Pipeline) -> int | None:
+    """How many images the VAE decodes together: what the engine takes at once, on a GPU no more than fits into a quarter of its
+    free memory. None where there is nothing to decode."""
+    if pipeline.spec.family == "labels":
+        return None
+    if not pipeline.on_gpu or pipeline.engine.batch_sizes("vae_decoder") is not None:
+        return pipeline.decoder.most
+    return _decoded_at_once(pipeline)
+
+
+def _decoded_at_once(pipeline: Pipeline) -> int:
+    room = DECODER_SHARE * free_memory(pipeline.engine)
+    return min(pipeline.decoder.most, _memory_of(pipeline, "vae_decoder").rows_in(room))
+
+
+def _memory_of(pipeline: Pipeline, network: str) -> Memory:
+    """What a network takes, measured once per pipeline."""
+    if network not in pipeline.measured:
+        pipeline.measured[network] = measure_memory(pipeline.engine, network)
+    return pipeline.measured[network]
+
+
+class Memory(NamedTuple):
+    """Bytes that a network takes on a GPU: `fixed`, and `row` for each row. `limit`: rows that fitted, where more did not."""
+
+    fixed: float
+    row: float
+    limit: int | None = None
+
+    def rows_in(self, room: float) -> int:
+        """How many rows fit into so many bytes; at least 1."""
+        rows = max(1, int((room - self.fixed) / self.row))
+        return rows if self.limit is None else min(rows, self.limit)
+
+
+def measure_memory(engine: Engine, network: str) -> Memory:
+    """Run a network with a few rows and with more, and see what is gone of the GPU's free memory.
+
+    Both run once before: the first use of a library loads its kernels and workspaces, which is not memory of the rows.
+    """
+    few, many = PROBED_ROWS
+    if not _fits(engine, network, few):
+        return Memory(0.0, 1.0, limit=1)
+    if not _fits(engine, network, many):
+        return Memory(0.0, 1.0, limit=few)
+    less, more = (_used(engine, network, rows) for rows in PROBED_ROWS)
+    row = max((more - less) / (many - few), more / many / 4, 1.0)
+    return Memory(max(0.0, less - few * row), row)
+
+
+def _fits(engine: Engine, network: str, rows: int) -> bool:
+    """Whether the memory holds so many rows."""
+    try:
+        engine.probe(network, rows)
+        engine.synchronize()
+    except Exception as error:
+        if not engine.is_out_of_memory(error):
+            raise
+    else:
+        return True
+    engine.release_memory()
+    return False
+
+
+def _used(engine: Engine, network: str, rows: int) -> int:
+    """Bytes that so many rows take at their peak: allocators keep it until it is released."""
+    engine.release_memory()
+    before = free_memory(engine)
+    engine.probe(network, rows)
+    engine.synchronize()
+    used = before - free_memory(engine)
+    engine.release_memory()
+    return used
+
+
+def free_memory(engine: Engine) -> int:
+    """Bytes that are free on the engine's GPU."""
     import torch
 
-    used = []
-    for rows in PROBED_ROWS:
-        engine.release_memory()
-        before = torch.cuda.mem_get_info(engine.device)[0]
-        engine.probe(network, rows)
-        torch.cuda.synchronize(engine.device)
-        used.append(before - torch.cuda.mem_get_info(engine.device)[0])  # allocators keep what they had at their peak
-    engine.release_memory()
-    (few, many), (less, more) = PROBED_ROWS, used
-    per_row = max((more - less) / (many - few), more / many / 4, 1.0)
-    fixed = max(0.0, less - few * per_row)
-    return max(1, int((USABLE * torch.cuda.mem_get_info(engine.device)[0] - fixed) / per_row))
+    return torch.cuda.mem_get_info(engine.device)[0]
 
 
 def estimate(
-    pipeline: Pipeline, table: SolverTable, settings: Settings, batches: Sequence[Batch], prompts: int
+    pipeline: Pipeline,
+    table: SolverTable,
+    settings: Settings,
+    batches: Sequence[Batch],
+    prompts: int,
+    decode: int | None = None,
 ) -> Estimate:
-    """Time one row of each kind at the largest batch size, and multiply. Engines that compile do so here."""
+    """Time one row of each kind at the largest batch size, and multiply. Engines that compile do so here. `prompts`: distinct
+    ones; `decode`: images that the VAE decodes together."""
     engine, spec = pipeline.engine, pipeline.spec
     largest = max(batch.bucket for batch in batches)
     first, last = guided_rows(table, settings.guidance_scale, True, settings.guidance_interval)
@@ -97,7 +170,7 @@ def estimate(
         seconds += guided * _seconds(engine, lambda: engine.run_guided(inputs[0], inputs[1], both))
     if plain:
         seconds += plain * _seconds(engine, lambda: engine.run("unet", *inputs))
-    seconds += _seconds(engine, lambda: pipeline.decoder.decode(inputs[0]))
+    seconds += _seconds(engine, lambda: pipeline.decoder.decode(inputs[0], decode))
     seconds *= sum(batch.bucket for batch in batches) / largest
     if spec.family == "text":
         seconds += prompts * _seconds(engine, lambda: engine.probe("text_encoder", 16)) / 16

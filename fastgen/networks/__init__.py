@@ -19,7 +19,7 @@ from torch import nn
 
 from fastgen.checkpoint_choice import Chosen, choose_checkpoint, model_parts
 from fastgen.config import Sampling
-from fastgen.errors import InputError
+from fastgen.errors import InputError, first_line
 from fastgen.jsonfiles import read_json, write_json
 from fastgen.names import read_objects
 from fastgen.networks.labels import (
@@ -140,7 +140,7 @@ def save_model(model: Model, folder: Path, record: Mapping[str, Any] | None = No
     folder.mkdir(parents=True, exist_ok=True)
     _save_module(model.unet, folder / "unet", trained)
     (folder / "scheduler").mkdir(exist_ok=True)
-    write_json(folder / "scheduler" / "scheduler_config.json", model.scheduler_config)
+    write_json(folder / "scheduler" / "scheduler_config.json", model.scheduler_config, infinity=True)
     scheduler_class = model.scheduler_config["_class_name"]
     index: dict[str, Any] = {"scheduler": ["diffusers", scheduler_class]}
     if model.family == "labels":
@@ -206,7 +206,7 @@ def load_model(folder: str | os.PathLike[str], checkpoint: str | None = None) ->
     if not index_file.is_file():
         raise InputError(f"{folder}: not a model folder (model_index.json is missing)")
     index = read_json(index_file)
-    scheduler_config = read_json(folder / "scheduler" / "scheduler_config.json")
+    scheduler_config = read_json(folder / "scheduler" / "scheduler_config.json", infinity=True)
     sampling = _sampling(folder, scheduler_config)
     if "conditioner" in index:
         return _load_labels(folder, index, scheduler_config, sampling, chosen)
@@ -290,7 +290,7 @@ def _from_pretrained(cls: Any, folder: Path) -> Any:
             folder, output_loading_info=True, use_safetensors=True, local_files_only=True, torch_dtype=torch.float32
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"{folder}: cannot be loaded as {cls.__name__}: {str(error).splitlines()[0]}") from None
+        raise InputError(f"{folder}: cannot be loaded as {cls.__name__}: {first_line(error)}") from None
     wrong = [*info["missing_keys"], *info["unexpected_keys"], *map(str, info["mismatched_keys"])]
     wrong = [key for key in wrong if not str(key).endswith("position_ids")]
     if wrong:

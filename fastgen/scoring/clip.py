@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fastgen.errors import InputError
+from fastgen.errors import InputError, first_line
 from fastgen.jsonfiles import read_json
 from fastgen.scoring.networks import float32_convolutions
 from fastgen.weights import LISTED, weights_hash
@@ -146,7 +146,7 @@ def _folder(source: str, download: bool, allow_pickle: bool) -> Path:
             raise InputError(f"{source}: no such folder, and not in the local Hugging Face cache; {hint}") from None
         raise InputError(f"{source}: the Hugging Face hub cannot be reached") from None
     except OSError as error:  # its HTTP errors: no such repository, no permission
-        raise InputError(f"{source}: cannot be fetched: {str(error).strip().splitlines()[0]}") from None
+        raise InputError(f"{source}: cannot be fetched: {first_line(error)}") from None
 
 
 def _config(folder: Path, source: str) -> Mapping[str, Any]:
@@ -179,8 +179,7 @@ def _model(folder: Path, source: str, allow_pickle: bool) -> Any:
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"{source}: cannot be read as a CLIP: {reason}") from None
+        raise InputError(f"{source}: cannot be read as a CLIP: {first_line(error)}") from None
     finally:
         logging.set_verbosity(verbosity)
         if bar:
@@ -202,7 +201,7 @@ def _tokenizer(folder: Path, source: str, model: Any) -> Any:
     try:
         tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{source}: its tokenizer cannot be read: {str(error).strip().splitlines()[0]}") from None
+        raise InputError(f"{source}: its tokenizer cannot be read: {first_line(error)}") from None
     text = model.config.text_config
     if len(tokenizer) > text.vocab_size:
         raise InputError(f"{source}: the tokenizer has {len(tokenizer)} tokens, the text tower {text.vocab_size}")

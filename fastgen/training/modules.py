@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from fastgen.config import Network
-from fastgen.errors import InputError, unknown
+from fastgen.errors import InputError, first_line, unknown
 
 WHOLE_CLIP = ("vision_model.", "visual_projection.", "text_projection.", "logit_scale")  # not the text encoder's
 
@@ -25,7 +25,7 @@ def build_module(cls: Any, config: Mapping[str, Any], name: str, seed: int) -> A
     try:
         return calm_start(cls(**config))
     except (ValueError, TypeError, AssertionError, RuntimeError, NotImplementedError) as error:
-        raise InputError(f"{name}.config: {cls.__name__} refuses it: {_first_line(error)}") from None
+        raise InputError(f"{name}.config: {cls.__name__} refuses it: {first_line(error)}") from None
 
 
 @torch.no_grad()
@@ -77,7 +77,7 @@ def build_text_encoder(config: Mapping[str, Any], tokenizer: Any, seed: int) -> 
     try:
         return CLIPTextModel(CLIPTextConfig(**settings))
     except (ValueError, TypeError, RuntimeError) as error:
-        raise InputError(f"text_encoder.config: CLIPTextModel refuses it: {_first_line(error)}") from None
+        raise InputError(f"text_encoder.config: CLIPTextModel refuses it: {first_line(error)}") from None
 
 
 def load_vae(network: Network, *, local_files_only: bool = False) -> Any:
@@ -100,7 +100,7 @@ def load_text_encoder(network: Network, *, local_files_only: bool = False) -> tu
             str(network.path), subfolder=beside, local_files_only=local_files_only
         )
     except (OSError, ValueError) as error:
-        raise InputError(f"text_encoder.path = {network.path!r}: no CLIP tokenizer: {_first_line(error)}") from None
+        raise InputError(f"text_encoder.path = {network.path!r}: no CLIP tokenizer: {first_line(error)}") from None
     return encoder, tokenizer
 
 
@@ -113,7 +113,7 @@ def _pretrained(cls: Any, network: Network, name: str, local_files_only: bool) -
         )
     except (OSError, ValueError, RuntimeError) as error:
         hint = "expected a local folder or a hub id with safetensors weights"
-        raise InputError(f"{name}.path = {network.path!r}: {_first_line(error)}; {hint}") from None
+        raise InputError(f"{name}.path = {network.path!r}: {first_line(error)}; {hint}") from None
     wrong = [*info["missing_keys"], *map(str, info["mismatched_keys"]), *_foreign(info["unexpected_keys"])]
     wrong = [key for key in wrong if not key.endswith("position_ids")]
     if wrong:
@@ -137,7 +137,3 @@ def _check_keys(config: Mapping[str, Any], known: Iterable[str], name: str) -> N
     for key in config:
         if f"{name}.config.{key}" not in choices:
             raise unknown("key", f"{name}.config.{key}", choices)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastgen.errors import FastgenError
+from fastgen.errors import FastgenError, first_line
 from fastgen.recipes import Training
 from fastgen.training.draws import Draws, batch_rows
 from fastgen.training.logs import say
@@ -68,7 +68,7 @@ def _gradients(task: Task, state: State, recipe: Training, precision: Precision,
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            brief = str(error).splitlines()[0] if str(error) else "out of memory"
+            brief = first_line(error)
         state.optimizer.zero_grad(set_to_none=True)
         if precision.device.type == "cuda":
             torch.cuda.empty_cache()

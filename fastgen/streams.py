@@ -1,0 +1,42 @@
+"""The CUDA streams that fastgen works on beside the caller's: one for each use on each device, made once.
+
+torch hands out 32 streams in rotation, so a stream made for every recording would sooner or later be the very one that
+something else runs on. Work on one stream shares one cuBLAS workspace, whose address a recorded graph keeps: two uses of one
+stream would overwrite each other's results. Memory pools, too, are only shared between recordings on one stream.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from fastgen.signatures import NETWORKS
+
+CAPTURE = "capture"  # CUDA graphs are recorded here
+NOISE = "noise"  # a row's noise is drawn here, inside a recorded graph, while the network runs
+DECODE = "decode"  # finished latents become pictures here, beside the next batch
+TENSORRT = "tensorrt"  # in place of the default stream, on which TensorRT would wait for the device
+
+
+def onnxruntime(network: str) -> str:
+    """The use of a network's stream: onnxruntime runs each network on a stream of its own."""
+    return f"onnxruntime {network}"
+
+
+USES = (CAPTURE, NOISE, DECODE, TENSORRT, *map(onnxruntime, NETWORKS))
+
+
+def stream(device: str, use: str) -> Any:
+    """The torch.cuda.Stream of a device (`cuda` is the current one, as `cuda:N`) for one of USES."""
+    import torch
+
+    index = torch.device(device).index
+    return _streams(torch.cuda.current_device() if index is None else index)[use]
+
+
+@cache
+def _streams(index: int) -> dict[str, Any]:
+    """All of a device's, made together: 32 that follow one another are different ones."""
+    import torch
+
+    return {use: torch.cuda.Stream(index) for use in USES}

@@ -1,0 +1,239 @@
+"""Recorded rows: they compute what the loop computes, hold nothing when they are dropped, and fail as what they are.
+
+Over a double of torch's streams and graphs (tests/cuda_double.py); on a GPU, test_device_loop.py runs the same loop.
+"""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import cuda_double  # noqa: E402
+
+from fastgen import streams  # noqa: E402
+from fastgen.device_loop import DeviceLoop  # noqa: E402
+from fastgen.graphs import Graph  # noqa: E402
+from fastgen.pipeline import load  # noqa: E402
+from fastgen.sampling import initial_latents, sample  # noqa: E402
+from fastgen.solver import compile_key  # noqa: E402
+
+SCHEDULE = {"_class_name": "DDIMScheduler", "beta_schedule": "squaredcos_cap_v2", "clip_sample": True}
+SOLVERS = ["ddim:6", "ddpm:6", "pndm:6", "dpmpp-2m:6", "dpmpp-2m-sde:6", "unipc:6", "heun:4", "ddpm:6:3"]
+SEEDS = [3, 2**62 + 1, 7]
+SHAPE = (3, 16, 16)
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """The double, and what is current in it."""
+    yield cuda_double.install(monkeypatch)
+    streams._streams.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def engine(label_model):
+    return load(label_model, "eager").engine
+
+
+class Capturable:
+    """An engine that may be recorded, or one that records its own graphs; `fails` is raised by its next calls."""
+
+    def __init__(self, engine, capturable=True):
+        self._engine, self.capturable, self.device = engine, capturable, "cpu"
+        self.fails: Iterator[BaseException | None] = iter(())
+
+    def run(self, *inputs):
+        error = next(self.fails, None)
+        if error is not None:
+            raise error
+        return self._engine.run(*inputs)
+
+    def run_guided(self, *inputs):
+        error = next(self.fails, None)
+        if error is not None:
+            raise error
+        return self._engine.run_guided(*inputs)
+
+
+def inputs(table):
+    clean = None
+    if table.noise_steps is not None:
+        clean = torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(0))
+    cond = torch.zeros(3, 24)
+    cond[0, 3] = cond[1, 7] = cond[2, 9] = 1
+    return initial_latents(table, SEEDS, SHAPE, clean, xp=torch), cond, torch.zeros(1, 24)
+
+
+def recorded_loop(engine, table):
+    return DeviceLoop(engine, table, (3, *SHAPE), (3, 24), graphs=True)
+
+
+def run(loop, table, **options):
+    x, cond, uncond = inputs(table)
+    return loop.run(x, cond, seeds=torch.tensor(SEEDS), uncond=uncond, **options)
+
+
+@pytest.mark.parametrize("capturable", [True, False])
+@pytest.mark.parametrize("options", [{}, {"guidance_scale": 3.0}, {"guidance_scale": 3.0, "guidance_interval": (1, 3)}])
+@pytest.mark.parametrize("key", SOLVERS)
+def test_replayed_rows_compute_what_the_loop_computes(cuda, engine, key, options, capturable):
+    table = compile_key(key, SCHEDULE)
+    x, cond, uncond = inputs(table)
+    expected = sample(lambda *a: engine.run("unet", *a)[0], table, x, cond, seeds=SEEDS, uncond=uncond, **options)
+    loop = recorded_loop(Capturable(engine, capturable), table)
+    for _ in range(2):  # nothing is left behind in the buffers
+        torch.testing.assert_close(run(loop, table, **options), expected, atol=5e-4, rtol=1e-3)
+    assert cuda.current == cuda.default
+
+
+def test_the_double_replays_on_the_tensors_that_were_recorded(cuda):
+    x, y = torch.zeros(2), []
+    graph = Graph(lambda: y.append(x * 2 + 1), "cpu")
+    x.fill_(5)
+    graph()
+    assert y[-1].tolist() == [11, 11]
+
+
+@pytest.mark.parametrize("capturable", [True, False])
+def test_a_dropped_loop_is_gone_at_once_with_its_graphs_and_state(cuda, engine, capturable):
+    table = compile_key("dpmpp-2m-sde:4", SCHEDULE)
+    loop = recorded_loop(Capturable(engine, capturable), table)
+    run(loop, table, guidance_scale=3.0, guidance_interval=(1, 3))
+    graphs = [graph for recorded in loop._recorded.values() for graph in recorded]
+    assert len(graphs) == (2 if capturable else 4)
+    held = [weakref.ref(one) for one in (loop, loop._x, *graphs)]
+    gc.disable()
+    try:
+        del loop, graphs
+        assert [ref() for ref in held] == [None] * len(held)
+    finally:
+        gc.enable()
+
+
+def test_every_recording_is_on_one_stream_that_nothing_else_runs_on(cuda, engine):
+    decode = streams.stream("cpu", streams.DECODE)
+    for steps in range(2, 24):
+        table = compile_key(f"ddpm:{steps}", SCHEDULE)
+        run(recorded_loop(Capturable(engine), table), table, guidance_scale=2.0, guidance_interval=(0, 1))
+    assert len(cuda.recorded_on) == 44  # more than torch has streams
+    assert set(cuda.recorded_on) == {streams.stream("cpu", streams.CAPTURE)}
+    assert decode not in cuda.recorded_on
+
+
+def test_each_use_has_a_stream_of_its_own_made_once_per_device(cuda, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    for other in range(40):  # somebody else's
+        torch.cuda.Stream(other)
+    made = {use: streams.stream("cuda:1", use) for use in streams.USES}
+    assert len(set(made.values())) == len(streams.USES)
+    assert all(streams.stream("cuda", use) is stream for use, stream in made.items())
+    assert streams.stream("cuda:0", streams.CAPTURE) is not made[streams.CAPTURE]
+
+
+def test_graphs_of_one_loop_share_a_pool(cuda, engine):
+    table = compile_key("ddim:4", SCHEDULE)
+    loop = recorded_loop(Capturable(engine), table)
+    run(loop, table, guidance_scale=3.0, guidance_interval=(1, 3))
+    assert len({recorded[0].pool for recorded in loop._recorded.values()}) == 1
+
+
+def test_other_threads_may_use_cuda_while_a_graph_is_recorded(cuda):
+    assert Graph(lambda: None, "cpu")._graph.mode == "thread_local"
+
+
+# Failures. A recording calls the network four times: three to warm up, one that is recorded.
+
+
+@pytest.mark.parametrize("calls", [0, 2, 3], ids=["first warm-up", "last warm-up", "recording"])
+@pytest.mark.parametrize("key", ["ddim:4", "dpmpp-2m-sde:4"])
+def test_out_of_memory_while_recording_is_raised_as_what_it_is(cuda, engine, key, calls):
+    table = compile_key(key, SCHEDULE)
+    failing = Capturable(engine)
+    loop = recorded_loop(failing, table)
+    failing.fails = iter([*[None] * calls, torch.OutOfMemoryError("CUDA out of memory")])
+    with pytest.raises(torch.OutOfMemoryError) as raised:
+        run(loop, table)
+    assert engine.is_out_of_memory(raised.value)
+    assert cuda.current == cuda.default
+    assert cuda.recording is None
+    expected = sample(lambda *a: engine.run("unet", *a)[0], table, *inputs(table)[:2], seeds=SEEDS)
+    torch.testing.assert_close(run(loop, table), expected, atol=5e-4, rtol=1e-3)  # and it can be tried again
+
+
+@pytest.mark.parametrize("part", ["noise", "step"])
+def test_memory_that_runs_out_beside_the_network_is_known_too(cuda, engine, monkeypatch, part):
+    table = compile_key("ddpm:4", SCHEDULE)
+    loop = recorded_loop(Capturable(engine), table)
+    calls = []
+
+    def fails(*arguments):
+        calls.append(part)
+        if len(calls) == 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(*arguments)
+
+    name = {"noise": "normal", "step": "step"}[part]
+    original = getattr(__import__("fastgen.device_loop", fromlist=[name]), name)
+    monkeypatch.setattr(f"fastgen.device_loop.{name}", fails)
+    with pytest.raises(torch.OutOfMemoryError):
+        run(loop, table)
+    assert cuda.current == cuda.default
+
+
+def test_a_recording_that_cannot_be_ended_raises_the_first_error_on_the_callers_stream(cuda):
+    side = streams.stream("cpu", streams.NOISE)
+
+    def forks_and_fails():
+        side.wait_stream(torch.cuda.current_stream())
+        if cuda.recording is not None:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        Graph(forks_and_fails, "cpu")
+    assert cuda.current == cuda.default
+
+    with pytest.raises(RuntimeError, match="unjoined work"):
+        Graph(lambda: side.wait_stream(torch.cuda.current_stream()), "cpu")
+    assert cuda.current == cuda.default
+
+
+def test_a_failed_recording_keeps_nothing_alive(cuda, engine):
+    table = compile_key("dpmpp-2m-sde:4", SCHEDULE)
+    failing = Capturable(engine)
+    loop = recorded_loop(failing, table)
+    failing.fails = iter([None, None, None, torch.OutOfMemoryError("CUDA out of memory")])
+    held = weakref.ref(loop)
+    gc.disable()
+    try:
+        with pytest.raises(torch.OutOfMemoryError) as raised:
+            run(loop, table)
+        raised.value.with_traceback(None)
+        del loop, raised
+        assert held() is None
+    finally:
+        gc.enable()
+
+
+def test_a_gpu_loop_takes_no_memory_per_row_outside_its_graphs(cuda, engine, monkeypatch):
+    """The prediction of an engine that records its own graphs is copied to one fixed place."""
+    table = compile_key("ddim:6", SCHEDULE)
+    loop = recorded_loop(Capturable(engine, capturable=False), table)
+    run(loop, table)
+    made = []
+    empty_like = torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: made.append(1) or empty_like(*a, **k))
+    run(loop, table)
+    assert made == []
+
+
+def test_seeds_reach_a_replay(cuda, engine):
+    table = compile_key("ddpm:4", SCHEDULE)
+    loop, (x, cond, _) = recorded_loop(Capturable(engine), table), inputs(table)
+    first = loop.run(x, cond, seeds=torch.from_numpy(np.array(SEEDS)))
+    assert not torch.equal(loop.run(x, cond, seeds=torch.from_numpy(np.array(SEEDS) + 1)), first)

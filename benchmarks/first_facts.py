@@ -123,28 +123,29 @@ def _loops_agree(
 
 def full_precision(run: Run, model: str) -> Iterator[Fact]:
     """fp32 is fp32 whatever the process allows: with TF32 on and off the same pictures, within fp32's tolerance, and the
-    process's own flag as it was."""
+    process's own flags (of cuDNN's convolutions, of matrix products) as they were."""
     import torch
 
-    cudnn = torch.backends.cudnn
-    before = cudnn.allow_tf32
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    own = cudnn.allow_tf32, matmul.allow_tf32
     expected, found = images(pipeline(model, "cpu", "fp32")), {}
     for allowed in (True, False):
-        what = f"fp32 where cudnn.allow_tf32 is {allowed}"
-        pipeline.cache_clear()  # graphs and algorithms are chosen under the flag
+        what = f"fp32 where the process has TF32 {'on' if allowed else 'off'}"
+        pipeline.cache_clear()  # graphs and algorithms are chosen under the flags
         try:
-            cudnn.allow_tf32 = allowed
+            cudnn.allow_tf32 = matmul.allow_tf32 = allowed
             found[allowed] = images(pipeline(model, run.device, "fp32", True))
-            after = cudnn.allow_tf32
+            after = [cudnn.allow_tf32, matmul.allow_tf32]
         except Exception as error:
             yield raised(what, error)
             continue
         finally:
-            cudnn.allow_tf32 = before
+            cudnn.allow_tf32, matmul.allow_tf32 = own
         yield compared(f"{what}: the CPU's pictures", expected, found[allowed])
-        yield {"what": f"{what}: the flag afterwards", "passed": after == allowed, "before": allowed, "after": after}
+        same = after == [allowed, allowed]
+        yield {"what": f"{what}: the flags afterwards", "passed": same, "before": [allowed, allowed], "after": after}
     if len(found) == 2:
-        yield compared("fp32: the flag changes nothing", found[False], found[True], most=0)
+        yield compared("fp32: the flags change nothing", found[False], found[True], most=0)
 
 
 def half_precision(run: Run, model: str) -> Iterator[Fact]:

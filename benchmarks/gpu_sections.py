@@ -10,11 +10,12 @@ import json
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from PIL import Image
 
 from benchmarks import floor
 from benchmarks.measure import PARITY_IMAGES, Matrix, Plan, model_spec
@@ -112,11 +113,11 @@ def load(run: Run, model: Path, side: str) -> Pipeline:
 
 
 def job_requests(run: Run) -> list[Request]:
-    """The job: the first `run.images` of the given requests, or made-up prompts."""
+    """The job: the first `run.images` of the given requests, or made-up prompts. Image i comes from seed i, as in all rows."""
     from fastgen.requests import Request, read_requests
 
     if run.requests is not None:
-        return read_requests(run.requests)[: run.images]
+        return [replace(r, seed=i) for i, r in enumerate(read_requests(run.requests)[: run.images])]
     prompts = conditions("text", run.images)["prompts"]
     return [Request(str(i), f"{i}.png", prompt=prompt, seed=i) for i, prompt in enumerate(prompts)]
 
@@ -130,19 +131,19 @@ def job_sizes(pipeline: Pipeline, settings: Settings, count: int) -> list[int]:
 def job(run: Run, engine: str = "eager", fit: bool = False) -> Iterator[Fact]:
     """The whole job from requests to PNGs, at its own batch size, on a pipeline that has run a batch of each size: what is
     compiled or recorded then is `build_s`, not part of `job_s`. With `fit`, as many whole batches of it as the part's limit
-    allows, and `job_s` is extrapolated. Parity is that of the first images in a batch of the job's size."""
+    allows, and `job_s` is extrapolated. Parity is that of the job's first images."""
     side, model = fast(run, engine), text_model(run)
     expected, reached = references(run, model), rates(run)[run.low]
     start = time.perf_counter()
     pipeline = load(run, model, side)
     load_s, requests, settings = time.perf_counter() - start, job_requests(run), pipeline.settings()
     sizes = job_sizes(pipeline, settings, len(requests))
-    build_s = sum(_job_s(pipeline, requests[:size], settings, size) for size in sizes)
+    build_s = sum(_run_job(pipeline, requests[:size], settings, size)[0] for size in sizes)
     count = len(requests)
     if fit:
-        batch_s = _job_s(pipeline, requests[: sizes[0]], settings, sizes[0])
+        batch_s, _ = _run_job(pipeline, requests[: sizes[0]], settings, sizes[0])
         count = min(count, sizes[0] * max(1, int((run.left - SPARE - batch_s) / batch_s)))
-    seconds = _job_s(pipeline, requests[:count], settings, sizes[0])
+    seconds, images = _run_job(pipeline, requests[:count], settings, sizes[0])
     evaluations = len(pipeline.source.table(settings.solver))
     shape: dict[str, Any] = {"images": count, "batch": sizes[0], "evaluations": evaluations}
     least = floor.floor_s(floor.count(model), reached, run.low, guided=settings.guided, **shape)
@@ -150,25 +151,22 @@ def job(run: Run, engine: str = "eager", fit: bool = False) -> Iterator[Fact]:
     row |= {"steps": settings.num_inference_steps, "images": count, "job": len(requests), "load_s": load_s}
     row |= {"build_s": build_s, "job_s": seconds * len(requests) / count, "images_per_s": count / seconds}
     row |= {"floor_percent": 100 * least / seconds}
-    row |= _parity(run, pipeline, sizes[0], expected[settings.num_inference_steps])
+    row |= parity(expected[settings.num_inference_steps][: len(images)], images)
     yield {"what": f"{side}, {count} images", "row": row}
 
 
-def _job_s(pipeline: Pipeline, requests: Sequence[Request], settings: Settings, batch_size: int) -> float:
-    """Seconds of a job; FastgenError where an image failed."""
+def _run_job(
+    pipeline: Pipeline, requests: Sequence[Request], settings: Settings, batch_size: int
+) -> tuple[float, np.ndarray]:
+    """Seconds of a job, and its first images, as many as the reference has; FastgenError where an image failed."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
         report = run_job(pipeline, requests, out, settings, batch_size=batch_size, progress=False, say=print)
-    if report.errors:
-        first = next(iter(report.errors.values()))
-        raise FastgenError(f"{len(report.errors)} of {len(requests)} images failed: {first}")
-    return report.seconds
-
-
-def _parity(run: Run, pipeline: Pipeline, batch: int, expected: np.ndarray) -> dict[str, Any]:
-    """The reference's images, in a batch of this size."""
-    found = generate(run, pipeline, batch)[: len(expected)]
-    return parity(expected[: len(found)], found)
+        if report.errors:
+            first = next(iter(report.errors.values()))
+            raise FastgenError(f"{len(report.errors)} of {len(requests)} images failed: {first}")
+        files = [out / request.image_name for request in requests[:PARITY_IMAGES]]
+        return report.seconds, np.stack([np.asarray(Image.open(file)) for file in files])
 
 
 def generate(run: Run, pipeline: Pipeline, count: int, steps: int | None = None) -> np.ndarray:

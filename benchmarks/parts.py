@@ -176,7 +176,7 @@ class Helper:
             except queue.Empty:
                 yield self._too_long(seconds)
                 return
-            if line is None:
+            if line is None or not line.endswith("\n"):  # it ended, perhaps within a line
                 yield self._ended()
                 return
             fact = json.loads(line)

@@ -113,7 +113,7 @@ def test_fp32_that_depends_on_the_process_s_flag_is_noticed(run, label_model, mo
     images, cudnn = first_facts.images, torch.backends.cudnn
     monkeypatch.setattr(first_facts, "images", lambda pipe, **o: images(pipe, **o) // 2 + np.uint8(cudnn.allow_tf32))
     before = cudnn.allow_tf32
-    assert failed(first_facts.full_precision(run, str(label_model))) == ["fp32: the flag changes nothing"]
+    assert failed(first_facts.full_precision(run, str(label_model))) == ["fp32: the flags change nothing"]
     assert cudnn.allow_tf32 == before
 
 
@@ -123,7 +123,7 @@ def test_a_run_that_changes_the_process_s_flag_is_noticed(run, label_model, monk
         first_facts, "images", lambda pipe, **o: (images(pipe, **o), setattr(cudnn, "allow_tf32", False))[0]
     )
     assert failed(first_facts.full_precision(run, str(label_model))) == [
-        "fp32 where cudnn.allow_tf32 is True: the flag afterwards"
+        "fp32 where the process has TF32 on: the flags afterwards"
     ]
     assert cudnn.allow_tf32
 

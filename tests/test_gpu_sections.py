@@ -94,7 +94,7 @@ def test_references_and_rates_are_made_once_and_only_what_a_job_uses_is_compiled
     unets = {(key, size) for key, network, size in counted.compiled if network == "unet"}
     assert unets == {(text, 2 * 11), (text, 2), (labels, 2 * 2)}
     decoders = {size for key, network, size in counted.compiled if network == "vae_decoder"}
-    assert len(decoders) <= 2  # one, where the decoder's batch does not depend on the job's
+    assert decoders == {11, 1}  # on a GPU what the decoder takes at once, whatever the job's batch, and one image
 
 
 def test_a_job_is_measured_at_the_batch_size_that_run_job_chooses(run, models, monkeypatch):

@@ -48,7 +48,7 @@ PARTS = [
     _part("no waiting", "first_memory:nothing_waits", 5, 30, model="iclevr-64"),
     _part("out of memory", "first_memory:out_of_memory", 15, 60, True, model="monsters-64"),
     *_of_models("speed", "first_speed:speed", 8, 40),
-    *(_part(f"tests, {file}", "gpu_tests:tests", 8, 60, file=file) for file in TESTS),
+    *(_part(f"tests, {file}", "gpu_tests:tests", 8, 100, file=file) for file in TESTS),
     _part("full size", "first_speed:full_size", 40, 120),
     _part("job", "first_speed:job", 30, 110),
     _part("diffusers", "first_speed:against_diffusers", 30, 90),
@@ -96,6 +96,14 @@ def report(facts: Sequence[Fact], settings: dict[str, Any]) -> dict[str, Any]:
     return {"settings": settings, "environment": about, **counts, "facts": list(facts)}
 
 
+def check_gpu() -> None:
+    """SystemExit where torch sees no GPU: then all parts would fail for that."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise SystemExit(f"error: torch {torch.__version__} sees no CUDA GPU here; --device cpu tries the script")
+
+
 @click.command()
 @click.argument("out", type=click.Path(path_type=Path, file_okay=False))
 @click.option(
@@ -107,6 +115,8 @@ def report(facts: Sequence[Fact], settings: dict[str, Any]) -> dict[str, Any]:
 def main(out: Path, minutes: float, device: str, only: Sequence[str], work: Path | None) -> None:
     """Facts about this card and this package on it into OUT/first.jsonl and OUT/first.json, most valuable first."""
     deadline = time.monotonic() + 60 * minutes
+    if device.startswith("cuda"):
+        check_gpu()
     out.mkdir(parents=True, exist_ok=True)
     (out / "first.jsonl").unlink(missing_ok=True)
     tiny = not device.startswith("cuda")

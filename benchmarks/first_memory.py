@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 MIB = 2**20
 SLACK_MIB = 8.0  # that may stay: the allocator counts in blocks of 2
+IMAGES = 256, 8  # of the job, in one batch, on a GPU and on a CPU
 SHARES = 0.6, 0.35  # of the memory that a job wants
 
 
@@ -116,7 +117,7 @@ def errors_where_it_waits() -> Iterator[None]:
 def out_of_memory(run: Run, model: str) -> Iterator[Fact]:
     """A job in less memory than it wants: it goes on in smaller batches, with the same pictures, and leaves things as they
     were. On a CPU memory is not short: the engine is made to refuse large batches instead."""
-    count = 256 if run.cuda else 8
+    count = IMAGES[0] if run.cuda else IMAGES[1]
     pipe = pipeline(model, run.device, run.low, True)
     wanted = _peak_mib(run, pipe, count)
     _, expected = _job(pipe, count)

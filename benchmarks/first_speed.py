@@ -14,6 +14,8 @@ from benchmarks.parts import Fact, Run
 from benchmarks.prompts import conditions
 from benchmarks.report import spread
 from benchmarks.sides import Side
+from fastgen.engines.base_compile import check_tools
+from fastgen.errors import InputError
 
 if TYPE_CHECKING:
     from fastgen.pipeline import Pipeline
@@ -102,6 +104,11 @@ def compiled(run: Run, model: str) -> Iterator[Fact]:
     """Engine compile: how long the first pictures take, whether they are eager's, with and without graphs, and its speed."""
     if not run.cuda:
         yield {"what": "compile", "skipped": NEEDS_GPU}
+        return
+    try:
+        check_tools(on_gpu=True)
+    except InputError as error:
+        yield {"what": "compile", "skipped": str(error)}
         return
     yield from compiled_facts(run, model)
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import click
 
+from benchmarks.first import report
 from benchmarks.report import RESULTS, cell
 
 README = Path(__file__).parents[1] / "README.md"
@@ -86,13 +87,19 @@ def written(text: str, new: str) -> str:
     return before + begin + new + end + after
 
 
+def read(file: Path) -> dict[str, Any]:
+    """A first.json, or the same from first.jsonl, which a run that was cut off leaves too."""
+    text = file.read_text(encoding="utf-8")
+    return report([json.loads(line) for line in text.splitlines()], {}) if file.suffix == ".jsonl" else json.loads(text)
+
+
 def take(files: Iterable[Path], folder: Path) -> None:
     """Copy each file as first-CARD.json, over an earlier one of that card. SystemExit for one that is not
     there or was not taken on a GPU."""
     for file in files:
         if not file.is_file():
             raise SystemExit(f"error: {file}: not there; python -m benchmarks.first {file.parent} writes it")
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = read(file)
         card = value["environment"].get("gpu")
         if card is None:
             raise SystemExit(f"error: {file}: was taken on a CPU")
@@ -108,7 +115,7 @@ def take(files: Iterable[Path], folder: Path) -> None:
 )
 @click.option("--readme", type=click.Path(path_type=Path), default=README, help="[default: README.md]")
 def main(files: Sequence[Path], results: Path, readme: Path) -> None:
-    """Take the FILES (first.json) into the results, and write the README's lines from all results."""
+    """Take the FILES (first.json, or first.jsonl of a run that was cut off) into the results, and write the README's lines from all results."""
     take(files, results)
     readme.write_text(written(readme.read_text(encoding="utf-8"), lines(held(results))), encoding="utf-8")
     click.echo(readme)

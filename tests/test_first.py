@@ -219,6 +219,26 @@ def test_an_engine_s_row_is_a_check_and_a_peer_s_is_a_figure():
     assert first_speed._judged({"what": "", "row": missing}, [])["skipped"] == "not installed: diffusers"
 
 
+def test_compilers_that_are_missing_are_a_reason_to_skip(run, label_model, monkeypatch):
+    from fastgen.errors import InputError
+
+    def refuse(on_gpu):
+        raise InputError("engine compile needs CUDA's headers")
+
+    monkeypatch.setattr(first_speed, "check_tools", refuse)
+    card = Run("cuda", run.out, run.work, tiny=False)
+    assert [fact["skipped"] for fact in first_speed.compiled(card, str(label_model))] == [
+        "engine compile needs CUDA's headers"
+    ]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+def test_without_a_gpu_it_says_so_at_once(tmp_path):
+    done = CliRunner().invoke(first.main, [str(tmp_path / "out")])
+    assert (done.exit_code, (tmp_path / "out").exists()) == (1, False)
+    assert "sees no CUDA GPU here; --device cpu tries the script" in done.output
+
+
 def test_failures_are_named_and_the_exit_code_is_1(tmp_path, monkeypatch):
     def parts(chosen, run, record, deadline):
         record.put("loops", {"what": "guided", "passed": True, "max_abs_255": 1, "psnr_db": 50.0})
@@ -304,6 +324,17 @@ def test_one_command_takes_a_card_s_facts_and_writes_the_readme_s_table(tmp_path
     assert (text.startswith("before\n"), text.endswith("after\n"), gpu_table.NOTHING in text) == (True, True, False)
     assert CliRunner().invoke(gpu_table.main, arguments[1:]).exit_code == 0
     assert readme.read_text() == text
+
+
+def test_what_a_run_that_was_cut_off_left_is_taken_too(tmp_path):
+    about = {"t": 1.0, "part": "environment", "what": "environment", **MEASURED["environment"]}
+    facts = [about, {"part": "loops", "what": "guided", "passed": True}, *MEASURED["facts"]]
+    (tmp_path / "first.jsonl").write_text("".join(json.dumps(fact) + "\n" for fact in facts))
+    gpu_table.take([tmp_path / "first.jsonl"], tmp_path)
+    (held,) = gpu_table.held(tmp_path)
+    assert gpu_table.row(held) == [
+        cell.replace("80 passed, **1 failed**", "1 passed") for cell in gpu_table.row(MEASURED)
+    ]
 
 
 def test_facts_of_a_cpu_are_not_taken_and_a_readme_without_the_marks_is_refused(tmp_path):

@@ -115,7 +115,8 @@ def take(files: Iterable[Path], folder: Path) -> None:
 )
 @click.option("--readme", type=click.Path(path_type=Path), default=README, help="[default: README.md]")
 def main(files: Sequence[Path], results: Path, readme: Path) -> None:
-    """Take the FILES (first.json, or first.jsonl of a run that was cut off) into the results, and write the README's lines from all results."""
+    """Take the FILES (first.json, or first.jsonl of a run that was cut off) into the results, and write the README's lines
+    from all of them."""
     take(files, results)
     readme.write_text(written(readme.read_text(encoding="utf-8"), lines(held(results))), encoding="utf-8")
     click.echo(readme)

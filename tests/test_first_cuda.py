@@ -1,5 +1,8 @@
-"""The lines of benchmarks/first.py that need a card run here over a double of torch.cuda: graphs are recorded and replayed on CPU
-tensors (tests/cuda_double.py), memory is what a test says, and every name and signature is torch's own."""
+"""The lines of benchmarks/first.py that need a card run here over a double of torch.cuda.
+
+Graphs are recorded and replayed on CPU tensors (tests/cuda_double.py), memory is what a test says, and every name and signature
+is torch's own.
+"""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ The targets on the reference architectures are another command, for afterwards: 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -120,6 +121,10 @@ def main(out: Path, minutes: float, device: str, only: Sequence[str], work: Path
     out.mkdir(parents=True, exist_ok=True)
     (out / "first.jsonl").unlink(missing_ok=True)
     tiny = not device.startswith("cuda")
+    if tiny:
+        os.environ.setdefault(
+            "OMP_NUM_THREADS", "1"
+        )  # of the helpers: two wait for each other where others use the cores
     work = (work or cache_dir() / "benchmarks").absolute()
     run = Run(device, out.absolute(), work, tiny, images=6 if tiny else 1063)
     record = Record(out / "first.jsonl")

@@ -66,12 +66,16 @@ def full_size(run: Run) -> Iterator[Fact]:
         for d, r in gpu_sections.rates(run).items()
     }
     yield {"what": "rates", "rates": rates}
+    own = gpu_sections.yardstick(run, model)
+    figures = {key: own[key] for key in ("psnr_db", "max_abs_255")}
+    yield {"what": f"{run.low}, no graphs: what rounding alone costs", **figures}
 
 
 def job(run: Run) -> Iterator[Fact]:
     """As much of the job of 1,063 prompts as the limit allows, on random weights of full size."""
+    own = gpu_sections.yardstick(run, gpu_sections.text_model(run))
     for fact in gpu_sections.job(run, fit=True):
-        yield _judged(fact, [])
+        yield _judged(fact, [own])
 
 
 def against_diffusers(run: Run) -> Iterator[Fact]:

@@ -74,6 +74,18 @@ def references(run: Run, model: Path) -> dict[int, np.ndarray]:
         return {int(steps): kept[steps] for steps in kept}
 
 
+def yardstick(run: Run, model: Path) -> dict[str, Any]:
+    """What rounding alone costs in the lower precision: eager without graphs against eager fp32. Made once in a run."""
+    file = run.kept / f"yardstick-{model.name}.json"
+    if not file.exists():
+        side = f"eager:{run.low}:nographs"
+        ((steps, expected),) = references(run, model).items()
+        found = parity(expected, generate(run, load(run, model, side), len(expected)))
+        row = {"side": side, "dtype": run.low, "batch": len(expected), "steps": steps, **found}
+        file.write_text(json.dumps(row))
+    return json.loads(file.read_text())
+
+
 def _plan(run: Run, model: Path, **options: Any) -> Plan:
     requests = run.requests if model_spec(model).family == "text" else None
     whole: dict[str, Any] = {

@@ -210,6 +210,32 @@ def test_what_compile_is_asked_on_a_gpu_runs_here_without_compiling(run, label_m
     assert [fact["skipped"] for fact in first_speed.compiled(run, str(label_model))] == [NEEDS_GPU]
 
 
+def test_the_job_is_judged_by_what_rounding_alone_costs(run, text_model, monkeypatch):
+    from benchmarks import gpu_sections
+    from benchmarks.parts import kept_for_all_parts
+
+    monkeypatch.setattr(gpu_sections, "text_model", lambda run: text_model)
+    monkeypatch.setattr(gpu_sections.floor, "measure", lambda *given: gpu_sections.floor.Rates(1e12, 1e11))
+    fast = {
+        "side": "compile:bf16",
+        "dtype": "bf16",
+        "batch": 6,
+        "steps": 5,
+        "images_per_s": 3.0,
+        "max_abs_255": 90,
+        "note": None,
+    }
+    monkeypatch.setattr(gpu_sections, "job", lambda run, fit: [{"what": "a job", "row": fast | {"psnr_db": 27.0}}])
+    with kept_for_all_parts(run.out):
+        facts = list(first_speed.full_size(run))
+        assert [fact["what"] for fact in facts] == ["model", "rates", "bf16, no graphs: what rounding alone costs"]
+        assert facts[-1]["psnr_db"] > 30
+        assert failed(first_speed.job(run)) == ["a job"]
+        (file,) = run.kept.glob("yardstick-*.json")
+        file.write_text(file.read_text().replace(str(facts[-1]["psnr_db"]), "29.0"))
+        assert failed(first_speed.job(run)) == []
+
+
 def test_an_engine_s_row_is_a_check_and_a_peer_s_is_a_figure():
     row: dict[str, Any] = {"side": "eager:fp16:graphs", "dtype": "fp16", "batch": 1, "steps": 4, "images_per_s": 3.0}
     row |= {"psnr_db": 12.0, "max_abs_255": 90, "note": None}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import shutil
 import subprocess
 import sys
 import types
@@ -83,3 +85,25 @@ def test_all_of_them_skip_here_with_the_reason_and_only_their_files_are_collecte
     assert "needs a CUDA GPU" in done.stdout
     assert "failed" not in done.stdout
     assert " passed" not in done.stdout
+
+
+def test_the_script_asks_pytest_for_these_files_alone(tmp_path):
+    mark = ".".join(["pytest", "mark", "gpu"])
+    for folder in ("bin", "tests", ".venv/bin"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "tests" / "test_a.py").write_text(f"@{mark}\n")
+    (tmp_path / "tests" / "test_b.py").write_text("# none\n")
+    for name in ("bin/test", "bin/setup"):
+        shutil.copy(REPO / name, tmp_path / name)
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.write_text('#!/bin/sh\necho "$@"\n')
+    python.chmod(0o755)
+
+    def asked(*words):
+        command = ["bash", str(tmp_path / "bin" / "test"), *words]
+        done = subprocess.run(command, env=os.environ | {"NO_SETUP": "1"}, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    assert asked("--gpu", "-x") == "-m pytest -m gpu tests/test_a.py -x"
+    assert asked() == "-m pytest -m not slow and not gpu"
+    assert asked("tests/test_b.py") == "-m pytest tests/test_b.py"

@@ -19,6 +19,7 @@ from fastgen.jsonfiles import infinity_as_text, infinity_from_text, read_json, w
 from fastgen.networks import load_model, save_model  # noqa: E402
 from fastgen.pipeline import load  # noqa: E402
 
+pytestmark = pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning")
 PROMPTS, SEEDS = ["A red dragon with wings.", "A small blue slime."], [0, 5]
 
 

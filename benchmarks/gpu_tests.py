@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import subprocess
 import sys
@@ -43,12 +44,8 @@ def tests(run: Run, file: str) -> Iterator[Fact]:
                 process.wait()
                 yield failure(file, "TimeLimit", "pytest did not end; its last lines are below", _last(log))
                 return
-        if code not in (0, 1) or not report.exists():
-            yield (
-                {"what": file, "skipped": "no test is selected"}
-                if code == 5
-                else failure(file, "Pytest", f"pytest ended with code {code}", _last(log))
-            )
+        if code not in (0, 1, 5) or not report.exists():  # 5: no test was left to run
+            yield failure(file, "Pytest", f"pytest ended with code {code}", _last(log))
             return
         yield summary(file, report)
 
@@ -63,14 +60,22 @@ def summary(file: str, report: Path) -> Fact:
         if broken is not None:
             failed.append(f"{case.get('name')}: {' '.join(str(broken.get('message')).split())[:200]}")
         elif skipped is not None:
-            reasons.add(str(skipped.get("message")))
+            reasons.add(_reason(skipped))
             count -= 1
     why = "; ".join(sorted(reasons))
     if not count:
-        return {"what": file, "skipped": why}
+        return {"what": file, "skipped": why or "no test is selected"}
     passed = count - len(failed)
     fact: Fact = {"what": file, "passed": not failed, "tests_passed": passed, "tests_failed": len(failed)}
     return fact | {"failures": failed, "tests_skipped": why}
+
+
+def _reason(skipped: ET.Element) -> str:
+    """Why a test was skipped; of a whole file, that stands in the element's text: (file, line, "Skipped: why")."""
+    message, text = str(skipped.get("message")), str(skipped.text)
+    if message != "collection skipped":
+        return message
+    return str(ast.literal_eval(text)[-1]).removeprefix("Skipped: ")
 
 
 def _last(log: Path) -> list[str]:

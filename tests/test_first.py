@@ -293,6 +293,17 @@ def test_a_file_s_tests_are_counted_and_failures_and_reasons_told(tmp_path):
     assert fact["tests_skipped"] == "needs tensorrt, not installed here"
 
 
+def test_a_file_that_cannot_be_imported_here_says_which_package_it_misses(run, tmp_path, monkeypatch):
+    text = f"import pytest\npytest.importorskip('no_such_package')\n@{gpu_tests.MARK}\ndef test_a(): pass\n"
+    (tmp_path / "test_x.py").write_text(text)
+    monkeypatch.setattr(gpu_tests, "TESTS", tmp_path)
+    (fact,) = gpu_tests.tests(run, "test_x.py")
+    assert fact["skipped"] == "could not import 'no_such_package': No module named 'no_such_package'"
+    (tmp_path / "test_x.py").write_text(f"import no_such_package\n# {gpu_tests.MARK}\n")
+    (fact,) = gpu_tests.tests(run, "test_x.py")
+    assert fact["error"]["message"] == "pytest ended with code 2"
+
+
 def test_pytest_that_does_not_end_in_its_time_is_ended_and_says_where(run, tmp_path, monkeypatch):
     (tmp_path / "test_slow.py").write_text(
         f"import pytest, time\n@{gpu_tests.MARK}\ndef test_of_a_minute():\n    print(1)\n    time.sleep(60)\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -88,6 +89,16 @@ def test_a_stochastic_solver_s_images_are_not_compared_with_a_peer_that_draws_it
     assert row["images_per_s"] > 0
     assert row["max_abs_255"] is None
     assert "own noise" in row["note"]
+
+
+def test_peers_are_given_the_solver_that_the_model_samples_with(text_model, tmp_path):
+    model = shutil.copytree(text_model, tmp_path / "model")
+    settings = json.loads((model / "fastgen.json").read_text())
+    settings["sampling"] |= {"scheduler": "unipc", "num_inference_steps": 4}  # the folder's own is ddim
+    (model / "fastgen.json").write_text(json.dumps(settings))
+    plan = Plan(model, tmp_path, rounds=1, threads=1, processes=False)
+    rows = list(Matrix(plan, [Side("diffusers", "fp32"), Side("two-calls", "fp32"), Side("optimum-onnx")]).rows())
+    assert [row["max_abs_255"] is not None and row["max_abs_255"] <= 1 for row in rows] == [True, True, False]
 
 
 def test_a_side_in_its_own_process_answers_with_images_memory_and_errors(text_bundle, tmp_path):

@@ -1,50 +1,101 @@
-"""Everything that a GPU is asked, within a time limit: `python -m benchmarks.gpu --out DIR --minutes 9`.
+"""The targets on the reference architectures, on a GPU and within a time limit: `python -m benchmarks.gpu --out DIR`.
 
-Correctness first, then the targets, on random weights of the reference architectures; a short table comes last. The JSON in
-DIR is complete after every section, so a run that is cut off keeps what it has. `--device cpu --tiny` tries the script out.
+Random weights of full size; whether a card computes the right thing at all is what `python -m benchmarks.first` asks, before
+this. What compiles comes last: the UNet at the job's batch, at one image and at 32 label images, the decoder at its own batch.
+Every section runs under a limit of its own, and the JSON in DIR is complete after every row, so a run that is cut off keeps
+what it has. `--device cpu --tiny` tries the script out.
 """
 
 from __future__ import annotations
 
+import json
 import time
-import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import click
 
-from benchmarks import gpu_sections as sections
-from benchmarks.gpu_sections import Bench
 from benchmarks.gpu_targets import targets
 from benchmarks.machine import environment
-from benchmarks.matrix import default_device
+from benchmarks.matrix import default_device, line
+from benchmarks.parts import Fact, Part, Run, kept_for_all_parts, run_parts
 from benchmarks.report import table
+from benchmarks.rows import UNITS
 from fastgen.cachedir import cache_dir
 
-# In the order of what must not be missing; the seconds are what a section needs to be worth beginning.
-SECTIONS: dict[str, tuple[Callable[[Bench], object], int]] = {
-    "correctness": (sections.correctness, 20),
-    "job": (sections.job, 45),
-    "peers": (sections.peers, 40),
-    "one": (sections.one, 30),
-    "labels": (sections.labels, 30),
-    "growth": (sections.growth, 30),
-    "profile": (sections.profile, 15),
-    "slow": (sections.slow, 40),
-    "compiled-peer": (sections.compiled_peer, 60),
-    "tests": (sections.tests, 30),
-}
+
+def _section(name: str, needs: float, limit: float, function: str | None = None, **arguments: Any) -> Part:
+    run = f"benchmarks.gpu_sections:{function or name.replace('-', '_')}"
+    return Part(name, run, needs, limit, own=name.startswith("compiled"), arguments=arguments)
+
+
+# In the order of what must not be missing; needs and limit in seconds.
+SECTIONS = [
+    _section("reference", 20, 150),
+    _section("job", 45, 240),
+    _section("one", 30, 90),
+    _section("peers", 40, 150),
+    _section("labels", 30, 180),
+    _section("growth", 30, 180),
+    _section("profile", 15, 60),
+    _section("slow", 40, 180),
+    _section("compiled-job", 90, 400, "job", engine="compile"),
+    _section("compiled-one", 60, 240),
+    _section("compiled-labels", 60, 240),
+    _section("compiled-peer", 60, 300),
+    _section("bundles", 90, 600),
+]
+NAMES = [section.name for section in SECTIONS]
+
+
+@dataclass
+class Results:
+    """What becomes gpu.json: section -> rows or result, beside `notes` (why there is nothing) and `seconds`."""
+
+    file: Path
+    found: dict[str, Any] = field(default_factory=lambda: {"notes": {}, "seconds": {}, "columns": UNITS})
+
+    def put(self, part: str, fact: Fact) -> None:
+        if "row" in fact:
+            self.found.setdefault(part, []).append(fact["row"])
+        elif "result" in fact:
+            self.found[part] = fact["result"]
+        elif "settings" in fact:
+            self.found.setdefault("settings", fact["settings"])  # of the text model
+        elif "skipped" in fact:
+            self.found["notes"][part] = f"skipped: {fact['skipped']}"
+        elif "error" in fact:
+            self.found["notes"][part] = f"{fact['error']['type']}: {fact['error']['message']}"
+        elif "seconds" in fact:
+            self.found["seconds"][part] = fact["seconds"]
+        print(f"{part:16} {_told(fact)}", flush=True)
+        self.save()
+
+    def save(self) -> None:
+        self.file.write_text(json.dumps(self.found, indent=1) + "\n", encoding="utf-8")
+
+
+def _told(fact: Fact) -> str:
+    """A fact in brief."""
+    row = fact.get("row")
+    if row is not None and "job_s" in row and "peak_mib" not in row:
+        return f"{fact['what']}: {row['job_s']:.1f} s, {row['images_per_s']:.3g} images/s, max {row['max_abs_255']}/255"
+    if row is not None:
+        return line(row)
+    if "result" in fact:
+        return f"{fact['what']}\n{table(fact['result']['kinds'])}\n{table(fact['result']['kernels'])}"
+    rest = {key: value for key, value in fact.items() if key not in ("what", "settings", "passed")}
+    return fact["what"] + (f": {json.dumps(rest)}" if rest else "")
 
 
 @click.command()
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for gpu.json and the plots.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for gpu.json and growth.json.")
 @click.option("--minutes", default=9.0, show_default=True, help="No section begins when its time is not left.")
 @click.option("--requests", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="[default: made up]")
 @click.option("--images", default=1063, show_default=True, help="Of the job, the first of the requests.")
-@click.option(
-    "--only", "only", multiple=True, type=click.Choice(list(SECTIONS)), help="These sections.  [default: all]"
-)
-@click.option("--engine", help="Side that runs the job, such as compile:fp16.  [default: the fastest that is correct]")
+@click.option("--only", "only", multiple=True, type=click.Choice(NAMES), help="These sections.  [default: all]")
 @click.option("--device", help="[default: cuda where there is one, else cpu]")
 @click.option("--tiny", is_flag=True, help="Models and jobs of a few seconds, to try the script.")
 @click.option("--work", type=click.Path(path_type=Path), help="Models and exports, kept.  [default: in the cache]")
@@ -54,42 +105,29 @@ def main(
     requests: Path | None,
     images: int,
     only: Sequence[str],
-    engine: str | None,
     device: str | None,
     tiny: bool,
     work: Path | None,
 ) -> None:
-    """Correctness of every path, then the targets: the whole job, peers, batch 1, labels, growth, and where time goes."""
-    deadline = time.perf_counter() + 60 * minutes
+    """The whole job, peers, batch 1, labels, growth, where time goes, then all that compiles; a table of targets last."""
+    deadline = time.monotonic() + 60 * minutes
     out.mkdir(parents=True, exist_ok=True)
-    device = device or default_device()
-    bench = Bench(
-        out, work or cache_dir() / "benchmarks", device, deadline, requests, 6 if tiny else images, tiny, engine
+    run = Run(
+        device or default_device(),
+        out.absolute(),
+        (work or cache_dir() / "benchmarks").absolute(),
+        tiny,
+        requests=requests and requests.absolute(),
+        images=6 if tiny else images,
     )
-    bench.results["environment"] = environment()
-    for name in only or SECTIONS:
-        _section(bench, name)
-    print(f"\n{table(targets(bench.results))}\n{out / 'gpu.json'}")
-
-
-def _section(bench: Bench, name: str) -> None:
-    """Run one section, or note why not; what it raises is its result, and the next section begins."""
-    run, needs = SECTIONS[name]
-    left = bench.deadline - time.perf_counter()
-    print(f"\n== {name} ({left:.0f} s left)", flush=True)
-    start = time.perf_counter()
-    if left < (1 if bench.tiny else needs):
-        bench.results["notes"][name] = f"skipped: {left:.0f} s were left"
-    else:
-        try:
-            bench.results[name] = run(bench)
-        except Exception as error:  # a machine is lent for minutes: the other sections are still worth them
-            traceback.print_exc()
-            bench.results["notes"][name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    if note := bench.results["notes"].get(name):
-        print(note, flush=True)
-    bench.results["seconds"][name] = time.perf_counter() - start
-    bench.save()
+    results = Results(out / "gpu.json")
+    results.found["environment"] = environment()
+    with kept_for_all_parts(run.out):
+        run_parts([section for section in SECTIONS if not only or section.name in only], run, results, deadline)
+    if rows := results.found.get("growth"):
+        value = {key: results.found[key] for key in ("settings", "environment")} | {"rows": rows}
+        (out / "growth.json").write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    print(f"\n{table(targets(results.found))}\n{out / 'gpu.json'}")
 
 
 if __name__ == "__main__":

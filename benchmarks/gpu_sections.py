@@ -1,274 +1,254 @@
-"""The parts of benchmarks/gpu.py: each takes the Bench, prints what it found, and returns it for the JSON."""
+"""The sections of benchmarks/gpu.py, which benchmarks/first.py uses too: each yields its rows as facts.
+
+What is the same for all of them is made once and kept in the run's folder: models, the machine's rates, and the first images
+of each model by eager fp32. Only the compiled sections compile, at the sizes that a job uses.
+"""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import tempfile
 import time
-import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from PIL import Image
 
-from benchmarks.gpu_targets import judge
-from benchmarks.matrix import line
-from benchmarks.measure import Matrix, Plan
+from benchmarks import floor
+from benchmarks.measure import PARITY_IMAGES, Matrix, Plan, model_spec
 from benchmarks.models import random_model
+from benchmarks.parts import Fact, Run
 from benchmarks.profiler import kernel_profile
 from benchmarks.prompts import conditions
-from benchmarks.report import parity, table
-from benchmarks.rows import UNITS
+from benchmarks.report import parity
 from benchmarks.sides import Side
 from fastgen.buckets import cut
 from fastgen.errors import FastgenError
 from fastgen.jobs.job import run_job
 from fastgen.jobs.plan import automatic_batch_size
 
+if TYPE_CHECKING:
+    from fastgen.pipeline import Pipeline
+    from fastgen.requests import Request
+    from fastgen.settings import Settings
+
 TEXT, LABELS = ("monsters-pndm-rag", "iclevr-class-embed"), ("monsters-64", "iclevr-64")
-Row = dict[str, Any]
+SPARE = 5.0  # seconds of a part's limit that a job which is fitted to it leaves
 
 
-@dataclass
-class Bench:
-    """What all sections share; `results` becomes gpu.json."""
-
-    out: Path
-    work: Path
-    device: str
-    deadline: float
-    requests: Path | None
-    images: int
-    tiny: bool
-    engine: str | None = None
-    results: dict[str, Any] = field(default_factory=lambda: {"notes": {}, "seconds": {}, "columns": UNITS})
-    expected: dict[Path, dict[int, np.ndarray]] = field(default_factory=dict)
-
-    @property
-    def text(self) -> Path:
-        name = LABELS[0] if self.tiny else TEXT[0]
-        return random_model(name, self.work / name)
-
-    @property
-    def label(self) -> Path:
-        name = LABELS[1] if self.tiny else TEXT[1]
-        return random_model(name, self.work / name)
-
-    @property
-    def low(self) -> str:
-        """The lower precision of this device."""
-        return "fp16" if self.device.startswith("cuda") else "bf16"
-
-    @property
-    def graphs(self) -> str:
-        return ":graphs" if self.device.startswith("cuda") else ""
-
-    @property
-    def left(self) -> float:
-        return self.deadline - time.perf_counter()
-
-    def save(self) -> None:
-        (self.out / "gpu.json").write_text(json.dumps(self.results, indent=1) + "\n", encoding="utf-8")
-
-    def matrix(self, name: str, model: Path, sides: Sequence[str], **plan: Any) -> list[Row]:
-        """Rows of these sides in this process, saved after each as results[name]."""
-        requests = self.requests if model == self.text else None
-        whole = Plan(model, self.work, self.device, processes=False, seconds=self.left, requests=requests, **plan)
-        matrix = Matrix(whole, [Side.parse(side) for side in sides])
-        matrix.expected = self.expected.setdefault(model, {})
-        rows = self.results[name] = []
-        for row in matrix.rows():
-            print(line(row), flush=True)
-            rows.append(row)
-            self.save()
-        self.results.setdefault("settings", matrix.settings())
-        self.results["settings"]["rates"] |= matrix.settings()["rates"]
-        return rows
+def text_model(run: Run) -> Path:
+    name = LABELS[0] if run.tiny else TEXT[0]
+    return random_model(name, run.work / name)
 
 
-def correctness(bench: Bench) -> list[Row]:
-    """Paths that need no long compilation against eager fp32 from the same noise, graphs on against off, and that the loop
-    never waits for the device. Later sections' rows are judged by the same rule in the end."""
-    low, graphs = bench.low, bench.graphs
-    sides = list(dict.fromkeys(["eager:fp32", "eager:bf16", f"eager:{low}", f"eager:{low}{graphs}"]))
-    others = [f"ort:{low}", f"trt:{low}"] if graphs else []
-    settings = {"batches": (4,), "steps": (3 if bench.tiny else 10,), "images": 4, "rounds": 1, "together": 2}
-    bench.matrix("correctness-text", bench.text, [*sides, *others], **settings)
-    bench.matrix("correctness-labels", bench.label, sides, **settings)
-    return [*_graphs_change_nothing(bench), *_no_waiting(bench)]
+def label_model(run: Run) -> Path:
+    name = LABELS[1] if run.tiny else TEXT[1]
+    return random_model(name, run.work / name)
 
 
-def _graphs_change_nothing(bench: Bench) -> list[Row]:
-    if not bench.graphs:
-        return []
-    found = []
-    for model in (bench.text, bench.label):
-        images = [_generate(_load(bench, model, f"eager:{bench.low}:{g}"), 3, 10) for g in ("graphs", "nographs")]
-        difference = parity(*images)["max_abs_255"]
-        found.append(
-            {"what": f"graphs on and off, {model.name}", "found": f"{difference}/255", "passed": difference <= 1}
-        )
-    return found
+def fast(run: Run, engine: str = "eager") -> str:
+    """The side that this engine is at its fastest: the lower precision, and graphs on a GPU."""
+    return f"{engine}:{run.low}{':graphs' if run.cuda else ''}"
 
 
-def _no_waiting(bench: Bench) -> list[Row]:
-    """Synchronisations that torch reports, at two numbers of steps: a loop that never waits has as many at either."""
-    if not bench.graphs:
-        return []
-    pipeline = _load(bench, bench.text, f"eager:{bench.low}:graphs")
-    counts = [_synchronisations(pipeline, steps) for steps in (10, 20)]
-    what = "synchronisations of a batch at 10 and at 20 steps"
-    return [{"what": what, "found": counts, "passed": counts[0] == counts[1]}]
+def rates(run: Run) -> dict[str, floor.Rates]:
+    """What the device reaches in each precision: measured once in a run."""
+    file = run.kept / "rates.json"
+    if not file.exists():
+        found = {dtype: floor.measure(run.device, dtype) for dtype in dict.fromkeys(("fp32", "bf16", run.low))}
+        file.write_text(json.dumps({dtype: asdict(one) for dtype, one in found.items()}))
+    return {dtype: floor.Rates(**one) for dtype, one in json.loads(file.read_text()).items()}
 
 
-def _synchronisations(pipeline: Any, steps: int) -> int:
-    import torch
-
-    _generate(pipeline, 3, steps)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            _generate(pipeline, 3, steps)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    return sum("synchroniz" in str(warning.message) for warning in caught)
+def references(run: Run, model: Path) -> dict[int, np.ndarray]:
+    """Steps -> the model's first images by eager fp32: made once in a run."""
+    file = run.kept / f"reference-{model.name}.npz"
+    if not file.exists():
+        found = Matrix(_plan(run, model), []).references()
+        arrays: dict[str, Any] = {str(steps): images for steps, images in found.items()}
+        np.savez(file, **arrays)
+    with np.load(file) as kept:
+        return {int(steps): kept[steps] for steps in kept}
 
 
-def _load(bench: Bench, model: Path, side: str) -> Any:
+def yardstick(run: Run, model: Path) -> dict[str, Any]:
+    """What rounding alone costs in the lower precision: eager without graphs against eager fp32. Made once in a run."""
+    file = run.kept / f"yardstick-{model.name}.json"
+    if not file.exists():
+        side = f"eager:{run.low}:nographs"
+        ((steps, expected),) = references(run, model).items()
+        found = parity(expected, generate(run, load(run, model, side), len(expected)))
+        row = {"side": side, "dtype": run.low, "batch": len(expected), "steps": steps, **found}
+        file.write_text(json.dumps(row))
+    return json.loads(file.read_text())
+
+
+def _plan(run: Run, model: Path, **options: Any) -> Plan:
+    requests = run.requests if model_spec(model).family == "text" else None
+    whole: dict[str, Any] = {
+        "processes": False,
+        "seconds": run.left,
+        "job": run.images,
+        "requests": requests,
+        **options,
+    }
+    return Plan(model, run.work, run.device, **whole)
+
+
+def rows(run: Run, model: Path, sides: Sequence[str], **options: Any) -> Iterator[Fact]:
+    """A row per side and case, then what was set."""
+    chosen = [Side.parse(side) for side in dict.fromkeys(sides)]
+    matrix = Matrix(_plan(run, model, **options), chosen, references(run, model), rates(run))
+    for row in matrix.rows():
+        yield {"what": f"{row['side']}, batch {row['batch']}", "row": row}
+    yield {"what": "settings", "settings": matrix.settings()}
+
+
+def reference(run: Run) -> Iterator[Fact]:
+    """What the others are held against: models, rates, and the pictures of eager fp32."""
+    for model in (text_model(run), label_model(run)):
+        yield {"what": f"{model.name} by eager fp32", "steps": list(references(run, model))}
+    found = {d: {"tflop_per_s": r.flop_per_s / 1e12, "gb_per_s": r.bytes_per_s / 1e9} for d, r in rates(run).items()}
+    yield {"what": "rates", "rates": found}
+
+
+def load(run: Run, model: Path, side: str) -> Pipeline:
+    """A side's pipeline."""
     import fastgen
 
     parsed = Side.parse(side)
-    return fastgen.load(model, parsed.name, device=bench.device, dtype=parsed.dtype, graphs=parsed.graphs)
+    options = {} if parsed.graphs is None else {"graphs": parsed.graphs}
+    return fastgen.load(model, parsed.name, device=run.device, dtype=parsed.dtype, **options)
 
 
-def _generate(pipeline: Any, count: int, steps: int | None = None) -> np.ndarray:
-    given = conditions(pipeline.spec.family, count)
+def job_requests(run: Run) -> list[Request]:
+    """The job: the first `run.images` of the given requests, or made-up prompts. Image i comes from seed i, as in all rows."""
+    from fastgen.requests import Request, read_requests
+
+    if run.requests is not None:
+        return [replace(r, seed=i) for i, r in enumerate(read_requests(run.requests)[: run.images])]
+    prompts = conditions("text", run.images)["prompts"]
+    return [Request(str(i), f"{i}.png", prompt=prompt, seed=i) for i, prompt in enumerate(prompts)]
+
+
+def job_sizes(pipeline: Pipeline, settings: Settings, count: int) -> list[int]:
+    """The batch sizes of a job of `count` images on this pipeline, as `run_job` chooses them, the largest first."""
+    limit = automatic_batch_size(pipeline, settings)
+    return sorted({batch.bucket for batch in cut(count, limit, pipeline.buckets(settings))}, reverse=True)
+
+
+def job(run: Run, engine: str = "eager", fit: bool = False) -> Iterator[Fact]:
+    """The whole job from requests to PNGs, at its own batch size, on a pipeline that has run a batch of each size: what is
+    compiled or recorded then is `build_s`, not part of `job_s`. With `fit`, as many whole batches of it as the part's limit
+    allows, and `job_s` is extrapolated. Parity is that of the job's first images."""
+    side, model = fast(run, engine), text_model(run)
+    expected, reached = references(run, model), rates(run)[run.low]
+    start = time.perf_counter()
+    pipeline = load(run, model, side)
+    load_s, requests, settings = time.perf_counter() - start, job_requests(run), pipeline.settings()
+    sizes = job_sizes(pipeline, settings, len(requests))
+    build_s = sum(_run_job(pipeline, requests[:size], settings, size)[0] for size in sizes)
+    count = len(requests)
+    if fit:
+        batch_s, _ = _run_job(pipeline, requests[: sizes[0]], settings, sizes[0])
+        count = min(count, sizes[0] * max(1, int((run.left - SPARE - batch_s) / batch_s)))
+    seconds, images = _run_job(pipeline, requests[:count], settings, sizes[0])
+    evaluations = len(pipeline.source.table(settings.solver))
+    shape: dict[str, Any] = {"images": count, "batch": sizes[0], "evaluations": evaluations}
+    least = floor.floor_s(floor.count(model), reached, run.low, guided=settings.guided, **shape)
+    row = {"side": side, "dtype": pipeline.engine.dtype, "batch": sizes[0], "batches": sizes, "solver": settings.solver}
+    row |= {"steps": settings.num_inference_steps, "images": count, "job": len(requests), "load_s": load_s}
+    row |= {"build_s": build_s, "job_s": seconds * len(requests) / count, "images_per_s": count / seconds}
+    row |= {"floor_percent": 100 * least / seconds}
+    row |= parity(expected[settings.num_inference_steps][: len(images)], images)
+    yield {"what": f"{side}, {count} images", "row": row}
+
+
+def _run_job(
+    pipeline: Pipeline, requests: Sequence[Request], settings: Settings, batch_size: int
+) -> tuple[float, np.ndarray]:
+    """Seconds of a job, and its first images, as many as the reference has; FastgenError where an image failed."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "out"
+        report = run_job(pipeline, requests, out, settings, batch_size=batch_size, progress=False, say=print)
+        if report.errors:
+            first = next(iter(report.errors.values()))
+            raise FastgenError(f"{len(report.errors)} of {len(requests)} images failed: {first}")
+        files = [out / request.image_name for request in requests[:PARITY_IMAGES]]
+        return report.seconds, np.stack([np.asarray(Image.open(file)) for file in files])
+
+
+def generate(run: Run, pipeline: Pipeline, count: int, steps: int | None = None) -> np.ndarray:
+    """(count, H, W, 3) uint8 of the first conditions, image i from seed i, in one batch."""
+    given: dict[str, Any] = conditions(
+        pipeline.spec.family, count, run.requests if pipeline.spec.family == "text" else None
+    )
     images = pipeline.generate(**given, seeds=range(count), batch_size=count, num_inference_steps=steps)
     return np.stack([np.asarray(image) for image in images])
 
 
-def fastest(bench: Bench) -> str:
-    """The side to use from here on: the fastest at the largest batch among those that were correct."""
-    if bench.engine is None:
-        candidates = [f"eager:{bench.low}{bench.graphs}", f"compile:{bench.low}{bench.graphs}"]
-        batch, steps = (4, 3) if bench.tiny else (128, 15)
-        plan = {"batches": (batch,), "steps": (steps,), "images": batch, "rounds": 1}
-        rows = bench.matrix("choice", bench.text, candidates, **plan)
-        good = [row for row in rows if row["images_per_s"] is not None and judge(row, rows)["passed"]]
-        if not good:
-            raise FastgenError("no engine is correct at the largest batch, see `choice` in the JSON")
-        bench.engine = max(good, key=lambda row: row["images_per_s"])["side"]
-        print(f"from here on: {bench.engine}", flush=True)
-    return bench.engine
+def peers(run: Run, batches: Sequence[int] = (1, 16, 64, 128)) -> Iterator[Fact]:
+    """diffusers as people use it, at batch 1 and at larger ones, from 4 prompts or a batch."""
+    images = 2 if run.tiny else 4
+    yield from rows(run, text_model(run), [f"diffusers:{run.low}"], batches=tuple(batches), images=images, rounds=1)
 
 
-def job(bench: Bench) -> Row:
-    """The whole job from requests to PNGs on a pipeline that has run a batch of each size: what is compiled or recorded then
-    is `build_s`, not part of `job_s`."""
-    from fastgen.requests import Request, read_requests
-
-    side = fastest(bench)
-    start = time.perf_counter()
-    pipeline = _load(bench, bench.text, side)
-    load_s = time.perf_counter() - start
-    prompts = conditions("text", bench.images)["prompts"]
-    requests = [Request(str(i), f"{i}.png", prompt=prompt) for i, prompt in enumerate(prompts)]
-    if bench.requests is not None:
-        requests = read_requests(bench.requests)[: bench.images]
-    settings = pipeline.settings()
-    limit = automatic_batch_size(pipeline, settings)
-    sizes = {batch.bucket for batch in cut(len(requests), limit, pipeline.buckets(settings))}
-    build_s = sum(_job_s(pipeline, requests[:size], settings, size) for size in sorted(sizes, reverse=True))
-    job_s = _job_s(pipeline, requests, settings, limit)
-    count = len(requests)
-    row = {"side": side, "images": count, "solver": settings.solver, "batches": sorted(sizes), "load_s": load_s}
-    row |= {"build_s": build_s, "job_s": job_s, "images_per_s": count / job_s}
-    print(table([row]), flush=True)
-    return row
-
-
-def _job_s(pipeline: Any, requests: Sequence[Any], settings: Any, batch_size: int) -> float:
-    """Seconds of a job; FastgenError where an image failed."""
-    with tempfile.TemporaryDirectory() as folder:
-        report = run_job(
-            pipeline, requests, Path(folder) / "out", settings, batch_size=batch_size, progress=False, say=print
-        )
-    if report.errors:
-        raise FastgenError(
-            f"{len(report.errors)} of {len(requests)} images failed: {next(iter(report.errors.values()))}"
-        )
-    return report.seconds
-
-
-def peers(bench: Bench) -> list[Row]:
-    """diffusers as people use it, at batch 1 and at larger ones, from 16 prompts or a batch."""
-    batches, images = ((1, 2), 2) if bench.tiny else ((1, 16, 64, 128), 16)
-    return bench.matrix("peers", bench.text, [f"diffusers:{bench.low}"], batches=batches, images=images, rounds=1)
-
-
-def one(bench: Bench) -> list[Row]:
+def one(run: Run) -> Iterator[Fact]:
     """Batch 1: graphs on and off, and diffusers."""
-    sides = [f"diffusers:{bench.low}", f"eager:{bench.low}", f"eager:{bench.low}{bench.graphs}", fastest(bench)]
-    images = 1 if bench.tiny else 3
-    return bench.matrix("one", bench.text, list(dict.fromkeys(sides)), batches=(1,), images=images, rounds=2)
+    graphs = fast(run)
+    sides = [f"diffusers:{run.low}", f"eager:{run.low}", graphs, graphs.replace(run.low, "bf16")]
+    yield from rows(run, text_model(run), sides, batches=(1,), images=1 if run.tiny else 3, rounds=2)
 
 
-def labels(bench: Bench) -> list[Row]:
-    """The label model: 32 images, DDPM 1000."""
-    sides = [f"eager:{bench.low}{bench.graphs}", fastest(bench), f"diffusers:{bench.low}"]
-    plan = {"batches": (2,), "steps": (10,)} if bench.tiny else {"batches": (32,), "rounds": 1}
-    return bench.matrix("labels", bench.label, list(dict.fromkeys(sides)), **{"rounds": 1, "job": 32, **plan})
+def labels(run: Run) -> Iterator[Fact]:
+    """The label model: 32 images with its own sampling, DDPM 1000."""
+    plan = {"batches": (2 if run.tiny else 32,), "rounds": 1, "job": 32}
+    yield from rows(run, label_model(run), [fast(run), f"diffusers:{run.low}"], **plan)
 
 
-def growth(bench: Bench) -> list[Row]:
-    """Batch 128, for its share of the floor, then from 1 up: time per image and memory."""
-    side = fastest(bench)
-    compiles = side.startswith("compile")  # for every batch size anew
-    others = (1, 2) if bench.tiny else (1, 8, 32) if compiles else (1, 2, 4, 8, 16, 32, 64)
-    largest = 4 if bench.tiny else 128
-    rows = bench.matrix("growth", bench.text, [side], batches=(largest,), rounds=2)
-    rows += bench.matrix("growth", bench.text, [side], batches=others, rounds=2)
-    bench.results["growth"] = rows
-    value = {"settings": bench.results["settings"], "environment": bench.results["environment"], "rows": rows}
-    (bench.out / "growth.json").write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    return rows
+def growth(run: Run) -> Iterator[Fact]:
+    """Time per image and memory from batch 1 to 128."""
+    batches = (1, 2) if run.tiny else (1, 2, 4, 8, 16, 32, 64, 128)
+    yield from rows(run, text_model(run), [fast(run)], batches=batches, rounds=2)
 
 
-def slow(bench: Bench) -> list[Row]:
-    """A loop by hand in fp32, a prompt at a time, and diffusers in fp32, from 16 prompts."""
-    sides = ["two-calls:fp32@1", "diffusers:fp32@1"]
-    images = 2 if bench.tiny else 16
-    return bench.matrix("slow", bench.text, sides, batches=(1,), images=images, rounds=1, together=1)
+def bundles(run: Run) -> Iterator[Fact]:
+    """The engines that run bundles, where they are installed: exported first."""
+    sides = [f"ort:{run.low}", f"trt:{run.low}"] if run.cuda else ["ort:fp32"]
+    yield from rows(run, text_model(run), sides, batches=(PARITY_IMAGES,), images=PARITY_IMAGES, rounds=1)
 
 
-def compiled_peer(bench: Bench) -> list[Row]:
+def slow(run: Run) -> Iterator[Fact]:
+    """A loop by hand in fp32, a prompt at a time, and diffusers in fp32, from 4 prompts."""
+    sides, images = ["two-calls:fp32@1", "diffusers:fp32@1"], 2 if run.tiny else 4
+    yield from rows(run, text_model(run), sides, batches=(1,), images=images, rounds=1, together=1)
+
+
+def profile(run: Run) -> Iterator[Fact]:
+    """Where the time goes: a batch at a few steps."""
+    batch, steps = (2, 2) if run.tiny else (64, 5)
+    pipeline = load(run, text_model(run), fast(run))
+    found = kernel_profile(lambda: generate(run, pipeline, batch, steps))
+    yield {"what": fast(run), "result": {"side": fast(run), "batch": batch, "steps": steps, **found}}
+
+
+def compiled_one(run: Run) -> Iterator[Fact]:
+    """Batch 1, compiled."""
+    sides, images = [fast(run, "compile")], 1 if run.tiny else 3
+    yield from rows(run, text_model(run), sides, batches=(1,), images=images, rounds=2)
+
+
+def compiled_labels(run: Run) -> Iterator[Fact]:
+    """The label model's 32 images, compiled."""
+    plan = {"batches": (2 if run.tiny else 32,), "rounds": 1, "job": 32}
+    yield from rows(run, label_model(run), [fast(run, "compile")], **plan)
+
+
+def compiled_peer(run: Run) -> Iterator[Fact]:
     """diffusers with torch.compile."""
-    batch = 2 if bench.tiny else 16
-    sides = [f"diffusers:{bench.low}", f"diffusers-compile:{bench.low}"]
-    return bench.matrix("compiled-peer", bench.text, sides, batches=(batch,), images=batch, rounds=1)
-
-
-def profile(bench: Bench) -> dict[str, Any]:
-    """Where the time of the job's engine goes: a batch at a few steps."""
-    batch, steps = (2, 2) if bench.tiny else (64, 5)
-    pipeline = _load(bench, bench.text, fastest(bench))
-    found = kernel_profile(lambda: _generate(pipeline, batch, steps))
-    print(f"{found['wall_ms']:.0f} ms, device busy {found['busy_percent']:.0f}%\n{table(found['kinds'])}")
-    print(table(found["kernels"]), flush=True)
-    return {"side": bench.engine, "batch": batch, "steps": steps, **found}
-
-
-def tests(bench: Bench) -> dict[str, Any]:
-    """The package's own tests that need a GPU."""
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-x" if bench.tiny else "-q", "tests"]
-    limit = max(10.0, bench.left)
-    done = subprocess.run(command, capture_output=True, text=True, timeout=limit, cwd=Path(__file__).parents[1])
-    tail = done.stdout.strip().splitlines()[-15:]
-    print("\n".join(tail), flush=True)
-    ok = done.returncode in (0, 5)  # 5: none was selected
-    return {"what": "pytest -m gpu", "found": tail[-1] if tail else "", "passed": ok, "output": tail}
+    batch = 2 if run.tiny else 16
+    sides = [f"diffusers:{run.low}", f"diffusers-compile:{run.low}"]
+    yield from rows(run, text_model(run), sides, batches=(batch,), images=batch, rounds=1)

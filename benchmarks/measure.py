@@ -8,7 +8,8 @@ import itertools
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,9 +71,19 @@ def model_spec(folder: Path) -> Spec:
 
 
 class Matrix:
-    """`rows()` measures a plan's sides."""
+    """`rows()` measures a plan's sides.
 
-    def __init__(self, plan: Plan, sides: Sequence[Side]) -> None:
+    `expected`: steps -> the first images by eager fp32, the reference of parity, and `rates` by precision, where they are known
+    already: nothing of that is measured again.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        sides: Sequence[Side],
+        expected: Mapping[int, np.ndarray] | None = None,
+        rates: Mapping[str, floor.Rates] | None = None,
+    ) -> None:
         self.plan, self.sides, self.spec = plan, sides, model_spec(plan.model)
         self.sampling = self.spec.sampling
         self.steps = plan.steps or (self.sampling.num_inference_steps,)
@@ -80,24 +91,29 @@ class Matrix:
         config = self.spec.scheduler_config
         self.tables = {s: compile_key(f"{self.sampling.scheduler}:{s}", config) for s in lengths}
         self.work = floor.count(plan.model)
-        self.rates: dict[str, floor.Rates] = {}
+        self._known = frozenset(rates or {})
+        self.rates: dict[str, floor.Rates] = dict(rates or {})
         self.versions: dict[str, dict[str, str]] = {}  # of peers in environments of their own
-        self.expected: dict[int, np.ndarray] = {}  # steps -> the first images by eager fp32, the reference of parity
+        self.expected: dict[int, np.ndarray] = dict(expected or {})
         self._deadline = time.perf_counter() + plan.seconds
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """A row for every side and case; what failed, and what the time did not allow, says so in its note."""
         first, *others = self.sides
         size = max(1, self.plan.together - 1)
-        with tempfile.TemporaryDirectory() as scratch:
-            self._scratch = Path(scratch)
-            self._write_inputs()
+        with self._inputs():
             self._reference_images()
             for start in range(0, max(1, len(others)), size):
                 with_first = [first, *others[start : start + size]]
                 for row in self._group(with_first):
                     if start == 0 or row["side"] != str(first):
                         yield row
+
+    def references(self) -> dict[int, np.ndarray]:
+        """Steps -> the first images by eager fp32, (PARITY_IMAGES, H, W, 3) uint8."""
+        with self._inputs():
+            self._reference_images()
+        return self.expected
 
     def settings(self) -> dict[str, Any]:
         plan = self.plan
@@ -122,10 +138,15 @@ class Matrix:
             "peer_versions": self.versions,
         }
 
-    def _write_inputs(self) -> None:
+    @contextmanager
+    def _inputs(self) -> Iterator[None]:
+        """A folder, while the block runs, with what all sides are given."""
         count = max(self.plan.images, *self.plan.batches, PARITY_IMAGES)
         self._given = conditions(self.spec.family, count, self.plan.requests)
-        np.save(self._scratch / "latents.npy", normal(range(count), 0, self.spec.latent_shape))
+        with tempfile.TemporaryDirectory() as scratch:
+            self._scratch = Path(scratch)
+            np.save(self._scratch / "latents.npy", normal(range(count), 0, self.spec.latent_shape))
+            yield
 
     def _reference_images(self) -> None:
         steps_wanted = [steps for steps in self.steps if steps not in self.expected]
@@ -225,7 +246,7 @@ class Matrix:
     def _measure_rates(self, dtypes: set[str | None]) -> None:
         """What the machine reaches: the best that was seen in this run."""
         for dtype in dtypes:
-            if dtype is not None:
+            if dtype is not None and dtype not in self._known:
                 now = floor.measure(self.plan.device, dtype, threads=self.plan.threads)
                 self.rates[dtype] = floor.best(now, self.rates.get(dtype, now))
 
@@ -235,7 +256,7 @@ class Matrix:
         if reason := missing(side, plan.device):
             return Opened(side, error=reason)
         if (
-            side.is_peer
+            foreign
             and self.spec.family == "text"
             and (own := default_name(self.spec.scheduler_config)) != self.sampling.scheduler
         ):

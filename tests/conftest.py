@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gpu_needs import lacking
 
 REPO = Path(__file__).parents[1]
 TABLE_STEPS = (1, 2, 3, 5, 10, 20, 150)  # instead of the 60 that a real export stores
@@ -47,6 +48,8 @@ def _cache(tmp_path_factory):
 def text_model(tmp_path_factory) -> Path:
     """A text-to-latent model folder: 4x8x8 latents, 32 px images."""
     torch = pytest.importorskip("torch")
+    pytest.importorskip("diffusers")
+    pytest.importorskip("transformers")
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -111,6 +114,7 @@ def text_model(tmp_path_factory) -> Path:
 def label_model(tmp_path_factory) -> Path:
     """A label-to-pixels model folder: the 24 objects of i-CLEVR, 16 px images."""
     torch = pytest.importorskip("torch")
+    pytest.importorskip("diffusers")
     from diffusers import UNet2DModel
 
     from fastgen.config import Sampling
@@ -294,6 +298,13 @@ def scaled_weights(rehash) -> Callable[..., Path]:
         return out
 
     return run
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip a test for a GPU, before any of its fixtures is made, where something that it needs is not there."""
+    for mark in item.iter_markers("gpu"):
+        if reason := lacking(mark.args):
+            pytest.skip(reason)
 
 
 def pytest_configure(config: pytest.Config) -> None:

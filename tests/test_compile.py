@@ -336,12 +336,8 @@ def test_the_pipeline_runs_it(label_model, cache, monkeypatch):
     assert set(seen) == {("unet", 4)}
 
 
-gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
-
-
+@pytest.mark.gpu("compilers")
 class TestOnAGpu:
-    pytestmark = gpu
-
     @pytest.fixture(params=["fp32", "fp16", "bf16"])
     def engine(self, request, label_model):
         if request.param == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):

@@ -229,7 +229,7 @@ def test_out_of_memory_is_recognised(label_bundle, cuda_engine):
     assert not engine.is_out_of_memory(RuntimeError("[ONNXRuntimeError] : 2 : INVALID_ARGUMENT"))
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu("onnxruntime-gpu")
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
 def test_cuda_computes_what_the_cpu_computes_between_recorded_graphs(lowered_bundle, dtype):
     bundle = read_bundle(lowered_bundle("text", "fp16"))
@@ -243,7 +243,7 @@ def test_cuda_computes_what_the_cpu_computes_between_recorded_graphs(lowered_bun
                 assert distance < (1e-4 if engine.executed(name) == "fp32" else 5e-3), (name, rows)
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu("onnxruntime-gpu")
 def test_cuda_is_certified(lowered_bundle):
     from export.certificate import certify
 

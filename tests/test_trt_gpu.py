@@ -11,15 +11,7 @@ from fastgen.engines import create_engine
 
 torch = pytest.importorskip("torch")
 pytest_plugins = ("trt_fixtures",)
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
-]
-
-
-@pytest.fixture(autouse=True)
-def _real_tensorrt():
-    pytest.importorskip("tensorrt")
+pytestmark = pytest.mark.gpu("tensorrt")
 
 
 @pytest.fixture(params=["fp32", "fp16"])

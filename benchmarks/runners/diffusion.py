@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+
+from fastgen.schedulers import default_name, make_scheduler
 
 
 class _Runner:
@@ -37,6 +40,13 @@ class _Runner:
     def _batch(self, given: list[Any], noise: torch.Tensor, steps: int) -> np.ndarray:
         raise NotImplementedError
 
+    def _with_solver(self, pipeline: Any, name: str) -> Any:
+        """diffusers' own pipeline with the solver of this name, where the folder's is another one."""
+        config = json.loads((self._folder / "scheduler" / "scheduler_config.json").read_text())
+        if default_name(config) != name:
+            pipeline.scheduler = make_scheduler(name, config)
+        return pipeline
+
 
 class Pipeline(_Runner):
     """StableDiffusionPipeline; with torch.compile on the UNet and channels_last as its documentation advises."""
@@ -46,7 +56,7 @@ class Pipeline(_Runner):
 
         super().__init__(opening)
         pipeline = StableDiffusionPipeline.from_pretrained(self._folder, torch_dtype=self._type, safety_checker=None)
-        pipeline = pipeline.to(self._device)
+        pipeline = self._with_solver(pipeline.to(self._device), opening["scheduler"])
         pipeline.set_progress_bar_config(disable=True)
         if opening["name"] == "diffusers-compile":
             pipeline.unet.to(memory_format=torch.channels_last)
@@ -69,7 +79,8 @@ class TwoCalls(_Runner):
 
         super().__init__(opening)
         parts = StableDiffusionPipeline.from_pretrained(self._folder, torch_dtype=self._type, safety_checker=None)
-        self._parts, self._guidance = parts.to(self._device), opening["guidance_scale"]
+        self._parts = self._with_solver(parts.to(self._device), opening["scheduler"])
+        self._guidance = opening["guidance_scale"]
 
     def _batch(self, given: list[Any], noise: torch.Tensor, steps: int) -> np.ndarray:
         parts = self._parts
@@ -98,7 +109,6 @@ class Labels(_Runner):
 
     def __init__(self, opening: Mapping[str, Any]) -> None:
         from fastgen.networks import load_model
-        from fastgen.schedulers import make_scheduler
 
         super().__init__(opening)
         model = load_model(self._folder)

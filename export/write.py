@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from export.reference import IMAGE_STEPS, distances_name, write_distances, write
 from fastgen import __version__
 from fastgen.bundle import (
     CERTIFICATES,
+    COMPILED,
     FORMAT_VERSION,
     LOWERED,
     MANIFEST,
@@ -124,7 +125,7 @@ def _fill_lowered(
 def _extend(held: Bundle, partial: Path, model: Model, wanted: Wanted, say: Say) -> None:
     """Add what is missing. Files are moved in before bundle.json lists them: until then the old bundle is whole."""
     out = held.folder
-    _sweep(held)
+    sweep(held)
     graphs = {name: dtype for name, dtype in wanted.graphs(model).items() if graph_name(name, dtype) not in held.files}
     distances = [dtype for dtype in wanted.distances() if distances_name(dtype) not in held.files]
     if not graphs and not distances:
@@ -132,27 +133,50 @@ def _extend(held: Bundle, partial: Path, model: Model, wanted: Wanted, say: Say)
         return
     say(f"{out} holds these weights already, but not all in {', '.join(dict.fromkeys([*graphs.values(), *distances]))}")
     _fill_lowered(partial, model, graphs, distances, held.file(REFERENCE), say)
-    sync_tree(partial)
+    add_files(held, partial)
+
+
+def add_files(held: Bundle, partial: Path, dropped: Collection[str] = ()) -> None:
+    """Move the files below `partial` into a bundle, and take out those that are `dropped`.
+
+    The bundle is whole at every moment: a file is there before bundle.json lists it, and is deleted when it no longer does.
+    """
+    out = held.folder
     added = _listed(partial)
+    sync_tree(partial)
+    if again := [name for name in added if name in held.files]:
+        _list_files(out, {}, again)
     for name in added:
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
         (partial / name).replace(out / name)
-    manifest = read_json(out / MANIFEST)
-    manifest["files"] = dict(sorted((manifest["files"] | added).items()))
-    write_json(out / MANIFEST, manifest)
+    _list_files(out, added, dropped)
     _carry_certificates(held)
+    for name in dropped:
+        (out / name).unlink(missing_ok=True)
 
 
-def _sweep(held: Bundle) -> None:
+def _list_files(out: Path, added: Mapping[str, Any], dropped: Collection[str]) -> None:
+    """Change the files that bundle.json lists."""
+    manifest = read_json(out / MANIFEST)
+    kept = {name: file for name, file in manifest["files"].items() if name not in dropped}
+    write_json(out / MANIFEST, manifest | {"files": dict(sorted((kept | dict(added)).items()))})
+
+
+def sweep(held: Bundle) -> None:
     """Remove what an extension that was killed left behind: files of our names that bundle.json does not list."""
     patterns = [
         *(f"{name}/model.*" for name in held.spec.signatures),
         "reference.*",
         ".tmp-*",
         f"{CERTIFICATES}/.tmp-*",
+        f"{COMPILED}/*/*",
     ]
     for file in (file for pattern in patterns for file in held.folder.glob(pattern)):
         if file.relative_to(held.folder).as_posix() not in held.files:
             file.unlink()
+    for folder in held.folder.glob(f"{COMPILED}/*"):
+        if not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def _carry_certificates(before: Bundle) -> None:

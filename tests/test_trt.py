@@ -155,7 +155,7 @@ def test_rows_that_were_not_built_name_the_batch_size_that_builds_them(engine, l
     ],
 )
 def test_a_plan_for_another_gpu_is_not_run(engine, labels, card, monkeypatch, change, field):
-    monkeypatch.setattr(base_trt, "open_gpu", lambda device: change(card))
+    monkeypatch.setattr(base_trt, "open_gpu", lambda device, product=None: change(card))
     with pytest.raises(InputError, match=field):
         create_engine("trt", labels, dtype="fp32").run("unet", *inputs(labels, "unet", 2))
 

@@ -18,7 +18,7 @@ def card(monkeypatch, tmp_path) -> CpuGpu:
     """TensorRT and a GPU, both doubles, and an empty cache."""
     gpu = CpuGpu("cpu", double.GPU, double.CAPABILITY, 80 * 2**30)
     monkeypatch.setitem(sys.modules, "tensorrt", double.make_module())
-    monkeypatch.setattr(base_trt, "open_gpu", lambda device: gpu)
+    monkeypatch.setattr(base_trt, "open_gpu", lambda device, product=None: gpu)
     monkeypatch.setattr(base_trt, "driver_cuda", lambda: (13, 0))
     monkeypatch.setenv("FASTGEN_CACHE", str(tmp_path / "cache"))
     return gpu

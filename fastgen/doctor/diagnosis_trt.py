@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 
 from fastgen.doctor.diagnosis import Machine, Problem, driver_too_old, update_driver
 from fastgen.doctor.installed import Library
-from fastgen.engines.base_trt import MINIMUM
+from fastgen.engines.base_trt_product import TENSORRT
 from fastgen.machine import version
 
 
@@ -16,8 +16,8 @@ def tensorrt_problems(machine: Machine) -> Iterator[Problem]:
     library, parts = machine.library("tensorrt"), tensorrt_parts(machine.distributions)
     cudas = sorted({part[0] for part in parts.values() if part[0]})
     name = f"TensorRT {library.version}"
-    if version(library.version or "0")[:2] < MINIMUM:
-        needed = ".".join(map(str, MINIMUM))
+    if version(library.version or "0")[:2] < TENSORRT.minimum:
+        needed = ".".join(map(str, TENSORRT.minimum))
         yield Problem(f"{name} is too old, {needed} or newer is needed", f"pip install --upgrade {_unpinned(machine)}")
     if len(cudas) > 1:
         fix = f"pip uninstall -y {' '.join(parts)} && pip install tensorrt-cu{_cuda_major(machine, cudas[-1])}"

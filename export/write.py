@@ -150,7 +150,7 @@ def add_files(held: Bundle, partial: Path, dropped: Collection[str] = ()) -> Non
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         (partial / name).replace(out / name)
     _list_files(out, added, dropped)
-    _carry_certificates(held)
+    _carry_certificates(held, {name.partition("/")[0] for name in (*added, *dropped)})
     for name in dropped:
         (out / name).unlink(missing_ok=True)
 
@@ -179,12 +179,13 @@ def sweep(held: Bundle) -> None:
             folder.rmdir()
 
 
-def _carry_certificates(before: Bundle) -> None:
-    """Certificates stay valid when files are added: those that they vouch for are the same."""
+def _carry_certificates(before: Bundle, changed: Collection[str]) -> None:
+    """Certificates stay valid when files are added: those that they vouch for are the same. Not so those of an engine whose
+    plans lie in a folder that was `changed`."""
     after = read_bundle(before.folder)
     for path in sorted((before.folder / CERTIFICATES).glob("*.json")):
         certificate = read_json(path)
-        if certificate.get("bundle_sha256") == before.sha256:
+        if certificate.get("bundle_sha256") == before.sha256 and certificate.get("engine") not in changed:
             write_json(path, certificate | {"bundle_sha256": after.sha256})
 
 

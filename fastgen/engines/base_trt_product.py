@@ -51,3 +51,4 @@ RTX = Product(
     "--rtx",
     ("8.0", "8.6", "8.9", "12.0", "12.1"),
 )
+PRODUCTS = {product.module: product for product in (TENSORRT, RTX)}

@@ -36,7 +36,11 @@ class Engine(TrtEngine):
     def __init__(
         self, source: Bundle, *, device: str | None = None, dtype: str | None = None, threads: int | None = None
     ) -> None:
-        super().__init__(source, device=device, dtype=dtype, threads=threads)
+        built = {
+            str(a.recipe.fields["dtype"]) for a in source.artifacts(self.name) if a.recipe.fields["network"] == "unet"
+        }
+        there = [name for name in self.dtypes if name in built]
+        super().__init__(source, device=device, dtype=dtype or next(iter(there), None), threads=threads)
         self.gpu = self._platform.gpu.name
         self._kernels = RuntimeCache(self._platform)
         self._plans: dict[str, Artifact] = {}

@@ -112,7 +112,8 @@ def _parse(library: Library, network: Any, path: Path) -> Any:
 def _add_profile(library: Library, builder: Any, config: Any, signature: Signature, rows: Rows, what: str) -> None:
     profile = builder.create_optimization_profile()
     for tensor in signature.inputs:
-        profile.set_shape(tensor.name, *(tensor.with_batch(count) for count in rows))
+        least, best, most = (tensor.with_batch(count) for count in rows)
+        profile.set_shape(tensor.name, least, best, most)
     if config.add_optimization_profile(profile) != 0:
         raise library.failure(f"{what}: the profile is refused")
 

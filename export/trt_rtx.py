@@ -86,8 +86,8 @@ def build_plans(
         for order in wanted:
             _make(bundle, library, order, partial / COMPILED / order.recipe.digest, say)
         add_files(bundle, partial, [name for name in bundle.files if _address(name) in gone])
-    except OSError as error:
-        raise FastgenError(f"{bundle.folder}: cannot be written: {error.strerror or error}") from None
+    except OSError as problem:
+        raise FastgenError(f"{bundle.folder}: cannot be written: {problem.strerror or problem}") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return read_bundle(bundle.folder)
@@ -109,16 +109,16 @@ def _order(
     bundle: Bundle, library: Library, network: str, dtype: str, batch_sizes: Sequence[int], cards: Sequence[str]
 ) -> Order:
     """What to build for a network. The text encoder is run with one number of rows only; the rest with any up to the most."""
-    rows = network_rows(network, batch_sizes, bundle.spec.image_size)
-    profile = Rows(rows[-1] if network == "text_encoder" else 1, rows[-1], rows[-1])
+    most = network_rows(network, batch_sizes, bundle.spec.image_size)[-1]
+    rows = Rows(most if network == "text_encoder" else 1, most, most)
     bound: dict[str, str | float | None] = {
         RTX.module: library.version,
         CAPABILITIES: " ".join(cards),
-        "least_rows": profile.least,
-        "best_rows": profile.best,
+        "least_rows": rows.least,
+        "best_rows": rows.best,
     }
-    recipe = make_recipe(bundle, network, profile.most, dtype, RTX, bound)
-    return Order(network, str(recipe.fields["dtype"]), profile, recipe)
+    recipe = make_recipe(bundle, network, most, dtype, RTX, bound)
+    return Order(network, str(recipe.fields["dtype"]), rows, recipe)
 
 
 def _held(bundle: Bundle) -> tuple[dict[str, Artifact], dict[str, str]]:
@@ -129,8 +129,8 @@ def _held(bundle: Bundle) -> tuple[dict[str, Artifact], dict[str, str]]:
             artifact = read_record(bundle.file(name).parent)
             artifact.verify()
             sound[_address(name)] = artifact
-        except InputError as error:
-            damaged[_address(name)] = str(error)
+        except InputError as problem:
+            damaged[_address(name)] = str(problem)
     return sound, damaged
 
 

@@ -42,7 +42,7 @@ class Engine(TrtEngine):
         there = [name for name in self.dtypes if name in built]
         super().__init__(source, device=device, dtype=dtype or next(iter(there), None), threads=threads)
         self.gpu = self._platform.gpu.name
-        self._kernels = RuntimeCache(self._platform)
+        self._runtime_cache = RuntimeCache(self._platform)
         self._plans: dict[str, Artifact] = {}
 
     def compiled(self) -> Sequence[Artifact]:
@@ -84,12 +84,12 @@ class Engine(TrtEngine):
         eager = trt.DynamicShapesKernelSpecializationStrategy.EAGER
         runtime_config.dynamic_shapes_kernel_specialization_strategy = eager
         with self._platform.gpu.active():
-            self._kernels.attach(runtime_config, what)
+            self._runtime_cache.attach(runtime_config, what)
             context = open_context(self._platform, engine, runtime_config, what, signature, rows)
             return context, context.update_device_memory_size_for_shapes()
 
     def after_first_run(self, plan: Loaded) -> None:
-        self._kernels.save()
+        self._runtime_cache.save()
 
     def _plan(self, network: str) -> Artifact:
         """The newest plan in the bundle for this network, precision, version and card; InputError that says what is missing."""

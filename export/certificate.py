@@ -7,6 +7,7 @@ import importlib.metadata
 import math
 import platform
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,6 +159,6 @@ def _versions(engine: Engine) -> dict[str, str]:
     for package in packages:
         try:
             found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed as a distribution"
+        except importlib.metadata.PackageNotFoundError:  # TensorRT's distributions have other names than its modules
+            found[package] = str(getattr(sys.modules.get(package), "__version__", "not installed as a distribution"))
     return found | {"python": platform.python_version(), "machine": platform.machine()}

@@ -72,17 +72,19 @@ def build_plans(
     sweep(bundle)
     orders = [_order(bundle, library, name, kind, batch_sizes, cards) for name, kind in pairs]
     held, damaged = _held(bundle)
-    for reason in damaged.values():
-        say(f"{reason}; building it again")
     wanted = [order for order in orders if overwrite or order.recipe.digest not in held]
-    if not wanted:
+    addresses = {order.recipe.digest for order in wanted}
+    for address, reason in damaged.items():
+        say(f"{reason}; the plan is {'built again' if address in addresses else 'taken out'}")
+    if not wanted and not damaged:
         say(f"{bundle.folder} holds these plans already")
         return bundle
     replaced = [digest for digest, a in held.items() if any(order.replaces(a.recipe) for order in wanted)]
-    gone = {*damaged, *replaced} - {order.recipe.digest for order in wanted}
+    gone = {*damaged, *replaced} - addresses
     partial = bundle.folder.with_name(f".{bundle.folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
     try:
+        partial.mkdir()
         for order in wanted:
             _make(bundle, library, order, partial / COMPILED / order.recipe.digest, say)
         add_files(bundle, partial, [name for name in bundle.files if _address(name) in gone])

@@ -271,6 +271,7 @@ def test_the_first_generate_on_a_card_certifies_and_the_next_does_not(fastgen, b
     file = bundle.folder / "certificates" / "trt-rtx-fp32-cpu-NVIDIA-GeForce-RTX-Double.json"
     filed = read_json(file)
     assert (filed["gpu"], filed["passed"], filed["bundle_sha256"]) == (rtx_card.name, True, bundle.sha256)
+    assert filed["versions"]["tensorrt_rtx"] == double.VERSION
     code, _, err = generate(fastgen, bundle, tmp_path / "b.png")
     assert (code, "certif" in err) == (0, False)
     other = replace(rtx_card, name="NVIDIA GeForce RTX Other")

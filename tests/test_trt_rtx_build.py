@@ -136,9 +136,27 @@ def test_a_damaged_plan_is_announced_and_built_again(bundle, name):
     (artifact.folder / name).write_bytes((artifact.folder / name).read_bytes()[:-1] + b" ")
     build(bundle, say=lines.append)
     assert "sha256 differs" in lines[0]
-    assert lines[0].endswith("; building it again")
+    assert lines[0].endswith("; the plan is built again")
     (again,) = read_bundle(bundle).artifacts()
     again.verify()
+
+
+def test_a_damaged_plan_that_is_not_asked_for_is_taken_out(bundle):
+    lines: list[str] = []
+    (other,) = build(bundle, capabilities=["12.1"]).artifacts()
+    build(bundle, capabilities=["8.6"])
+    (other.folder / PLAN).write_bytes(b"short")
+    build(bundle, capabilities=["8.6"], say=lines.append)
+    assert len(lines) == 1
+    assert lines[0].endswith("truncated; run `fastgen export BUNDLE --rtx` again; the plan is taken out")
+    assert [plan[3] for plan in plans(bundle)] == ["8.6"]
+
+
+def test_without_the_package_nothing_is_exported_and_the_command_is_named(fastgen_process, label_model, tmp_path):
+    done = fastgen_process("export", label_model, "--rtx", "--out", tmp_path / "out", blocked=["tensorrt_rtx"])
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "engine trt-rtx needs tensorrt_rtx, not installed here: pip install tensorrt-rtx-cu13" in done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_text_family_gets_its_encoder_at_one_size_and_an_exact_decoder(rtx_card, lowered_bundle, tmp_path):

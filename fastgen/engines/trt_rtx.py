@@ -20,10 +20,8 @@ from fastgen.signatures import Signature
 if TYPE_CHECKING:
     from fastgen.bundle import Bundle
 
-PROFILE = (
-    "least_rows",
-    "best_rows",
-)  # fields of a recipe: the fewest rows that a plan takes, and those it is tuned for
+# Fields of a recipe: the fewest rows that a plan takes, and those that it is tuned for.
+PROFILE = ("least_rows", "best_rows")
 
 
 class Engine(TrtEngine):

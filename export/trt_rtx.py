@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from export.extend import add_files, sweep
 from export.trt_build import Rows, Say, build_plan, check_networks, check_settings, network_rows
-from export.write import add_files, sweep
 from fastgen.artifacts import RECORD, Artifact, Recipe, read_record, write_record
 from fastgen.bundle import COMPILED, read_bundle
 from fastgen.engines.base_trt import Library, open_library

@@ -5,16 +5,15 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import shutil
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from export.extend import add_files, listed, sweep
 from export.reference import IMAGE_STEPS, distances_name, write_distances, write_reference
 from fastgen import __version__
 from fastgen.bundle import (
-    CERTIFICATES,
-    COMPILED,
     FORMAT_VERSION,
     LOWERED,
     MANIFEST,
@@ -105,7 +104,7 @@ def _fill(partial: Path, out: Path, model: Model, wanted: Wanted, say: Say) -> N
         say("running the eager fp32 reference")
         write_reference(model, partial / REFERENCE)
     _fill_lowered(partial, model, wanted.graphs(model), wanted.distances(), partial / REFERENCE, say)
-    write_json(partial / MANIFEST, _manifest(model.spec) | {"files": _listed(partial)})  # the last file
+    write_json(partial / MANIFEST, _manifest(model.spec) | {"files": listed(partial)})  # the last file
 
 
 def _fill_lowered(
@@ -134,59 +133,6 @@ def _extend(held: Bundle, partial: Path, model: Model, wanted: Wanted, say: Say)
     say(f"{out} holds these weights already, but not all in {', '.join(dict.fromkeys([*graphs.values(), *distances]))}")
     _fill_lowered(partial, model, graphs, distances, held.file(REFERENCE), say)
     add_files(held, partial)
-
-
-def add_files(held: Bundle, partial: Path, dropped: Collection[str] = ()) -> None:
-    """Move the files below `partial` into a bundle, and take out those that are `dropped`.
-
-    The bundle is whole at every moment: a file is there before bundle.json lists it, and is deleted when it no longer does.
-    """
-    out = held.folder
-    added = _listed(partial)
-    sync_tree(partial)
-    if again := [name for name in added if name in held.files]:
-        _list_files(out, {}, again)
-    for name in added:
-        (out / name).parent.mkdir(parents=True, exist_ok=True)
-        (partial / name).replace(out / name)
-    _list_files(out, added, dropped)
-    _carry_certificates(held, {name.partition("/")[0] for name in (*added, *dropped)})
-    for name in dropped:
-        (out / name).unlink(missing_ok=True)
-
-
-def _list_files(out: Path, added: Mapping[str, Any], dropped: Collection[str]) -> None:
-    """Change the files that bundle.json lists."""
-    manifest = read_json(out / MANIFEST)
-    kept = {name: file for name, file in manifest["files"].items() if name not in dropped}
-    write_json(out / MANIFEST, manifest | {"files": dict(sorted((kept | dict(added)).items()))})
-
-
-def sweep(held: Bundle) -> None:
-    """Remove what an extension that was killed left behind: files of our names that bundle.json does not list."""
-    patterns = [
-        *(f"{name}/model.*" for name in held.spec.signatures),
-        "reference.*",
-        ".tmp-*",
-        f"{CERTIFICATES}/.tmp-*",
-        f"{COMPILED}/*/*",
-    ]
-    for file in (file for pattern in patterns for file in held.folder.glob(pattern)):
-        if file.relative_to(held.folder).as_posix() not in held.files:
-            file.unlink()
-    for folder in held.folder.glob(f"{COMPILED}/*"):
-        if not any(folder.iterdir()):
-            folder.rmdir()
-
-
-def _carry_certificates(before: Bundle, changed: Collection[str]) -> None:
-    """Certificates stay valid when files are added: those that they vouch for are the same. Not so those of an engine whose
-    plans lie in a folder that was `changed`."""
-    after = read_bundle(before.folder)
-    for path in sorted((before.folder / CERTIFICATES).glob("*.json")):
-        certificate = read_json(path)
-        if certificate.get("bundle_sha256") == before.sha256 and certificate.get("engine") not in changed:
-            write_json(path, certificate | {"bundle_sha256": after.sha256})
 
 
 def _replace(out: Path, partial: Path) -> None:
@@ -300,9 +246,3 @@ def _manifest(spec: Spec) -> dict[str, Any]:
 
 def _versions() -> dict[str, str]:
     return {"fastgen": __version__} | {p: importlib.metadata.version(p) for p in PACKAGES}
-
-
-def _listed(folder: Path) -> dict[str, dict[str, Any]]:
-    """Every file below `folder` with its size and hash."""
-    files = sorted(f for f in folder.rglob("*") if f.is_file())
-    return {f.relative_to(folder).as_posix(): {"bytes": f.stat().st_size, "sha256": sha256_file(f)} for f in files}

@@ -28,6 +28,8 @@ def export(
     *,
     dtype: str | None = None,
     trt: bool = False,
+    rtx: bool = False,
+    capabilities: Sequence[str] | None = None,
     batch_sizes: Sequence[int] = BATCH_SIZES,
     solvers: Sequence[str] = (),
     engines: Sequence[str] | None = None,
@@ -38,22 +40,28 @@ def export(
 ) -> list[Certificate]:
     """Export a model folder to a bundle, build TensorRT engines if asked to, and certify engines on it.
 
-    `dtype`: fp16 or bf16 adds graphs in that precision to the fp32 ones; with `trt` it is the engines' precision too, by
-    default fp16, which every card has. `batch_sizes`: images per batch that TensorRT engines are built for. `solvers`: further
-    tables to store, `NAME:STEPS[:NOISE_STEPS]`. `engines`: what to certify, as `NAME` or `NAME:DTYPE`, by default every
-    installed engine that runs bundles, in its default precision.
+    `dtype`: fp16 or bf16 adds graphs in that precision to the fp32 ones; with `trt` or `rtx` it is the engines' precision too,
+    by default fp16, which every card has. `trt`: TensorRT plans for the GPU of this machine, one per batch size, in the cache.
+    `rtx`: plans of TensorRT for RTX in the bundle, for the cards of `capabilities` (compute capabilities such as "8.6"; None:
+    `trt_rtx.DEFAULT_CAPABILITIES`), which need not be here; the first `fastgen generate` on such a card certifies them.
+    `batch_sizes`: images per batch that both are built for. `solvers`: further tables to store, `NAME:STEPS[:NOISE_STEPS]`.
+    `engines`: what to certify, as `NAME` or `NAME:DTYPE`, by default every installed engine that runs bundles and is not built
+    beforehand, in its default precision.
 
     `checkpoint`: which of a training run's weights, see `fastgen.checkpoint_choice`.
 
     A bundle of the same weights at `out` is kept, gets the graphs that it lacks, and is certified; another one is replaced
-    with `overwrite`. A `model` that is a bundle itself is only built for and certified. `show` gets each certificate as it is
+    with `overwrite`, which also builds plans of TensorRT for RTX again. A `model` that is a bundle itself is only built for and
+    certified. `show` gets each certificate as it is
     made; all are returned, and the caller decides what a miss means. Raises InputError for wrong options, a folder that is
     neither, or an `out` that must not be replaced; FastgenError when engines cannot be built here: the bundle is kept.
     """
     model, out = Path(model), Path(out)
-    dtype = _check_dtype(dtype, trt)
+    dtype = _check_dtype(dtype, trt or rtx)
     _check_batch_sizes(batch_sizes)
-    chosen = _engines(engines, model, trt)
+    if rtx:
+        _check_rtx(capabilities)
+    chosen = _engines(engines, model, trt or rtx)
     if not is_bundle(model):
         write_bundle(model, out, Wanted(solvers, dtype), overwrite, say, checkpoint)
     elif model.resolve() != out.resolve():
@@ -76,13 +84,27 @@ def export(
         _build_trt(read_bundle(out), dtype, batch_sizes, say)
         generating = [n for n in read_bundle(out).spec.signatures if n != "vae_encoder"]
         add("trt", dtype, generating)
+    if rtx:
+        _build_rtx(read_bundle(out), dtype, batch_sizes, capabilities, overwrite, say)
     return certificates
 
 
-def _check_dtype(dtype: str | None, trt: bool) -> str:
+def _check_dtype(dtype: str | None, plans: bool) -> str:
     if dtype not in (None, "fp32", *LOWERED):
         raise unknown("dtype", str(dtype), ("fp32", *LOWERED))
-    return dtype or ("fp16" if trt else "fp32")
+    return dtype or ("fp16" if plans else "fp32")
+
+
+def _check_rtx(capabilities: Sequence[str] | None) -> None:
+    """InputError, before anything is exported, where plans of TensorRT for RTX cannot be built as they are asked for."""
+    check_installed("trt-rtx")
+    from export.trt_rtx import check_capabilities
+    from fastgen.engines.base_trt import open_library
+    from fastgen.engines.base_trt_product import RTX
+
+    if capabilities is not None:
+        check_capabilities(capabilities)
+    open_library(RTX)
 
 
 def _check_batch_sizes(batch_sizes: Sequence[int]) -> None:
@@ -99,13 +121,14 @@ def _check_holds(bundle: Bundle, dtype: str) -> None:
             bundle.network(name, network_dtype(name, dtype))
 
 
-def _engines(asked: Sequence[str] | None, model: Path, trt: bool) -> list[tuple[str, str | None]]:
+def _engines(asked: Sequence[str] | None, model: Path, plans: bool) -> list[tuple[str, str | None]]:
     """(engine, precision or None for its default) to certify: those asked for, if they can be, else all that are installed
-    and need nothing built beforehand."""
+    and need nothing built beforehand. `plans`: TensorRT plans are built, so that there may be none."""
     if not asked:
-        names = [n for n in engine_names() if engine_class(n).source_kind == "bundle" and n != "trt"]
+        classes = {name: engine_class(name) for name in engine_names()}
+        names = [n for n, cls in classes.items() if cls.source_kind == "bundle" and cls.built_by is None]
         names = [n for n in names if not missing_packages(n)]
-        if not names and not trt:
+        if not names and not plans:
             raise InputError(f"no engine for bundles is installed: {engine_class('ort').install}")
         return [(name, None) for name in names]
     chosen = []
@@ -140,3 +163,20 @@ def _build_trt(bundle: Bundle, dtype: str, batch_sizes: Sequence[int], say: Say)
             build_engines(bundle, dtype="fp32", batch_sizes=sizes, networks=["vae_decoder"], say=say)
     except FastgenError as error:
         raise type(error)(f"{bundle.folder} is complete, but no TensorRT engines were built: {error}") from None
+
+
+def _build_rtx(
+    bundle: Bundle,
+    dtype: str,
+    batch_sizes: Sequence[int],
+    capabilities: Sequence[str] | None,
+    overwrite: bool,
+    say: Say,
+) -> None:
+    from export.trt_rtx import DEFAULT_CAPABILITIES, build_plans
+
+    options = {"capabilities": DEFAULT_CAPABILITIES if capabilities is None else capabilities, "overwrite": overwrite}
+    try:
+        build_plans(bundle, dtype=dtype, batch_sizes=batch_sizes, say=say, **options)  # type: ignore[arg-type]
+    except FastgenError as error:
+        raise type(error)(f"{bundle.folder} is complete, but has no new plans for RTX cards: {error}") from None

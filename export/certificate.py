@@ -6,8 +6,11 @@ import dataclasses
 import importlib.metadata
 import math
 import platform
+import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -23,7 +26,7 @@ from export.reference import (
 from fastgen.bundle import CERTIFICATES, REFERENCE, Bundle
 from fastgen.engines.base import Engine
 from fastgen.errors import FastgenError
-from fastgen.jsonfiles import write_json
+from fastgen.jsonfiles import read_json, write_json
 from fastgen.pipeline import Pipeline
 
 MIN_PSNR_DB = 30.0
@@ -47,12 +50,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Certificate:
-    """All comparisons of one engine, dtype and device over one bundle."""
+    """All comparisons of one engine, dtype and device over one bundle; `gpu`: see `Engine.gpu`."""
 
     bundle_sha256: str
     engine: str
     dtype: str
     device: str
+    gpu: str | None
     versions: Mapping[str, str]
     rows: Sequence[Row]
 
@@ -62,7 +66,8 @@ class Certificate:
 
     def table(self) -> str:
         """A table for the terminal, one line per comparison."""
-        lines = [f"{self.engine} {self.dtype} {self.device}: {'certified' if self.passed else 'MISSED'}"]
+        where = self.device if self.gpu is None else f"{self.device} ({self.gpu})"
+        lines = [f"{self.engine} {self.dtype} {where}: {'certified' if self.passed else 'MISSED'}"]
         for row in self.rows:
             psnr = "" if row.psnr_db is None else f"  PSNR {row.psnr_db:.1f} dB"
             mark = "ok  " if row.passed else "MISS"
@@ -73,13 +78,28 @@ class Certificate:
         return "\n".join(lines)
 
 
-def certify(engine: Engine, bundle: Bundle, networks: Sequence[str] | None = None) -> Certificate:
-    """Compare an engine with the bundle's stored reference and file the certificate in the bundle.
+def certificate_name(engine: Engine) -> str:
+    """The file of an engine's certificate: one per engine, dtype, device, and card where they differ."""
+    card = "" if engine.gpu is None else "-" + re.sub(r"[^\w.]+", "-", engine.gpu)
+    return f"{engine.name}-{engine.dtype}-{engine.device.replace(':', '')}{card}.json"
+
+
+def is_certified(engine: Engine, bundle: Bundle, folders: Sequence[Path]) -> bool:
+    """Whether one of the folders holds a certificate that an engine has passed on this very bundle."""
+    files = [folder / certificate_name(engine) for folder in folders]
+    found = [read_json(file) for file in files if file.is_file()]
+    return any(value.get("bundle_sha256") == bundle.sha256 and value.get("passed") is True for value in found)
+
+
+def certify(
+    engine: Engine, bundle: Bundle, networks: Sequence[str] | None = None, folder: Path | None = None
+) -> Certificate:
+    """Compare an engine with the bundle's stored reference and file the certificate in the bundle, or in another folder.
 
     `networks`: by default all; whole images besides. What an engine of less precision executes in fp32 is held to fp32.
     Raises FastgenError when an output is not finite, or an image flat; an earlier certificate is withdrawn then.
     """
-    path = bundle.folder / CERTIFICATES / f"{engine.name}-{engine.dtype}-{engine.device.replace(':', '')}.json"
+    path = (folder or bundle.folder / CERTIFICATES) / certificate_name(engine)
     path.unlink(missing_ok=True)
     reference = read_reference(bundle.file(REFERENCE))
     rows = []
@@ -93,8 +113,9 @@ def certify(engine: Engine, bundle: Bundle, networks: Sequence[str] | None = Non
     images = generate_images(Pipeline(bundle, engine))
     check_images(f"engine {engine.name} {engine.dtype}", images)
     rows.append(_image_row(reference["images"], images, engine.dtype))
-    certificate = Certificate(bundle.sha256, engine.name, engine.dtype, engine.device, _versions(engine), rows)
-    path.parent.mkdir(exist_ok=True)
+    which = engine.name, engine.dtype, engine.device, engine.gpu
+    certificate = Certificate(bundle.sha256, *which, _versions(engine), rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, dataclasses.asdict(certificate) | {"passed": certificate.passed})
     return certificate
 
@@ -138,6 +159,6 @@ def _versions(engine: Engine) -> dict[str, str]:
     for package in packages:
         try:
             found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed as a distribution"
+        except importlib.metadata.PackageNotFoundError:  # TensorRT's distributions have other names than its modules
+            found[package] = str(getattr(sys.modules.get(package), "__version__", "not installed as a distribution"))
     return found | {"python": platform.python_version(), "machine": platform.machine()}

@@ -65,8 +65,12 @@ def export_onnx(module: nn.Module, signature: Signature, path: Path, dtype: str 
 
 
 def _dynamic_shapes(module: nn.Module, inputs: int) -> Any:
-    """The batch axis of every input; `*inputs` are one parameter in the eyes of torch.export."""
-    shapes = tuple({0: torch.export.Dim(BATCH, min=1)} for _ in range(inputs))
+    """The batch axis of every input; `*inputs` are one parameter in the eyes of torch.export.
+
+    It has a name and no bounds: diffusers' upsampling branches at 64 rows, and torch traces a network a second time when a
+    bound that was given does not survive such a branch.
+    """
+    shapes = tuple({0: BATCH} for _ in range(inputs))
     parameters = inspect.signature(module.forward).parameters.values()
     return (shapes,) if any(p.kind is p.VAR_POSITIONAL for p in parameters) else shapes
 

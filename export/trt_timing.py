@@ -2,33 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fastgen.cachedir import cache_dir, check_private
 from fastgen.engines.base_trt import Platform
-from fastgen.jsonfiles import write_bytes
-
-DIGEST_BYTES = 32  # a file is the SHA-256 of what follows, then TensorRT's own bytes
+from fastgen.engines.base_trt_files import private_file, read_hashed, write_hashed
 
 
 def timing_file(platform: Platform) -> Path:
     """The file of this TensorRT and GPU in the cache folder. Raises InputError when others could write to it."""
-    folder = cache_dir() / "timings"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    check_private(folder)
     gpu = platform.gpu
-    return folder / (
-        re.sub(r"[^\w.]+", "-", f"{platform.trt.__version__} {gpu.name} {gpu.compute_capability}") + ".timing"
-    )
+    return private_file("timings", f"{platform.version} {gpu.name} {gpu.compute_capability}", ".timing")
 
 
 def load_timings(config: Any, path: Path, say: Callable[[str], None]) -> None:
     """Give a build the timings of earlier ones; a damaged or foreign file is announced, and timing starts anew."""
-    data = _read(path, say)
+    data = read_hashed(path, lambda: say(f"{path}: damaged; measuring anew"))
     cache = config.create_timing_cache(data)
     if cache is None or not config.set_timing_cache(cache, False):
         say(f"{path}: TensorRT does not accept these timings; measuring anew")
@@ -42,20 +32,7 @@ def save_timings(config: Any, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_name(f"{path.name}.lock")):
         cache = config.get_timing_cache()
-        others = config.create_timing_cache(_read(path, lambda line: None))
+        others = config.create_timing_cache(read_hashed(path))
         if others is not None:
             cache.combine(others, False)
-        data = bytes(cache.serialize())
-        write_bytes(path, hashlib.sha256(data).digest() + data)
-
-
-def _read(path: Path, say: Callable[[str], None]) -> bytes:
-    """TensorRT's bytes in a file, once their hash has been verified; none of a missing or damaged one."""
-    if not path.is_file():
-        return b""
-    content = path.read_bytes()
-    digest, data = content[:DIGEST_BYTES], content[DIGEST_BYTES:]
-    if hashlib.sha256(data).digest() != digest:
-        say(f"{path}: damaged; measuring anew")
-        return b""
-    return data
+        write_hashed(path, bytes(cache.serialize()))

@@ -10,10 +10,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from export.extend import add_files, listed, sweep
 from export.reference import IMAGE_STEPS, distances_name, write_distances, write_reference
 from fastgen import __version__
 from fastgen.bundle import (
-    CERTIFICATES,
     FORMAT_VERSION,
     LOWERED,
     MANIFEST,
@@ -104,7 +104,7 @@ def _fill(partial: Path, out: Path, model: Model, wanted: Wanted, say: Say) -> N
         say("running the eager fp32 reference")
         write_reference(model, partial / REFERENCE)
     _fill_lowered(partial, model, wanted.graphs(model), wanted.distances(), partial / REFERENCE, say)
-    write_json(partial / MANIFEST, _manifest(model.spec) | {"files": _listed(partial)})  # the last file
+    write_json(partial / MANIFEST, _manifest(model.spec) | {"files": listed(partial)})  # the last file
 
 
 def _fill_lowered(
@@ -124,7 +124,7 @@ def _fill_lowered(
 def _extend(held: Bundle, partial: Path, model: Model, wanted: Wanted, say: Say) -> None:
     """Add what is missing. Files are moved in before bundle.json lists them: until then the old bundle is whole."""
     out = held.folder
-    _sweep(held)
+    sweep(held)
     graphs = {name: dtype for name, dtype in wanted.graphs(model).items() if graph_name(name, dtype) not in held.files}
     distances = [dtype for dtype in wanted.distances() if distances_name(dtype) not in held.files]
     if not graphs and not distances:
@@ -132,36 +132,7 @@ def _extend(held: Bundle, partial: Path, model: Model, wanted: Wanted, say: Say)
         return
     say(f"{out} holds these weights already, but not all in {', '.join(dict.fromkeys([*graphs.values(), *distances]))}")
     _fill_lowered(partial, model, graphs, distances, held.file(REFERENCE), say)
-    sync_tree(partial)
-    added = _listed(partial)
-    for name in added:
-        (partial / name).replace(out / name)
-    manifest = read_json(out / MANIFEST)
-    manifest["files"] = dict(sorted((manifest["files"] | added).items()))
-    write_json(out / MANIFEST, manifest)
-    _carry_certificates(held)
-
-
-def _sweep(held: Bundle) -> None:
-    """Remove what an extension that was killed left behind: files of our names that bundle.json does not list."""
-    patterns = [
-        *(f"{name}/model.*" for name in held.spec.signatures),
-        "reference.*",
-        ".tmp-*",
-        f"{CERTIFICATES}/.tmp-*",
-    ]
-    for file in (file for pattern in patterns for file in held.folder.glob(pattern)):
-        if file.relative_to(held.folder).as_posix() not in held.files:
-            file.unlink()
-
-
-def _carry_certificates(before: Bundle) -> None:
-    """Certificates stay valid when files are added: those that they vouch for are the same."""
-    after = read_bundle(before.folder)
-    for path in sorted((before.folder / CERTIFICATES).glob("*.json")):
-        certificate = read_json(path)
-        if certificate.get("bundle_sha256") == before.sha256:
-            write_json(path, certificate | {"bundle_sha256": after.sha256})
+    add_files(held, partial)
 
 
 def _replace(out: Path, partial: Path) -> None:
@@ -275,9 +246,3 @@ def _manifest(spec: Spec) -> dict[str, Any]:
 
 def _versions() -> dict[str, str]:
     return {"fastgen": __version__} | {p: importlib.metadata.version(p) for p in PACKAGES}
-
-
-def _listed(folder: Path) -> dict[str, dict[str, Any]]:
-    """Every file below `folder` with its size and hash."""
-    files = sorted(f for f in folder.rglob("*") if f.is_file())
-    return {f.relative_to(folder).as_posix(): {"bytes": f.stat().st_size, "sha256": sha256_file(f)} for f in files}

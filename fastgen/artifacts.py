@@ -26,6 +26,10 @@ from fastgen.jsonfiles import read_json, write_json
 from fastgen.spec import sha256_file
 
 FORMAT, RECORD = 1, "artifact.json"
+REBUILD = {  # what builds an engine that is not built on demand again
+    "trt": "run `fastgen export BUNDLE --trt` again",
+    "trt-rtx": "run `fastgen export BUNDLE --rtx` again",
+}
 _ADDRESS = re.compile(r"[0-9a-f]{64}|\.[0-9a-f]{64}\.partial")
 Say = Callable[[str], None]
 
@@ -56,7 +60,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Artifact:
-    """A compiled engine in the cache. `build_seconds`: how long it took; `built`: when, ISO 8601 in UTC."""
+    """A compiled engine in the cache or in a bundle. `build_seconds`: how long it took; `built`: when, ISO 8601 in UTC."""
 
     folder: Path
     recipe: Recipe
@@ -227,18 +231,7 @@ def _build(recipe: Recipe, make: Callable[[Path], None], say: Say) -> Artifact:
         partial.mkdir(mode=0o700)
         make(partial)
         seconds = time.perf_counter() - start
-        files = sorted(f for f in partial.rglob("*") if f.is_file())
-        record = {
-            "format": FORMAT,
-            "engine": recipe.engine,
-            "fields": dict(recipe.fields),
-            "files": {
-                f.relative_to(partial).as_posix(): {"bytes": f.stat().st_size, "sha256": sha256_file(f)} for f in files
-            },
-            "build_seconds": round(seconds, 3),
-            "built": datetime.now(UTC).isoformat(timespec="seconds"),
-        }
-        write_json(partial / RECORD, record)
+        write_record(partial, recipe, seconds)
         shutil.rmtree(folder, ignore_errors=True)  # a damaged one
         partial.rename(folder)
     except OSError as error:
@@ -270,6 +263,30 @@ def _locked(recipe: Recipe, say: Say) -> Iterator[None]:
 
 def _read(folder: Path) -> Artifact:
     check_private(folder)
+    return read_record(folder)
+
+
+def write_record(folder: Path, recipe: Recipe, build_seconds: float) -> None:
+    """Write the record of what lies in `folder`: the last file of an artifact."""
+    files = sorted(f for f in folder.rglob("*") if f.is_file())
+    record = {
+        "format": FORMAT,
+        "engine": recipe.engine,
+        "fields": dict(recipe.fields),
+        "files": {
+            f.relative_to(folder).as_posix(): {"bytes": f.stat().st_size, "sha256": sha256_file(f)} for f in files
+        },
+        "build_seconds": round(build_seconds, 3),
+        "built": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    write_json(folder / RECORD, record)
+
+
+def read_record(folder: Path) -> Artifact:
+    """The artifact in `folder`, in the cache or in a bundle; its files are not verified yet.
+
+    Raises InputError for a record that is malformed or of another format.
+    """
     path = folder / RECORD
     value = read_json(path)
     try:
@@ -290,7 +307,7 @@ def _root() -> Path:
 
 
 def _help(recipe: Recipe) -> str:
-    return "run `fastgen export BUNDLE --trt` again" if recipe.engine == "trt" else "run `fastgen engines gc --damaged`"
+    return REBUILD.get(recipe.engine, "run `fastgen engines gc --damaged`")
 
 
 def _short(value: Any) -> str:

@@ -30,14 +30,17 @@ def cut(count: int, limit: int, sizes: Sequence[int] | None = None) -> list[Batc
     """Batches of at most `limit` rows that cover `count` requests in order, the larger ones first.
 
     With free sizes (None) they are as few and as even as can be: one size, whose last batch is padded where that wastes at
-    most 3% of the rows, else two sizes that differ by one. With fixed `sizes` (engines compiled per batch size) the largest
-    that fits `limit` is used as often as it can be filled, and the rest takes the fewest batches that waste at most 3% of the
-    job, or where there are none, those with the least waste. Raises InputError when `limit` is below 1 or below all sizes.
+    most 3% of the rows, else two sizes that differ by one. The same holds for `sizes` without a gap from 1 on, up to the
+    largest of them. With other `sizes` (engines compiled per batch size) the largest that fits `limit` is used as often as it
+    can be filled, and the rest takes the fewest batches that waste at most 3% of the job, or where there are none, those with
+    the least waste. Raises InputError when `limit` is below 1 or below all sizes.
     """
     if limit < 1:
         raise InputError(f"batch_size is {limit}, expected at least 1")
     if count == 0:
         return []
+    if sizes is not None and set(sizes) == set(range(1, max(sizes) + 1)):
+        limit, sizes = min(limit, max(sizes)), None
     buckets = _even(count, limit) if sizes is None else _fixed(count, limit, sizes)
     batches, start = [], 0
     for bucket in buckets:

@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastgen.artifacts import RECORD, Artifact, read_record
 from fastgen.config import Sampling
 from fastgen.errors import InputError
 from fastgen.jsonfiles import infinity_from_text, located, read_json
@@ -30,6 +31,7 @@ REFERENCE = "reference.safetensors"
 NETWORKS = {"text": {"text_encoder", "unet", "vae_decoder", "vae_encoder"}, "labels": {"unet"}}
 LOWERED = ("fp16", "bf16")  # precisions that a bundle may hold graphs in, besides fp32
 CERTIFICATES = "certificates"  # beside the hashed files: added to a bundle after it was written
+COMPILED = "trt-rtx"  # the engine whose plans a bundle may hold, and their folder: trt-rtx/<address>/
 
 
 @dataclass(frozen=True)
@@ -70,10 +72,20 @@ class Bundle:
 
     def verify(self, dtype: str = "fp32") -> None:
         """Verify every file that generating in this precision reads, before the first image is made rather than when it is
-        reached. Graphs of other precisions are left to `network`."""
+        reached. Graphs of other precisions are left to `network`, compiled engines to the engine that runs them."""
         for name in self.files:
-            if _precision(name) in ("fp32", dtype) and not name.startswith(("vae_encoder/", "reference.")):
+            if _precision(name) in ("fp32", dtype) and not name.startswith(
+                ("vae_encoder/", "reference.", f"{COMPILED}/")
+            ):
                 self.file(name)
+
+    def artifacts(self, engine: str = COMPILED) -> list[Artifact]:
+        """The compiled engines of `engine` that lie in this bundle, their records verified; `Artifact.file` verifies the rest.
+
+        Raises InputError for a record that is missing, altered or malformed.
+        """
+        records = [name for name in self.files if name.startswith(f"{engine}/") and name.endswith(f"/{RECORD}")]
+        return [read_record(self.file(name).parent) for name in records]
 
     def prompt_tokenizer(self) -> Tokenizer:
         for name in self.files:

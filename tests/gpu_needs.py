@@ -54,8 +54,20 @@ def _tensorrt() -> str | None:
     return _package("tensorrt")
 
 
+def _tensorrt_rtx() -> str | None:
+    """The package, and a card that it compiles for."""
+    from fastgen.engines.base_trt_product import RTX
+
+    if reason := _package(RTX.module):
+        return reason
+    import torch
+
+    return RTX.refusal("{}.{}".format(*torch.cuda.get_device_capability()))
+
+
 NEEDS: dict[str, Callable[[], str | None]] = {
     "compilers": _compilers,
     "onnxruntime-gpu": _onnxruntime_gpu,
     "tensorrt": _tensorrt,
+    "tensorrt-rtx": _tensorrt_rtx,
 }

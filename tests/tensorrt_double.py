@@ -261,7 +261,8 @@ class Builder:
             return None
         if not self._steps(config.progress_monitor):
             return None
-        config.get_timing_cache().entries.add(Path(network.path).name)
+        if (cache := config.get_timing_cache()) is not None:
+            cache.entries.add(Path(network.path).name)
         plan = {"path": network.path, "shapes": config.profiles[0].shapes, "gpu": GPU, "report": network.report()}
         return json.dumps(plan | BEHAVIOUR.get("plan", {})).encode()
 
@@ -304,7 +305,7 @@ class ICudaEngine:
         inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
         self._tensors = {t.name: (mode, kinds[t.type]) for mode, group in ((1, inputs), (2, outputs)) for t in group}
         self.num_io_tensors = len(self._tensors)
-        self.device_memory_size_v2 = 1000 * math.prod(next(iter(plan["shapes"].values()))[0])
+        self.device_memory_size_v2 = 1000 * math.prod(next(iter(plan["shapes"].values()))[-1])
 
     def get_tensor_name(self, index: int) -> str:
         return list(self._tensors)[index]
@@ -342,7 +343,8 @@ class IExecutionContext:
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         self._shapes[name] = tuple(shape)
-        return list(shape) == self._engine._plan["shapes"][name][0]
+        least, _, most = self._engine._plan["shapes"][name]
+        return all(low <= size <= high for low, size, high in zip(least, shape, most, strict=True))
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
         output = next(t for t in self._engine._session.get_outputs() if t.name == name)
@@ -377,15 +379,15 @@ class IExecutionContext:
         return np.ctypeslib.as_array(buffer).view(dtype).reshape(shape)
 
 
-def make_module() -> types.ModuleType:
-    """A fresh module `tensorrt` with these classes and enums; forgets what was recorded."""
+def make_module(name: str = "tensorrt", version: str = VERSION, **more: Any) -> types.ModuleType:
+    """A fresh module with these classes and enums, and with `more` in their place; forgets what was recorded."""
     CALLS.clear()
     BEHAVIOUR.clear()
-    module = types.ModuleType("tensorrt")
-    module.__version__ = VERSION  # type: ignore[attr-defined]
-    module.__spec__ = importlib.machinery.ModuleSpec("tensorrt", None)
-    for name, value in PUBLIC.items():
-        setattr(module, name, value)
+    module = types.ModuleType(name)
+    module.__version__ = version  # type: ignore[attr-defined]
+    module.__spec__ = importlib.machinery.ModuleSpec(name, None)
+    for key, value in (PUBLIC | more).items():
+        setattr(module, key, value)
     return module
 
 

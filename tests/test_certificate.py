@@ -15,7 +15,7 @@ pytest.importorskip("onnxruntime")
 
 from export.certificate import certify
 from export.reference import write_reference
-from fastgen.bundle import read_bundle
+from fastgen.bundle import REFERENCE, read_bundle
 from fastgen.engines import create_engine
 from fastgen.errors import FastgenError
 
@@ -170,3 +170,19 @@ def test_a_bundle_is_certified_elsewhere_without_torch(fastgen_process, label_bu
         json.loads((bundle / "certificates" / "ort-fp32-cpu.json").read_text())["bundle_sha256"]
         == before["bundle_sha256"]
     )
+
+
+@pytest.mark.parametrize("kind", ["text", "labels"])
+def test_eager_s_own_distance_in_fp16_is_the_same_whatever_the_number_of_cores(
+    kind, exports, text_model, label_model, tmp_path, monkeypatch
+):
+    from export.reference import write_distances
+    from fastgen.networks import load_model
+
+    model, reference = load_model(text_model if kind == "text" else label_model), exports(kind)[0] / REFERENCE
+    found = []
+    for cores in (1, 3):
+        monkeypatch.setattr("export.reference.usable_cores", lambda cores=cores: cores)
+        write_distances(model, reference, "fp16", tmp_path / f"{cores}.json")
+        found.append(json.loads((tmp_path / f"{cores}.json").read_text())["relative_l2"])
+    assert found[0] == pytest.approx(found[1], rel=1e-2)

@@ -18,6 +18,7 @@ from fastgen.doctor.installed import Library, inspect, loaded_nvinfer, read_answ
 from fastgen.engines import engine_class, engine_names
 from fastgen.machine import Cpu, Driver, Gpu, cpu, gpus, version
 
+RTX_4090 = Gpu("NVIDIA GeForce RTX 4090", 24564, "8.9")
 H200 = Gpu("NVIDIA H200", 143771, "9.0")
 T4 = Gpu("Tesla T4", 15360, "7.5")
 A100 = Gpu("NVIDIA A100-SXM4-80GB", 81920, "8.0")
@@ -27,6 +28,11 @@ TOOLS = {"triton": True, "toolkit": "/usr/local/cuda"}
 TORCH = {"cuda": "13.0", "failure": None, "architectures": ["sm_75", "sm_80", "sm_90"], **TOOLS, **SEEN}
 NO_GPU_SEEN = {"gpus": [], "available": False}
 ORT = {"providers": ["CUDAExecutionProvider", "CPUExecutionProvider"], "cuda_loads": True}
+RTX = {
+    "tensorrt-rtx-cu13": "1.7.1.116",
+    "tensorrt-rtx-cu13-bindings": "1.7.1.116",
+    "tensorrt-rtx-cu13-libs": "1.7.1.116",
+}
 TRT = {"tensorrt-cu13": "11.4.0.106", "tensorrt-cu13-bindings": "11.4.0.106", "tensorrt-cu13-libs": "11.4.0.106"}
 WHEEL = "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/"
 
@@ -42,13 +48,16 @@ def machine(**changes) -> Machine:
         "tensorrt": Library(
             "tensorrt", "11.4.0.106", None, {"loaded": 11, "runtime": True} | changes.pop("tensorrt", {})
         ),
+        "tensorrt_rtx": Library(
+            "tensorrt_rtx", "1.7.1.116", None, {"loaded": None, "runtime": True} | changes.pop("tensorrt_rtx", {})
+        ),
     } | changes.pop("libraries", {})
     whole = Machine(
         Cpu("AMD EPYC 9654", 16, ("avx2", "avx512_bf16"), 128 * 2**30, 100 * 2**30),
         [H200],
         NEW,
         found,
-        {"torch": "2.13.0", "onnxruntime-gpu": "1.31.1", **TRT},
+        {"torch": "2.13.0", "onnxruntime-gpu": "1.31.1", **TRT, **RTX},
         Cache("/home/user/.cache/fastgen", 1_500_000_000, {"trt": 3}),
         "/usr/bin/g++",
         True,
@@ -76,7 +85,8 @@ def answers(*replies):
 
 @pytest.mark.parametrize("name", engine_names())
 def test_every_engine_is_ready_where_everything_is_in_order(name):
-    assert line(name, machine()) == f"{name} ready"
+    there = machine(gpus=[RTX_4090]) if name == "trt-rtx" else machine()
+    assert line(name, there) == f"{name} ready"
 
 
 def test_the_screen_of_a_gpu_machine():
@@ -92,6 +102,7 @@ def test_the_screen_of_a_gpu_machine():
         "onnxruntime   1.31.1, CUDA, CPU",
         "openvino      2026.4.1, CPU BF16, FP32",
         "tensorrt      11.4.0.106 (CUDA 13, libnvinfer.so.11, tensorrt-cu13, tensorrt-cu13-bindings, tensorrt-cu13-libs)",
+        "tensorrt_rtx  1.7.1.116 (CUDA 13, tensorrt-rtx-cu13, tensorrt-rtx-cu13-bindings, tensorrt-rtx-cu13-libs)",
         "compiler      /usr/bin/g++",
         "cache         /home/user/.cache/fastgen: private, 1.5 GB, compiled engines: 3 trt",
         "",
@@ -231,10 +242,43 @@ def test_parts_of_tensorrt_that_do_not_belong_together():
     )
 
 
+@pytest.mark.parametrize(("card", "kind"), [(T4, "7.5 (Turing)"), (H200, "9.0 (Hopper)")])
+def test_cards_that_tensorrt_for_rtx_does_not_know_are_sent_to_trt(card, kind):
+    lacking = {"tensorrt_rtx": Library("tensorrt_rtx")}
+    for there in (machine(gpus=[card]), machine(gpus=[card], libraries=lacking)):
+        assert line("trt-rtx", there) == (
+            f"trt-rtx not ready: {card.name}: TensorRT for RTX compiles for 8.0, 8.6, 8.9, 12.0, 12.1, not for {kind}: "
+            "use engine trt"
+        )
+    assert line("trt-rtx", machine(gpus=[card, RTX_4090])) == "trt-rtx ready"
+
+
+def test_tensorrt_for_rtx_that_is_missing_too_old_or_for_another_driver():
+    missing = machine(gpus=[RTX_4090], libraries={"tensorrt_rtx": Library("tensorrt_rtx")}, distributions={})
+    assert line("trt-rtx", missing).startswith(
+        "trt-rtx not ready: tensorrt_rtx is not installed: pip install tensorrt-rtx"
+    )
+    old = {"tensorrt_rtx": Library("tensorrt_rtx", "1.3.0.9", None, {"loaded": None, "runtime": True})}
+    assert (
+        "TensorRT for RTX 1.3.0.9 is too old, 1.7 or newer is needed: pip install --upgrade tensorrt-rtx-cu13"
+        in line("trt-rtx", machine(gpus=[RTX_4090], libraries=old))
+    )
+    driver = machine(gpus=[RTX_4090], driver=Driver("550.54.15", "12.4"), torch={"cuda": "12.8"})
+    assert line("trt-rtx", driver) == (
+        "trt-rtx not ready: the driver 550.54.15 (CUDA up to 12.4) is too old: CUDA 13 needs 580 or newer; TensorRT for RTX "
+        "1.7.1.116 is built for CUDA 13: update the NVIDIA driver, or pip uninstall -y tensorrt-rtx-cu13 "
+        "tensorrt-rtx-cu13-bindings tensorrt-rtx-cu13-libs && pip install tensorrt-rtx-cu12"
+    )
+
+
 def test_no_gpu_is_the_one_reason_for_trt_and_none_for_the_others():
     none = machine(gpus=[], driver=Driver(None, None, "no NVIDIA driver (nvidia-smi is not there)"), torch=NO_GPU_SEEN)
     assert line("trt", none) == (
         "trt not ready: TensorRT needs an NVIDIA GPU: no NVIDIA driver (nvidia-smi is not there): use a machine that has one"
+    )
+    assert line("trt-rtx", none) == (
+        "trt-rtx not ready: TensorRT for RTX needs an NVIDIA GPU: no NVIDIA driver (nvidia-smi is not there): "
+        "use a machine that has one; `fastgen export --rtx` builds plans for one here all the same"
     )
     assert line("eager", none) == "eager ready"
     assert line("ort", none) == "ort ready"

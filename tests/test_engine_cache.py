@@ -82,7 +82,7 @@ def there(*built: Artifact) -> list[bool]:
 class Cached(Engine):
     """An engine that keeps artifacts of these fields; runs nothing."""
 
-    name, dtype, packages = "trt", "fp16", ("tensorrt",)
+    name, dtype, packages, built_by = "trt", "fp16", ("tensorrt",), "--trt"
 
     def __init__(self, **fields):
         self.fields = FIELDS | {"level": None} | fields

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -91,6 +92,15 @@ def test_a_plan_that_needs_more_memory_leaves_older_ones_theirs(engine, labels):
     assert engine._loaded["unet", 2].memory.data_ptr() == small[0]
 
 
+def test_memory_that_is_released_is_that_of_all_plans_and_they_run_again(engine, labels):
+    values = inputs(labels, "unet", 4)
+    expected = engine.run("unet", *values)[0]
+    held = [weakref.ref(thing) for plan in engine._loaded.values() for thing in (plan, plan.memory, plan.engine)]
+    engine.release_memory()
+    assert [ref() for ref in held] == [None] * 3
+    assert torch.equal(engine.run("unet", *values)[0], expected)
+
+
 def test_networks_do_not_share_memory_as_the_vae_may_run_beside_the_unet(card, text_bundle):
     bundle = read_bundle(text_bundle)
     build(bundle, batch_sizes=[1])
@@ -155,7 +165,7 @@ def test_rows_that_were_not_built_name_the_batch_size_that_builds_them(engine, l
     ],
 )
 def test_a_plan_for_another_gpu_is_not_run(engine, labels, card, monkeypatch, change, field):
-    monkeypatch.setattr(base_trt, "open_gpu", lambda device: change(card))
+    monkeypatch.setattr(base_trt, "open_gpu", lambda device, product=None: change(card))
     with pytest.raises(InputError, match=field):
         create_engine("trt", labels, dtype="fp32").run("unet", *inputs(labels, "unet", 2))
 

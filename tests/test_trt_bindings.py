@@ -1,7 +1,8 @@
-"""Every name, signature and enum of TensorRT that fastgen uses, against the real bindings of both majors; no GPU needed.
+"""Every name, signature and enum of TensorRT that fastgen uses, against the real bindings of both products; no GPU needed.
 
-The wheels `tensorrt-cu13-bindings` hold the bindings without the libraries, and are imported over stubs of those. What is used
-is read from the sources: constants `trt.X.Y`, and attributes of variables that hold TensorRT's objects.
+The wheels `tensorrt-cu13-bindings` hold TensorRT's bindings without the libraries, and are imported over stubs of those;
+TensorRT for RTX is installed whole. What is used is read from the sources: constants `trt.X.Y`, and attributes of variables
+that hold TensorRT's objects. Sources with `rtx` in their name are used with that product alone.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import ast
 import inspect
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -20,11 +22,12 @@ from typing import Any
 import pytest
 
 REPO = Path(__file__).parents[1]
-VERSIONS = ("10.13.3.9", "10.16.1.11", "11.4.0.106")
-SOURCES = [
+VERSIONS, RTX = ("10.13.3.9", "10.16.1.11", "11.4.0.106"), "tensorrt_rtx"
+ALL = [
     *sorted((REPO / "fastgen" / "engines").glob("*trt*.py")),
     *sorted((REPO / "export").glob("trt*.py")),
 ]
+SOURCES = {RTX: ALL, "tensorrt_bindings": [source for source in ALL if "rtx" not in source.name]}
 STUBS = [
     *("createInferBuilder_INTERNAL", "createInferRefitter_INTERNAL", "createInferRuntime_INTERNAL"),
     *("createNvOnnxParserRefitter_INTERNAL", "createNvOnnxParser_INTERNAL", "getBuilderPluginRegistry"),
@@ -44,6 +47,8 @@ HOLDS = {
     "context": "IExecutionContext",
     "inspector": "EngineInspector",
     "layer": "ILayer",
+    "runtime_config": "IRuntimeConfig",
+    "kernels": "IRuntimeCache",
 }
 # Methods of Python subclasses that TensorRT calls.
 CALLBACKS = {
@@ -55,8 +60,8 @@ CALLBACKS = {
     },
 }
 DUMP = """
-import json, sys
-import tensorrt_bindings as trt
+import importlib, json, sys
+trt = importlib.import_module(sys.argv[1])
 
 def describe(value):
     members = getattr(value, "__members__", None)
@@ -100,9 +105,12 @@ print(json.dumps({
 """
 
 
-@pytest.fixture(scope="module", params=VERSIONS)
+@pytest.fixture(scope="module", params=[*VERSIONS, RTX])
 def bindings(request, tmp_path_factory) -> dict[str, Any]:
-    """What the real bindings of one version declare."""
+    """What the real bindings of one product and version declare, and the sources that use it."""
+    if request.param == RTX:
+        pytest.importorskip(RTX)
+        return declared(RTX, dict(os.environ))
     compiler = shutil.which("gcc") or shutil.which("cc")
     if compiler is None:
         pytest.skip("needs a C compiler for the stub libraries")
@@ -114,11 +122,16 @@ def bindings(request, tmp_path_factory) -> dict[str, Any]:
         target = folder / f"lib{library}.so.{version.partition('.')[0]}"
         subprocess.run([compiler, "-shared", "-fPIC", "-o", target, code], check=True)
     environment = {"LD_LIBRARY_PATH": str(folder), "PYTHONPATH": str(folder)}
-    done = subprocess.run([sys.executable, "-c", DUMP], env=environment, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    found = declared("tensorrt_bindings", environment)
     assert found["version"] == version
     return found
+
+
+def declared(module: str, environment: dict[str, str]) -> dict[str, Any]:
+    command = [sys.executable, "-c", DUMP, module]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout) | {"product": module, "sources": SOURCES[module]}
 
 
 def _download(version: str, folder: Path) -> None:
@@ -155,13 +168,13 @@ def _dotted(node: ast.expr) -> list[str]:
     return [node.id] if isinstance(node, ast.Name) else []
 
 
-def used_names() -> set[str]:
+def used_names(sources: list[Path]) -> set[str]:
     """`X` and `X.Y` wherever a source says `trt.X.Y`, and the members that are looked up by name."""
     from export.trt_layers import PRODUCTS, TYPES
     from fastgen.engines.base_trt_plan import DTYPES
 
     names = {f"DataType.{n}" for n in (*TYPES.values(), *DTYPES.values())} | {f"LayerType.{n}" for n in PRODUCTS}
-    for source in SOURCES:
+    for source in sources:
         for node in ast.walk(ast.parse(source.read_text())):
             parts = _dotted(node) if isinstance(node, ast.Attribute) else []
             if "trt" in parts[:-1]:
@@ -169,10 +182,10 @@ def used_names() -> set[str]:
     return names - {"__version__"}
 
 
-def used_attributes() -> list[tuple[str, str, ast.expr, str]]:
+def used_attributes(sources: list[Path]) -> list[tuple[str, str, ast.expr, str]]:
     """(class, attribute, the call or access, place) for everything done with a variable of HOLDS."""
     found: list[tuple[str, str, ast.expr, str]] = []
-    for source in SOURCES:
+    for source in sources:
         tree = ast.parse(source.read_text())
         calls = {id(node.func): node for node in ast.walk(tree) if isinstance(node, ast.Call)}
         for node in ast.walk(tree):
@@ -205,8 +218,8 @@ def accepts(overload: list[tuple[str, bool]], positional: int, keywords: set[str
 
 def test_every_constant_and_class_exists(bindings):
     classes = bindings["classes"]
-    assert len(used_names()) > 20
-    for name in sorted(used_names()):
+    assert len(used_names(bindings["sources"])) > 20
+    for name in sorted(used_names(bindings["sources"])):
         if name in classes:
             continue
         owner, _, member = name.rpartition(".")
@@ -216,7 +229,7 @@ def test_every_constant_and_class_exists(bindings):
 
 
 def test_every_method_takes_what_it_is_given_and_every_set_property_can_be_set(bindings):
-    used = used_attributes()
+    used = used_attributes(bindings["sources"])
     assert len(used) > 40
     for kind, name, node, place in used:
         where = f"{place}: {kind}.{name} in TensorRT {bindings['version']}"
@@ -234,10 +247,9 @@ def test_every_method_takes_what_it_is_given_and_every_set_property_can_be_set(b
 
 def test_no_use_of_tensorrt_escapes_the_check(bindings):
     """A method of TensorRT on a variable that HOLDS does not list would be checked by nothing."""
-    own = {
-        name for kind in HOLDS.values() for name in bindings["classes"][kind]["attributes"] if "_" in name.strip("_")
-    }
-    for source in SOURCES:
+    classes = [bindings["classes"][kind] for kind in HOLDS.values() if kind in bindings["classes"]]
+    own = {name for kind in classes for name in kind["attributes"] if "_" in name.strip("_")}
+    for source in bindings["sources"]:
         defined = {n.name for n in ast.walk(ast.parse(source.read_text())) if isinstance(n, ast.FunctionDef)}
         for node in ast.walk(ast.parse(source.read_text())):
             if isinstance(node, ast.Attribute) and node.attr in own - defined:
@@ -251,7 +263,7 @@ def test_callbacks_have_the_parameters_that_tensorrt_declares(bindings):
             assert [name for name, _ in declared[0]] == names
             ours = [
                 [a.arg for a in node.args.args[1:]]
-                for source in SOURCES
+                for source in bindings["sources"]
                 for parent in ast.walk(ast.parse(source.read_text()))
                 if isinstance(parent, ast.ClassDef) and any(kind in ast.unparse(base) for base in parent.bases)
                 for node in parent.body
@@ -261,19 +273,22 @@ def test_callbacks_have_the_parameters_that_tensorrt_declares(bindings):
 
 
 def test_objects_behave_as_the_code_expects(bindings):
-    assert bindings["null"] == ["TypeError", "TypeError"]  # what `base_trt.create` turns into one line
+    if bindings["product"] != RTX:  # whose libraries are there, and need no GPU for these
+        assert bindings["null"] == ["TypeError", "TypeError"]  # what `Library.create` turns into one line
     assert bindings["dims"]
     assert bindings["equal"]
     assert bindings["hashable"] == 2
     assert bindings["name"] == "HALF"
-    assert bindings["flag"] == (1 if bindings["version"] < "11" else 0)  # so it is always shifted by the enum's value
+    assert bindings["flag"] == (1 if bindings["version"].startswith("10.") else 0)  # so it is shifted by its value
 
 
 def test_the_double_has_the_signatures_of_the_real_bindings(bindings):
-    import tensorrt_double as double
+    import tensorrt_double
+    import tensorrt_rtx_double
 
+    own = tensorrt_rtx_double.OWN if bindings["product"] == RTX else {}
     constructors = {"OnnxParser", "Builder", "Runtime", "ILogger", "IProgressMonitor"}  # the rest is made by TensorRT
-    for name, value in double.PUBLIC.items():
+    for name, value in (tensorrt_double.PUBLIC | own).items():
         real = bindings["classes"][name]
         if hasattr(value, "__members__"):
             ours = set(value.__members__)

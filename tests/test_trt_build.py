@@ -16,7 +16,7 @@ import tensorrt_double as double
 from tensorrt_double import BEHAVIOUR, CALLS, called
 from trt_helpers import build, inputs
 
-from export.trt import network_rows
+from export.trt_build import network_rows
 from export.trt_layers import check_layers
 from fastgen import artifacts
 from fastgen.bundle import read_bundle
@@ -176,7 +176,7 @@ def test_options_out_of_range_are_named(card, labels, options, message):
 
 
 def test_bf16_is_refused_before_the_build_on_a_card_without_it(card, labels, monkeypatch):
-    monkeypatch.setattr(base_trt, "open_gpu", lambda device: replace(card, compute_capability="7.5"))
+    monkeypatch.setattr(base_trt, "open_gpu", lambda device, product=None: replace(card, compute_capability="7.5"))
     with pytest.raises(InputError, match=r"7\.5\) has no bf16.*--dtype fp16"):
         build(labels, dtype="bf16")
 

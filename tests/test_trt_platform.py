@@ -137,3 +137,7 @@ def test_on_the_default_stream_a_stream_of_its_own_runs_in_its_place(streams):
     with Gpu("cuda", "", "", 0).stream() as handle:
         assert (handle, log) == (99, [(99, 0)])  # after what is queued
     assert log == [(99, 0), (0, 99)]  # before what comes
+    log.clear()
+    with pytest.raises(ValueError, match="inside"), Gpu("cuda", "", "", 0).stream():
+        raise ValueError("inside")
+    assert log == [(99, 0), (0, 99)]

@@ -64,7 +64,7 @@ def why(model: Path | None, engine: str, dtype: str | None, batch_size: int | No
 
     BUNDLE or MODEL is the latest run's by default. Exits with 1 when an engine is missing that must be built beforehand.
     """
-    from fastgen.doctor.engine_cache import BEFOREHAND, build_command, check_engine, explain
+    from fastgen.doctor.engine_cache import build_command, check_engine, explain
 
     check_engine(engine)
     from fastgen.pipeline import load
@@ -76,7 +76,7 @@ def why(model: Path | None, engine: str, dtype: str | None, batch_size: int | No
     for finding in findings:
         click.echo(str(finding))
     missing = [finding.network for finding in findings if finding.problem]
-    if missing and engine in BEFOREHAND:
+    if missing and pipeline.engine.built_by:
         raise FastgenError(
             f"not ready: {', '.join(missing)}; run `{build_command(folder, pipeline.engine, batch_size)}`"
         )

@@ -17,7 +17,21 @@ from fastgen.errors import FastgenError, InputError
 @click.option("--out", type=FOLDER, help="Bundle folder.  [default: MODEL/bundle, or NAME-bundle]")
 @click.option("--dtype", help="fp16 or bf16: graphs in that precision besides the fp32 ones.  [default: fp32 alone]")
 @click.option("--trt", is_flag=True, help="Build TensorRT engines for this GPU, in --dtype.  [default: fp16]")
-@click.option("--batch-sizes", metavar="1,8,64", help="Images per batch to build them for.  [default: 1,8,64]")
+@click.option(
+    "--rtx",
+    is_flag=True,
+    help="Build plans of TensorRT for RTX into the bundle, in --dtype, for cards that need not be here.  [default: fp16]",
+)
+@click.option(
+    "--capabilities",
+    metavar="8.6,8.9",
+    help="Compute capabilities of those cards: 8.0, 8.6, 8.9, 12.0, 12.1.  [default: 8.0,8.6,8.9,12.0]",
+)
+@click.option(
+    "--batch-sizes",
+    metavar="1,8,64",
+    help="Images per batch to build them for; with --rtx any number up to the largest.  [default: 1,8,64]",
+)
 @click.option("--solver", "solvers", multiple=True, metavar="NAME:STEPS[:NOISE_STEPS]", help="Further table to store.")
 @click.option(
     "--engine",
@@ -27,14 +41,25 @@ from fastgen.errors import FastgenError, InputError
     help="Engine to certify.  [default: every installed one]",
 )
 @click.option("--checkpoint", help="A run's weights: best, last, ema or a step.  [default: the finished model's]")
-@click.option("--overwrite", is_flag=True, help="Replace another bundle at --out.")
+@click.option("--overwrite", is_flag=True, help="Replace another bundle at --out; build what --rtx builds again.")
 def export(
-    model: Path | None, out: Path | None, trt: bool, batch_sizes: str | None, engines: Sequence[str], **options: Any
+    model: Path | None,
+    out: Path | None,
+    trt: bool,
+    rtx: bool,
+    capabilities: str | None,
+    batch_sizes: str | None,
+    engines: Sequence[str],
+    **options: Any,
 ) -> None:
     """Export MODEL (default: the latest run) to a bundle, and certify engines against eager PyTorch in fp32.
 
     MODEL may be the name of a model that comes with fastgen. The same command with another --dtype adds those graphs to the
     bundle; MODEL may be a bundle that has them already.
+
+    --trt builds for the GPU of this machine, --rtx on any x86-64 machine for RTX cards elsewhere; the first `fastgen generate
+    --engine trt-rtx` on a card certifies what --rtx built.
+
     Exits with 1 when an engine misses its tolerance.
     """
     from export.bundle import BATCH_SIZES
@@ -43,12 +68,15 @@ def export(
     from fastgen.runs import latest_run
     from fastgen.shipped import made_from
 
-    if batch_sizes is not None and not trt:
-        raise InputError("--batch-sizes is what TensorRT engines are built for; give --trt too")
+    if batch_sizes is not None and not (trt or rtx):
+        raise InputError("--batch-sizes is what TensorRT engines are built for; give --trt or --rtx too")
+    if capabilities is not None and not rtx:
+        raise InputError("--capabilities is what plans of TensorRT for RTX are built for; give --rtx too")
+    cards = None if capabilities is None else [word.strip() for word in capabilities.split(",")]
     sizes = _batch_sizes(batch_sizes) if batch_sizes is not None else BATCH_SIZES
     source = model or latest_run()
     target = out or (source if is_bundle(source) else made_from(source, "bundle"))
-    options |= {"engines": engines or None, "trt": trt, "batch_sizes": sizes}
+    options |= {"engines": engines or None, "trt": trt, "rtx": rtx, "capabilities": cards, "batch_sizes": sizes}
     certificates = run(source, target, say=say, show=lambda c: click.echo(c.table()), **options)
     click.echo(f"bundle: {target}")
     missed = [c.engine for c in certificates if not c.passed]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from fastgen.cli.certifying import ensure_certified
 from fastgen.cli.common import FOLDER, MODEL, POSITIVE, given_again, say
 from fastgen.cli.index import rag_options
 from fastgen.errors import FastgenError, InputError
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     help="Bundle, model folder (engine eager), or the name of a model that comes with fastgen.  [default: the latest run's, "
     "or where that takes other requests, or there is none, the one that comes with fastgen]",
 )
-@click.option("--engine", help="eager, compile, ort, openvino or trt.  [default: what is installed and fits]")
+@click.option("--engine", help="eager, compile, ort, openvino, trt or trt-rtx.  [default: what is installed and fits]")
 @click.option("--out", type=FOLDER, help="Output folder, or x.png for a single image.  [default: in generated/]")
 @click.option("--scheduler", help="Solver, such as ddpm, ddim, pndm, dpmpp-2m, unipc.  [default: the model's]")
 @click.option("--num-inference-steps", type=POSITIVE, help="Denoising steps.  [default: the model's]")
@@ -135,6 +136,8 @@ def generate(
     requests = requests[:limit]
     options: dict[str, Any] = {"device": device, "dtype": dtype, "threads": threads, "graphs": graphs}
     pipeline = load(folder, engine, checkpoint=checkpoint, **options)
+    if not dry_run:
+        ensure_certified(pipeline)
     held = open_index(rag) if rag else None
     settings = pipeline.settings(seed=seed, rag=rag is not None, **sampling)
     if dry_run:

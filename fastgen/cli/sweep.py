@@ -20,7 +20,7 @@ SCORING = ("evaluator", "attributes", "reference", "features", "clip", "download
 @click.argument("requests_file", metavar="REQUESTS.json", type=FOLDER)
 @click.option("--out", type=FOLDER, required=True, help="Folder of the sweep; the same command continues it.")
 @click.option("--model", type=MODEL, help="Bundle, or model folder (engine eager).  [default: as for `generate`]")
-@click.option("--engine", help="eager, compile, ort, openvino or trt.  [default: what is installed and fits]")
+@click.option("--engine", help="eager, compile, ort, openvino, trt or trt-rtx.  [default: what is installed and fits]")
 @click.option("--scheduler", metavar="ddim,dpmpp-2m", help="Solvers.  [default: the model's]")
 @click.option("--num-inference-steps", metavar="5,10,20", help="Denoising steps.  [default: the model's]")
 @click.option("--guidance-scale", metavar="1,2,3", help="1 turns guidance off.  [default: the model's]")

@@ -9,6 +9,7 @@ import sys
 import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,12 @@ from fastgen.doctor.diagnosis import (
     owner,
     torch_problems,
 )
-from fastgen.doctor.diagnosis_trt import incomplete, tensorrt_parts, tensorrt_problems
+from fastgen.doctor.diagnosis_trt import hardware_problem, incomplete, tensorrt_parts, tensorrt_problems
 from fastgen.doctor.engine_cache import folder_bytes, size_text
 from fastgen.doctor.installed import Library, distributions, libraries
 from fastgen.engines.base import Engine
 from fastgen.engines.base_trt import driver_cuda
+from fastgen.engines.base_trt_product import PRODUCTS
 from fastgen.machine import Gpu, cpu, gpus, version
 
 KNOWN = ("torch", "onnxruntime", "tensorrt", "openvino")  # shown whether an engine needs them or not
@@ -124,23 +126,23 @@ def judge(name: str, engine: type[Engine], machine: Machine) -> Verdict:
         problems += compile_problems(machine)
     if machine.cache.error and engine.recipe is not Engine.recipe:
         problems.append(Problem("its compiled networks have no place", machine.cache.error))
-    if "tensorrt" in engine.packages:  # runs on a GPU or not at all
-        problems = [replace(p, scope="engine") if p.scope == "gpu" else p for p in problems]
-        if not machine.gpus:
-            reason = machine.driver.error or "none found"
-            problems = [Problem(f"TensorRT needs an NVIDIA GPU: {reason}", "use a machine that has one")]
+    for product in (PRODUCTS[package] for package in engine.packages if package in PRODUCTS):
+        problems = [replace(p, scope="engine") if p.scope == "gpu" else p for p in problems]  # on a GPU or not at all
+        if (problem := hardware_problem(product, machine)) is not None:
+            problems = [problem]
     return Verdict(name, list(dict.fromkeys(problems)))
 
 
 def package_problems(engine: type[Engine], machine: Machine) -> Iterator[Problem]:
     """Packages that are missing, and those whose import fails."""
     found = [machine.library(package) for package in engine.packages]
-    tensorrt = [x for x in found if x.name == "tensorrt" and not x.works and tensorrt_parts(machine.distributions)]
+    broken = [x for x in found if x.name in PRODUCTS and not x.works]
+    tensorrt = [x for x in broken if tensorrt_parts(PRODUCTS[x.name], machine.distributions)]
     if missing := [x.name for x in found if x.version is None and x not in tensorrt]:
         yield Problem(f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed", engine.install)
     for library in found:
         if library in tensorrt:
-            yield incomplete(machine, library)
+            yield incomplete(PRODUCTS[library.name], machine, library)
         elif library.error:
             yield from both_onnxruntimes(machine, "engine") if library.name == "onnxruntime" else ()
             yield Problem(library.error, f"pip install --force-reinstall {owner(machine, library.name)}")
@@ -179,7 +181,7 @@ def software(machine: Machine) -> Iterator[tuple[str, str]]:
 def library_line(library: Library, machine: Machine) -> str:
     """Version, and what decides about engines: torch's CUDA, providers, TensorRT's ABI, the CPU's precisions."""
     facts = library.facts
-    parts = tensorrt_parts(machine.distributions) if library.name == "tensorrt" else {}
+    parts = tensorrt_parts(PRODUCTS[library.name], machine.distributions) if library.name in PRODUCTS else {}
     if library.version is None:
         return "not installed" + (f" (but {', '.join(parts)})" if parts else "")
     if library.error:
@@ -190,7 +192,7 @@ def library_line(library: Library, machine: Machine) -> str:
         text += f", CUDA {facts['cuda']}, {seen}" if facts["cuda"] else ", no CUDA"
     elif library.name == "onnxruntime":
         text += f", {', '.join(p.removesuffix('ExecutionProvider') for p in facts['providers'])}"
-    elif library.name == "tensorrt":
+    elif library.name in PRODUCTS:
         cudas = sorted({f"CUDA {part[0]}" for part in parts.values() if part[0]})
         abi = [f"libnvinfer.so.{facts['loaded']}"] if facts["loaded"] else []
         text += f" ({', '.join([*cudas, *abi, *parts])})"
@@ -223,5 +225,5 @@ def _gpu_line(gpu: Gpu) -> str:
 RULES: dict[str, Callable[[Machine], Iterator[Problem]]] = {
     "torch": torch_problems,
     "onnxruntime": onnxruntime_problems,
-    "tensorrt": tensorrt_problems,
+    **{module: partial(tensorrt_problems, product) for module, product in PRODUCTS.items()},
 }

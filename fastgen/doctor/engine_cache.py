@@ -10,7 +10,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastgen import artifacts
 from fastgen.artifacts import Artifact, Recipe, differences
 from fastgen.engines import engine_class, engine_names
 from fastgen.errors import InputError, unknown
@@ -19,12 +18,10 @@ if TYPE_CHECKING:
     from fastgen.engines.base import Engine
     from fastgen.pipeline import Pipeline
 
-BEFOREHAND = ("trt",)  # the others are built when they are first needed
-
 
 @dataclass(frozen=True)
 class Finding:
-    """What the cache has of one network for a model and an engine. `rows`: the batch sizes that are there and sound;
+    """What was compiled of one network for a model and an engine. `rows`: the batch sizes that are there and sound;
     `problem`: why those that are needed are not, in words; None when nothing is missing."""
 
     network: str
@@ -85,13 +82,13 @@ def explain(pipeline: Pipeline, batch_size: int | None = None) -> list[Finding]:
 
 
 def build_command(bundle: Path, engine: Engine, batch_size: int | None) -> str:
-    """The command that builds the engines of a bundle that must be built beforehand."""
+    """The command that builds an engine of a bundle that must be built beforehand."""
     sizes = f" --batch-sizes {batch_size}" if batch_size else ""
-    return f"fastgen export {bundle} --{engine.name} --dtype {engine.dtype}{sizes}"
+    return f"fastgen export {bundle} {engine.built_by} --dtype {engine.dtype}{sizes}"
 
 
 def why(engine: Engine, networks: Sequence[str], batch_size: int | None = None, guided: bool = True) -> list[Finding]:
-    """For each network what the cache has of it for this engine, and how the nearest artifact differs where it has none.
+    """For each network what was compiled of it for this engine, and how the nearest artifact differs where nothing was.
 
     `batch_size`: images per batch that must be there; a guided one takes twice as many rows of the UNet. Raises InputError
     for an engine that keeps nothing on disk.
@@ -100,7 +97,7 @@ def why(engine: Engine, networks: Sequence[str], batch_size: int | None = None, 
     recipes = {name: recipe for name, recipe in found.items() if recipe is not None}
     if not recipes:
         raise InputError(f"engine {engine.name} keeps no compiled networks on disk: there is nothing to find")
-    sound, _ = artifacts.scan(engine.name)
+    sound = engine.compiled()
     findings = []
     for name, recipe in recipes.items():
         rows = None if batch_size is None or name != "unet" else batch_size * (2 if guided else 1)
@@ -128,8 +125,14 @@ def _finding(network: str, wanted: Recipe, sound: Sequence[Artifact], rows: int 
     if not verified:
         different, nearest = ranked[0]
         return Finding(network, verified, f"not built; the nearest ({nearest.recipe}): {', '.join(different)}")
-    missing = rows is not None and rows not in verified
+    missing = rows is not None and not any(_takes(found, rows) for found in verified.values())
     return Finding(network, verified, f"no batch of {rows} rows" if missing else None)
+
+
+def _takes(artifact: Artifact, rows: int) -> bool:
+    """Whether a compiled network runs so many rows: those it was built for, or any from the fewest on."""
+    most = int(artifact.recipe.fields["batch"] or 0)
+    return int(artifact.recipe.fields.get("least_rows") or most) <= rows <= most
 
 
 def _differences(found: Artifact, wanted: Recipe) -> list[str]:

@@ -152,6 +152,7 @@ FACTS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "torch": torch_facts,
     "onnxruntime": onnxruntime_facts,
     "tensorrt": tensorrt_facts,
+    "tensorrt_rtx": tensorrt_facts,
     "openvino": openvino_facts,
 }
 

@@ -1,4 +1,4 @@
-"""Engines are found by file name: `fastgen/engines/<name>.py` defines a class `Engine`."""
+"""Engines are found by file name: `fastgen/engines/<name>.py` defines a class `Engine`; `trt_rtx.py` is engine `trt-rtx`."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ if TYPE_CHECKING:
 
 def engine_names() -> list[str]:
     """Names of all engines of this package, installed or not."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("base"))
+    modules = (module.name for module in pkgutil.iter_modules(__path__))
+    return sorted(name.replace("_", "-") for name in modules if not name.startswith("base"))
 
 
 def engine_class(name: str) -> type[Engine]:
     """The engine's class, importing none of its packages. Raises InputError for an unknown name."""
     if name not in engine_names():
         raise unknown("engine", name, engine_names())
-    return importlib.import_module(f"fastgen.engines.{name}").Engine
+    return importlib.import_module(f"fastgen.engines.{name.replace('-', '_')}").Engine
 
 
 def missing_packages(name: str) -> list[str]:

@@ -14,7 +14,7 @@ from fastgen.errors import InputError
 from fastgen.signatures import Signature
 
 if TYPE_CHECKING:
-    from fastgen.artifacts import Recipe
+    from fastgen.artifacts import Artifact, Recipe
 
 Array = Any  # of the engine's namespace: numpy.ndarray or torch.Tensor
 
@@ -32,6 +32,9 @@ class Engine(abc.ABC):
     install: ClassVar[str]  # the command that installs them
     dtypes: ClassVar[Sequence[str]]  # precisions it can execute, the default first where the hardware has it
     static_shapes: ClassVar[bool] = False  # compiles per batch size: callers pad their last batch
+    built_by: ClassVar[str | None] = (
+        None  # the option of `fastgen export` that builds it; None: built when first needed
+    )
     reference: ClassVar[bool] = False  # what others are held against: run as its users run it, without graphs
 
     xp: Any  # array namespace of its arrays
@@ -39,6 +42,7 @@ class Engine(abc.ABC):
     dtype: str  # the precision that is executed
     signatures: Mapping[str, Signature]
     decode_pixels: int = 2**16  # per forward of the VAE decoder: more are slower per image on a CPU, and cost memory
+    gpu: str | None = None  # its name, where one build runs on different cards: each of them needs a certificate
     capturable: bool = False  # `run` may be recorded into a CUDA graph: current stream, no host synchronisation
 
     @abc.abstractmethod
@@ -70,7 +74,7 @@ class Engine(abc.ABC):
         return self.run("unet", concat([sample, sample]), concat([timestep, timestep]), cond)[0]
 
     def batch_sizes(self, network: str) -> Sequence[int] | None:
-        """The batch sizes that `run` takes for this network, ascending; None for any."""
+        """The batch sizes that `run` takes for this network, ascending, as a range where there are no gaps; None for any."""
         return None
 
     def recipe(self, network: str, rows: int) -> Recipe | None:
@@ -81,7 +85,17 @@ class Engine(abc.ABC):
     def buckets(self, guided: bool) -> Sequence[int] | None:
         """The batch sizes in images that the UNet can be run with, ascending; None for any. A guided image takes two rows."""
         sizes = self.batch_sizes("unet")
-        return [size // 2 for size in sizes if size % 2 == 0] if guided and sizes is not None else sizes
+        if not guided or sizes is None:
+            return sizes
+        if isinstance(sizes, range):
+            return range(1, sizes[-1] // 2 + 1)
+        return [size // 2 for size in sizes if size % 2 == 0]
+
+    def compiled(self) -> Sequence[Artifact]:
+        """Everything that was compiled for this engine, of any model, and can still be loaded."""
+        from fastgen import artifacts
+
+        return artifacts.scan(self.name)[0]
 
     def probe(self, network: str, rows: int) -> None:
         """One forward of so many rows, to measure time and memory."""

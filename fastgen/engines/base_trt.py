@@ -1,12 +1,13 @@
-"""TensorRT on a GPU, or why there is none: what the builder (export/trt.py) and the runner (trt.py) start from.
+"""A TensorRT product and a GPU to run it on, or why there is none: what builders (export/trt*.py) and engines start from.
 
-One code path for TensorRT 10.13 and newer, 11.x included: networks are strongly typed, and nothing is used that either major
-lacks. The names used here and there are checked against the real bindings of both in tests/test_trt_bindings.py.
+One code path for TensorRT 10.13 and newer, 11.x included, and for TensorRT for RTX: networks are strongly typed, and nothing is
+used that one of them lacks. The names used here and there are checked against the real bindings in tests/test_trt_bindings.py.
 """
 
 from __future__ import annotations
 
 import ctypes
+import importlib
 import importlib.metadata
 import os
 import platform
@@ -18,9 +19,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastgen import streams
+from fastgen.engines.base_trt_product import TENSORRT, Product
 from fastgen.errors import FastgenError, InputError
-
-MINIMUM = (10, 13)
 
 
 class DeviceMemoryError(FastgenError, MemoryError):
@@ -57,103 +57,124 @@ class Gpu:
                 return
             side = streams.stream(self.device, streams.TENSORRT)
             side.wait_stream(current)
-            yield side.cuda_stream
-            current.wait_stream(side)
+            try:
+                yield side.cuda_stream
+            finally:
+                current.wait_stream(side)  # what was queued uses the caller's tensors
 
 
 @dataclass(frozen=True)
-class Platform:
-    """TensorRT's module and runtime on a GPU; `log` collects what TensorRT reports as errors."""
+class Library:
+    """A TensorRT product's module; `log` collects what it reports as errors."""
 
+    product: Product
     trt: Any
     log: Any
-    runtime: Any
-    gpu: Gpu
 
     @property
-    def fields(self) -> dict[str, str]:
-        """What a plan is bound to, as fields of its recipe."""
-        return {
-            "tensorrt": self.trt.__version__,
-            "gpu": self.gpu.name,
-            "compute_capability": self.gpu.compute_capability,
-            "platform": f"{sys.platform} {platform.machine()}",
-        }
+    def version(self) -> str:
+        return str(self.trt.__version__)
 
     def failure(self, what: str) -> FastgenError:
         """An error of one line with what TensorRT logged since the last one; a DeviceMemoryError where memory ran out."""
         told = "; ".join(dict.fromkeys(self.log.errors)) or "no reason given"
         self.log.errors.clear()
         kind = DeviceMemoryError if re.search("out ?of ?memory", told, re.IGNORECASE) else FastgenError
-        return kind(f"{what}: TensorRT {self.trt.__version__}: {' '.join(told.split())}")
+        return kind(f"{what}: {self.product.title} {self.version}: {' '.join(told.split())}")
+
+    def create(self, kind: Any, what: str, *arguments: Any) -> Any:
+        """`kind(*arguments, log)`; an InputError with TensorRT's words where it gives a null pointer instead of an object."""
+        try:
+            return kind(*arguments, self.log)
+        except (TypeError, RuntimeError) as error:  # pybind11's words for a null pointer
+            told = "; ".join(dict.fromkeys(self.log.errors)) or str(error)
+            self.log.errors.clear()
+            driver = driver_cuda()
+            found = f"the driver supports CUDA {_dotted(driver)}" if driver else "no NVIDIA driver was found"
+            raise InputError(
+                f"{self.product.title}'s {what} cannot be made: {' '.join(told.split())} ({found}; `fastgen doctor` tells more)"
+            ) from None
 
 
-def open_platform(device: str | None = None) -> Platform:
-    """Import TensorRT, find the GPU, and make a runtime on it.
+@dataclass(frozen=True)
+class Platform(Library):
+    """A product's module and runtime on a GPU."""
 
-    Raises InputError, with what helps, for a missing or too old TensorRT, no GPU, or a driver that is too old for either.
+    runtime: Any
+    gpu: Gpu
+
+    @property
+    def fields(self) -> dict[str, str]:
+        """What a plan that was built on this GPU is bound to, as fields of its recipe."""
+        return {
+            self.product.module: self.version,
+            "gpu": self.gpu.name,
+            "compute_capability": self.gpu.compute_capability,
+            "platform": f"{sys.platform} {platform.machine()}",
+        }
+
+
+def open_library(product: Product) -> Library:
+    """Import a product; InputError, with what helps, when it is missing, cannot be loaded, or is too old."""
+    trt = import_module(product)
+    return Library(product, trt, _make_log(trt))
+
+
+def open_platform(device: str | None = None, product: Product = TENSORRT) -> Platform:
+    """Import a product, find the GPU, and make a runtime on it.
+
+    Raises InputError, with what helps, for a missing or too old product, no GPU, or a driver that is too old for either.
     """
-    gpu = open_gpu(device)
-    trt = import_tensorrt()
-    needed, driver = _wheel_cuda(), driver_cuda()
+    gpu = open_gpu(device, product)
+    if refusal := product.refusal(gpu.compute_capability):
+        raise InputError(f"engine {product.engine} does not run on {gpu.name}: {refusal}; use engine {TENSORRT.engine}")
+    library = open_library(product)
+    needed, driver = _wheel_cuda(product), driver_cuda()
     if needed and driver and driver[0] < needed:
         raise InputError(
-            f"the NVIDIA driver supports CUDA {_dotted(driver)}, the installed TensorRT {trt.__version__} needs {needed}: "
-            f"update the driver, or `pip install tensorrt-cu{driver[0]}`"
+            f"the NVIDIA driver supports CUDA {_dotted(driver)}, the installed {product.title} {library.version} needs "
+            f"{needed}: update the driver, or `pip install {product.wheel(driver[0])}`"
         )
-    log = _make_log(trt)
     with gpu.active():
-        return Platform(trt, log, create(trt.Runtime, log, "TensorRT's runtime"), gpu)
+        runtime = library.create(library.trt.Runtime, "runtime")
+    return Platform(product, library.trt, library.log, runtime, gpu)
 
 
-def open_gpu(device: str | None) -> Gpu:
+def open_gpu(device: str | None, product: Product = TENSORRT) -> Gpu:
     """The CUDA device `cuda` or `cuda:N` (default: the current one); InputError that says why there is none."""
     import torch
 
     from fastgen.engines.base_torch import check_device
 
     if not torch.cuda.is_available():
-        raise InputError(f"engine trt needs an NVIDIA GPU: {_no_gpu(torch)}")
-    name = check_device("trt", device or "cuda", ("cuda",))
+        raise InputError(f"engine {product.engine} needs an NVIDIA GPU: {_no_gpu(torch)}")
+    name = check_device(product.engine, device or "cuda", ("cuda",))
     found = torch.cuda.get_device_properties(name)
     return Gpu(name, found.name, f"{found.major}.{found.minor}", found.total_memory)
 
 
-def import_tensorrt() -> Any:
-    """The module `tensorrt`; InputError, with the command, when it is missing, cannot be loaded, or is too old."""
-    command = f"`pip install {wheel()}`"
+def import_module(product: Product) -> Any:
+    """The product's module; InputError, with the command, when it is missing, cannot be loaded, or is too old."""
+    command = f"`pip install {wheel(product)}`"
     try:
-        import tensorrt as trt
+        trt = importlib.import_module(product.module)
     except ModuleNotFoundError as missing:
-        raise InputError(f"engine trt needs {missing.name}, not installed here: {command}") from None
+        raise InputError(f"engine {product.engine} needs {missing.name}, not installed here: {command}") from None
     except (ImportError, OSError) as error:
-        raise InputError(f"tensorrt is installed but cannot be loaded: {error}; {command}") from None
+        raise InputError(f"{product.module} is installed but cannot be loaded: {error}; {command}") from None
     version = getattr(trt, "__version__", "?")
-    if tuple(int(n) for n in re.findall(r"\d+", version)[:2]) < MINIMUM:
-        raise InputError(f"TensorRT is {version}, expected {_dotted(MINIMUM)} or newer: {command} --upgrade")
+    if tuple(int(n) for n in re.findall(r"\d+", version)[:2]) < product.minimum:
+        oldest = _dotted(product.minimum)
+        raise InputError(f"{product.title} is {version}, expected {oldest} or newer: {command} --upgrade")
     return trt
 
 
-def create(kind: Any, log: Any, what: str, *arguments: Any) -> Any:
-    """`kind(*arguments, log)`; an InputError with TensorRT's words where it gives a null pointer instead of an object."""
-    try:
-        return kind(*arguments, log)
-    except (TypeError, RuntimeError) as error:  # pybind11's words for a null pointer
-        told = "; ".join(dict.fromkeys(log.errors)) or str(error)
-        log.errors.clear()
-        driver = driver_cuda()
-        found = f"the driver supports CUDA {_dotted(driver)}" if driver else "no NVIDIA driver was found"
-        raise InputError(
-            f"{what} cannot be made: {' '.join(told.split())} ({found}; `fastgen doctor` tells more)"
-        ) from None
-
-
-def wheel() -> str:
-    """The pip name of the TensorRT that suits torch's CUDA, or the driver's where torch has none."""
+def wheel(product: Product) -> str:
+    """The product's pip name that suits torch's CUDA, or the driver's where torch has none."""
     import torch
 
     cuda = torch.version.cuda or _dotted(driver_cuda() or (13, 0))
-    return f"tensorrt-cu{cuda.partition('.')[0]}"
+    return product.wheel(int(cuda.partition(".")[0]))
 
 
 def driver_cuda() -> tuple[int, int] | None:
@@ -185,11 +206,11 @@ def _no_gpu(torch: Any) -> str:
     return f"the driver supports CUDA {_dotted(driver)}, but torch sees no device{hint}; `nvidia-smi` lists them"
 
 
-def _wheel_cuda() -> int | None:
-    """The CUDA major that the installed TensorRT wheel was built for; None when it is no wheel that tells."""
+def _wheel_cuda(product: Product) -> int | None:
+    """The CUDA major that the installed wheel was built for; None when it is no wheel that tells."""
     for major in (12, 13, 14):
         try:
-            importlib.metadata.version(f"tensorrt-cu{major}")
+            importlib.metadata.version(product.wheel(major))
             return major
         except importlib.metadata.PackageNotFoundError:
             continue

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from fastgen.artifacts import Artifact, Recipe
 from fastgen.engines.base_trt import Platform
+from fastgen.engines.base_trt_product import Product
 from fastgen.errors import FastgenError, InputError
 from fastgen.signatures import Signature
 
@@ -16,12 +18,15 @@ if TYPE_CHECKING:
 FORMAT = 1  # of what the builder does: raise it when plans change although no field of the recipe does
 PLAN, LAYERS = "engine.plan", "layers.json"
 BUILDER = ("optimization_level", "workspace_gib")  # fields of a recipe that any runner accepts
+CAPABILITIES = "compute_capabilities"  # field of a recipe: those that a plan runs on, such as "8.6 8.9"
 DTYPES = {"float32": "FLOAT", "int64": "INT64"}  # of a signature -> trt.DataType
 
 
-def make_recipe(bundle: Bundle, network: str, rows: int, dtype: str, platform: Platform, **effort: float) -> Recipe:
-    """What a plan is made of and for. `dtype` is that of the whole engine; some networks stay fp32 in any. `effort`: the
-    fields of BUILDER, None where they are left open.
+def make_recipe(
+    bundle: Bundle, network: str, rows: int, dtype: str, product: Product, bound: Mapping[str, str | float | None]
+) -> Recipe:
+    """What a plan for up to `rows` rows is made of and for. `dtype` is that of the whole engine; some networks stay fp32.
+    `bound`: further fields, of library, hardware and the build; None where one is left open.
 
     Raises InputError when the bundle has no graph in this precision.
     """
@@ -40,7 +45,7 @@ def make_recipe(bundle: Bundle, network: str, rows: int, dtype: str, platform: P
         "shapes": "; ".join(f"{name} {shape}" for name, shape in shapes.items()),
         "format": FORMAT,
     }
-    return Recipe("trt", fields | platform.fields | {name: effort.get(name) for name in BUILDER})
+    return Recipe(product.engine, fields | dict(bound))
 
 
 def read_verified(artifact: Artifact, name: str) -> bytes:
@@ -53,17 +58,27 @@ def read_verified(artifact: Artifact, name: str) -> bytes:
     return data
 
 
-def open_plan(platform: Platform, plan: Any, what: str, signature: Signature, rows: int) -> tuple[Any, Any]:
-    """Deserialise a plan -> (engine, execution context without device memory), its inputs and outputs checked.
+def open_engine(platform: Platform, plan: Any, what: str, signature: Signature) -> Any:
+    """Deserialise a plan; its inputs and outputs are checked.
 
-    Raises FastgenError when TensorRT refuses it, or it does not have the signature's tensors at `rows` rows.
+    Raises FastgenError when TensorRT refuses it, or it does not have the signature's tensors.
     """
     with platform.gpu.active():
         engine = platform.runtime.deserialize_cuda_engine(plan)
         if engine is None:
             raise platform.failure(f"{what}: the plan cannot be loaded")
         _check_tensors(platform.trt, engine, what, signature)
-        context = engine.create_execution_context(platform.trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+    return engine
+
+
+def open_context(platform: Platform, engine: Any, how: Any, what: str, signature: Signature, rows: int) -> Any:
+    """An execution context without device memory, for inputs of `rows` rows. `how`: the allocation strategy USER_MANAGED, or a
+    runtime config that says so.
+
+    Raises FastgenError when TensorRT refuses, or the plan's outputs have other shapes than the signature's.
+    """
+    with platform.gpu.active():
+        context = engine.create_execution_context(how)
         if context is None:
             raise platform.failure(f"{what}: no execution context")
         context.nvtx_verbosity = platform.trt.ProfilingVerbosity.NONE  # otherwise each layer costs the host time
@@ -74,7 +89,7 @@ def open_plan(platform: Platform, plan: Any, what: str, signature: Signature, ro
             shape, expected = tuple(context.get_tensor_shape(tensor.name)), tensor.with_batch(rows)
             if shape != expected:
                 raise FastgenError(f"{what}: {tensor.name} is {shape} in the plan, expected {expected}")
-    return engine, context
+    return context
 
 
 def _check_tensors(trt: Any, engine: Any, what: str, signature: Signature) -> None:

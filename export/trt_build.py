@@ -1,0 +1,147 @@
+"""One ONNX graph -> one serialised TensorRT plan, by either product, its network checked for the precision it asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from export.trt_layers import check_network
+from export.trt_progress import Progress
+from fastgen.conditions import ENCODE_BATCH
+from fastgen.engines.base_trt import Library
+from fastgen.errors import InputError, unknown
+from fastgen.signatures import Signature
+
+if TYPE_CHECKING:
+    from fastgen.bundle import Bundle
+
+DECODE_PIXELS = 2**20  # per forward of the VAE decoder, as engines on a GPU decode: 16 images of 256 px fill any card
+Say = Callable[[str], None]
+
+
+class Rows(NamedTuple):
+    """A plan's profile: the fewest rows that it runs, those that it is tuned for, and the most."""
+
+    least: int
+    best: int
+    most: int
+
+
+class Built(NamedTuple):
+    """A serialised plan, the ONNX names of its products that stay fp32, and the IBuilderConfig after the build."""
+
+    plan: Any
+    islands: set[str]
+    config: Any
+
+
+def build_plan(
+    library: Library,
+    graph: Path,
+    signature: Signature,
+    dtype: str,
+    rows: Rows,
+    what: str,
+    say: Say,
+    prepare: Callable[[Any], None],
+    current: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> Built:
+    """Compile a graph.
+
+    `what`: its name in progress and errors. `prepare`: makes further settings of an IBuilderConfig. `current`: makes the GPU
+    the current one of a thread, where the product needs a GPU. Ctrl-C stops a build. Raises FastgenError when TensorRT refuses
+    the graph or the profile, or the graph does not compute in `dtype`.
+    """
+    builder = library.create(library.trt.Builder, "builder")
+    network = builder.create_network(1 << int(library.trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = _parse(library, network, graph)
+    islands = check_network(library.trt, network, dtype, what)
+    config = builder.create_builder_config()
+    config.clear_flag(library.trt.BuilderFlag.TF32)  # fp32 that is fp32
+    _add_profile(library, builder, config, signature, rows, what)
+    prepare(config)
+    plan = _build(library, builder, network, config, what, say, current)
+    del parser  # until here: it owns the weights
+    return Built(plan, islands, config)
+
+
+def network_rows(network: str, batch_sizes: Sequence[int], image_size: int) -> list[int]:
+    """The numbers of rows that a network is run with when batches of `batch_sizes` images are generated, ascending.
+
+    The UNet sees 2B rows where it is guided, and B where it is not: guidance scale 1, or outside the guidance interval. The
+    text encoder takes prompts in batches of its own, whatever the images'. The VAE decodes a batch in chunks.
+    """
+    if network == "text_encoder":
+        return [ENCODE_BATCH]
+    if network == "unet":
+        return sorted({rows for size in batch_sizes for rows in (size, 2 * size)})
+    return sorted({min(size, max(1, DECODE_PIXELS // image_size**2)) for size in batch_sizes})
+
+
+def check_networks(bundle: Bundle, asked: Sequence[str] | None) -> list[str]:
+    """The networks to build: those asked for, by default all that generation runs, so not the VAE encoder."""
+    known = list(bundle.spec.signatures)
+    for name in asked or ():
+        if name not in known:
+            raise unknown("network", name, known)
+    return list(dict.fromkeys(asked)) if asked else [name for name in known if name != "vae_encoder"]
+
+
+def check_settings(dtype: str, batch_sizes: Sequence[int]) -> None:
+    """InputError for an unknown precision, and for batch sizes that are none."""
+    if dtype not in ("fp16", "bf16", "fp32"):
+        raise unknown("dtype", dtype, ("fp16", "bf16", "fp32"))
+    if not batch_sizes or min(batch_sizes) < 1:
+        raise InputError(f"batch sizes are {list(batch_sizes)}, expected at least one, each 1 or more")
+
+
+def _parse(library: Library, network: Any, path: Path) -> Any:
+    """Read a graph and its weights into the network; returns the parser, which owns them."""
+    parser = library.create(library.trt.OnnxParser, "ONNX parser", network)
+    if not parser.parse_from_file(str(path)):
+        errors = [parser.get_error(i) for i in range(parser.num_errors)]
+        told = [f"{error.node_operator()} {error.node_name()}: {error.desc()}" for error in errors]
+        library.log.errors[:] = told or library.log.errors
+        raise library.failure(f"{path}: cannot be parsed")
+    return parser
+
+
+def _add_profile(library: Library, builder: Any, config: Any, signature: Signature, rows: Rows, what: str) -> None:
+    profile = builder.create_optimization_profile()
+    for tensor in signature.inputs:
+        least, best, most = (tensor.with_batch(count) for count in rows)
+        profile.set_shape(tensor.name, least, best, most)
+    if config.add_optimization_profile(profile) != 0:
+        raise library.failure(f"{what}: the profile is refused")
+
+
+def _build(
+    library: Library,
+    builder: Any,
+    network: Any,
+    config: Any,
+    what: str,
+    say: Say,
+    current: Callable[[], AbstractContextManager[Any]],
+) -> Any:
+    """The serialised plan. It is built in a thread, as no signal reaches Python while TensorRT holds the main one."""
+    progress = Progress(what, say)
+    config.progress_monitor = progress.monitor(library.trt)
+
+    def build() -> Any:
+        with current():  # is the thread's own
+            return builder.build_serialized_network(network, config)
+
+    with progress, ThreadPoolExecutor(1) as pool:
+        future = pool.submit(build)
+        try:
+            plan = future.result()
+        except KeyboardInterrupt:
+            progress.cancel()  # then the pool waits until TensorRT has stopped
+            raise
+    if plan is None:
+        raise library.failure(f"{what}: cannot be built")
+    return plan

@@ -1,0 +1,44 @@
+"""The certificate of an engine that was built on another machine: made when it first runs on a card."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fastgen.cli.common import say
+from fastgen.errors import FastgenError
+
+if TYPE_CHECKING:
+    from fastgen.pipeline import Pipeline
+
+
+def ensure_certified(pipeline: Pipeline) -> None:
+    """Certify an engine whose plans run on many cards, unless that was done on a card like this one with this very bundle.
+
+    The certificate goes into the bundle, or into the cache where the bundle cannot be written. Raises FastgenError when the
+    engine misses its tolerance, with the table on stderr; InputError when the bundle lacks what to compare with.
+    """
+    engine, bundle = pipeline.engine, pipeline.source
+    if engine.gpu is None:
+        return
+    from export.certificate import certify, is_certified
+    from fastgen.bundle import CERTIFICATES, Bundle
+    from fastgen.cachedir import cache_dir
+
+    assert isinstance(bundle, Bundle)
+    folders = bundle.folder / CERTIFICATES, cache_dir() / CERTIFICATES / bundle.sha256
+    if is_certified(engine, bundle, folders):
+        return
+    what = f"engine {engine.name} {engine.dtype} on {engine.gpu}"
+    say(f"certifying {what} against eager fp32 (once per card and bundle)")
+    networks = [name for name in bundle.spec.signatures if name != "vae_encoder"]
+    certificate = certify(engine, bundle, networks, folders[0] if _writable(folders[0]) else folders[1])
+    say(certificate.table())
+    if not certificate.passed:
+        raise FastgenError(f"not certified: {what} (see the table above); nothing was generated")
+
+
+def _writable(folder: Path) -> bool:
+    """Whether files can be made in a folder, which may itself be missing."""
+    return os.access(folder if folder.is_dir() else folder.parent, os.W_OK)

@@ -56,6 +56,17 @@ def test_onnxruntime_for_cpus_is_not_enough(card, monkeypatch):
     assert lacking(["onnxruntime-gpu"]) is None
 
 
+def test_tensorrt_for_rtx_needs_a_card_that_it_compiles_for(card, without, monkeypatch):
+    capability = (9, 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: object())
+    assert "not for 9.0 (Hopper)" in lacking(["tensorrt-rtx"])
+    capability = (8, 9)
+    assert lacking(["tensorrt-rtx"]) is None
+    without("tensorrt_rtx")
+    assert lacking(["tensorrt-rtx"]) == "needs tensorrt_rtx, not installed here"
+
+
 def test_compilers_are_those_that_the_engine_asks_for(card, monkeypatch):
     from fastgen.engines import base_compile
     from fastgen.errors import InputError
@@ -70,7 +81,7 @@ def test_compilers_are_those_that_the_engine_asks_for(card, monkeypatch):
 
 
 def test_a_need_that_is_not_known_is_an_error(card):
-    assert set(NEEDS) == {"compilers", "onnxruntime-gpu", "tensorrt"}
+    assert set(NEEDS) == {"compilers", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx"}
     with pytest.raises(KeyError):
         lacking(["tensorflow"])
 

@@ -239,3 +239,32 @@ def test_arrays_are_pinned_on_the_engine_s_own_gpu(label_model, monkeypatch):
     _, place, non_blocking = engine.array(np.zeros(3, np.float32))
     assert (pinned, place, non_blocking) == (["cuda:1"], "cuda:1", True)
     assert current == ["cuda:0"]
+
+
+def test_a_network_that_threads_ask_for_at_once_is_moved_once(label_model):
+    """Half of it moved already, the other thread would run it."""
+    import threading
+    import time
+
+    engine = load(label_model, "eager", dtype="bf16").engine
+    module, moves = engine._networks["unet"], []
+    move = module.to
+
+    def slowly(*arguments):
+        moves.append(arguments)
+        time.sleep(0.2)
+        return move(*arguments)
+
+    module.to = slowly
+    inputs = [
+        torch.from_numpy(x) for x in engine.signatures["unet"].sample_inputs(2, np.random.default_rng(0)).values()
+    ]
+    found: list[Any] = []
+    threads = [threading.Thread(target=lambda: found.append(engine.run("unet", *inputs)[0])) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(moves) == 1
+    assert len(found) == 3
+    assert all(torch.equal(one, found[0]) for one in found)

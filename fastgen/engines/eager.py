@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING, Any
 
 from fastgen.engines import base
@@ -32,6 +33,7 @@ class Engine(TorchEngine):
         self.signatures = source.spec.signatures
         self._networks = source.networks()
         self._modules: dict[str, nn.Module] = {}
+        self._moving = threading.Lock()
 
     def run(self, network: str, *inputs: Any) -> tuple[Any, ...]:
         with self.precisely(network), self._torch.inference_mode():
@@ -43,8 +45,11 @@ class Engine(TorchEngine):
 
     def _module(self, network: str) -> nn.Module:
         """The network on the device, where it goes when it is first run: some jobs never need some networks."""
-        if network not in self._modules:
-            with self._torch.inference_mode(False):  # weights are ordinary tensors, whoever asks for them first
+        with (
+            self._moving,
+            self._torch.inference_mode(False),
+        ):  # weights are ordinary tensors, whoever asks for them first
+            if network not in self._modules:
                 self._modules[network] = self._networks[network].to(self.device, self._torch_dtype)
         return self._modules[network]
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from fastgen.engines.base import Array, Engine
-    from fastgen.jobs.plan import Memory
+    from fastgen.engines.base_memory import Memory
     from fastgen.spec import Source
 
 

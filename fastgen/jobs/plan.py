@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fastgen.buckets import Batch, waste
+from fastgen.engines import base_memory
 from fastgen.sampling import guided_rows
 from fastgen.tables import SolverTable
 
@@ -22,7 +23,6 @@ CPU_BATCH = 16
 MAX_BATCH = 128  # images; beyond it GPUs gain nothing, and a job's last batches grow
 USABLE = 0.8  # of free memory: graphs, workspaces and fragmentation take the rest
 DECODER_SHARE = 0.25  # of free memory, for the VAE decoder
-PROBED_ROWS = 2, 8
 GIB = 2**30
 
 
@@ -61,7 +61,7 @@ def automatic_batch_size(pipeline: Pipeline, settings: Settings) -> int:
         cost = _memory_of(pipeline, "vae_decoder")  # which decodes one batch while the next one is sampled
         taken = cost.fixed + cost.row * _decoded_at_once(pipeline)
     cost = _memory_of(pipeline, "unet")
-    rows = cost.rows_in(USABLE * free_memory(engine) - taken)
+    rows = cost.rows_in(USABLE * base_memory.free_memory(engine) - taken)
     return max(1, min(MAX_BATCH, rows // 2 if settings.guided else rows))
 
 
@@ -76,75 +76,15 @@ def decode_batch_size(pipeline: Pipeline) -> int | None:
 
 
 def _decoded_at_once(pipeline: Pipeline) -> int:
-    room = DECODER_SHARE * free_memory(pipeline.engine)
+    room = DECODER_SHARE * base_memory.free_memory(pipeline.engine)
     return min(pipeline.decoder.most, _memory_of(pipeline, "vae_decoder").rows_in(room))
 
 
-def _memory_of(pipeline: Pipeline, network: str) -> Memory:
+def _memory_of(pipeline: Pipeline, network: str) -> base_memory.Memory:
     """What a network takes, measured once per pipeline."""
     if network not in pipeline.measured:
-        pipeline.measured[network] = measure_memory(pipeline.engine, network)
+        pipeline.measured[network] = base_memory.measure_memory(pipeline.engine, network)
     return pipeline.measured[network]
-
-
-class Memory(NamedTuple):
-    """Bytes that a network takes on a GPU: `fixed`, and `row` for each row. `limit`: rows that fitted, where more did not."""
-
-    fixed: float
-    row: float
-    limit: int | None = None
-
-    def rows_in(self, room: float) -> int:
-        """How many rows fit into so many bytes; at least 1."""
-        rows = max(1, int((room - self.fixed) / self.row))
-        return rows if self.limit is None else min(rows, self.limit)
-
-
-def measure_memory(engine: Engine, network: str) -> Memory:
-    """Run a network with a few rows and with more, and see what is gone of the GPU's free memory.
-
-    Both run once before: the first use of a library loads its kernels and workspaces, which is not memory of the rows.
-    """
-    few, many = PROBED_ROWS
-    if not _fits(engine, network, few):
-        return Memory(0.0, 1.0, limit=1)
-    if not _fits(engine, network, many):
-        return Memory(0.0, 1.0, limit=few)
-    less, more = (_used(engine, network, rows) for rows in PROBED_ROWS)
-    row = max((more - less) / (many - few), more / many / 4, 1.0)
-    return Memory(max(0.0, less - few * row), row)
-
-
-def _fits(engine: Engine, network: str, rows: int) -> bool:
-    """Whether the memory holds so many rows."""
-    try:
-        engine.probe(network, rows)
-        engine.synchronize()
-    except Exception as error:
-        if not engine.is_out_of_memory(error):
-            raise
-    else:
-        return True
-    engine.release_memory()
-    return False
-
-
-def _used(engine: Engine, network: str, rows: int) -> int:
-    """Bytes that so many rows take at their peak: allocators keep it until it is released."""
-    engine.release_memory()
-    before = free_memory(engine)
-    engine.probe(network, rows)
-    engine.synchronize()
-    used = before - free_memory(engine)
-    engine.release_memory()
-    return used
-
-
-def free_memory(engine: Engine) -> int:
-    """Bytes that are free on the engine's GPU."""
-    import torch
-
-    return torch.cuda.mem_get_info(engine.device)[0]
 
 
 def estimate(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import json
 import shutil
 import signal
@@ -390,3 +391,19 @@ def test_without_matplotlib_everything_but_the_plot_is_written(fastgen_process, 
     assert 'no plot.png: it needs matplotlib, pip install "fastgen-diffusion[bench]"' in done.stderr
     assert not (out / "plot.png").exists()
     assert (out / "contact_sheet.png").exists()
+
+
+def test_an_engine_that_is_not_certified_on_this_card_generates_nothing(fastgen, arguments, tmp_path, monkeypatch):
+    from fastgen.errors import FastgenError
+
+    seen = []
+
+    def refuse(pipeline):
+        seen.append(pipeline.engine.name)
+        raise FastgenError("not certified: engine ort")
+
+    monkeypatch.setattr(importlib.import_module("fastgen.cli.sweep"), "ensure_certified", refuse)
+    code, _, err = fastgen(*arguments(tmp_path))
+    assert (code, seen) == (1, ["ort"])
+    assert "not certified: engine ort" in err
+    assert images(tmp_path) == {}

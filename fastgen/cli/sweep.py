@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from fastgen.cli.certifying import ensure_certified
 from fastgen.cli.common import FOLDER, MODEL, POSITIVE, model_for, say
 from fastgen.cli.score import scoring_options
 from fastgen.errors import FastgenError
@@ -147,6 +148,5 @@ def _run(
     scorer = need("fastgen.scoring.scorer").Scorer(**scoring)
     from fastgen.sweep import sweep as run
 
-    return run(
-        folder, requests_file, out, grid, scorer=scorer, rule=rule, seeds=seeds, engine=engine, say=say, **options
-    )
+    options |= {"say": say, "check": ensure_certified}
+    return run(folder, requests_file, out, grid, scorer=scorer, rule=rule, seeds=seeds, engine=engine, **options)

@@ -56,6 +56,7 @@ def sweep(
     minutes: float | None = None,
     progress: bool = True,
     say: Say = lambda line: None,
+    check: Callable[[Pipeline], None] = lambda pipeline: None,
     **options: Any,
 ) -> Sweep:
     """Generate the requests (the first `limit`) at every point of `grid`, once per seed, and score them.
@@ -65,12 +66,13 @@ def sweep(
     scorer scored are not scored again. A checkpoint's networks are loaded once. `metric`: what `rule` looks at, by default
     the first that is measured; `rag`: an index, see `fastgen.retrieval`; `options`: the others of `fastgen.load`. After
     `minutes` no further seed of any point is begun: points that lack some are `unfinished`, and the same call continues.
+    `check` is called with every pipeline that is loaded, before it generates, and may raise.
 
     Raises RefusedError (an InputError) with everything that is wrong, before the first image, and InputError for an `out` that
     holds something else. A point with images that could not be made has an `error` and no score.
     """
     until = None if minutes is None else time.monotonic() + 60 * minutes
-    held = Model(Path(model), engine, options)
+    held = Model(Path(model), engine, options, check)
     index = None if rag is None else Path(rag)
     chosen: dict[str, Any] = {"metric": metric, "seeds": tuple(seeds), "limit": limit, "batch_size": batch_size}
     rule = rule or Rule()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -37,9 +37,13 @@ class Model:
     folder: Path
     engine: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    check: Callable[[Pipeline], None] = lambda pipeline: None
 
     def load(self, checkpoint: str | None) -> Pipeline:
-        return load(self.folder, self.engine, checkpoint=checkpoint, **self.options)
+        """Its pipeline, checked before it generates."""
+        pipeline = load(self.folder, self.engine, checkpoint=checkpoint, **self.options)
+        self.check(pipeline)
+        return pipeline
 
     def weights(self, checkpoint: str | None) -> str | None:
         """The label of a checkpoint, such as best@115, without loading it. Raises InputError when there is none."""

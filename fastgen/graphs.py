@@ -107,7 +107,8 @@ def _give_back(pool: Any) -> None:
     memory that a recording may still use, and torch has no public way to tell it."""
     import torch
 
-    device = torch.cuda.current_device()
+    device, names = torch.cuda.current_device(), ("_cuda_endAllocateToPool", "_cuda_endAllocateCurrentStreamToPool")
+    end = next(getattr(torch._C, name) for name in names if hasattr(torch._C, name))  # the latter: torch before 2.7
     with contextlib.suppress(RuntimeError):  # it was not open: then the graph gives its pool back itself
-        torch._C._cuda_endAllocateToPool(device, pool)
+        end(device, pool)
         torch._C._cuda_releasePool(device, pool)

@@ -38,7 +38,7 @@ NOT_RUN = {  # pattern of a command -> why it is parsed only
     r"--checkpoint 500,1000,best,last": "needs a run of 1000 steps; see tests/test_sweep.py",
 }
 CARDS = sorted(folder.parent.name for folder in SHIPPED.glob("*/README.md"))
-SLOW = {r"--engine compile": "compiles for a minute"}
+SLOW = {r"--engine compile": "compiles for a minute", r"export iclevr-64 --rtx": "two exports take half a minute"}
 PLACE = re.compile(
     r"[A-Z][A-Z0-9_]*(\.json)?$|[a-z_]*test\.json$"
 )  # what the reader has, or will have after the command

@@ -6,6 +6,7 @@ is torch's own.
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -56,6 +57,13 @@ class Card:
     def share(self) -> float:
         """Of what the job wants, what it may have."""
         return (self.fractions[-1] * TOTAL - self.reserved) / WANTED
+
+
+@pytest.fixture(autouse=True)
+def _young_garbage_only(monkeypatch):
+    """To look at everything that a long test run holds takes a second, and each dropped loop asks for it."""
+    collect = gc.collect
+    monkeypatch.setattr(gc, "collect", lambda: collect(0))
 
 
 @pytest.fixture

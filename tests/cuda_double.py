@@ -240,14 +240,18 @@ def _make_current(stream: Stream) -> None:
     State.contexts.add(stream.device)  # as torch does, whichever device was current
 
 
-@contextmanager
-def _stream(stream: Stream) -> Iterator[None]:
-    before = State.current if State.current.device == State.device else Stream(State.device, number=0)
-    _make_current(stream)
-    try:
-        yield
-    finally:
-        _make_current(before)
+class _StreamContext:
+    """torch.cuda.stream. A class, as torch's: a generator would put the stream back when it is freed, however it was left."""
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+
+    def __enter__(self) -> None:
+        self._before = State.current if State.current.device == State.device else Stream(State.device, number=0)
+        _make_current(self._stream)
+
+    def __exit__(self, *raised: object) -> None:
+        _make_current(self._before)
 
 
 @contextmanager
@@ -255,12 +259,15 @@ def _device(device: Any) -> Iterator[None]:
     index = device if isinstance(device, int) else torch.device(device).index
     before, stream = State.device, State.current
     State.device = before if index is None else index
-    if State.device != before:
+    changed = State.device != before
+    if changed:
         State.current = Stream(State.device, number=0)
     try:
         yield
     finally:
-        State.device, State.current = before, stream  # without making a context where there is none
+        State.device = before  # without making a context where there is none
+        if changed:
+            State.current = stream  # each device has its own; that of this one stays as it was left
 
 
 def _empty_cache() -> None:
@@ -289,7 +296,7 @@ def install(monkeypatch: Any) -> type[State]:
         "Stream": Stream,
         "Event": Event,
         "CUDAGraph": CUDAGraph,
-        "stream": _stream,
+        "stream": _StreamContext,
         "set_stream": _make_current,
         "current_stream": lambda device=None: State.current,
         "current_device": lambda: State.device,

@@ -1,8 +1,8 @@
 """The CUDA streams that fastgen works on beside the caller's: one for each use on each device, made once.
 
-torch hands out 32 streams in rotation, so a stream made for every recording would sooner or later be the very one that
-something else runs on. Work on one stream shares one cuBLAS workspace, whose address a recorded graph keeps: two uses of one
-stream would overwrite each other's results. Memory pools, too, are only shared between recordings on one stream.
+torch has 32 streams and hands them out in rotation. A new stream for every recording would sooner or later be one that
+something else uses. All work on a stream shares one cuBLAS workspace, and a recorded graph keeps its address: two users of
+one stream would overwrite each other's results. Recordings share a memory pool only if they are on the same stream.
 """
 
 from __future__ import annotations

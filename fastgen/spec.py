@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,3 +78,8 @@ def sha256_names(hashes: Mapping[str, str]) -> str:
     for name, sha256 in hashes.items():
         digest.update(f"{name}\0{sha256}\n".encode())
     return digest.hexdigest()
+
+
+def sha256_json(value: Any) -> str:
+    """Hex SHA-256 of a JSON value, as `json.dumps` writes it by default."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()

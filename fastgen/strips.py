@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from fastgen.buckets import Batch
     from fastgen.engines.base import Array
     from fastgen.jobs.writing import Writer
-    from fastgen.spec import Spec
 
 MOST = 64  # frames of a strip
 PADDING = 2
@@ -68,21 +67,18 @@ class StripPlan:
 
 
 class Frames:
-    """Keeps the states that a strip shows while a batch of `count` images runs; call it as `on_step`."""
+    """Keeps the states that a strip shows while a batch of `count` images runs."""
 
-    def __init__(self, plan: StripPlan, count: int, on_step: Callable[[int, Array], None] | None) -> None:
-        self._plan, self._count, self._on_step = plan, count, on_step
+    def __init__(self, plan: StripPlan, count: int) -> None:
+        self._plan, self._count = plan, count
         self._states: dict[int, Array] = {}
         self._last = -1
 
-    def __call__(self, index: int, x: Array) -> None:
-        """The state x (B, C, h, w) after row `index`."""
-        if index in self._plan.rows:
-            scale = self._plan.scales[self._plan.rows.index(index)]
-            self._states[index] = (x if scale == 1.0 else scale * x)[: self._count]
-        self._last = index
-        if self._on_step is not None:
-            self._on_step(index, x)
+    def keep(self, row: int, x: Array) -> None:
+        """The state x (B, C, h, w) after this row, which may be overwritten later."""
+        if row in self._plan.rows:
+            self._states[row] = self._plan.scales[self._plan.rows.index(row)] * x[: self._count]
+        self._last = row
 
     def start(
         self, decode: Callable[[Array], Callable[[], Pictures]], final: Callable[[], Pictures]
@@ -108,11 +104,8 @@ class StripFiles:
     files: list[Path]
 
     @classmethod
-    def plan_for(
-        cls, spec: Spec, table: SolverTable, wanted: Sequence[int], out: Path, files: Sequence[Path]
-    ) -> StripFiles:
-        """Strips beside the images `files` below `out`. Raises InputError as `StripPlan.of` does."""
-        plan = StripPlan.of(table, wanted, int(spec.scheduler_config.get("num_train_timesteps", 1000)))
+    def beside(cls, files: Sequence[Path], out: Path, plan: StripPlan) -> StripFiles:
+        """Strips of the images `files` below `out`."""
         return cls(plan, [out / STRIP_FOLDER / file.relative_to(out) for file in files])
 
     def present(self, index: int) -> bool:

@@ -18,6 +18,7 @@ from fastgen.jobs.job import run_job
 from fastgen.networks import load_model
 from fastgen.pipeline import load, model_objects
 from fastgen.requests import read_requests
+from fastgen.run import Run
 from fastgen.training import families, train
 
 OVERRIDES = ("unet.train.checkpoint_limit=0", "unet.train.further_ema_decays=[0.5]")
@@ -104,7 +105,7 @@ def test_the_manifest_and_the_bundle_record_the_checkpoint(run: Path, bundle: Pa
     images = {}
     for engine, folder in (("eager", run), ("ort", bundle)):
         pipeline = load(folder, engine, checkpoint="4")
-        run_job(pipeline, requests, tmp_path / engine, pipeline.settings(), progress=False)
+        run_job(Run(pipeline, requests, pipeline.settings()), tmp_path / engine, progress=False)
         line = json.loads((tmp_path / engine / "manifest.jsonl").read_text())
         assert line["checkpoint"] == "ema@4"
         images[engine] = np.asarray(pipeline.generate(labels=[["red cube"]], seeds=[0])[0]).astype(int)

@@ -53,11 +53,13 @@ def test_a_guided_run_equals_diffusers_own_pipeline(text_model, scheduler):
     ours = load(text_model)
     settings = ours.settings(scheduler=scheduler, num_inference_steps=6, guidance_scale=4.0)
     from fastgen.requests import Request
+    from fastgen.run import Run
 
     requests = [
         Request(str(i), f"{i}.png", prompt=p, seed=s) for i, (p, s) in enumerate(zip(PROMPTS, SEEDS, strict=True))
     ]
-    images = ours.sample_batch(requests, ours.encoder(requests, True), ours.source.table(settings.solver), settings)
+    run = Run(ours, requests, settings)
+    images = np.concatenate([run.images(batch) for batch in run.batches(len(requests))])
 
     theirs = StableDiffusionPipeline.from_pretrained(text_model, safety_checker=None)
     theirs.set_progress_bar_config(disable=True)

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from fastgen.cachedir import cache_dir, check_private
-from fastgen.errors import FastgenError, InputError
+from fastgen.errors import InputError
+from fastgen.folders import new_folder
 from fastgen.jsonfiles import read_json, write_json
 from fastgen.spec import sha256_file
 
@@ -223,21 +224,13 @@ def _free(folder: Path) -> Iterator[bool]:
 
 def _build(recipe: Recipe, make: Callable[[Path], None], say: Say) -> Artifact:
     folder = recipe.folder
-    partial = folder.with_name(f".{recipe.digest}.partial")  # the lock is held: nobody else's
-    shutil.rmtree(partial, ignore_errors=True)
     say(f"building {recipe.engine}: {recipe}")
     start = time.perf_counter()
-    try:
-        partial.mkdir(mode=0o700)
+    with new_folder(folder, existing="replace", alone=True) as partial:  # the lock is held; what is replaced is damaged
+        partial.chmod(0o700)
         make(partial)
         seconds = time.perf_counter() - start
         write_record(partial, recipe, seconds)
-        shutil.rmtree(folder, ignore_errors=True)  # a damaged one
-        partial.rename(folder)
-    except OSError as error:
-        raise FastgenError(f"{folder}: cannot be written: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     say(f"built {recipe.engine}: {recipe} in {seconds:.1f} s")
     return _read(folder)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -21,7 +20,7 @@ from fastgen.conditions import pooled_states
 from fastgen.data import Dataset, Example, read_dataset
 from fastgen.data.images import Mode, load_images
 from fastgen.errors import FastgenError, InputError, unknown
-from fastgen.folders import sync_tree
+from fastgen.folders import new_folder
 from fastgen.jsonfiles import write_bytes, write_json
 from fastgen.retrieval import (
     EMBEDDINGS,
@@ -109,19 +108,8 @@ def build_index(
         return open_index(out), False
     if os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
         raise InputError(f"{out}: exists and is no index; choose another --out")
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a command that was killed
-    try:
-        partial.mkdir(parents=True)
-        _fill(partial, pipeline, dataset, wanted, progress)
-        sync_tree(partial)
-        if out.is_dir():
-            out.rmdir()
-        partial.rename(out)
-    except OSError as error:
-        raise FastgenError(f"{out}: cannot be written: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with new_folder(out, alone=True) as folder:
+        _fill(folder, pipeline, dataset, wanted, progress)
     return open_index(out), True
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import secrets
 import shutil
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastgen.errors import FastgenError, InputError
-from fastgen.folders import sync_folder, sync_tree
+from fastgen.folders import new_folder
 from fastgen.jsonfiles import read_json, write_json
 
 STATE, BEST = "state.json", "best"
@@ -65,21 +64,13 @@ def save_best(parent: Path, step: int, weights: Tensors, extra: Mapping[str, Any
 
 
 def _write(target: Path, step: int, parts: Mapping[str, Tensors], extra: Mapping[str, Any]) -> None:
-    parent = target.parent
-    temporary = parent / f".tmp-{secrets.token_hex(8)}"
-    try:
-        temporary.mkdir(parents=True)
-        hashes = {name: _write_part(temporary / f"{name}.safetensors", tensors) for name, tensors in parts.items()}
-        write_json(temporary / STATE, {"step": step, "extra": dict(extra), "sha256": hashes})
-        sync_tree(temporary)
-        if target.exists():  # the best before, a damaged one, or of a run that went on from an older checkpoint
-            shutil.rmtree(target)
-        temporary.rename(target)
-        sync_folder(parent)
-    except (OSError, SafetensorError) as error:
-        raise FastgenError(f"{target}: the checkpoint cannot be written: {error}") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    """`target` may exist: the best before, a damaged one, or of a run that went on from an older checkpoint."""
+    with new_folder(target, existing="replace") as folder:
+        try:
+            hashes = {name: _write_part(folder / f"{name}.safetensors", tensors) for name, tensors in parts.items()}
+        except SafetensorError as error:
+            raise FastgenError(f"{target}: cannot be written: {error}") from None
+        write_json(folder / STATE, {"step": step, "extra": dict(extra), "sha256": hashes})
 
 
 def latest(parent: Path, warn: Callable[[str], None]) -> Checkpoint | None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from export.extend import add_files, listed, sweep
+from export.extend import add_files, sweep
 from export.reference import IMAGE_STEPS, distances_name, write_distances, write_reference
 from fastgen import __version__
 from fastgen.bundle import (
@@ -26,9 +26,10 @@ from fastgen.bundle import (
 )
 from fastgen.errors import InputError
 from fastgen.folders import new_folder, scratch_folder
+from fastgen.hashes import record_files, sha256_file
 from fastgen.jsonfiles import infinity_as_text, read_json, write_json
 from fastgen.settings import late_steps
-from fastgen.spec import Spec, sha256_file
+from fastgen.spec import Spec
 from fastgen.tables import format_key, parse_key
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ def _fill(partial: Path, out: Path, model: Model, wanted: Wanted, say: Say) -> N
         say("running the eager fp32 reference")
         write_reference(model, partial / REFERENCE)
     _fill_lowered(partial, model, wanted.graphs(model), wanted.distances(), partial / REFERENCE, say)
-    write_json(partial / MANIFEST, _manifest(model.spec) | {"files": listed(partial)})  # the last file
+    write_json(partial / MANIFEST, _manifest(model.spec) | {"files": record_files(partial)})  # the last file
 
 
 def _fill_lowered(

@@ -13,6 +13,7 @@ import torch
 from fastgen.config import Preset, Sampling, load_preset
 from fastgen.errors import FastgenError, InputError
 from fastgen.folders import new_folder
+from fastgen.hashes import sha256_file
 from fastgen.importing.architecture import Architecture, decide
 from fastgen.importing.families import Ready, Reference, label_model, text_model
 from fastgen.importing.files import Checkpoint, read_checkpoint
@@ -20,7 +21,6 @@ from fastgen.importing.schedule import choose_schedule, describe
 from fastgen.importing.weights import MismatchError
 from fastgen.networks import Model, load_model, save_model
 from fastgen.schedulers import default_name
-from fastgen.spec import sha256_file
 
 __all__ = ["Imported", "MismatchError", "import_model"]
 

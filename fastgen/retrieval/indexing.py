@@ -21,6 +21,7 @@ from fastgen.data import Dataset, Example, read_dataset
 from fastgen.data.images import Mode, load_images
 from fastgen.errors import FastgenError, InputError, unknown
 from fastgen.folders import new_folder
+from fastgen.hashes import record_files
 from fastgen.jsonfiles import write_bytes, write_json
 from fastgen.retrieval import (
     EMBEDDINGS,
@@ -41,7 +42,7 @@ from fastgen.retrieval import (
 from fastgen.retrieval.copies import calibrate, subjects, thumbnails
 from fastgen.retrieval.nearest import unit
 from fastgen.shipped import made_from
-from fastgen.spec import Spec, sha256_file
+from fastgen.spec import Spec
 
 if TYPE_CHECKING:
     from fastgen.engines.base import Engine
@@ -184,7 +185,6 @@ def _fill(folder: Path, pipeline: Pipeline, dataset: Dataset, wanted: Mapping[st
         for e, owner in zip(dataset.examples, owners.tolist(), strict=True)
     ]
     _write_lines(folder / IMAGES, lines)
-    files = (EMBEDDINGS, PAIRS, LATENTS, THUMBNAILS, IMAGES)
     info = {
         **wanted,
         "fastgen": __version__,
@@ -195,7 +195,7 @@ def _fill(folder: Path, pipeline: Pipeline, dataset: Dataset, wanted: Mapping[st
         "thumbnail_size": THUMBNAIL,
         "copies": calibrate(small, owners),
         "notes": list(dataset.notes),
-        "files": {f: {"bytes": (folder / f).stat().st_size, "sha256": sha256_file(folder / f)} for f in files},
+        "files": record_files(folder),
     }
     write_json(folder / MANIFEST, info)
 

@@ -6,7 +6,6 @@ best/         ema.safetensors  state.json: the averaged weights with the lowest 
 
 from __future__ import annotations
 
-import hashlib
 import re
 import shutil
 from collections.abc import Callable, Collection, Mapping
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from fastgen.errors import FastgenError, InputError
 from fastgen.folders import new_folder
+from fastgen.hashes import sha256_file
 from fastgen.jsonfiles import read_json, write_json
 
 STATE, BEST = "state.json", "best"
@@ -104,7 +104,7 @@ def _verify(folder: Path) -> tuple[str, Checkpoint | None]:
         state = read_json(folder / STATE)
         step, extra, hashes = state["step"], state["extra"], state["sha256"]
         for name, expected in hashes.items():
-            if _sha256(folder / f"{name}.safetensors") != expected:
+            if sha256_file(folder / f"{name}.safetensors") != expected:
                 return f"{name}.safetensors is damaged (SHA-256 differs)", None
     except InputError as error:
         return str(error), None
@@ -123,9 +123,4 @@ def _folders(parent: Path) -> list[Path]:
 
 def _write_part(file: Path, tensors: Tensors) -> str:
     save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, file)
-    return _sha256(file)
-
-
-def _sha256(file: Path) -> str:
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    return sha256_file(file)

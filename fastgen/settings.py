@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from fastgen.errors import InputError, unknown
-from fastgen.images import NORMALIZE
+from fastgen.quantise import NORMALIZE
 from fastgen.tables import SolverTable, format_key
 
 STRENGTH = (

@@ -17,7 +17,7 @@ from fastgen.jobs.shards import remove_parts
 from fastgen.jsonfiles import read_json, write_bytes, write_json, write_new_json
 from fastgen.names import GRID, STRIP_SHEET
 from fastgen.requests import CONTACT_SHEET, Request
-from fastgen.strips import StripFiles, save_strip_sheet
+from fastgen.strip_files import StripFiles, save_strip_sheet
 
 MANIFEST, JOB = "manifest.jsonl", "job.json"
 

@@ -24,7 +24,7 @@ from fastgen.pipeline import Pipeline
 from fastgen.requests import Request, safe_path
 from fastgen.retrieval import Index, Start, query
 from fastgen.settings import Settings
-from fastgen.strips import StripFiles
+from fastgen.strip_files import StripFiles
 from fastgen.tables import SolverTable
 
 QUEUED = 2  # batches on a GPU at a time: one is sampled while the one before it is decoded

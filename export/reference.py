@@ -14,10 +14,10 @@ import numpy as np
 
 from fastgen.bundle import REFERENCE, Bundle
 from fastgen.errors import FastgenError, InputError
-from fastgen.images import problem
 from fastgen.jsonfiles import read_json, write_bytes, write_json
 from fastgen.machine import usable_cores
 from fastgen.pipeline import Pipeline
+from fastgen.quantise import problem
 from fastgen.requests import Request
 from fastgen.run import Run
 from fastgen.settings import Settings

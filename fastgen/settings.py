@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 
 from fastgen.errors import InputError, unknown
-from fastgen.images import NORMALIZE
+from fastgen.quantise import NORMALIZE
 from fastgen.tables import format_key
 
 # The default share of the steps that a late start runs: the 60 of 70 at which a sweep of 20 to 60 was best.
@@ -18,7 +18,7 @@ class Settings:
     """How images are sampled. `guidance_interval` limits guidance to the steps lo <= i < hi.
 
     `noise_steps`: a late start from clean latents (start.py); the so many least noisy of the steps run. `normalize`: how values
-    become pixels, see `images.quantised`.
+    become pixels, see `quantise.quantised`.
     """
 
     scheduler: str

@@ -12,11 +12,12 @@ from diffusers_loop import run_diffusers
 from PIL import Image
 
 from fastgen.errors import InputError
-from fastgen.images import image_grid, read_metadata, read_pixels, to_uint8
+from fastgen.images import image_grid, read_metadata, read_pixels
 from fastgen.jobs.job import run_job
 from fastgen.networks import load_model
 from fastgen.noise import normal
 from fastgen.pipeline import load
+from fastgen.quantise import quantised
 from fastgen.requests import read_requests
 from fastgen.run import Run
 from fastgen.schedulers import make_scheduler
@@ -93,7 +94,7 @@ def test_frames_are_the_network_inputs_of_diffusers_own_loop(
             state = seen[timestep][i : i + 1]
             with torch.no_grad():
                 image = model.vae.decode(state / model.scaling_factor).sample if kind == "text" else state
-            assert np.abs(frame.astype(int) - to_uint8(image.numpy())[0]).max() <= 1, timestep
+            assert np.abs(frame.astype(int) - quantised(image)[0][0].numpy()).max() <= 1, timestep
         assert np.array_equal(found[-1], read_pixels(tmp_path / "out" / f"{i}.png"))
 
 

@@ -17,7 +17,7 @@ from fastgen.images import image_grid, read_pixels, save_contact_sheet, save_ima
 from fastgen.jobs.shards import remove_parts
 from fastgen.jsonfiles import read_json, write_bytes, write_json, write_new_json
 from fastgen.names import CONTACT_SHEET, GRID, STRIP_SHEET, safe_path
-from fastgen.strips import StripFiles, save_strip_sheet
+from fastgen.strip_files import StripFiles, save_strip_sheet
 
 if TYPE_CHECKING:
     from fastgen.buckets import Batch

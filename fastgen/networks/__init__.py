@@ -20,6 +20,7 @@ from torch import nn
 from fastgen.checkpoint_choice import Chosen, choose_checkpoint, model_parts
 from fastgen.config import Sampling
 from fastgen.errors import InputError, first_line
+from fastgen.hashes import sha256_file, sha256_names
 from fastgen.jsonfiles import read_json, write_json
 from fastgen.names import read_objects
 from fastgen.networks.labels import (
@@ -35,7 +36,7 @@ from fastgen.prompts import Tokenizer
 from fastgen.schedulers import default_name
 from fastgen.signatures import Signature, label_signatures, text_signatures
 from fastgen.solver import SolverTable, compile_key
-from fastgen.spec import Spec, sha256_file, sha256_names
+from fastgen.spec import Spec
 from fastgen.weights import load_state
 
 COMPONENTS = ("text_encoder", "vae")  # whose own hashes are recorded: an index depends on them, not on the UNet

@@ -18,10 +18,10 @@ import numpy as np
 
 from fastgen.conditions import pooled_states
 from fastgen.errors import InputError
+from fastgen.hashes import check_file, sha256_json
 from fastgen.jsonfiles import read_json
 from fastgen.requests import Request, resolve_seed
 from fastgen.retrieval.nearest import nearest_rows, unit
-from fastgen.spec import sha256_file, sha256_json
 
 if TYPE_CHECKING:
     from fastgen.pipeline import Pipeline
@@ -217,7 +217,7 @@ def open_index(folder: str | os.PathLike[str]) -> Index:
     info = read_info(folder)
     try:
         for name, held in info["files"].items():
-            _verify(folder / name, held)
+            check_file(folder / name, held, MANIFEST, "build the index again", content=name not in MAPPED)
         images, texts, pairs = (info["counts"][key] for key in ("images", "texts", "pairs"))
         side = int(info["thumbnail_size"])
         shapes = {
@@ -243,17 +243,6 @@ def _check_options(folder: Path, info: Mapping[str, Any]) -> None:
             raise TypeError(f"{field} is {info[field]!r}")
     for field in ("image_size", "image_mode", "copies"):
         info[field]
-
-
-def _verify(path: Path, held: Mapping[str, Any]) -> None:
-    try:
-        size = path.stat().st_size
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}; build the index again") from None
-    if size != held["bytes"]:
-        raise InputError(f"{path}: {size} bytes, {MANIFEST} says {held['bytes']}: cut off or replaced; build it again")
-    if path.name not in MAPPED and sha256_file(path) != held["sha256"]:
-        raise InputError(f"{path}: sha256 differs from {MANIFEST}: altered or damaged; build the index again")
 
 
 def _array(path: Path, shape: tuple[int, ...], dtype: str) -> np.ndarray:

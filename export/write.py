@@ -28,6 +28,7 @@ from fastgen.errors import FastgenError, InputError
 from fastgen.folders import sync_tree
 from fastgen.jsonfiles import infinity_as_text, read_json, write_json
 from fastgen.settings import late_steps
+from fastgen.signatures import network_dtype
 from fastgen.spec import Spec, sha256_file
 from fastgen.tables import format_key, parse_key
 
@@ -48,8 +49,6 @@ class Wanted:
 
     def graphs(self, model: Model) -> dict[str, str]:
         """Network -> precision, of all graphs in less than fp32."""
-        from fastgen.precision import network_dtype
-
         dtypes = {name: network_dtype(name, self.dtype) for name in model.networks()}
         return {name: dtype for name, dtype in dtypes.items() if dtype != "fp32"}
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from fastgen.buckets import cut
 from fastgen.errors import InputError
-from fastgen.signatures import Signature
+from fastgen.signatures import Signature, network_dtype
 
 if TYPE_CHECKING:
     from fastgen.artifacts import Artifact, Recipe
@@ -106,8 +106,8 @@ class Engine(abc.ABC):
         """Wait until everything that was queued on the device has run."""
 
     def executed(self, network: str) -> str:
-        """The precision that this network is executed in: an engine may keep some in fp32."""
-        return self.dtype
+        """The precision that this network is executed in: some stay fp32."""
+        return network_dtype(network, self.dtype)
 
     def is_out_of_memory(self, error: BaseException) -> bool:
         """Whether a smaller batch might succeed where this error was raised."""

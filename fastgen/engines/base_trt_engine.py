@@ -92,11 +92,6 @@ class TrtEngine(TorchEngine):
             self.after_first_run(plan)
         return outputs
 
-    def executed(self, network: str) -> str:
-        from fastgen.precision import network_dtype
-
-        return network_dtype(network, self.dtype)
-
     def recipe(self, network: str, rows: int) -> Recipe:
         """What a plan for so many rows is made of and for; what any plan may differ in is left open (None)."""
         return make_recipe(self._bundle, network, rows, self.dtype, self.product, self.bound(network))

@@ -103,11 +103,6 @@ class Engine(TorchEngine):
         }
         return Recipe(self.name, fields | hardware(self._torch.device(self.device)))
 
-    def executed(self, network: str) -> str:
-        from fastgen.precision import network_dtype
-
-        return network_dtype(network, self.dtype)
-
     def probe(self, network: str, rows: int) -> None:
         """One forward of the module itself, which takes no less memory: to measure that is not worth compiling for."""
         self._run_module(network, self._samples(network, rows))

@@ -43,6 +43,9 @@ class Engine(TorchEngine):
             outputs = outputs if isinstance(outputs, tuple) else (outputs,)
             return tuple(y.float() for y in outputs)
 
+    def executed(self, network: str) -> str:
+        return self.dtype  # of every network: the reference is what diffusers computes
+
     def _module(self, network: str) -> nn.Module:
         """The network on the device, where it goes when it is first run: some jobs never need some networks."""
         with (

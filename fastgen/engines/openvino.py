@@ -86,9 +86,6 @@ class Engine(base.Engine):
         self._bundle, self._version, self._cpu, self._threads = source, openvino.__version__, cpu(), threads
         self._lanes: dict[tuple[str, int, bool], list[Lane]] = {}
 
-    def executed(self, network: str) -> str:
-        return "fp32" if network == "text_encoder" else self.dtype  # once per prompt, and all images depend on it
-
     def run(self, network: str, *inputs: np.ndarray) -> tuple[np.ndarray, ...]:
         lanes = self._opened(network, len(inputs[0]), guided=False)
         parts = [np.split(x, len(lanes)) for x in inputs]

@@ -36,6 +36,7 @@ class Engine(TorchEngine):
         self._moving = threading.Lock()
 
     def run(self, network: str, *inputs: Any) -> tuple[Any, ...]:
+        self.checked_rows(network, inputs)
         with self.precisely(network), self._torch.inference_mode():
             names = [t.name for t in self.signatures[network].inputs]
             cast = [self._cast(name, x) for name, x in zip(names, inputs, strict=True)]

@@ -87,7 +87,7 @@ class Engine(base.Engine):
         self._lanes: dict[tuple[str, int, bool], list[Lane]] = {}
 
     def run(self, network: str, *inputs: np.ndarray) -> tuple[np.ndarray, ...]:
-        lanes = self._opened(network, len(inputs[0]), guided=False)
+        lanes = self._opened(network, self.checked_rows(network, inputs), guided=False)
         parts = [np.split(x, len(lanes)) for x in inputs]
         found = _run_all(lanes, list(zip(*parts, strict=True)))
         return tuple(np.concatenate(column) for column in zip(*found, strict=True))

@@ -73,6 +73,7 @@ class Engine(TorchEngine):
         return all(graph in self._bundle.files for graph in graphs.values())
 
     def run(self, network: str, *inputs: Any) -> tuple[Any, ...]:
+        self.checked_rows(network, inputs)
         if network not in self._runners:
             self._runners[network] = self._open_cuda(network) if self._on_gpu else self._open_cpu(network)
         if self._on_gpu:

@@ -29,6 +29,7 @@ from fastgen.folders import new_folder, scratch_folder
 from fastgen.hashes import record_files, sha256_file
 from fastgen.jsonfiles import infinity_as_text, read_json, write_json
 from fastgen.settings import late_steps
+from fastgen.signatures import network_dtype
 from fastgen.spec import Spec
 from fastgen.tables import format_key, parse_key
 
@@ -49,8 +50,6 @@ class Wanted:
 
     def graphs(self, model: Model) -> dict[str, str]:
         """Network -> precision, of all graphs in less than fp32."""
-        from fastgen.precision import network_dtype
-
         dtypes = {name: network_dtype(name, self.dtype) for name in model.networks()}
         return {name: dtype for name, dtype in dtypes.items() if dtype != "fp32"}
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from wrong_inputs import refuses_wrong_inputs
 
 from fastgen.bundle import read_bundle
 from fastgen.engines import create_engine, engine_class, engine_names, missing_packages
@@ -101,6 +102,11 @@ def test_a_result_is_not_overwritten_by_the_next_call(label_bundle, engine):
     kept = first.copy()
     pipeline.engine.run("unet", *unet_inputs(pipeline, 2, seed=1))
     assert np.array_equal(first, kept)
+
+
+@pytest.mark.parametrize("name", ["eager", "compile", "ort", "openvino"])
+def test_a_wrong_tensor_is_refused_before_anything_runs(label_model, label_bundle, name):
+    refuses_wrong_inputs(load(label_model if name in ("eager", "compile") else label_bundle, name, dtype="fp32").engine)
 
 
 @pytest.mark.parametrize("kind", ["text", "labels"])

@@ -18,7 +18,7 @@ from torch import nn
 
 from fastgen.checkpoint_choice import Chosen, choose_checkpoint, model_parts
 from fastgen.config import Sampling
-from fastgen.errors import InputError, first_line
+from fastgen.errors import InputError
 from fastgen.hashes import sha256_file, sha256_names
 from fastgen.jsonfiles import brief, read_json, write_json
 from fastgen.names import read_objects

@@ -5,23 +5,21 @@ from __future__ import annotations
 import gc
 import operator
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from fastgen.bundle import is_bundle, read_bundle
-from fastgen.checkpoint_choice import check_bundle_of, model_parts
+from fastgen.checkpoint_choice import check_bundle_of
 from fastgen.choose import default_engine
 from fastgen.device_loop import DeviceLoop
 from fastgen.engines import check_installed, create_engine, engine_class
 from fastgen.errors import InputError
-from fastgen.names import check_labels, read_objects
+from fastgen.find import ModelFolder, find_model, name_of
+from fastgen.names import check_labels
 from fastgen.pictures import Decoder
 from fastgen.requests import Request
 from fastgen.run import Run
 from fastgen.sampling import sample_steps
 from fastgen.settings import Settings
-from fastgen.shipped import find_model, name_of, shipped_names
 from fastgen.start import StartSource, late_start
 from fastgen.tables import SolverTable
 
@@ -179,7 +177,7 @@ def _requests(
 
 
 def load(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | ModelFolder,
     engine: str | None = None,
     *,
     device: str | None = None,
@@ -194,33 +192,26 @@ def load(
     the hardware. `graphs`: see Pipeline. `checkpoint`: which of a training run's weights, see `checkpoint_choice`. Raises
     InputError when the folder is neither, is damaged, or does not suit the engine.
     """
-    folder = find_model(path)
-    bundled = is_bundle(folder)
-    if not bundled and not (model_parts(folder, checkpoint) / "model_index.json").is_file():
-        shipped = ", ".join(shipped_names()) or "there are none"
-        names = "" if folder.exists() else f", nor the name of a model that comes with fastgen ({shipped})"
-        raise InputError(f"{folder}: neither a bundle (bundle.json) nor a model folder (model_index.json){names}")
-    name = engine or default_engine(folder, device)
+    model = path if isinstance(path, ModelFolder) else find_model(path, checkpoint)
+    name = engine or default_engine(model.folder, device)
     kind = engine_class(name).source_kind
-    if kind == "bundle" and not bundled:
+    if kind == "bundle" and model.bundle is None:
+        command = f"fastgen export {name_of(model.folder)} --out BUNDLE"
+        raise InputError(f"engine {name} runs bundles; `{command}` makes one of this model folder")
+    if kind == "model" and model.bundle is not None:
         raise InputError(
-            f"engine {name} runs bundles; `fastgen export {name_of(folder)} --out BUNDLE` makes one of this model folder"
-        )
-    if kind == "model" and bundled:
-        raise InputError(
-            f"engine {name} runs model folders; {folder} is a bundle: give --model the folder it was exported from"
+            f"engine {name} runs model folders; {model.folder} is a bundle: give --model the folder it was exported from"
         )
     check_installed(name)
 
     def open_source() -> Source:
-        if not bundled:
+        if model.bundle is None:
             from fastgen.networks import load_model
 
-            return load_model(folder, checkpoint)
-        bundle = read_bundle(folder)
-        check_bundle_of(folder, bundle.spec.checkpoint, checkpoint)
-        bundle.verify()
-        return bundle
+            return load_model(model.folder, checkpoint)
+        check_bundle_of(model.folder, model.bundle.spec.checkpoint, checkpoint)
+        model.bundle.verify()
+        return model.bundle
 
     source = open_source()
     options: dict[str, Any] = {"device": device, "threads": threads}
@@ -231,12 +222,3 @@ def load(
         graphs=graphs,
         open_exact=lambda: create_engine(name, open_source(), dtype="fp32", **options),
     )
-
-
-def model_objects(path: str | os.PathLike[str], checkpoint: str | None = None) -> Mapping[str, int] | None:
-    """The label names of a bundle or model folder and their indices, read without loading it; None where it has none."""
-    folder = Path(path)
-    if is_bundle(folder):
-        return read_bundle(folder).spec.objects
-    file = model_parts(folder, checkpoint) / "labels.json"
-    return read_objects(file) if file.is_file() else None

@@ -129,13 +129,13 @@ def generate(
         raise InputError(f"--devices chooses --{'shard' if part else 'device'} itself; give one of them")
     asked = asked_for(requests_file, prompts, labels, out, seed=seed, count=count)
     asked.refuse({"--strip": strip, "--grid": grid, "--shard": shard, "--devices": devices})
-    folder, requests, default = choose_model(asked.requests, model, engine, checkpoint)
-    if default is not None:
-        say(f"model: {default}")
+    folder, requests = choose_model(asked.requests, model, engine, checkpoint)
+    if folder.why:
+        say(f"model: {folder}")
     if names:
         if not dry_run:
-            found = [] if default is None else ["--model", str(folder)]
-            run_on_devices([*given_again(ctx, leave_out=("devices",)), *found], names)
+            named = ["--model", str(folder.folder)] if folder.why else []
+            run_on_devices([*given_again(ctx, leave_out=("devices",)), *named], names)
             return
         device, part = names[0], Shard(1, len(names))
 

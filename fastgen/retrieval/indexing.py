@@ -20,6 +20,7 @@ from fastgen.conditions import pooled_states
 from fastgen.data import Dataset, Example, read_dataset
 from fastgen.data.images import Mode, load_images
 from fastgen.errors import FastgenError, InputError, unknown
+from fastgen.find import made_from
 from fastgen.folders import new_folder
 from fastgen.hashes import record_files
 from fastgen.jsonfiles import write_bytes, write_json
@@ -41,7 +42,6 @@ from fastgen.retrieval import (
 )
 from fastgen.retrieval.copies import calibrate, subjects, thumbnails
 from fastgen.retrieval.nearest import unit
-from fastgen.shipped import made_from
 from fastgen.spec import Spec
 
 if TYPE_CHECKING:

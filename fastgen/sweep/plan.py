@@ -12,11 +12,12 @@ from fastgen.bundle import is_bundle, read_bundle
 from fastgen.checkpoint_choice import check_bundle_of, choose_checkpoint
 from fastgen.conditions import check_kind
 from fastgen.errors import InputError, unknown
+from fastgen.find import find_model
 from fastgen.jobs.folder import check_same_job
 from fastgen.jobs.job import job_limits
 from fastgen.jobs.record import job_identity
 from fastgen.jsonfiles import located
-from fastgen.pipeline import Pipeline, load, model_objects
+from fastgen.pipeline import Pipeline, load
 from fastgen.requests import Request, read_requests
 from fastgen.retrieval import Index, open_index
 from fastgen.run import Run
@@ -115,7 +116,7 @@ def prepare(
     weights = {name: found.attempt(partial(model.weights, name)) for name in grid.checkpoints}
     found.check()
     first = grid.checkpoints[0]
-    requests = read_requests(path, model_objects(model.folder, first))[:limit]
+    requests = read_requests(path, find_model(model.folder, first).objects)[:limit]
     found.attempt(lambda: _check_seeds(seeds, requests))
     metrics = found.attempt(lambda: scorer.planned(path, limit)) or ()
     chosen = found.attempt(lambda: _metric(metric, metrics)) if metrics else None

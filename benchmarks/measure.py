@@ -26,7 +26,7 @@ from benchmarks.worker import Local, Process
 from fastgen.errors import FastgenError
 from fastgen.noise import normal
 from fastgen.schedulers import default_name
-from fastgen.solver import compile_key
+from fastgen.solver import TableCompiler
 from fastgen.spec import Spec
 
 PARITY_IMAGES = 4
@@ -89,7 +89,7 @@ class Matrix:
         self.steps = plan.steps or (self.sampling.num_inference_steps,)
         lengths = {*self.steps, *map(shorter, self.steps)}
         config = self.spec.scheduler_config
-        self.tables = {s: compile_key(f"{self.sampling.scheduler}:{s}", config) for s in lengths}
+        self.tables = {s: TableCompiler(config).table(f"{self.sampling.scheduler}:{s}") for s in lengths}
         self.work = floor.count(plan.model)
         self._known = frozenset(rates or {})
         self.rates: dict[str, floor.Rates] = dict(rates or {})

@@ -174,19 +174,21 @@ def _config_files(model: Model) -> dict[str, Path]:
 
 
 def _write_tables(model: Model, path: Path, solvers: Sequence[str], say: Say) -> None:
-    from fastgen.solver import common_tables, compile_key, save_tables
+    from fastgen.solver import TableCompiler
+    from fastgen.tables import save_tables
 
     config: Any = model.scheduler_config
     skipped: list[str] = []
-    tables = dict(common_tables(config, on_skip=lambda key, error: skipped.append(key)))
+    compiler = TableCompiler(config)
+    tables = dict(compiler.common(on_skip=lambda key, error: skipped.append(key)))
     default = model.sampling
     own = f"{default.scheduler}:{default.num_inference_steps}"
     for key in (own, f"{default.scheduler}:{IMAGE_STEPS}", *solvers):
         if key not in tables:
-            tables[key] = compile_key(key, config)
+            tables[key] = compiler.table(key)
     for key in _late_keys(default) if model.family == "text" else ():
         try:
-            tables[key] = compile_key(key, config)
+            tables[key] = compiler.table(key)
         except InputError:
             skipped.append(key)
     if skipped:

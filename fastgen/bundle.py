@@ -23,7 +23,7 @@ from fastgen.signatures import Signature
 from fastgen.spec import Spec
 
 if TYPE_CHECKING:
-    from fastgen.solver import SolverTable
+    from fastgen.tables import SolverTable
 
 FORMAT_VERSION = 1
 MANIFEST = "bundle.json"
@@ -97,9 +97,9 @@ class Bundle:
 
     @cached_property
     def _tables(self) -> Any:
-        from fastgen.solver import load_tables
+        from fastgen.tables import TableStore
 
-        return load_tables(self.file(TABLES))
+        return TableStore(self.file(TABLES))
 
     def solver_keys(self) -> list[str]:
         """The keys of all stored solver tables."""
@@ -110,7 +110,8 @@ class Bundle:
 
         Raises InputError (with the nearest stored key) when it is neither stored nor diffusers is there.
         """
-        from fastgen.solver import compile_key, nearest_key, parse_key
+        from fastgen.solver import TableCompiler
+        from fastgen.tables import nearest_key, parse_key
 
         parse_key(key)
         if key in self._tables.names():
@@ -123,7 +124,7 @@ class Bundle:
                 f"solver {key} is not stored in {self.folder} (nearest: {near}) and diffusers is not installed; "
                 f'export it with `--solver {key}`, or `pip install "fastgen-diffusion[train]"`'
             ) from None
-        return compile_key(key, self.spec.scheduler_config)
+        return TableCompiler(self.spec.scheduler_config).table(key)
 
 
 def graph_name(network: str, dtype: str) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 from fastgen import streams
 from fastgen.buckets import cut
 from fastgen.errors import FastgenError, first_line
-from fastgen.quantise import problem_of, quantised
+from fastgen.quantise import ImageProblem, problem_of, quantised
 
 if TYPE_CHECKING:
     from fastgen.engines.base import Array, Engine
@@ -25,7 +25,7 @@ class Pictures:
     `strips`: for each its denoising side by side, where that was asked for."""
 
     pixels: np.ndarray
-    problems: list[str | None]
+    problems: list[ImageProblem | None]
     strips: list[np.ndarray] | None = None
 
 
@@ -112,8 +112,10 @@ class Decoder:
         except Exception as error:
             if not isinstance(error, FastgenError) and not self._engine.is_out_of_memory(error):
                 raise
-            for i in retry:
-                problems[i] = f"{problems[i]}; decoding in fp32 instead failed: {first_line(error)}"
+            for i, problem in enumerate(problems):
+                if problem:
+                    text = f"{problem}; decoding in fp32 instead failed: {first_line(error)}"
+                    problems[i] = problem._replace(text=text)
             return Pictures(pixels, problems)
         for j, i in enumerate(retry):
             pixels[i], problems[i] = again.pixels[j], again.problems[j]

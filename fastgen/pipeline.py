@@ -109,7 +109,7 @@ class Pipeline:
         for batch in run.batches(batch_size):
             pictures = run.begin(batch)()
             for request, problem in zip(requests[batch.rows], pictures.problems, strict=True):
-                if problem and "finite" in problem:
+                if problem and not problem.finite:
                     raise FloatingPointError(f"image {request.id}: {problem}")
             images += [Image.fromarray(p) for p in pictures.pixels]
         return images

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -32,16 +32,26 @@ def quantised(images: Any, normalize: str = "clamp") -> tuple[Any, Any, Any, Any
     return pixels, broken, low, high
 
 
-def problem(image: np.ndarray) -> str | None:
-    """What is wrong with a generated image (C, H, W): not finite, or flat; None for a picture."""
+class ImageProblem(NamedTuple):
+    """Why a generated image is no picture: values that are not `finite`, or a flat one; `text` says it."""
+
+    finite: bool
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def problem(image: np.ndarray) -> ImageProblem | None:
+    """What is wrong with a generated image (C, H, W); None for a picture."""
     _, broken, low, high = quantised(image[None])
     return problem_of(image.size, broken[0], low[0], high[0])
 
 
-def problem_of(size: int, broken: int, low: float, high: float) -> str | None:
-    """`problem` of an image with `size` values, from what `quantised` found."""
+def problem_of(size: int, broken: int, low: float, high: float) -> ImageProblem | None:
+    """`problem` of an image with `size` values, from what `quantised` returns of it."""
     if broken:
-        return f"{int(broken)} of {size} values are not finite"
+        return ImageProblem(False, f"{int(broken)} of {size} values are not finite")
     if high - low < 1 / 255:
-        return f"flat: every value, clamped to [-1, 1], lies within 1/255 of {float(low):.3f}"
+        return ImageProblem(True, f"flat: every value, clamped to [-1, 1], lies within 1/255 of {float(low):.3f}")
     return None

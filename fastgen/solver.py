@@ -17,22 +17,7 @@ import numpy as np
 from fastgen.errors import InputError
 from fastgen.probe import CHECK, FIT, LENGTH, ZERO, Start, Trace, run_probe, start_run
 from fastgen.schedulers import default_name, make_scheduler
-from fastgen.tables import SolverTable, TableStore, format_key, load_tables, nearest_key, parse_key, save_tables
-
-__all__ = [
-    "SolverTable",
-    "TableStore",
-    "common_tables",
-    "compile_key",
-    "compile_table",
-    "default_name",
-    "format_key",
-    "load_tables",
-    "make_scheduler",
-    "nearest_key",
-    "parse_key",
-    "save_tables",
-]
+from fastgen.tables import SolverTable, format_key, parse_key
 
 MAX_DEPTH = 16
 TOLERANCE = 1e-9  # relative residual of a fit: below 1e-12 as a rule, 1e-10 where x0 is 20,000 times the state
@@ -92,35 +77,37 @@ def _compile(
         )
 
 
-def compile_key(key: str, config: Mapping[str, Any]) -> SolverTable:
-    """The table of a key `NAME:STEPS[:NOISE_STEPS]` for a model folder's scheduler config. Raises InputError."""
-    return _compile_key(key, config, {})
+class TableCompiler:
+    """Compiles tables by their keys for one model folder's scheduler config."""
 
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self._config = config
+        self._schedulers: dict[tuple[str, bool], Any] = {}  # slow to make and quick to copy; copies are used up
 
-def _compile_key(key: str, config: Mapping[str, Any], made: dict[Any, Any]) -> SolverTable:
-    """`compile_key` with the schedulers `made` before for the same config, of which copies are used up: a scheduler is slow to
-    make and quick to copy."""
-    name, steps, noise_steps = parse_key(key)
-    whole = steps == config.get("num_train_timesteps", 1000)  # every timestep: an offset would leave the schedule
-    if (name, whole) not in made:
-        made[name, whole] = make_scheduler(name, {**config, "steps_offset": 0} if whole else config)
-    return _compile(copy.deepcopy(made[name, whole]), steps, noise_steps, name, {})
+    def table(self, key: str) -> SolverTable:
+        """The table of a key `NAME:STEPS[:NOISE_STEPS]`. Raises InputError."""
+        name, steps, noise_steps = parse_key(key)
+        whole = steps == self._config.get(
+            "num_train_timesteps", 1000
+        )  # every timestep: an offset would leave the schedule
+        if (name, whole) not in self._schedulers:
+            config = {**self._config, "steps_offset": 0} if whole else self._config
+            self._schedulers[name, whole] = make_scheduler(name, config)
+        return _compile(copy.deepcopy(self._schedulers[name, whole]), steps, noise_steps, name, {})
 
-
-def common_tables(
-    config: Mapping[str, Any], on_skip: Callable[[str, InputError], None] = lambda key, error: None
-) -> Iterator[tuple[str, SolverTable]]:
-    """What an export stores: (key, table) of the common solvers and the model's own, at 1 to 50 steps and every ten up
-    to 150, and of the training schedule. `on_skip(key, reason)` hears of each that the solver cannot do."""
-    names = dict.fromkeys((*COMMON, default_name(config)))
-    keys = [format_key(name, steps) for name in names for steps in COMMON_STEPS]
-    keys.append(format_key("ddpm", config.get("num_train_timesteps", 1000)))
-    made: dict[Any, Any] = {}
-    for key in dict.fromkeys(keys):
-        try:
-            yield key, _compile_key(key, config, made)
-        except InputError as error:
-            on_skip(key, error)
+    def common(
+        self, on_skip: Callable[[str, InputError], None] = lambda key, error: None
+    ) -> Iterator[tuple[str, SolverTable]]:
+        """What an export stores: (key, table) of the common solvers and the model's own, at 1 to 50 steps and every ten up to
+        150, and of the training schedule. `on_skip(key, reason)` is called for each that cannot be a table."""
+        names = dict.fromkeys((*COMMON, default_name(self._config)))
+        keys = [format_key(name, steps) for name in names for steps in COMMON_STEPS]
+        keys.append(format_key("ddpm", self._config.get("num_train_timesteps", 1000)))
+        for key in dict.fromkeys(keys):
+            try:
+                yield key, self.table(key)
+            except InputError as error:
+                on_skip(key, error)
 
 
 @contextmanager

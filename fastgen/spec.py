@@ -12,7 +12,7 @@ from fastgen.signatures import Signature
 
 if TYPE_CHECKING:
     from fastgen.prompts import Tokenizer
-    from fastgen.solver import SolverTable
+    from fastgen.tables import SolverTable
 
 
 @dataclass(frozen=True)

@@ -183,8 +183,3 @@ class TableStore:
             return values
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise InputError(f"{self.path}: cannot read solver tables ({error}); export the bundle again") from error
-
-
-def load_tables(path: str | Path) -> TableStore:
-    """Open a file that `save_tables` wrote. Raises InputError if it is missing, damaged or of another format."""
-    return TableStore(path)

@@ -14,7 +14,7 @@ from fastgen.device_loop import DeviceLoop  # noqa: E402
 from fastgen.errors import InputError  # noqa: E402
 from fastgen.pipeline import load  # noqa: E402
 from fastgen.sampling import initial_latents, sample, sample_steps  # noqa: E402
-from fastgen.solver import compile_key  # noqa: E402
+from fastgen.solver import TableCompiler  # noqa: E402
 
 SCHEDULE = {"_class_name": "DDIMScheduler", "beta_schedule": "squaredcos_cap_v2", "clip_sample": True}
 SOLVERS = ["ddim:6", "ddpm:6", "pndm:6", "pndm-prk:5", "dpmpp-2m:6", "dpmpp-2m-sde:6", "unipc:6", "heun:4", "ddpm:6:3"]
@@ -88,7 +88,7 @@ def seeds_on(pipeline):
 @pytest.mark.parametrize("key", SOLVERS)
 def test_it_equals_the_loop_for_every_kind_of_solver(pipelines, label_model, device, graphs, key, options):
     pipeline = open_pipeline(pipelines, label_model, device)
-    table = compile_key(key, SCHEDULE)
+    table = TableCompiler(SCHEDULE).table(key)
     if "guidance_interval" in options and len(table) < 4:
         options = options | {"guidance_interval": (1, 2)}
     x, cond, uncond = inputs(pipeline, table)
@@ -104,7 +104,7 @@ def test_it_equals_the_loop_for_every_kind_of_solver(pipelines, label_model, dev
 @on_every_device
 def test_results_are_not_overwritten_by_the_next_run(pipelines, label_model, device, graphs):
     pipeline = open_pipeline(pipelines, label_model, device)
-    table = compile_key("ddpm:4", SCHEDULE)
+    table = TableCompiler(SCHEDULE).table("ddpm:4")
     x, cond, _ = inputs(pipeline, table)
     loop = device_loop(pipeline, table, graphs)
     first = loop.run(x, cond, seeds=seeds_on(pipeline))
@@ -116,7 +116,7 @@ def test_results_are_not_overwritten_by_the_next_run(pipelines, label_model, dev
 @on_every_device
 def test_steps_yield_the_state_after_every_row(pipelines, label_model, device, graphs):
     pipeline = open_pipeline(pipelines, label_model, device)
-    table = compile_key("ddpm:4", SCHEDULE)
+    table = TableCompiler(SCHEDULE).table("ddpm:4")
     x, cond, _ = inputs(pipeline, table)
     loop, seeds = device_loop(pipeline, table, graphs), seeds_on(pipeline)
     states = [(i, state.clone()) for i, state in loop.steps(x, cond, seeds=seeds)]
@@ -132,7 +132,7 @@ def test_steps_yield_the_state_after_every_row(pipelines, label_model, device, g
 @pytest.mark.parametrize("key", SOLVERS)
 def test_no_row_reads_the_device(pipelines, label_model, key):
     pipeline = open_pipeline(pipelines, label_model, "cpu")
-    table = compile_key(key, SCHEDULE)
+    table = TableCompiler(SCHEDULE).table(key)
     x, cond, uncond = inputs(pipeline, table)
     loop, seeds = device_loop(pipeline, table, False), seeds_on(pipeline)
     with NoHostReads():
@@ -161,7 +161,7 @@ class Shapes:
 @pytest.mark.parametrize("key", SOLVERS)
 def test_no_row_needs_a_value_on_the_host_not_even_inside_an_operation(key):
     """A boolean mask, for one, is looked up by an operation that reads the device inside."""
-    table = compile_key(key, SCHEDULE)
+    table = TableCompiler(SCHEDULE).table(key)
     assert (table.clip is not None) == key.startswith(("ddim", "ddpm", "heun"))  # clipping is among what is looked at
     loop = DeviceLoop(Shapes(), table, (3, *SHAPE), (3, 24), graphs=False)
     new = {"device": "meta"}
@@ -212,7 +212,7 @@ def test_the_checks_on_meta_tensors_can_fail():
 @pytest.mark.parametrize("key", ["pndm:6", "ddpm:6"])
 def test_a_gpu_is_never_waited_for_between_steps(pipelines, label_model, key, graphs):
     pipeline = open_pipeline(pipelines, label_model, "cuda")
-    table = compile_key(key, SCHEDULE)
+    table = TableCompiler(SCHEDULE).table(key)
     x, cond, uncond = inputs(pipeline, table)
     loop, seeds = device_loop(pipeline, table, graphs), seeds_on(pipeline)
     loop.run(x, cond, seeds=seeds, guidance_scale=2.0, uncond=uncond)  # records
@@ -242,7 +242,7 @@ class SelfRecording:
 @pytest.mark.gpu
 def test_an_engine_that_records_its_own_graphs_runs_between_two_of_ours(pipelines, label_model):
     pipeline = open_pipeline(pipelines, label_model, "cuda")
-    table = compile_key("dpmpp-2m-sde:6", SCHEDULE)
+    table = TableCompiler(SCHEDULE).table("dpmpp-2m-sde:6")
     x, cond, uncond = inputs(pipeline, table)
     options = {"seeds": seeds_on(pipeline), "guidance_scale": 3.0, "uncond": uncond, "guidance_interval": (1, 4)}
     engine = SelfRecording(pipeline.engine)
@@ -256,7 +256,7 @@ def test_an_engine_that_records_its_own_graphs_runs_between_two_of_ours(pipeline
 
 def test_half_the_rows_where_nothing_is_guided(pipelines, label_model):
     pipeline = open_pipeline(pipelines, label_model, "cpu")
-    table = compile_key("ddim:6", SCHEDULE)
+    table = TableCompiler(SCHEDULE).table("ddim:6")
     x, cond, uncond = inputs(pipeline, table)
     counted, rows = SelfRecording(pipeline.engine), []
     counted.run = lambda name, s, t, c: rows.append(len(c)) or pipeline.engine.run(name, s, t, c)
@@ -271,7 +271,7 @@ def test_half_the_rows_where_nothing_is_guided(pipelines, label_model):
 
 def test_guidance_without_an_unconditional_row_is_refused(pipelines, label_model):
     pipeline = open_pipeline(pipelines, label_model, "cpu")
-    table = compile_key("ddim:6", SCHEDULE)
+    table = TableCompiler(SCHEDULE).table("ddim:6")
     x, cond, _ = inputs(pipeline, table)
     with pytest.raises(InputError, match="needs the unconditional row"):
         device_loop(pipeline, table, False).run(x, cond, seeds=seeds_on(pipeline), guidance_scale=2.0)

@@ -49,7 +49,7 @@ def relative(found, expected):
 def test_a_guided_run_equals_diffusers_own_pipeline(text_model, scheduler):
     from diffusers import StableDiffusionPipeline
 
-    from fastgen.solver import make_scheduler
+    from fastgen.schedulers import make_scheduler
 
     ours = load(text_model)
     settings = ours.settings(scheduler=scheduler, num_inference_steps=6, guidance_scale=4.0)

@@ -28,7 +28,7 @@ from fastgen.pipeline import load  # noqa: E402
 from fastgen.requests import Request  # noqa: E402
 from fastgen.run import Run  # noqa: E402
 from fastgen.sampling import initial_latents, sample  # noqa: E402
-from fastgen.solver import compile_key  # noqa: E402
+from fastgen.solver import TableCompiler  # noqa: E402
 
 SCHEDULE = {"_class_name": "DDIMScheduler", "beta_schedule": "squaredcos_cap_v2", "clip_sample": True}
 SOLVERS = ["ddim:6", "ddpm:6", "pndm:6", "dpmpp-2m:6", "dpmpp-2m-sde:6", "unipc:6", "heun:4", "ddpm:6:3"]
@@ -90,7 +90,7 @@ def run(loop, table, **options):
 @pytest.mark.parametrize("options", [{}, {"guidance_scale": 3.0}, {"guidance_scale": 3.0, "guidance_interval": (1, 3)}])
 @pytest.mark.parametrize("key", SOLVERS)
 def test_replayed_rows_compute_what_the_loop_computes(cuda, engine, key, options, capturable):
-    table = compile_key(key, SCHEDULE)
+    table = TableCompiler(SCHEDULE).table(key)
     x, cond, uncond = inputs(table)
     expected = sample(lambda *a: engine.run("unet", *a)[0], table, x, cond, seeds=SEEDS, uncond=uncond, **options)
     loop = recorded_loop(Capturable(engine, capturable), table)
@@ -124,7 +124,7 @@ def test_a_recording_that_reads_the_device_fails_in_the_double_as_on_a_gpu(cuda,
 
 @pytest.mark.parametrize("capturable", [True, False])
 def test_a_dropped_loop_is_gone_at_once_with_its_graphs_and_state(cuda, engine, capturable):
-    table = compile_key("dpmpp-2m-sde:4", SCHEDULE)
+    table = TableCompiler(SCHEDULE).table("dpmpp-2m-sde:4")
     loop = recorded_loop(Capturable(engine, capturable), table)
     run(loop, table, guidance_scale=3.0, guidance_interval=(1, 3))
     graphs = [graph for recorded in loop._recorded.values() for graph in recorded]
@@ -141,7 +141,7 @@ def test_a_dropped_loop_is_gone_at_once_with_its_graphs_and_state(cuda, engine, 
 def test_every_recording_is_on_one_stream_that_nothing_else_runs_on(cuda, engine):
     decode = streams.stream("cpu", streams.DECODE)
     for steps in range(2, 24):
-        table = compile_key(f"ddpm:{steps}", SCHEDULE)
+        table = TableCompiler(SCHEDULE).table(f"ddpm:{steps}")
         run(recorded_loop(Capturable(engine), table), table, guidance_scale=2.0, guidance_interval=(0, 1))
     assert len(cuda.recorded_on) == 44  # more than torch has streams
     assert set(cuda.recorded_on) == {streams.stream("cpu", streams.CAPTURE)}
@@ -159,7 +159,7 @@ def test_each_use_has_a_stream_of_its_own_made_once_per_device(cuda, monkeypatch
 
 
 def test_graphs_of_one_loop_share_a_pool(cuda, engine):
-    table = compile_key("ddim:4", SCHEDULE)
+    table = TableCompiler(SCHEDULE).table("ddim:4")
     loop = recorded_loop(Capturable(engine), table)
     run(loop, table, guidance_scale=3.0, guidance_interval=(1, 3))
     assert len({recorded[0].pool for recorded in loop._recorded.values()}) == 1
@@ -175,7 +175,7 @@ def test_other_threads_may_use_cuda_while_a_graph_is_recorded(cuda):
 @pytest.mark.parametrize("calls", [0, 2, 3], ids=["first warm-up", "last warm-up", "recording"])
 @pytest.mark.parametrize("key", ["ddim:4", "dpmpp-2m-sde:4"])
 def test_out_of_memory_while_recording_is_raised_as_what_it_is(cuda, engine, key, calls):
-    table = compile_key(key, SCHEDULE)
+    table = TableCompiler(SCHEDULE).table(key)
     failing = Capturable(engine)
     loop = recorded_loop(failing, table)
     failing.fails = iter([*[None] * calls, torch.OutOfMemoryError("CUDA out of memory")])
@@ -190,7 +190,7 @@ def test_out_of_memory_while_recording_is_raised_as_what_it_is(cuda, engine, key
 
 @pytest.mark.parametrize("part", ["noise", "step"])
 def test_memory_that_runs_out_beside_the_network_is_known_too(cuda, engine, monkeypatch, part):
-    table = compile_key("ddpm:4", SCHEDULE)
+    table = TableCompiler(SCHEDULE).table("ddpm:4")
     loop = recorded_loop(Capturable(engine), table)
     calls = []
 
@@ -240,7 +240,7 @@ def test_memory_that_runs_out_when_a_recording_is_made_ready_is_known_too(cuda):
 
 
 def test_what_the_calls_before_left_is_gone_when_the_recording_begins(cuda, engine, monkeypatch):
-    table = compile_key("dpmpp-2m-sde:4", SCHEDULE)
+    table = TableCompiler(SCHEDULE).table("dpmpp-2m-sde:4")
     loop = recorded_loop(Capturable(engine), table)
     begin, held = cuda_double.CUDAGraph.capture_begin, []
 
@@ -279,7 +279,7 @@ def test_another_thread_records_only_after_this_one(cuda):
 
 
 def test_a_failed_recording_keeps_nothing_alive(cuda, engine):
-    table = compile_key("dpmpp-2m-sde:4", SCHEDULE)
+    table = TableCompiler(SCHEDULE).table("dpmpp-2m-sde:4")
     failing = Capturable(engine)
     loop = recorded_loop(failing, table)
     failing.fails = iter([None, None, None, torch.OutOfMemoryError("CUDA out of memory")])
@@ -297,7 +297,7 @@ def test_a_failed_recording_keeps_nothing_alive(cuda, engine):
 
 def test_a_gpu_loop_takes_no_memory_per_row_outside_its_graphs(cuda, engine, monkeypatch):
     """The prediction of an engine that records its own graphs is copied to one fixed place."""
-    table = compile_key("ddim:6", SCHEDULE)
+    table = TableCompiler(SCHEDULE).table("ddim:6")
     loop = recorded_loop(Capturable(engine, capturable=False), table)
     run(loop, table)
     made = []
@@ -308,7 +308,7 @@ def test_a_gpu_loop_takes_no_memory_per_row_outside_its_graphs(cuda, engine, mon
 
 
 def test_seeds_reach_a_replay(cuda, engine):
-    table = compile_key("ddpm:4", SCHEDULE)
+    table = TableCompiler(SCHEDULE).table("ddpm:4")
     loop, (x, cond, _) = recorded_loop(Capturable(engine), table), inputs(table)
     first = loop.run(x, cond, seeds=torch.from_numpy(np.array(SEEDS)))
     assert not torch.equal(loop.run(x, cond, seeds=torch.from_numpy(np.array(SEEDS) + 1)), first)
@@ -327,7 +327,7 @@ def on_a_gpu(cuda, monkeypatch):
         pipeline.on_gpu = pipeline._graphs = True
         config = pipeline.source.scheduler_config
         pipeline.source.table = {
-            key: compile_key(key, config) for key in ("ddim:4", "dpmpp-2m-sde:4")
+            key: TableCompiler(config).table(key) for key in ("ddim:4", "dpmpp-2m-sde:4")
         }.get  # on the host
         return pipeline
 

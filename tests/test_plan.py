@@ -170,7 +170,7 @@ def test_broken_or_flat_pictures_are_decoded_again_in_fp32(text, value):
         raise FastgenError("no fp32 engine was built")
 
     explained = Decoder(Broken(), text.spec, no_engine).start(x)()
-    assert explained.problems[1].endswith("decoding in fp32 instead failed: no fp32 engine was built")
+    assert str(explained.problems[1]).endswith("decoding in fp32 instead failed: no fp32 engine was built")
 
 
 def test_the_default_batch_is_16_on_a_cpu_or_the_largest_compiled_one(labels, monkeypatch):

@@ -14,7 +14,7 @@ from fastgen.config import Network, Preset, Sampling, Training, load_preset
 from fastgen.errors import InputError
 from fastgen.images import contact_sheet
 from fastgen.names import ICLEVR_OBJECTS
-from fastgen.solver import compile_key
+from fastgen.solver import TableCompiler
 from fastgen.training.precision import choose
 from fastgen.training.previews import (
     COUNT,
@@ -93,7 +93,10 @@ def test_examples_shown_are_spread_over_the_validation_rows() -> None:
 
 def test_a_preview_samples_with_the_table_that_generate_compiles_also_at_every_training_timestep() -> None:
     preset = load_preset("monsters-ddim", ["sampling.num_inference_steps=1000"])
-    table, expected = default_table(preset.scheduler, preset.sampling), compile_key("ddim:1000", preset.scheduler)
+    table, expected = (
+        default_table(preset.scheduler, preset.sampling),
+        TableCompiler(preset.scheduler).table("ddim:1000"),
+    )
     assert table.timesteps.tolist() == list(range(999, -1, -1)) == expected.timesteps.tolist()
     assert np.array_equal(table.a, expected.a)
 

@@ -13,7 +13,8 @@ import fastgen.sampling as sampling
 from fastgen.errors import InputError
 from fastgen.noise import normal
 from fastgen.sampling import guide, initial_latents, pack_rows, sample, sample_steps, step, table_rows, take_rows
-from fastgen.solver import compile_key, compile_table, make_scheduler
+from fastgen.schedulers import make_scheduler
+from fastgen.solver import TableCompiler, compile_table
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
 SCALED_LINEAR = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
@@ -258,7 +259,7 @@ def test_guidance_is_what_diffusers_pipelines_do(name):
 
 
 def test_guidance_scale_one_runs_the_conditional_rows_only():
-    table = compile_key("ddim:6", config())
+    table = TableCompiler(config()).table("ddim:6")
     network = Conditional(diffusers.DDPMScheduler().alphas_cumprod)
     x = initial_latents(table, SEEDS, SHAPE, xp=torch)
     sample(network, table, x, COND, seeds=SEEDS, guidance_scale=1.0, uncond=UNCOND)
@@ -266,7 +267,7 @@ def test_guidance_scale_one_runs_the_conditional_rows_only():
 
 
 def test_a_guidance_interval_limits_guidance_to_its_rows():
-    table = compile_key("ddim:6", config())
+    table = TableCompiler(config()).table("ddim:6")
     network = Conditional(diffusers.DDPMScheduler().alphas_cumprod)
     x = initial_latents(table, SEEDS, SHAPE, xp=torch)
     options = {"seeds": SEEDS, "guidance_scale": 5.0, "uncond": UNCOND}
@@ -284,13 +285,13 @@ def test_a_guidance_interval_limits_guidance_to_its_rows():
 
 @pytest.mark.parametrize("interval", [(3, 3), (4, 2), (-1, 3), (0, 7)])
 def test_an_impossible_guidance_interval_is_an_input_error(interval):
-    table = compile_key("ddim:6", config())
+    table = TableCompiler(config()).table("ddim:6")
     with pytest.raises(InputError, match=r"guidance interval .*expected 0 <= LO < HI <= 6"):
         fastgen_run(table, Denoiser([0.5] * 1000), guidance_interval=interval)
 
 
 def test_guidance_without_an_unconditional_row_is_an_input_error():
-    table = compile_key("ddim:2", config())
+    table = TableCompiler(config()).table("ddim:2")
     x = initial_latents(table, SEEDS, SHAPE, xp=torch)
     with pytest.raises(InputError, match="needs the unconditional row"):
         sample(None, table, x, COND, seeds=SEEDS, guidance_scale=2.0)
@@ -309,7 +310,7 @@ def test_guide_leaves_the_prediction_alone():
 
 @pytest.mark.parametrize("key", ["ddpm:12", "pndm-prk:9", "unipc:8", "dpmpp-2m-sde:8", "heun:5"])
 def test_numpy_and_torch_run_the_same_loop(key):
-    table = compile_key(key, config(**SCALED_LINEAR))
+    table = TableCompiler(config(**SCALED_LINEAR)).table(key)
     network = Denoiser(diffusers.DDPMScheduler(**SCALED_LINEAR).alphas_cumprod)
     difference = fastgen_run(table, network, "numpy") - fastgen_run(table, network, "torch")
     assert float(difference.abs().max()) <= 1e-5
@@ -317,7 +318,7 @@ def test_numpy_and_torch_run_the_same_loop(key):
 
 @pytest.mark.parametrize("key", ["ddpm:12", "dpmpp-2m-sde:8"])
 def test_an_image_does_not_depend_on_its_batch(key):
-    table = compile_key(key, config())
+    table = TableCompiler(config()).table(key)
 
     def network(sample, timestep, cond):
         return np.tanh(sample) * cond[:, :, None, None]
@@ -334,19 +335,19 @@ def test_an_image_does_not_depend_on_its_batch(key):
 def test_noise_is_drawn_only_for_rows_that_add_it():
     with mock.patch.object(sampling, "normal", wraps=normal) as drawn:
         for key, streams in (("ddim:5", []), ("ddpm:5", [1, 2, 3, 4]), ("dpmpp-2m-sde:3", [1, 2])):
-            fastgen_run(compile_key(key, config()), Denoiser([0.5] * 1000))
+            fastgen_run(TableCompiler(config()).table(key), Denoiser([0.5] * 1000))
             assert [call.args[1] for call in drawn.call_args_list] == [0, *streams]
             drawn.reset_mock()
 
 
 def test_a_late_run_uses_the_full_schedules_streams():
     with mock.patch.object(sampling, "normal", wraps=normal) as drawn:
-        fastgen_run(compile_key("ddpm:10:4", config()), Denoiser([0.5] * 1000), clean=clean_latents())
+        fastgen_run(TableCompiler(config()).table("ddpm:10:4"), Denoiser([0.5] * 1000), clean=clean_latents())
     assert [call.args[1] for call in drawn.call_args_list] == [0, 7, 8, 9]
 
 
 def test_the_network_gets_float32_timesteps_and_the_state_it_expects():
-    table = compile_key("euler:4", config())
+    table = TableCompiler(config()).table("euler:4")
     seen = []
 
     def network(sample, timestep, cond):
@@ -364,7 +365,7 @@ def test_the_network_gets_float32_timesteps_and_the_state_it_expects():
 def test_a_step_writes_to_none_of_its_arguments(key):
     rng = np.random.default_rng(0)
     history = ()
-    for row in table_rows(compile_key(key, config())):
+    for row in table_rows(TableCompiler(config()).table(key)):
         x, prediction, z = rng.standard_normal((3, 2, *SHAPE), dtype=np.float32)
         arrays = [x, prediction, z, *history]
         copies = [array.copy() for array in arrays]
@@ -376,7 +377,7 @@ def test_a_step_writes_to_none_of_its_arguments(key):
 @pytest.mark.parametrize("key", ["ddpm:6", "unipc:6", "heun:4", "pndm:5"])
 def test_images_at_different_rows_may_share_a_batch(key, library):
     """A request that joins a running batch gets the image that it would have got alone."""
-    table = compile_key(key, config(**COSINE))
+    table = TableCompiler(config(**COSINE)).table(key)
     rows, depth = len(table), table.depth
     packed = pack_rows(table, xp=library)
     zeros = library.zeros((2, *SHAPE), dtype=library.float32)
@@ -406,14 +407,14 @@ def test_images_at_different_rows_may_share_a_batch(key, library):
 
 
 def test_initial_latents_are_the_first_stream_scaled():
-    table = compile_key("euler:5", config())
+    table = TableCompiler(config()).table("euler:5")
     np.testing.assert_allclose(
         initial_latents(table, SEEDS, SHAPE), table.init_sigma * normal(SEEDS, 0, SHAPE), rtol=1e-6
     )  # fmt: skip
 
 
 def test_clean_latents_belong_to_late_starts_and_fit_the_seeds():
-    full, late = compile_key("ddim:5", config()), compile_key("ddim:5:3", config())
+    full, late = TableCompiler(config()).table("ddim:5"), TableCompiler(config()).table("ddim:5:3")
     with pytest.raises(InputError, match="solver ddim:5:3: no latents to start from"):
         initial_latents(late, SEEDS, SHAPE)
     with pytest.raises(InputError, match="solver ddim:5: clean latents to start from"):
@@ -424,7 +425,7 @@ def test_clean_latents_belong_to_late_starts_and_fit_the_seeds():
 
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call:UserWarning")
 def test_row_lookup_noise_and_step_compile_to_one_graph():
-    table = compile_key("dpmpp-2m-sde:6", config())
+    table = TableCompiler(config()).table("dpmpp-2m-sde:6")
     packed, zeros, seeds = pack_rows(table, xp=torch), torch.zeros(2, *SHAPE), torch.tensor(SEEDS)
     graphs = []
 

@@ -17,18 +17,9 @@ import fastgen.solver as solver
 from fastgen.errors import InputError
 from fastgen.noise import normal
 from fastgen.sampling import step, table_rows
-from fastgen.schedulers import SOLVERS, default_name
-from fastgen.solver import (
-    common_tables,
-    compile_key,
-    compile_table,
-    format_key,
-    load_tables,
-    make_scheduler,
-    nearest_key,
-    parse_key,
-    save_tables,
-)
+from fastgen.schedulers import SOLVERS, default_name, make_scheduler
+from fastgen.solver import TableCompiler, compile_table
+from fastgen.tables import TableStore, format_key, nearest_key, parse_key, save_tables
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning", "ignore:.*algorithm_type:FutureWarning")
 SCALED_LINEAR = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
@@ -159,13 +150,16 @@ def test_a_late_second_order_table_begins_at_a_whole_step(name):
 
 def test_late_pndm_tables_have_a_warm_up_of_their_own():
     model = config(**SCALED_LINEAR)  # 1000 training steps: 50 steps are 20 apart
-    plain = compile_key("pndm:50:5", model)
+    plain = TableCompiler(model).table("pndm:50:5")
     assert plain.timesteps.tolist() == [80, 60, 60, 40, 20, 0]
     warm_up = [80, 70, 70, 60, 60, 50, 50, 40, 40, 30, 30, 20]
-    runge_kutta = compile_key("pndm-prk:50:5", model)
+    runge_kutta = TableCompiler(model).table("pndm-prk:50:5")
     assert runge_kutta.timesteps.tolist() == [*warm_up, 20, 0]
-    assert (len(compile_key("pndm-prk:70", model)), len(compile_key("pndm-prk:70:60", model))) == (79, 69)
-    assert (len(compile_key("pndm:70", model)), len(compile_key("pndm:70:60", model))) == (71, 61)
+    assert (len(TableCompiler(model).table("pndm-prk:70")), len(TableCompiler(model).table("pndm-prk:70:60"))) == (
+        79,
+        69,
+    )
+    assert (len(TableCompiler(model).table("pndm:70")), len(TableCompiler(model).table("pndm:70:60"))) == (71, 61)
 
 
 @pytest.mark.parametrize("name", ["ddpm", "ddim", "pndm", "pndm-prk", "dpmpp-2m", "dpmpp-2s", "unipc", "heun", "deis"])
@@ -196,13 +190,13 @@ def test_full_starts_are_pure_noise_of_the_schedulers_scale():
 def test_history_is_as_deep_as_the_solver_and_no_deeper():
     depths = {"ddpm": 1, "ddim": 1, "euler": 1, "dpmpp-2m": 2, "heun": 2, "unipc": 3, "pndm": 5, "pndm-prk": 13}
     model = config(clip_sample=False)
-    assert {name: compile_key(f"{name}:30", model).depth for name in depths} == depths
+    assert {name: TableCompiler(model).table(f"{name}:30").depth for name in depths} == depths
 
 
 def test_clipping_is_a_term_only_where_the_scheduler_clips():
-    assert compile_key("ddpm:10", config(clip_sample=True, clip_sample_range=0.7)).clip == 0.7
-    assert compile_key("ddpm:10", config(clip_sample=False)).clip is None
-    assert compile_key("tcd:4", config(clip_sample=True)).clip is None  # takes the option and ignores it
+    assert TableCompiler(config(clip_sample=True, clip_sample_range=0.7)).table("ddpm:10").clip == 0.7
+    assert TableCompiler(config(clip_sample=False)).table("ddpm:10").clip is None
+    assert TableCompiler(config(clip_sample=True)).table("tcd:4").clip is None  # takes the option and ignores it
 
 
 def test_compiling_leaves_the_scheduler_and_the_module_alone():
@@ -300,7 +294,7 @@ def test_a_scheduler_with_a_missing_package_says_which():
 )
 def test_what_cannot_become_a_table_is_an_input_error(key, options, message):
     with pytest.raises(InputError, match=message) as caught:
-        compile_key(key, config(**options))
+        TableCompiler(config(**options)).table(key)
     assert "\n" not in str(caught.value)
 
 
@@ -347,14 +341,16 @@ def test_nearest_key_prefers_the_solver_then_the_start_then_the_steps():
 def stored(tmp_path_factory):
     path = tmp_path_factory.mktemp("tables") / "solvers.npz"
     model = config()
-    tables = {key: compile_key(key, model) for key in ("ddpm:12", "pndm-prk:9", "pndm-prk:9:5", "heun:6:2", "euler:3")}
+    tables = {
+        key: TableCompiler(model).table(key) for key in ("ddpm:12", "pndm-prk:9", "pndm-prk:9:5", "heun:6:2", "euler:3")
+    }
     save_tables(path, tables)
     return path, tables
 
 
 def test_stored_tables_come_back_bit_for_bit(stored):
     path, tables = stored
-    store = load_tables(path)
+    store = TableStore(path)
     assert store.names() == list(tables)
     for key, table in tables.items():
         loaded = store.get(key)
@@ -367,7 +363,7 @@ def test_stored_tables_come_back_bit_for_bit(stored):
 
 def test_a_table_that_is_not_stored_is_an_error_that_names_the_nearest(stored):
     with pytest.raises(InputError, match=r"no solver table 'pndm-prk:10:4'; nearest stored: pndm-prk:9:5"):
-        load_tables(stored[0]).get("pndm-prk:10:4")
+        TableStore(stored[0]).get("pndm-prk:10:4")
 
 
 def test_a_damaged_file_is_an_input_error(stored, tmp_path):
@@ -375,11 +371,11 @@ def test_a_damaged_file_is_an_input_error(stored, tmp_path):
     broken.write_bytes(stored[0].read_bytes()[:300])
     for path in (broken, tmp_path / "missing.npz"):
         with pytest.raises(InputError, match=f"{path.name}: cannot read solver tables"):
-            load_tables(path)
+            TableStore(path)
     with zipfile.ZipFile(broken, "w") as archive:
         archive.writestr("index.npy", b"not an array")
     with pytest.raises(InputError, match="cannot read solver tables"):
-        load_tables(broken)
+        TableStore(broken)
 
 
 def test_writing_tables_leaves_no_temporary_file(stored):
@@ -396,13 +392,14 @@ class Missing:
 sys.meta_path.insert(0, Missing())
 import numpy as np
 from fastgen.sampling import initial_latents, sample
-from fastgen.solver import compile_key, load_tables
-table = load_tables({str(stored[0])!r}).get("ddpm:12")
+from fastgen.solver import TableCompiler
+from fastgen.tables import TableStore
+table = TableStore({str(stored[0])!r}).get("ddpm:12")
 x = initial_latents(table, [1, 2], (3, 8, 8))
 x = sample(lambda x, t, c: x, table, x, np.zeros((2, 1), np.float32), seeds=[1, 2])
 assert x.shape == (2, 3, 8, 8) and x.dtype == np.float32
 try:
-    compile_key("ddpm:12", {{"_class_name": "DDPMScheduler"}})
+    TableCompiler({{"_class_name": "DDPMScheduler"}}).table("ddpm:12")
 except Exception as error:
     print(type(error).__name__, error)
 """
@@ -415,7 +412,7 @@ def test_common_tables_hold_the_training_schedule_the_models_own_solver_and_repo
     skipped: dict[str, InputError] = {}
     model = config(diffusers.LCMScheduler, num_train_timesteps=200)
     with mock.patch.object(solver, "COMMON_STEPS", (1, 4, 60)):
-        tables = dict(common_tables(model, skipped.__setitem__))
+        tables = dict(TableCompiler(model).common(skipped.__setitem__))
     assert {"ddpm:200", "lcm:4", "ddim:1", "heun:60", "unipc:4", "pndm-prk:4"} <= set(tables)
     assert set(skipped) == {"pndm-prk:1", "lcm:60"}
     assert all(isinstance(error, InputError) for error in skipped.values())
@@ -425,7 +422,7 @@ def test_common_tables_hold_the_training_schedule_the_models_own_solver_and_repo
 @pytest.mark.slow
 def test_all_common_tables_compile_and_stay_small(tmp_path):
     skipped: dict[str, InputError] = {}
-    tables = dict(common_tables(config(**COSINE), skipped.__setitem__))
+    tables = dict(TableCompiler(config(**COSINE)).common(skipped.__setitem__))
     assert set(skipped) == {"pndm-prk:1", "pndm-prk:2", "pndm-prk:3"}
     assert len(tables) == 11 * 60 + 1 - len(skipped)
     save_tables(tmp_path / "solvers.npz", tables)

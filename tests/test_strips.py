@@ -21,7 +21,7 @@ from fastgen.quantise import quantised
 from fastgen.requests import read_requests
 from fastgen.run import Run
 from fastgen.schedulers import make_scheduler
-from fastgen.solver import compile_key
+from fastgen.solver import TableCompiler
 from fastgen.strips import StripPlan, parse_timesteps
 
 SCHEDULE = {"_class_name": "DDPMScheduler", "num_train_timesteps": 1000, "beta_schedule": "linear"}
@@ -101,7 +101,7 @@ def test_frames_are_the_network_inputs_of_diffusers_own_loop(
 def test_a_strip_says_what_it_shows(pipelines, requests_files, tmp_path):
     requests = read_requests(requests_files["labels"])
     start(pipelines["labels"], requests, tmp_path, (900, 450, 0), scheduler="ddim")
-    table = compile_key("ddim:5", pipelines["labels"].spec.scheduler_config)
+    table = TableCompiler(pipelines["labels"].spec.scheduler_config).table("ddim:5")
     metadata = read_metadata(tmp_path / "strips" / "1.png")
     stands = [*table.timesteps.tolist(), 0.0]
     assert metadata["strip"] == {
@@ -173,7 +173,7 @@ def test_what_is_no_list_of_timesteps_is_one_line(text):
 
 
 def test_the_start_of_a_run_and_its_end_are_frames_too():
-    table = compile_key("ddim:4", SCHEDULE)  # timesteps 750, 500, 250, 0
+    table = TableCompiler(SCHEDULE).table("ddim:4")  # timesteps 750, 500, 250, 0
     plan = StripPlan.of(table, [999, 500, 130, 120, 0], 1000)
     assert plan.rows == (-1, 0, 1, 3, 3)
     assert plan.shown == (750.0, 500.0, 250.0, 0.0, 0.0)

@@ -129,11 +129,11 @@ def _refuse(architecture: Architecture, **options: Any) -> None:
 
 def _sampling(preset: Preset | None, scheduler_config: dict[str, Any], family: str) -> Sampling:
     """The preset's defaults; else what the noise schedule's own class does in 50 steps. Raises InputError if that fails."""
-    from fastgen.solver import compile_key
+    from fastgen.solver import TableCompiler
 
     guidance = 7.5 if family == "text" else 1.0
     sampling = preset.sampling if preset else Sampling(default_name(scheduler_config), 50, guidance)
-    compile_key(f"{sampling.scheduler}:{sampling.num_inference_steps}", scheduler_config)
+    TableCompiler(scheduler_config).table(f"{sampling.scheduler}:{sampling.num_inference_steps}")
     return sampling
 
 

@@ -132,7 +132,7 @@ def _write_batches(
             rows = zip(lines[batch.rows], folder.files[batch.rows], pictures.pixels, pictures.problems, strict=True)
             for line, file, pixels, problem in rows:
                 if problem:
-                    errors[line["image_name"]] = line["error"] = problem
+                    errors[line["image_name"]] = line["error"] = str(problem)
                 else:
                     writer.submit(file, pixels, line)
             if folder.strips is not None:

@@ -34,8 +34,9 @@ from fastgen.networks.text import TextEncoder, TextUNet, VaeDecoder, VaeEncoder
 from fastgen.prompts import Tokenizer
 from fastgen.schedulers import default_name
 from fastgen.signatures import Signature, label_signatures, text_signatures
-from fastgen.solver import SolverTable, compile_key
+from fastgen.solver import TableCompiler
 from fastgen.spec import Spec
+from fastgen.tables import SolverTable
 from fastgen.weights import load_state, pretrained, pretrained_tokenizer, quiet_transformers
 
 COMPONENTS = ("text_encoder", "vae")  # whose own hashes are recorded: an index depends on them, not on the UNet
@@ -123,7 +124,7 @@ class Model:
 
     def table(self, key: str) -> SolverTable:
         """The solver table `NAME:STEPS[:NOISE_STEPS]` of this model's noise schedule, compiled now."""
-        return compile_key(key, self.scheduler_config)
+        return TableCompiler(self.scheduler_config).table(key)
 
     @property
     def scaling_factor(self) -> float:

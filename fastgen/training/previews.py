@@ -18,7 +18,7 @@ from fastgen.images import contact_sheet
 from fastgen.jsonfiles import brief, located
 from fastgen.names import check_known, check_labels, check_text
 from fastgen.sampling import initial_latents, sample
-from fastgen.solver import compile_key
+from fastgen.solver import TableCompiler
 from fastgen.tables import SolverTable, format_key
 from fastgen.training.diffusion import Preview
 from fastgen.training.precision import Precision
@@ -39,7 +39,7 @@ class Shown:
 
 def default_table(scheduler_config: Mapping[str, Any], sampling: Sampling) -> SolverTable:
     """The solver table that `generate` uses for this model by default. Raises InputError when there is no such solver."""
-    return compile_key(format_key(sampling.scheduler, sampling.num_inference_steps), scheduler_config)
+    return TableCompiler(scheduler_config).table(format_key(sampling.scheduler, sampling.num_inference_steps))
 
 
 def fixed_prompts(preset: Preset) -> tuple[str, ...]:

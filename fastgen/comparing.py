@@ -11,16 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from fastgen.errors import InputError
-from fastgen.images import METADATA_KEY, fit_text, save_image
+from fastgen.images import METADATA_KEY, in_rows, save_image, sheet
 from fastgen.jsonfiles import write_json
 from fastgen.names import SHEETS, STRIP_FOLDER
 from fastgen.scoring.images import read_image
 
 PICTURED, COLUMNS = 16, 8
-PADDING = 2
 SMALLEST = 96  # px of a pictured image, enlarged by a whole factor
 SAME = ("seed", "prompt", "labels")  # what both images of a pair should have been made from
 PLACES = ("id", "image_name", "strip")
@@ -211,40 +210,23 @@ def _picture(a: Path, b: Path, names: Sequence[str]) -> Image.Image:
     """Blocks of up to eight columns, each with a row of A, of B and of their difference, amplified and clamped."""
     pairs = [[_pixels(read_image(folder / name)) for folder in (a, b)] for name in names]
     size = max(max(x.shape) for x, _ in pairs)
-    zoom = math.ceil(SMALLEST / size)
     differences = [np.abs(x - y).astype(np.int32) for x, y in pairs]
     visible = np.percentile(np.concatenate([d.ravel() for d in differences]), 99.5)  # a single outlier hides the rest
     factor = max(1, 255 // max(1, math.ceil(visible)))
-    rows = [x for x, _ in pairs], [y for _, y in pairs], [np.minimum(d * factor, 255) for d in differences]
-    tiles = [[_tile(x, size, zoom) for x in row] for row in rows]
-    labels = f"A: {a.name}", f"B: {b.name}", f"|A - B| x {factor}"
-    return _sheet(tiles, labels, names, size * zoom)
+    tiles = [
+        [_tile(x, size) for x in (*pair, np.minimum(d * factor, 255))]
+        for pair, d in zip(pairs, differences, strict=True)
+    ]
+    rows: list[Sequence[Image.Image]] = []
+    captions: list[Sequence[str]] = []
+    for columns, texts in zip(in_rows(tiles, COLUMNS), in_rows(names, COLUMNS), strict=True):
+        rows += zip(*columns, strict=True)
+        captions += [(), (), texts]
+    titles = [f"A: {a.name}", f"B: {b.name}", f"|A - B| x {factor}"] * (len(rows) // 3)
+    return sheet(rows, captions, cell=size * math.ceil(SMALLEST / size), titles=titles)
 
 
-def _sheet(rows: Sequence[Sequence[np.ndarray]], labels: Sequence[str], names: Sequence[str], size: int) -> Image.Image:
-    """Rows of square tiles in blocks of columns, names above, labels to the left."""
-    font = ImageFont.load_default(max(11, min(16, size // 10)))
-    margin = min(240, 12 + max(int(font.getlength(label)) for label in labels))
-    line = int(font.size * 1.4)  # type: ignore[union-attr]
-    step = size + PADDING
-    block = line + len(rows) * step
-    blocks = math.ceil(len(names) / COLUMNS)
-    sheet = Image.new("RGB", (margin + min(len(names), COLUMNS) * step, blocks * block), "white")
-    draw = ImageDraw.Draw(sheet)
-    for i, name in enumerate(names):
-        x, top = margin + i % COLUMNS * step, i // COLUMNS * block
-        draw.text((x, top), fit_text(name, font, size), fill="black", font=font)
-        for j, row in enumerate(rows):
-            sheet.paste(Image.fromarray(row[i]), (x, top + line + j * step))
-    for i in range(blocks):
-        for j, label in enumerate(labels):
-            y = i * block + line + j * step + step // 2 - line // 2
-            draw.text((4, y), fit_text(label, font, margin - 8), fill="black", font=font)
-    return sheet
-
-
-def _tile(image: np.ndarray, size: int, zoom: int) -> np.ndarray:
-    """An image of up to (size, size, 3) on black, each pixel `zoom` wide."""
+def _tile(image: np.ndarray, size: int) -> Image.Image:
+    """An image of up to (size, size, 3) on black."""
     height, width, _ = image.shape
-    padded = np.pad(image.astype(np.uint8), ((0, size - height), (0, size - width), (0, 0)))
-    return padded.repeat(zoom, axis=0).repeat(zoom, axis=1)
+    return Image.fromarray(np.pad(image.astype(np.uint8), ((0, size - height), (0, size - width), (0, 0))))

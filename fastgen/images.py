@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
@@ -15,6 +15,9 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from fastgen.jsonfiles import write_bytes
 
 METADATA_KEY = "fastgen"  # the PNG text chunk that holds an image's manifest line
+PAD = 6  # px between the images of a sheet
+TINT = "#fff2cc"
+T = TypeVar("T")
 
 
 def png_bytes(pixels: np.ndarray, metadata: Mapping[str, Any]) -> bytes:
@@ -62,28 +65,51 @@ def read_pixels(file: Path) -> np.ndarray:
         return np.asarray(image.convert("RGB"))
 
 
-def contact_sheet(
-    images: Sequence[Image.Image], captions: Sequence[str] | None = None, *, cell: int = 128, columns: int | None = None
+def sheet(
+    rows: Sequence[Sequence[Image.Image | None]],
+    captions: Sequence[Sequence[str]] = (),
+    *,
+    cell: int = 128,
+    heads: Sequence[str] = (),
+    titles: Sequence[str] = (),
+    tinted: int | None = None,
 ) -> Image.Image:
-    """Images side by side on white, each scaled to fit `cell` px, with up to three lines of caption below."""
-    columns = columns or max(1, min(len(images), math.ceil(math.sqrt(len(images) * 1.6))))
-    font = ImageFont.load_default(max(9, cell // 12))
-    line = int(font.size * 1.25)  # type: ignore[union-attr]
-    texts = [_wrap(caption, font, cell, 3) for caption in captions] if captions else []
-    pad = 6
-    height = cell + (line * max((len(t) for t in texts), default=0) + 2 if texts else 0)
-    rows = math.ceil(len(images) / columns)
-    sheet = Image.new("RGB", (columns * (cell + pad) + pad, rows * (height + pad) + pad), "white")
-    draw = ImageDraw.Draw(sheet)
-    for i, image in enumerate(images):
-        x, y = pad + i % columns * (cell + pad), pad + i // columns * (height + pad)
-        scale = cell / max(image.size)
-        method = Image.Resampling.NEAREST if scale >= 2 else Image.Resampling.LANCZOS
-        size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-        sheet.paste(image.convert("RGB").resize(size, method), (x, y))
-        for j, text in enumerate(texts[i] if texts else []):
-            draw.text((x, y + cell + 1 + j * line), text, fill="black", font=font)
-    return sheet
+    """Rows of images on white, each scaled to fit `cell` px; None leaves a gap.
+
+    `captions`: up to three lines below each image. `heads`: a line above each column. `titles`: a line above each row, which
+    may be as wide as four images. `tinted`: the row with a background of its own.
+    """
+    font, head_font = ImageFont.load_default(max(10, cell // 12)), ImageFont.load_default(max(12, cell // 10))
+    line, head_line = int(max(10, cell // 12) * 1.25), int(max(12, cell // 10) * 1.25)
+    texts = [[_wrap(text, font, cell, 3) for text in row] for row in captions] or [[] for _ in rows]
+    above, top = head_line if titles else 0, PAD + (head_line if heads else 0)
+    heights = [above + cell + line * max(map(len, row), default=0) + PAD for row in texts]
+    width = PAD + max(4 if titles else 1, *map(len, rows)) * (cell + PAD)
+    image = Image.new("RGB", (width, top + sum(heights)), "white")
+    draw = ImageDraw.Draw(image)
+    lefts = range(PAD, width, cell + PAD)
+    for x, text in zip(lefts, heads, strict=False):
+        draw.text((x, PAD // 2), fit_text(text, head_font, cell), fill="black", font=head_font)
+    for i, (row, height) in enumerate(zip(rows, heights, strict=True)):
+        if i == tinted:
+            draw.rectangle((0, top - PAD // 2, width, top + height - PAD // 2 - 1), fill=TINT)
+        if titles:
+            draw.text((PAD, top - 1), fit_text(titles[i], head_font, width - 2 * PAD), fill="black", font=head_font)
+        for x, picture in zip(lefts, row, strict=False):
+            if picture is not None:
+                image.paste(_scaled(picture, cell), (x, top + above))
+        for x, lines in zip(lefts, texts[i], strict=False):
+            draw.multiline_text((x, top + above + cell + 1), "\n".join(lines), fill="black", font=font, spacing=2)
+        top += height
+    return image
+
+
+def _scaled(image: Image.Image, cell: int) -> Image.Image:
+    """The longer side `cell` px."""
+    scale = cell / max(image.size)
+    method = Image.Resampling.NEAREST if scale >= 2 else Image.Resampling.LANCZOS
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    return image.convert("RGB").resize(size, method)
 
 
 def _wrap(text: str, font: Any, width: int, lines: int) -> list[str]:
@@ -110,4 +136,11 @@ def fit_text(text: str, font: Any, width: int, more: bool = False) -> str:
 def save_contact_sheet(path: Path, files: Sequence[Path], captions: Sequence[str], limit: int = 256) -> None:
     """A contact sheet of the first `limit` image files, written atomically."""
     images = [Image.fromarray(read_pixels(file)) for file in files[:limit]]
-    save_image(path, contact_sheet(images, captions[:limit], cell=max(96, min(192, images[0].width))))
+    columns = math.ceil(math.sqrt(len(images) * 1.6))
+    rows, texts = in_rows(images, columns), in_rows(captions[:limit], columns)
+    save_image(path, sheet(rows, texts, cell=max(96, min(192, images[0].width))))
+
+
+def in_rows(values: Sequence[T], columns: int) -> list[Sequence[T]]:
+    """`columns` values in every row but the last, which may have fewer."""
+    return [values[start : start + columns] for start in range(0, len(values), columns)]

@@ -14,7 +14,6 @@ from fastgen.errors import InputError, unknown
 from fastgen.folders import new_folder
 from fastgen.jsonfiles import brief, located, read_json, read_jsonl, write_bytes
 from fastgen.names import check_relative
-from fastgen.tomlfiles import to_toml
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -133,7 +132,19 @@ def _write(source: Path, folder: Path, files: list[Path], dtype: str) -> Iterato
             write_bytes(folder / file, (source / file).read_bytes())
     preset = _record(source).get("preset")
     if isinstance(preset, dict) and Path(PRESET) not in files:
-        write_bytes(folder / PRESET, to_toml(preset).encode())
+        import tomli_w
+
+        write_bytes(folder / PRESET, tomli_w.dumps(without_empty(preset)).encode())
+
+
+def without_empty(value: Any) -> Any:
+    """A preset without None, which TOML lacks, and without empty tables: it means the same."""
+    if isinstance(value, list):
+        return [without_empty(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    rest = {key: without_empty(item) for key, item in value.items()}
+    return {key: item for key, item in rest.items() if item is not None and item != {}}
 
 
 def _write_weights(source: Path, folder: Path, file: Path, dtype: str) -> PackedNetwork:

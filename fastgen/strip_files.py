@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from PIL import Image, ImageDraw, ImageFont
+import numpy as np
+from PIL import Image
 
-from fastgen.images import fit_text, read_metadata, read_pixels, save_image
+from fastgen.images import read_metadata, read_pixels, save_image, sheet
 from fastgen.names import STRIP_FOLDER
 from fastgen.strips import PADDING, StripPlan
 
@@ -51,21 +52,20 @@ class StripFiles:
 
 
 def save_strip_sheet(path: Path, files: Sequence[Path], captions: Sequence[str], plan: StripPlan) -> None:
-    """The first 16 strips below one another on white, timesteps above, what was asked for above each."""
-    strips = [read_pixels(file) for file in files[:SHEET]]
-    height, width, _ = strips[0].shape
-    cell = width // len(plan.wanted)
-    scale = math.ceil(96 / cell)  # so that the text can be read
-    font = ImageFont.load_default(max(10, min(16, cell * scale // 8)))
-    line = int(font.size * 1.4)  # type: ignore[union-attr]
-    sheet = Image.new("RGB", (width * scale, line + len(strips) * (height * scale + line)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for j, (wanted, shown) in enumerate(zip(plan.wanted, plan.shown, strict=True)):
-        text = "final" if not wanted else f"t={wanted}" if shown == wanted else f"t={wanted} ({shown:g})"
-        draw.text((j * cell * scale + PADDING, 0), fit_text(text, font, cell * scale), fill="black", font=font)
-    for i, strip in enumerate(strips):
-        top = line + i * (height * scale + line)
-        draw.text((PADDING, top), fit_text(captions[i], font, width * scale - PADDING), fill="black", font=font)
-        resized = Image.fromarray(strip).resize((width * scale, height * scale), Image.Resampling.NEAREST)
-        sheet.paste(resized, (0, top + line))
-    save_image(path, sheet)
+    """The first 16 strips below one another, timesteps above, what was asked for above each."""
+    rows = [_frames(read_pixels(file), len(plan.wanted)) for file in files[:SHEET]]
+    size = rows[0][0].width
+    heads = [
+        "final" if not wanted else f"t={wanted}" if shown == wanted else f"t={wanted} ({shown:g})"
+        for wanted, shown in zip(plan.wanted, plan.shown, strict=True)
+    ]
+    save_image(path, sheet(rows, cell=size * math.ceil(96 / size), heads=heads, titles=captions))
+
+
+def _frames(strip: np.ndarray, count: int) -> list[Image.Image]:
+    """The frames that stand side by side in a strip."""
+    if count == 1:
+        return [Image.fromarray(strip)]
+    size = strip.shape[0] - 2 * PADDING
+    lefts = range(PADDING, strip.shape[1] - PADDING, size + PADDING)
+    return [Image.fromarray(strip[PADDING:-PADDING, x : x + size]) for x in lefts]

@@ -7,11 +7,11 @@ import pytest
 from PIL import Image
 
 from fastgen.images import (
-    contact_sheet,
     image_grid,
     png_bytes,
     read_metadata,
     save_contact_sheet,
+    sheet,
 )
 
 rng = np.random.default_rng(0)
@@ -51,10 +51,10 @@ def test_a_contact_sheet_shows_every_image_in_order(tmp_path):
         files.append(tmp_path / f"{i}.png")
         Image.new("RGB", (32, 32), colour).save(files[-1])
     save_contact_sheet(tmp_path / "sheet.png", files, [f"image {i}" for i in range(5)])
-    sheet = np.asarray(Image.open(tmp_path / "sheet.png").convert("RGB"))
+    drawn = np.asarray(Image.open(tmp_path / "sheet.png").convert("RGB"))
     centres = []
     for colour in colours:
-        rows, columns = np.nonzero((sheet == colour).all(-1))
+        rows, columns = np.nonzero((drawn == colour).all(-1))
         assert len(rows) == 96 * 96
         centres.append((rows.min(), columns.min()))
     assert centres == sorted(centres)
@@ -63,7 +63,19 @@ def test_a_contact_sheet_shows_every_image_in_order(tmp_path):
 @pytest.mark.parametrize("caption", ["W" * 3000, "several words that need more than three lines " * 4, "", "竜 🐉"])
 def test_captions_stay_inside_their_own_cell(caption):
     images = [Image.new("RGB", (64, 64), "red")] * 2
-    with_text = np.asarray(contact_sheet(images, [caption, ""], cell=128, columns=2))
-    without = np.asarray(contact_sheet(images, ["", ""], cell=128, columns=2))
+    with_text = np.asarray(sheet([images], [[caption, ""]], cell=128))
+    without = np.asarray(sheet([images], [["", ""]], cell=128))
     second = with_text[: without.shape[0], 6 + 128 :]
     assert np.array_equal(second[: without.shape[0]], without[:, 6 + 128 :])
+
+
+def test_gaps_heads_titles_and_a_tint_leave_the_images_in_their_columns():
+    red, blue = Image.new("RGB", (32, 32), "red"), Image.new("RGB", (32, 16), "blue")
+    rows, titles = [[red, None, blue], [blue, red]], ["", "W" * 999]
+    drawn = np.asarray(sheet(rows, cell=96, heads=["W" * 99] * 3, titles=titles, tinted=1))
+    areas = [drawn[:, 6 + 102 * j : 102 + 102 * j] for j in range(4)]
+    counts = [[int((area == colour).all(-1).sum()) for area in areas] for colour in ((255, 0, 0), (0, 0, 255))]
+    assert counts == [[96 * 96, 96 * 96, 0, 0], [96 * 48, 0, 96 * 48, 0]]
+    tinted = (drawn[:, 0] == (255, 242, 204)).all(-1)
+    assert not tinted[: len(tinted) // 2].any()
+    assert tinted.sum() > 96

@@ -14,7 +14,7 @@ from fastgen.config import load_preset, preset_names
 from fastgen.errors import InputError
 from fastgen.jsonfiles import write_json
 from fastgen.networks import load_model
-from fastgen.packing import pack, thinned
+from fastgen.packing import pack, thinned, without_empty
 from fastgen.training.job import open_job
 
 torch = pytest.importorskip("torch")
@@ -124,6 +124,10 @@ def test_the_recorded_preset_is_written_out_and_trains_the_same(label_model, tmp
     out = pack(run, tmp_path / "out").folder
     assert tomllib.loads((out / "preset.toml").read_text())["name"] == name
     open_job(tmp_path / "begun", load_preset(out / "preset.toml"), "data")  # refuses another job's preset
+
+
+def test_what_toml_cannot_say_is_left_out():
+    assert without_empty({"a": None, "b": {}, "c": {"d": None, "e": [{"f": None, "g": 1}]}}) == {"c": {"e": [{"g": 1}]}}
 
 
 def test_a_log_keeps_every_validation_and_so_many_rows_of_each_stage():

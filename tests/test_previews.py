@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from fastgen import images
 from fastgen.config import Network, Preset, Sampling, Training, load_preset
 from fastgen.errors import InputError
-from fastgen.images import contact_sheet
 from fastgen.names import ICLEVR_OBJECTS
 from fastgen.solver import TableCompiler
 from fastgen.training.precision import choose
@@ -63,12 +63,9 @@ def preview(fixed: Shown | None) -> tuple[np.ndarray, Painter]:
     return np.asarray(first), painter
 
 
-def sheet(cells: list[tuple[Any, str]]) -> np.ndarray:
-    blank = np.full((8, 8, 3), 255, np.uint8)
-    while len(cells) % COUNT:
-        cells.append((blank, ""))
-    images, texts = zip(*cells, strict=True)
-    return np.asarray(contact_sheet([Image.fromarray(image) for image in images], texts, cell=96, columns=COUNT))
+def sheet(*rows: list[tuple[Any, str]]) -> np.ndarray:
+    pictures = [[Image.fromarray(image) for image, _ in row] for row in rows]
+    return np.asarray(images.sheet(pictures, [[text for _, text in row] for row in rows], cell=96))
 
 
 def test_ground_truth_is_above_what_is_generated_for_the_same_conditions_and_the_presets_own_below() -> None:
@@ -76,13 +73,13 @@ def test_ground_truth_is_above_what_is_generated_for_the_same_conditions_and_the
     truth[:4] = 40
     colours = [np.full((8, 8, 3), 255 * np.eye(3, dtype=np.uint8)[i], np.uint8) for i in range(3)]
     real = [(truth, f"real: {text}") for text in TEXTS]
-    blanks = [(np.full((8, 8, 3), 255, np.uint8), "")] * (COUNT - 3)
-    expected = real + blanks + list(zip(colours, TEXTS, strict=True)) + blanks
-    assert np.array_equal(preview(None)[0], sheet(list(expected)))
+    expected = real, list(zip(colours, TEXTS, strict=True))
+    assert np.array_equal(preview(None)[0], sheet(*expected))
     yellow = np.full((8, 8, 3), (255, 255, 0), np.uint8)
     own = Shown(torch.tensor([[1.0, 1.0, 0.0]] * 11), tuple(f"yellow {i}" for i in range(11)))
     found, painter = preview(own)
-    assert np.array_equal(found, sheet([*expected, *[(yellow, f"yellow {i}") for i in range(11)]]))
+    cells = [(yellow, f"yellow {i}") for i in range(11)]
+    assert np.array_equal(found, sheet(*expected, cells[:COUNT], cells[COUNT:]))
     assert set(painter.batches) == {3, COUNT}  # never more at a time than fit beside each other
 
 

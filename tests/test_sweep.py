@@ -96,7 +96,7 @@ def test_the_table_as_csv_and_the_pictures(fastgen, arguments, tmp_path):
     sheet = np.asarray(Image.open(out / "contact_sheet.png"))
     tiles = [np.asarray(Image.open(out / "points" / row["name"] / "seed-0" / "2.png")) for row in value["rows"]]
     for i, tile in enumerate(tiles):  # the third request, one row per point, 16 px enlarged to 96
-        corner = 15 + 4 + i * 119 + 19, 4 + 2 * 100
+        corner = 6 + 15 + i * (15 + 96 + 6) + 15, 6 + 2 * (96 + 6)
         shown = sheet[corner[0] : corner[0] + 96 : 6, corner[1] : corner[1] + 96 : 6]
         assert np.array_equal(shown, tile)
     if (out / "plot.png").exists():

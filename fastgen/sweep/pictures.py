@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
-from fastgen.images import fit_text, read_pixels, save_image
+from fastgen.images import TINT, read_pixels, save_image, sheet
 from fastgen.jsonfiles import write_bytes
 from fastgen.requests import Request, safe_path
 from fastgen.scoring.result import number
@@ -18,10 +18,10 @@ from fastgen.sweep.grid import Point
 from fastgen.sweep.report import PLOT, SHEET, Row, Sweep
 
 SHOWN, MOST_ROWS = 8, 64
-CELL, PADDING = 96, 4
+CELL = 96  # px, at least
 SIZE, DPI = (9.0, 5.2), 130
 MARKERS = "osD^vP*X<>"
-CHOSEN, EDGE = "#fff2cc", "#e6a700"
+EDGE = "#e6a700"
 
 
 def save_pictures(sweep: Sweep, requests: Sequence[Request], say: Callable[[str], None]) -> None:
@@ -43,28 +43,16 @@ def contact_sheet(sweep: Sweep, requests: Sequence[Request]) -> Image.Image:
     """A row per point, of its first seed: the first eight requests, below a line with settings and score; the chosen row is
     tinted. Of more than 64 points the best 64."""
     rows, shown = _best_rows(sweep), requests[:SHOWN]
-    first = next(
-        (read_pixels(f) for r in rows for q in shown if (f := safe_path(r.folders[0], q.image_name)).is_file()), None
-    )
-    cell = CELL if first is None else max(CELL, min(192, first.shape[1]))
-    font = ImageFont.load_default(11)
-    line = 15
-    width, height = max(4, len(shown)) * (cell + PADDING) + PADDING, line + cell + 2 * PADDING
-    sheet = Image.new("RGB", (width, line + PADDING + len(rows) * height), "white")
-    draw = ImageDraw.Draw(sheet)
-    for j, request in enumerate(shown):
-        text = request.prompt or ", ".join(request.labels or ())
-        draw.text((PADDING + j * (cell + PADDING), PADDING), fit_text(text, font, cell), fill="black", font=font)
-    for i, row in enumerate(rows):
-        top = line + PADDING + i * height
-        if row is sweep.chosen:
-            draw.rectangle((0, top, width, top + height - 1), fill=CHOSEN)
-        draw.text((PADDING, top), fit_text(_caption(row, sweep), font, width - PADDING), fill="black", font=font)
-        for j, request in enumerate(shown):
-            file = safe_path(row.folders[0], request.image_name)
-            if file.is_file():
-                sheet.paste(_scaled(file, cell), (PADDING + j * (cell + PADDING), top + line + PADDING))
-    return sheet
+    cells = [[_picture(safe_path(row.folders[0], request.image_name)) for request in shown] for row in rows]
+    cell = max(CELL, min(192, next((image.width for row in cells for image in row if image is not None), CELL)))
+    heads = [request.prompt or ", ".join(request.labels or ()) for request in shown]
+    titles = [_caption(row, sweep) for row in rows]
+    tinted = next((i for i, row in enumerate(rows) if row is sweep.chosen), None)
+    return sheet(cells, cell=cell, heads=heads, titles=titles, tinted=tinted)
+
+
+def _picture(file: Path) -> Image.Image | None:
+    return Image.fromarray(read_pixels(file)) if file.is_file() else None
 
 
 def _best_rows(sweep: Sweep) -> list[Row]:
@@ -80,12 +68,6 @@ def _best_rows(sweep: Sweep) -> list[Row]:
 def _caption(row: Row, sweep: Sweep) -> str:
     score = row.error or f"{sweep.metric} {row.score(sweep.metric)}"
     return f"{row.point}   {score}   {row.evaluations} evaluations{'   (chosen)' if row is sweep.chosen else ''}"
-
-
-def _scaled(file: Any, cell: int) -> Image.Image:
-    image = Image.fromarray(read_pixels(file))
-    method = Image.Resampling.NEAREST if cell >= 2 * image.width else Image.Resampling.LANCZOS
-    return image.resize((cell, cell), method)
 
 
 def draw_plot(sweep: Sweep, figure: Any) -> Any:
@@ -138,9 +120,7 @@ def _mark(sweep: Sweep, axes: Any, x: Callable[[Row], float]) -> None:
         return
     base, value = sweep.rows[choice.against].figures[sweep.metric].value, chosen.figures[sweep.metric].value
     if sweep.rule.kind == "fewest":
-        axes.axhspan(
-            *sorted((base, choice.limit)), color=CHOSEN, zorder=0, label=f"good enough: {number(choice.limit)}"
-        )
+        axes.axhspan(*sorted((base, choice.limit)), color=TINT, zorder=0, label=f"good enough: {number(choice.limit)}")
     style = {"facecolors": "none", "edgecolors": EDGE, "linewidths": 2.5, "zorder": 5}
     axes.scatter([x(chosen)], [value], s=220, label=f"chosen: {chosen.point}", **style)
 

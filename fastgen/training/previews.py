@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastgen.config import Preset, Sampling
 from fastgen.errors import InputError
-from fastgen.images import contact_sheet
+from fastgen.images import in_rows, sheet
 from fastgen.jsonfiles import brief, located
 from fastgen.names import check_known, check_labels, check_text
 from fastgen.sampling import initial_latents, sample
@@ -97,11 +97,13 @@ def sampled_preview(
             return images
 
         cond, uncond = conditions.fixed(rows)
-        cells = _line(space.truth(rows), captions, "real: ") + _line(generated(cond, 0), captions)
+        images = [space.truth(rows), generated(cond, 0)]
+        texts: list[Sequence[str]] = [[f"real: {text}" for text in captions], captions]
         if fixed is not None:
-            cells += _line(generated(fixed.condition, len(rows)), fixed.captions)
-        images, texts = zip(*cells, strict=True)
-        return contact_sheet(images, texts, cell=max(CELL, images[0].width), columns=COUNT)
+            images += in_rows(generated(fixed.condition, len(rows)), COUNT)
+            texts += in_rows(fixed.captions, COUNT)
+        cells = [[Image.fromarray(image) for image in row] for row in images]
+        return sheet(cells, texts, cell=max(CELL, cells[0][0].width))
 
     return preview
 
@@ -111,12 +113,3 @@ def _entries(preset: Preset, key: str) -> list[tuple[int, Any]]:
     if not isinstance(values, list) or len(values) > MAX_FIXED:
         raise InputError(f"preview.{key}: found {brief(values)}, expected a list of up to {MAX_FIXED}")
     return list(enumerate(values, start=1))
-
-
-def _line(
-    images: Sequence[np.ndarray] | np.ndarray, captions: Sequence[str], prefix: str = ""
-) -> list[tuple[Any, str]]:
-    """(image, caption) of each, and blank ones that fill the last line."""
-    cells = [(Image.fromarray(image), prefix + text) for image, text in zip(images, captions, strict=True)]
-    blank = Image.new("RGB", cells[0][0].size, "white")
-    return cells + [(blank, "")] * (-len(cells) % COUNT)

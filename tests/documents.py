@@ -128,8 +128,10 @@ def _check_extras(packages: Sequence[str]) -> None:
     project = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
     for package in packages:
         name, _, extras = package.rstrip("]").partition("[")
+        if name == project["name"]:
+            raise click.UsageError(f"{package}: no package index has fastgen; `pip install .` installs the clone")
         for extra in filter(None, extras.split(",")):
-            if name == project["name"] and extra not in project["optional-dependencies"]:
+            if name == "." and extra not in project["optional-dependencies"]:
                 raise click.UsageError(f"{package}: there is no extra {extra!r}")
 
 

@@ -209,7 +209,7 @@ def test_plots_show_growth_and_the_floor_or_say_what_to_install(rows, tmp_path):
     value = {"settings": settings, "environment": {"cores": 2, "cpu": "any"}, "rows": measured + more}
     (tmp_path / "result.json").write_text(json.dumps(value))
     if importlib.util.find_spec("matplotlib") is None:
-        with pytest.raises(InputError, match="bench"):
+        with pytest.raises(InputError, match="matplotlib>="):
             plots.plots(tmp_path / "result.json")
         return
     assert [file.name for file in plots.plots(tmp_path / "result.json")] == ["result-batch.png", "result-floor.png"]

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from benchmarks.table import cells
+from benchmarks.table import cells, notes
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1000px; margin: 2rem auto; padding: 0 1rem; color: #222 }
@@ -83,7 +83,9 @@ def sections(folder: Path) -> Iterator[str]:
         yield table(list(figures(score)))
     for file in sorted(folder.glob("engines-*.json")):
         yield f"<h2>Engines: {html.escape(file.stem.removeprefix('engines-'))}</h2>"
-        yield table(cells(json.loads(file.read_text())["rows"]))
+        rows = json.loads(file.read_text())["rows"]
+        yield table(cells(rows))
+        yield from (f"<p>{html.escape(note)}</p>" for note in notes(rows))
     for bundle in sorted(folder.glob("*-bundle")):
         yield f"<h2>Certificate: {html.escape(bundle.name)}</h2>"
         yield table(list(certificates(bundle))).replace("<td>MISSED", '<td class="miss">MISSED')

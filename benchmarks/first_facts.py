@@ -170,12 +170,14 @@ def overlap(run: Run, model: str) -> Iterator[Fact]:
 
 def batches(pipe: Pipeline, settings: Settings, sizes: Sequence[int], queued: int) -> np.ndarray:
     """Pictures of one batch per size, with so many of them queued at a time."""
-    given = requests(pipe, sum(sizes))
-    encoder, table = pipe.encoder(given, settings.guided), pipe.source.table(settings.solver)
-    found, waiting = [], []
+    from fastgen.buckets import Batch
+    from fastgen.run import Run as Generation
+
+    whole = Generation(pipe, requests(pipe, sum(sizes)), settings)
+    found, waiting, start = [], [], 0
     for size in sizes:
-        rows, given = given[:size], given[size:]
-        waiting.append(pipe.start_batch(rows, encoder, table, settings, bucket=size))
+        waiting.append(whole.begin(Batch(start, start + size, size)))
+        start += size
         if len(waiting) == queued:
             found.append(waiting.pop(0)().pixels.copy())
     return np.concatenate([*found, *(wait().pixels.copy() for wait in waiting)])

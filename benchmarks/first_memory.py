@@ -72,17 +72,19 @@ def nothing_waits(run: Run, model: str) -> Iterator[Fact]:
     import torch
 
     from fastgen.device_loop import DeviceLoop
+    from fastgen.run import Run as Generation
     from fastgen.sampling import initial_latents
 
     pipe = pipeline(model, run.device, "fp32", True)
     settings, given = pipe.settings(scheduler="ddpm", num_inference_steps=STEPS), requests(pipe, COUNT)
-    encoder, table = pipe.encoder(given, True), pipe.source.table(settings.solver)
+    whole = Generation(pipe, given, settings)
+    table, conditions = whole.table, whole.conditions
     seeds = pipe.engine.array(np.arange(COUNT, dtype=np.int64))
-    x, cond = initial_latents(table, seeds, pipe.spec.latent_shape), encoder(given)
+    x, cond = initial_latents(table, seeds, pipe.spec.latent_shape), conditions(given)
     options: dict[str, Any] = {
         "seeds": seeds,
         "guidance_scale": settings.guidance_scale,
-        "uncond": encoder.uncond(),
+        "uncond": conditions.uncond(),
     }
     loop = DeviceLoop(pipe.engine, table, x.shape, cond.shape, graphs=run.cuda)
     loop.run(x, cond, **options)  # records
@@ -95,8 +97,9 @@ def nothing_waits(run: Run, model: str) -> Iterator[Fact]:
             yield raised("the loop waits for nothing", error)
     else:
         yield {"what": "the loop waits for nothing", "skipped": NEEDS_GPU}
+    (batch,) = whole.batches(COUNT)
     found = loop.run(x, cond, **options)
-    distance = float((found - pipe.latents(given, encoder, table, settings)).abs().max())
+    distance = float((found - whole.latents(batch)).abs().max())
     finite = bool(torch.isfinite(found).all())
     yield {"what": "the loop's latents are the pipeline's", "passed": finite and distance <= 1e-3, "max_abs": distance}
 
@@ -160,12 +163,13 @@ def _job(pipe: Pipeline, count: int, said: list[str] | None = None) -> tuple[Rep
     from PIL import Image
 
     from fastgen.jobs.job import run_job
+    from fastgen.run import Run as Generation
 
-    given, settings = requests(pipe, count), pipe.settings()
+    given = requests(pipe, count)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
         say = (lambda line: None) if said is None else said.append
-        report = run_job(pipe, given, out, settings, batch_size=count, progress=False, say=say)
+        report = run_job(Generation(pipe, given, pipe.settings()), out, batch_size=count, progress=False, say=say)
         return report, np.stack([np.asarray(Image.open(out / r.image_name)) for r in given])
 
 

@@ -22,9 +22,9 @@ from fastgen.attributes import FILE, read_attributes
 from fastgen.cli.score import scoring_options
 from fastgen.cli.sweep import SCORING, SOME
 from fastgen.errors import FastgenError, InputError
+from fastgen.find import find_model
 from fastgen.folders import make_folder
 from fastgen.jsonfiles import read_json, write_bytes, write_json
-from fastgen.pipeline import model_objects
 from fastgen.requests import read_requests
 from fastgen.scoring import Scorer
 from fastgen.scoring.result import or_none
@@ -201,7 +201,7 @@ def main(
     found, title = Search(), name or model.name
     try:
         space, effort = space_and_effort(given)
-        pooled = pool(requests, work / "requests", model_objects(model), limit)
+        pooled = pool(requests, work / "requests", find_model(model).objects, limit)
         scorer = Scorer(**{key: given[key] for key in SCORING})
         bench = Bench(model, pooled, work, scorer, effort, minutes=minutes, **{key: given[key] for key in ENGINE})
         reference, reason = reference_sampling(bench, reference_solver)

@@ -29,6 +29,7 @@ from fastgen.buckets import cut
 from fastgen.errors import FastgenError
 from fastgen.jobs.job import run_job
 from fastgen.jobs.plan import automatic_batch_size
+from fastgen.run import Run as Generation
 
 if TYPE_CHECKING:
     from fastgen.pipeline import Pipeline
@@ -174,7 +175,8 @@ def _run_job(
     """Seconds of a job, and its first images, as many as the reference has; FastgenError where an image failed."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
-        report = run_job(pipeline, requests, out, settings, batch_size=batch_size, progress=False, say=print)
+        whole = Generation(pipeline, requests, settings)
+        report = run_job(whole, out, batch_size=batch_size, progress=False, say=print)
         if report.errors:
             first = next(iter(report.errors.values()))
             raise FastgenError(f"{len(report.errors)} of {len(requests)} images failed: {first}")

@@ -14,6 +14,7 @@ from fastgen.checkpoint_choice import check_bundle_of
 from fastgen.engines import check_installed, create_engine, engine_class, engine_names, missing_packages
 from fastgen.engines.base import choose_dtype
 from fastgen.errors import FastgenError, InputError, unknown
+from fastgen.signatures import network_dtype
 
 if TYPE_CHECKING:
     from fastgen.engines.base import Engine
@@ -115,8 +116,6 @@ def _check_batch_sizes(batch_sizes: Sequence[int]) -> None:
 def _check_holds(bundle: Bundle, dtype: str) -> None:
     """InputError, with the command that adds them, when a bundle lacks graphs in this precision."""
     if dtype != "fp32":
-        from fastgen.precision import network_dtype
-
         for name in bundle.spec.signatures:
             bundle.network(name, network_dtype(name, dtype))
 

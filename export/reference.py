@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fastgen.buckets import cut
 from fastgen.bundle import REFERENCE, Bundle
 from fastgen.errors import FastgenError, InputError
-from fastgen.images import problem
 from fastgen.jsonfiles import read_json, write_bytes, write_json
 from fastgen.machine import usable_cores
 from fastgen.pipeline import Pipeline
+from fastgen.quantise import problem
 from fastgen.requests import Request
+from fastgen.run import Run
 from fastgen.settings import Settings
 from fastgen.signatures import Signature
 
@@ -138,11 +138,9 @@ def generate_images(pipeline: Pipeline) -> np.ndarray:
     spec = pipeline.spec
     requests = _requests(list(spec.objects or ()))
     settings = Settings(spec.sampling.scheduler, IMAGE_STEPS, spec.sampling.guidance_scale)
-    encoder, table = pipeline.encoder(requests, settings.guided), pipeline.source.table(settings.solver)
-    sizes = pipeline.engine.buckets(settings.guided)
-    batches = cut(IMAGES, max(IMAGES, min(sizes or [1])), sizes)
-    images = [pipeline.sample_batch(requests[b.rows], encoder, table, settings, bucket=b.bucket) for b in batches]
-    return np.concatenate(images)
+    run = Run(pipeline, requests, settings)
+    batches = run.batches(max(IMAGES, min(pipeline.buckets(settings) or [1])))
+    return np.concatenate([run.images(batch) for batch in batches])
 
 
 def check_images(whose: str, images: np.ndarray) -> None:

@@ -7,7 +7,6 @@ holds `trt-rtx/<address>/engine.plan` and its record, both listed in bundle.json
 from __future__ import annotations
 
 import re
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,8 @@ from fastgen.bundle import COMPILED, read_bundle
 from fastgen.engines.base_trt import Library, open_library
 from fastgen.engines.base_trt_plan import CAPABILITIES, PLAN, make_recipe
 from fastgen.engines.base_trt_product import RTX
-from fastgen.errors import FastgenError, InputError
+from fastgen.errors import InputError
+from fastgen.folders import scratch_folder
 
 if TYPE_CHECKING:
     from fastgen.bundle import Bundle
@@ -81,17 +81,10 @@ def build_plans(
         return bundle
     replaced = [digest for digest, a in held.items() if any(order.replaces(a.recipe) for order in wanted)]
     gone = {*damaged, *replaced} - addresses
-    partial = bundle.folder.with_name(f".{bundle.folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
-    try:
-        partial.mkdir()
+    with scratch_folder(bundle.folder, alone=True) as partial:
         for order in wanted:
             _make(bundle, library, order, partial / COMPILED / order.recipe.digest, say)
         add_files(bundle, partial, [name for name in bundle.files if _address(name) in gone])
-    except OSError as problem:
-        raise FastgenError(f"{bundle.folder}: cannot be written: {problem.strerror or problem}") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return read_bundle(bundle.folder)
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from export.extend import add_files, listed, sweep
+from export.extend import add_files, sweep
 from export.reference import IMAGE_STEPS, distances_name, write_distances, write_reference
 from fastgen import __version__
 from fastgen.bundle import (
@@ -24,11 +24,13 @@ from fastgen.bundle import (
     is_bundle,
     read_bundle,
 )
-from fastgen.errors import FastgenError, InputError
-from fastgen.folders import sync_tree
+from fastgen.errors import InputError
+from fastgen.folders import new_folder, scratch_folder
+from fastgen.hashes import record_files, sha256_file
 from fastgen.jsonfiles import infinity_as_text, read_json, write_json
 from fastgen.settings import late_steps
-from fastgen.spec import Spec, sha256_file
+from fastgen.signatures import network_dtype
+from fastgen.spec import Spec
 from fastgen.tables import format_key, parse_key
 
 if TYPE_CHECKING:
@@ -48,8 +50,6 @@ class Wanted:
 
     def graphs(self, model: Model) -> dict[str, str]:
         """Network -> precision, of all graphs in less than fp32."""
-        from fastgen.precision import network_dtype
-
         dtypes = {name: network_dtype(name, self.dtype) for name in model.networks()}
         return {name: dtype for name, dtype in dtypes.items() if dtype != "fp32"}
 
@@ -68,20 +68,12 @@ def write_bundle(
         parse_key(key)
     model = load_model(model_folder, checkpoint)
     held = _held(out, model, wanted, overwrite)
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
-    try:
-        partial.mkdir(parents=True)
-        if held is None:
+    if held is None:
+        with new_folder(out, existing="replace", alone=True) as partial:
             _fill(partial, out, model, wanted, say)
-            sync_tree(partial)
-            _replace(out, partial)
-        else:
+    else:
+        with scratch_folder(out, alone=True) as partial:
             _extend(held, partial, model, wanted, say)
-    except OSError as error:
-        raise FastgenError(f"{out}: cannot be written: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _fill(partial: Path, out: Path, model: Model, wanted: Wanted, say: Say) -> None:
@@ -104,7 +96,7 @@ def _fill(partial: Path, out: Path, model: Model, wanted: Wanted, say: Say) -> N
         say("running the eager fp32 reference")
         write_reference(model, partial / REFERENCE)
     _fill_lowered(partial, model, wanted.graphs(model), wanted.distances(), partial / REFERENCE, say)
-    write_json(partial / MANIFEST, _manifest(model.spec) | {"files": listed(partial)})  # the last file
+    write_json(partial / MANIFEST, _manifest(model.spec) | {"files": record_files(partial)})  # the last file
 
 
 def _fill_lowered(
@@ -133,16 +125,6 @@ def _extend(held: Bundle, partial: Path, model: Model, wanted: Wanted, say: Say)
     say(f"{out} holds these weights already, but not all in {', '.join(dict.fromkeys([*graphs.values(), *distances]))}")
     _fill_lowered(partial, model, graphs, distances, held.file(REFERENCE), say)
     add_files(held, partial)
-
-
-def _replace(out: Path, partial: Path) -> None:
-    """Put `partial` at `out`; whatever is there is gone only when the new bundle is in its place."""
-    replaced = out.with_name(f".{out.name}.replaced")
-    shutil.rmtree(replaced, ignore_errors=True)
-    if out.exists():
-        out.rename(replaced)
-    partial.rename(out)
-    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _held(out: Path, model: Model, wanted: Wanted, overwrite: bool) -> Bundle | None:

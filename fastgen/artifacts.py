@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from fastgen.cachedir import cache_dir, check_private
-from fastgen.errors import FastgenError, InputError
+from fastgen.errors import InputError
+from fastgen.folders import new_folder
+from fastgen.hashes import check_file, record_files
 from fastgen.jsonfiles import read_json, write_json
-from fastgen.spec import sha256_file
 
 FORMAT, RECORD = 1, "artifact.json"
 REBUILD = {  # what builds an engine that is not built on demand again
@@ -74,12 +75,7 @@ class Artifact:
         path = self.folder / name
         if name not in self.files:
             raise InputError(f"{self.folder}: {name} is not listed in {RECORD}; {_help(self.recipe)}")
-        size = path.stat().st_size if path.is_file() else None
-        if size != self.files[name]["bytes"]:
-            found = "missing" if size is None else f"{size} bytes, {RECORD} says {self.files[name]['bytes']}: truncated"
-            raise InputError(f"{path}: {found}; {_help(self.recipe)}")
-        if sha256_file(path) != self.files[name]["sha256"]:
-            raise InputError(f"{path}: sha256 differs from {RECORD}: altered or damaged; {_help(self.recipe)}")
+        check_file(path, self.files[name], RECORD, _help(self.recipe))
         return path
 
     def verify(self) -> None:
@@ -223,21 +219,13 @@ def _free(folder: Path) -> Iterator[bool]:
 
 def _build(recipe: Recipe, make: Callable[[Path], None], say: Say) -> Artifact:
     folder = recipe.folder
-    partial = folder.with_name(f".{recipe.digest}.partial")  # the lock is held: nobody else's
-    shutil.rmtree(partial, ignore_errors=True)
     say(f"building {recipe.engine}: {recipe}")
     start = time.perf_counter()
-    try:
-        partial.mkdir(mode=0o700)
+    with new_folder(folder, existing="replace", alone=True) as partial:  # the lock is held; what is replaced is damaged
+        partial.chmod(0o700)
         make(partial)
         seconds = time.perf_counter() - start
         write_record(partial, recipe, seconds)
-        shutil.rmtree(folder, ignore_errors=True)  # a damaged one
-        partial.rename(folder)
-    except OSError as error:
-        raise FastgenError(f"{folder}: cannot be written: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     say(f"built {recipe.engine}: {recipe} in {seconds:.1f} s")
     return _read(folder)
 
@@ -268,14 +256,11 @@ def _read(folder: Path) -> Artifact:
 
 def write_record(folder: Path, recipe: Recipe, build_seconds: float) -> None:
     """Write the record of what lies in `folder`: the last file of an artifact."""
-    files = sorted(f for f in folder.rglob("*") if f.is_file())
     record = {
         "format": FORMAT,
         "engine": recipe.engine,
         "fields": dict(recipe.fields),
-        "files": {
-            f.relative_to(folder).as_posix(): {"bytes": f.stat().st_size, "sha256": sha256_file(f)} for f in files
-        },
+        "files": record_files(folder),
         "build_seconds": round(build_seconds, 3),
         "built": datetime.now(UTC).isoformat(timespec="seconds"),
     }

@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 from fastgen.artifacts import RECORD, Artifact, read_record
 from fastgen.config import Sampling
 from fastgen.errors import InputError
+from fastgen.hashes import check_file
 from fastgen.installing import hint
 from fastgen.jsonfiles import infinity_from_text, located, read_json
 from fastgen.prompts import Tokenizer
 from fastgen.signatures import Signature
-from fastgen.spec import Spec, sha256_file
+from fastgen.spec import Spec
 
 if TYPE_CHECKING:
     from fastgen.solver import SolverTable
@@ -51,7 +52,7 @@ class Bundle:
         if name not in self.files:
             raise InputError(f"{self.folder / MANIFEST}: files: {name} is not listed")
         if name not in self._verified:
-            _verify(path, self.files[name])
+            check_file(path, self.files[name], MANIFEST, "export the model again")
             self._verified.add(name)
         return path
 
@@ -184,16 +185,3 @@ def read_bundle(folder: str | os.PathLike[str]) -> Bundle:
     if set(signatures) != needed:
         raise InputError(f"{path}: signatures: found {sorted(signatures)}, expected {sorted(needed)}")
     return Bundle(folder, spec, files, hashlib.sha256(path.read_bytes()).hexdigest())
-
-
-def _verify(path: Path, expected: Mapping[str, Any]) -> None:
-    try:
-        size = path.stat().st_size
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}; export the model again") from None
-    if size != expected["bytes"]:
-        raise InputError(
-            f"{path}: {size} bytes, bundle.json says {expected['bytes']}: truncated or replaced; export again"
-        )
-    if sha256_file(path) != expected["sha256"]:
-        raise InputError(f"{path}: sha256 differs from bundle.json: the file was altered or damaged; export again")

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastgen.buckets import Batch, cut, even_size
+from fastgen.errors import InputError
 from fastgen.requests import Request, multi_hot
 
 if TYPE_CHECKING:
     from fastgen.engines.base import Array, Engine
+    from fastgen.spec import Spec
 
 ENCODE_BATCH = 16  # prompts per forward of the text encoder
 HELD_BYTES = 2**28  # 1,700 prompts of 77 tokens, 512 wide: ten batches of a large job
@@ -20,6 +22,9 @@ HELD_BYTES = 2**28  # 1,700 prompts of 77 tokens, 512 wide: ten batches of a lar
 
 class LabelConditions:
     """Label lists -> multi-hot rows (B, K); the unconditional row is all zero."""
+
+    texts: Sequence[str] = ()
+    truncated: Mapping[str, int] = {}
 
     def __init__(self, engine: Engine, objects: Mapping[str, int]) -> None:
         self._engine, self._objects = engine, objects
@@ -36,7 +41,8 @@ class PromptConditions:
 
     Distinct prompts are encoded in fixed batches of the whole job when they are first needed, hence a resumed job encodes each
     in the same batch, to the same bits. The states of the batches used last stay on the engine's device, `held_bytes` of them
-    (always one batch); a prompt whose states were let go is encoded again.
+    (always one batch); a prompt whose states were let go is encoded again. `texts`: the distinct prompts; `truncated`: prompt
+    -> its number of tokens, of those that are longer than the text encoder takes.
     """
 
     def __init__(
@@ -44,7 +50,8 @@ class PromptConditions:
     ) -> None:
         distinct = dict.fromkeys([*([""] if guided else []), *prompts])
         self._engine = engine
-        self._ids, counts = tokenizer.encode(list(distinct))
+        self.texts = list(distinct)
+        self._ids, counts = tokenizer.encode(self.texts)
         self._batches = _batches(engine, len(distinct))
         places = [(number, row) for number, batch in enumerate(self._batches) for row in range(len(batch))]
         self._place = dict(zip(distinct, places, strict=True))
@@ -73,6 +80,22 @@ class PromptConditions:
 
 
 Conditions = LabelConditions | PromptConditions
+
+
+def conditions_for(engine: Engine, spec: Spec, tokenizer: Any, requests: Sequence[Request], guided: bool) -> Conditions:
+    """The conditions of all requests of a run. Raises InputError as `check_kind` does."""
+    check_kind(requests, spec.family)
+    if spec.family == "text":
+        return PromptConditions(engine, tokenizer, [r.prompt or "" for r in requests], guided)
+    return LabelConditions(engine, spec.objects or {})
+
+
+def check_kind(requests: Sequence[Request], family: str) -> None:
+    """InputError for requests of another kind than a model of this family takes."""
+    for request in requests:
+        if request.kind != family:
+            takes = "prompts" if family == "text" else "labels"
+            raise InputError(f"request {request.id} holds {request.kind}; this model takes {takes}")
 
 
 def pooled_states(

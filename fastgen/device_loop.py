@@ -7,7 +7,8 @@ the whole run is queued in the time that a few rows take.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -79,7 +80,11 @@ class DeviceLoop:
         """The memory pool of the recorded graphs, None before there are any."""
         return next((graphs[0].pool for graphs in self._recorded.values()), None)
 
-    def run(
+    def run(self, x: Tensor, cond: Tensor, **options: Any) -> Tensor:
+        """The generated sample, the last state of `steps`. Returns when everything is queued, not when it has run."""
+        return deque(self.steps(x, cond, **options), maxlen=1)[0][1]
+
+    def steps(
         self,
         x: Tensor,
         cond: Tensor,
@@ -88,10 +93,9 @@ class DeviceLoop:
         guidance_scale: float = 1.0,
         uncond: Tensor | None = None,
         guidance_interval: tuple[int, int] | None = None,
-        on_step: Callable[[int, Tensor], None] | None = None,
-    ) -> Tensor:
-        """From the state x to the generated sample, a tensor of its own; arguments as in `sampling.sample`, `seeds` (B,) int64
-        on the device. Returns when everything is queued, not when it has run. Raises InputError."""
+    ) -> Iterator[tuple[int, Tensor]]:
+        """As `sampling.sample_steps`, with `seeds` (B,) int64 on the device. All states but the last are one buffer, which the
+        next row overwrites. A row is queued, not finished, when its state is yielded. Raises InputError."""
         first, last = guided_rows(self._table, guidance_scale, uncond is not None, guidance_interval)
         rows = [first <= i < last for i in range(len(self._table))]
         if self._graphs:  # recording changes the buffers: before they are set
@@ -106,12 +110,10 @@ class DeviceLoop:
         self._index.zero_()
         for m in self._history:
             m.zero_()
-        with self._torch.inference_mode():
-            for i, guided in enumerate(rows):
+        for i, guided in enumerate(rows):
+            with self._torch.inference_mode():  # not across the yield: it would be the caller's mode too
                 self._row(guided)
-                if on_step is not None:
-                    on_step(i, self._x.clone())
-        return self._x.clone()
+            yield i, self._x.clone() if i == len(rows) - 1 else self._x
 
     def _row(self, guided: bool) -> None:
         if not self._graphs:

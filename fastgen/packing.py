@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 import math
 import os
-import secrets
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastgen.errors import FastgenError, InputError, unknown
-from fastgen.folders import make_folder, sync_tree
+from fastgen.errors import InputError, unknown
+from fastgen.folders import new_folder
 from fastgen.jsonfiles import brief, located, read_json, read_jsonl, write_bytes
 from fastgen.names import check_relative
 from fastgen.tomlfiles import to_toml
@@ -77,16 +75,8 @@ def pack(model: str | os.PathLike[str], out: str | os.PathLike[str], dtype: str 
     files = _files(source)
     if os.path.lexists(target):
         raise InputError(f"{target}: exists already; choose another OUT")
-    make_folder(target.parent)
-    temporary = target.parent / f".tmp-{secrets.token_hex(8)}"
-    try:
-        networks = tuple(_write(source, temporary, files, dtype))
-        sync_tree(temporary)
-        os.replace(temporary, target)
-    except OSError as error:
-        raise FastgenError(f"{target}: cannot be written: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with new_folder(target) as folder:
+        networks = tuple(_write(source, folder, files, dtype))
     before = sum((source / file).stat().st_size for file in files if file.suffix == ".safetensors")
     size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
     return Packed(target, dtype, networks, before, size)

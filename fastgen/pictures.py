@@ -12,7 +12,7 @@ import numpy as np
 from fastgen import streams
 from fastgen.buckets import cut
 from fastgen.errors import FastgenError, first_line
-from fastgen.images import problem_of, quantised
+from fastgen.quantise import problem_of, quantised
 
 if TYPE_CHECKING:
     from fastgen.engines.base import Array, Engine

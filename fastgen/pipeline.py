@@ -5,29 +5,22 @@ from __future__ import annotations
 import gc
 import operator
 import os
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from fastgen.buckets import cut
-from fastgen.bundle import is_bundle, read_bundle
-from fastgen.checkpoint_choice import check_bundle_of, model_parts
+from fastgen.checkpoint_choice import check_bundle_of
 from fastgen.choose import default_engine
-from fastgen.conditions import Conditions, LabelConditions, PromptConditions
 from fastgen.device_loop import DeviceLoop
 from fastgen.engines import check_installed, create_engine, engine_class
 from fastgen.errors import InputError
-from fastgen.names import check_labels, read_objects
-from fastgen.pictures import Decoder, Pictures
-from fastgen.requests import Request, resolve_seed
-from fastgen.retrieval import COMMAND, Index, Start, open_index, retrieve
-from fastgen.sampling import initial_latents, sample
-from fastgen.settings import Settings, late_steps
-from fastgen.shipped import find_model, name_of, shipped_names
-from fastgen.strips import Frames, StripPlan
+from fastgen.find import ModelFolder, find_model, name_of
+from fastgen.names import check_labels
+from fastgen.pictures import Decoder
+from fastgen.requests import Request
+from fastgen.run import Run
+from fastgen.sampling import sample_steps
+from fastgen.settings import Settings
+from fastgen.start import StartSource, late_start
 from fastgen.tables import SolverTable
 
 if TYPE_CHECKING:
@@ -72,27 +65,15 @@ class Pipeline:
         guidance_interval: tuple[int, int] | None = None,
         seed: int = 0,
         normalize: str = "clamp",
-        rag: bool = False,
-        noise_steps: int | None = None,
-        strength: float | None = None,
-        rag_top_k: int | None = None,
     ) -> Settings:
-        """Settings with the model's own defaults for what is None. With `rag` images start from training images' latents:
-        `noise_steps`, or the share `strength`, of the steps run, see `settings.late_steps`."""
+        """Settings that begin with noise, with the model's own defaults for what is None."""
         default = self.spec.sampling
-        steps = default.num_inference_steps if num_inference_steps is None else num_inference_steps
-        if not rag and (noise_steps, strength, rag_top_k) != (None, None, None):
-            raise InputError(
-                f"noise_steps, strength and rag_top_k belong to an index; give --rag INDEX too ({COMMAND})"
-            )
         return Settings(
             scheduler or default.scheduler,
-            steps,
+            default.num_inference_steps if num_inference_steps is None else num_inference_steps,
             default.guidance_scale if guidance_scale is None else guidance_scale,
             guidance_interval,
             seed,
-            noise_steps=late_steps(steps, noise_steps, strength) if rag else None,
-            rag_top_k=1 if rag_top_k is None else rag_top_k,
             normalize=normalize,
         )
 
@@ -103,124 +84,42 @@ class Pipeline:
         seeds: Sequence[int] | None = None,
         *,
         batch_size: int = 16,
-        rag: Index | str | os.PathLike[str] | None = None,
+        rag: StartSource | str | os.PathLike[str] | None = None,
+        noise_steps: int | None = None,
+        strength: float | None = None,
+        rag_top_k: int | None = None,
         **settings: Any,
     ) -> list[Image.Image]:
         """Images for prompts (text family) or label lists (label family), as PIL images of spec.image_size.
 
-        `seeds`: one per image; without them they follow from `seed` and the position. `rag`: an index, from whose nearest
-        training images they start. Other keywords are those of `settings`. Raises InputError for conditions of the wrong
-        kind, unknown labels, settings out of range and another model's index, and FloatingPointError where the network
-        produces values that are not finite.
+        `seeds`: one per image; without them they follow from `seed` and the position. `rag`: an index, or its folder, from
+        whose nearest training images these start; `noise_steps`, `strength`, `rag_top_k`: see `start.late_start`. Other
+        keywords are those of `settings`. Raises InputError for conditions of the wrong kind, unknown labels, settings out of
+        range and another model's index, and FloatingPointError where the network produces values that are not finite.
         """
         from PIL import Image
 
+        import fastgen
+
         requests = _requests(prompts, labels, seeds)
-        index = rag if rag is None or isinstance(rag, Index) else open_index(rag)
-        if index is not None:
-            index.check(self.spec)
-        chosen = self.settings(rag=index is not None, **settings)
-        encoder = self.encoder(requests, chosen.guided)
-        table = self.source.table(chosen.solver)
-        start = self.retrieve(requests, chosen, index)
+        source = fastgen.open_index(rag) if isinstance(rag, str | os.PathLike) else rag
+        late: dict[str, Any] = {"noise_steps": noise_steps, "strength": strength, "rag_top_k": rag_top_k}
+        run = Run(self, requests, *late_start(source, self, requests, self.settings(**settings), **late))
         images: list[Image.Image] = []
-        for batch in cut(len(requests), batch_size, self.buckets(chosen)):
-            rows = requests[batch.rows]
-            pictures = self.start_batch(rows, encoder, table, chosen, start, bucket=batch.bucket)()
-            for request, problem in zip(rows, pictures.problems, strict=True):
+        for batch in run.batches(batch_size):
+            pictures = run.begin(batch)()
+            for request, problem in zip(requests[batch.rows], pictures.problems, strict=True):
                 if problem and "finite" in problem:
                     raise FloatingPointError(f"image {request.id}: {problem}")
             images += [Image.fromarray(p) for p in pictures.pixels]
         return images
 
-    def encoder(self, requests: Sequence[Request], guided: bool) -> Conditions:
-        """The conditions of all requests of a job, encoded when they are first needed, once each."""
-        wrong = [r for r in requests if r.kind != self.spec.family]
-        if wrong:
-            expected = "prompts" if self.spec.family == "text" else "labels"
-            raise InputError(f"request {wrong[0].id} holds {wrong[0].kind}; this model takes {expected}")
-        if self.spec.family == "text":
-            return PromptConditions(self.engine, self.tokenizer, [r.prompt or "" for r in requests], guided)
-        return LabelConditions(self.engine, self.spec.objects or {})
-
-    def retrieve(self, requests: Sequence[Request], settings: Settings, index: Index | None) -> Start | None:
-        """The training images that requests start from; None without an index."""
-        return None if index is None else retrieve(self.engine, self.tokenizer, index, requests, settings)
-
-    def start_batch(
-        self,
-        requests: Sequence[Request],
-        encoder: Conditions,
-        table: SolverTable,
-        settings: Settings,
-        start: Start | None = None,
-        *,
-        bucket: int | None = None,
-        on_step: Callable[[int, Array], None] | None = None,
-        strip: StripPlan | None = None,
-        decode_batch_size: int | None = None,
-    ) -> Callable[[], Pictures]:
-        """Begin with one batch of requests; the call that is returned waits for its pictures.
-
-        On a GPU this returns when everything is queued: start the next batch before waiting for this one. `bucket`: the size
-        to which an engine with static shapes pads the batch. `start`: what `retrieve` found. `on_step(i, x)` sees the state
-        after each row, and with i = -1 the one that a run starts from. `strip`: keep the states that it names, for the
-        pictures' strips. `decode_batch_size`: images that the VAE decodes together, by default what the engine takes at once.
-        """
-        frames = None if strip is None else Frames(strip, len(requests), on_step)
-        x = self.latents(requests, encoder, table, settings, start, bucket=bucket, on_step=frames or on_step)
-        decode = partial(self.decoder.start, normalize=settings.normalize, limit=decode_batch_size)
-        wait = decode(x)
-        return wait if frames is None else frames.start(decode, wait)
-
-    def sample_batch(
-        self,
-        requests: Sequence[Request],
-        encoder: Conditions,
-        table: SolverTable,
-        settings: Settings,
-        start: Start | None = None,
-        *,
-        bucket: int | None = None,
-    ) -> np.ndarray:
-        """One batch of requests -> images (B, 3, H, W) float32, nominally in [-1, 1], whatever they look like."""
-        x = self.latents(requests, encoder, table, settings, start, bucket=bucket)
-        return self.engine.numpy(self.decoder.decode(x))
-
-    @np.errstate(over="ignore", invalid="ignore")  # broken images are looked for in the end
-    def latents(
-        self,
-        requests: Sequence[Request],
-        encoder: Conditions,
-        table: SolverTable,
-        settings: Settings,
-        start: Start | None = None,
-        *,
-        bucket: int | None = None,
-        on_step: Callable[[int, Array], None] | None = None,
-    ) -> Array:
-        """The final state (B, C, h, w) of a batch of requests, as an array of the engine; arguments as in `start_batch`."""
-        engine, count = self.engine, len(requests)
-        if engine.static_shapes and bucket is not None:
-            requests = [*requests, *[requests[-1]] * (bucket - count)]
-        seeds = engine.array(np.array([resolve_seed(r, settings.seed) for r in requests], np.int64))
-        clean = None if start is None else engine.array(start.latents(requests))
-        x = initial_latents(table, seeds, self.spec.latent_shape, clean)
-        if on_step is not None:
-            on_step(-1, x)
-        cond = encoder(requests)
-        options: dict[str, Any] = {
-            "seeds": seeds,
-            "guidance_scale": settings.guidance_scale,
-            "uncond": encoder.uncond() if settings.guided else None,
-            "guidance_interval": settings.guidance_interval,
-            "on_step": on_step,
-        }
+    def steps(self, table: SolverTable, x: Array, cond: Array, **options: Any) -> Iterator[tuple[int, Array]]:
+        """The sampling loop over this engine, see `sampling.sample_steps` for arguments and what is yielded."""
         if self.on_gpu:
-            x = self._loop(table, x, cond).run(x, cond, **options)
-        else:
-            x = sample(lambda *a: engine.run("unet", *a)[0], table, x, cond, guided=engine.run_guided, **options)
-        return x[:count]
+            return self._loop(table, x, cond).steps(x, cond, **options)
+        engine = self.engine
+        return sample_steps(lambda *a: engine.run("unet", *a)[0], table, x, cond, guided=engine.run_guided, **options)
 
     def _loop(self, table: SolverTable, x: Array, cond: Array) -> DeviceLoop:
         """The loop for this table and batch size; those of other tables are dropped with their memory."""
@@ -278,7 +177,7 @@ def _requests(
 
 
 def load(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | ModelFolder,
     engine: str | None = None,
     *,
     device: str | None = None,
@@ -293,33 +192,26 @@ def load(
     the hardware. `graphs`: see Pipeline. `checkpoint`: which of a training run's weights, see `checkpoint_choice`. Raises
     InputError when the folder is neither, is damaged, or does not suit the engine.
     """
-    folder = find_model(path)
-    bundled = is_bundle(folder)
-    if not bundled and not (model_parts(folder, checkpoint) / "model_index.json").is_file():
-        shipped = ", ".join(shipped_names()) or "there are none"
-        names = "" if folder.exists() else f", nor the name of a model that comes with fastgen ({shipped})"
-        raise InputError(f"{folder}: neither a bundle (bundle.json) nor a model folder (model_index.json){names}")
-    name = engine or default_engine(folder, device)
+    model = path if isinstance(path, ModelFolder) else find_model(path, checkpoint)
+    name = engine or default_engine(model.folder, device)
     kind = engine_class(name).source_kind
-    if kind == "bundle" and not bundled:
+    if kind == "bundle" and model.bundle is None:
+        command = f"fastgen export {name_of(model.folder)} --out BUNDLE"
+        raise InputError(f"engine {name} runs bundles; `{command}` makes one of this model folder")
+    if kind == "model" and model.bundle is not None:
         raise InputError(
-            f"engine {name} runs bundles; `fastgen export {name_of(folder)} --out BUNDLE` makes one of this model folder"
-        )
-    if kind == "model" and bundled:
-        raise InputError(
-            f"engine {name} runs model folders; {folder} is a bundle: give --model the folder it was exported from"
+            f"engine {name} runs model folders; {model.folder} is a bundle: give --model the folder it was exported from"
         )
     check_installed(name)
 
     def open_source() -> Source:
-        if not bundled:
+        if model.bundle is None:
             from fastgen.networks import load_model
 
-            return load_model(folder, checkpoint)
-        bundle = read_bundle(folder)
-        check_bundle_of(folder, bundle.spec.checkpoint, checkpoint)
-        bundle.verify()
-        return bundle
+            return load_model(model.folder, checkpoint)
+        check_bundle_of(model.folder, model.bundle.spec.checkpoint, checkpoint)
+        model.bundle.verify()
+        return model.bundle
 
     source = open_source()
     options: dict[str, Any] = {"device": device, "threads": threads}
@@ -330,12 +222,3 @@ def load(
         graphs=graphs,
         open_exact=lambda: create_engine(name, open_source(), dtype="fp32", **options),
     )
-
-
-def model_objects(path: str | os.PathLike[str], checkpoint: str | None = None) -> Mapping[str, int] | None:
-    """The label names of a bundle or model folder and their indices, read without loading it; None where it has none."""
-    folder = Path(path)
-    if is_bundle(folder):
-        return read_bundle(folder).spec.objects
-    file = model_parts(folder, checkpoint) / "labels.json"
-    return read_objects(file) if file.is_file() else None

@@ -9,14 +9,6 @@ import torch
 from torch import Tensor, nn
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-EXACT = (
-    "text_encoder",
-)  # networks that stay fp32: run once per prompt, they cost nothing, and all images depend on them
-
-
-def network_dtype(network: str, dtype: str) -> str:
-    """The precision that `network` is executed in when `dtype` was asked for."""
-    return "fp32" if network in EXACT else dtype
 
 
 def lowered(module: nn.Module, dtype: str) -> nn.Module:

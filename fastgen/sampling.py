@@ -5,7 +5,8 @@ Written against the array API (https://data-apis.org/array-api): NumPy and torch
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import array_api_compat
@@ -95,7 +96,12 @@ def step(x: Array, history: History, prediction: Array, row: Row, z: Array | Non
     return x_next, predictions[: len(row.b) - 1]
 
 
-def sample(
+def sample(network: Network, table: SolverTable, x: Array, cond: Array, **options: Any) -> Array:
+    """The generated sample, shaped like x: the last state of `sample_steps`, which takes the same arguments."""
+    return deque(sample_steps(network, table, x, cond, **options), maxlen=1)[0][1]
+
+
+def sample_steps(
     network: Network,
     table: SolverTable,
     x: Array,
@@ -106,9 +112,8 @@ def sample(
     uncond: Array | None = None,
     guidance_interval: tuple[int, int] | None = None,
     guided: Network | None = None,
-    on_step: Callable[[int, Array], None] | None = None,
-) -> Array:
-    """Run a solver table from the state x (B, ...) float32 to the generated sample of the same shape.
+) -> Iterator[tuple[int, Array]]:
+    """Run a solver table from the state x (B, ...) float32; yields (i, state after row i), the last one the generated sample.
 
     `network(sample, timestep, cond)` must return a float32 prediction that it does not overwrite until its next call;
     timestep is (N,) float32. `cond` (B, ...); `seeds`: B, for the noise of stochastic solvers.
@@ -116,7 +121,7 @@ def sample(
     [uncond, cond], where `uncond` (1, ...) is a single row for all, and the prediction is uncond + s * (cond - uncond).
     `guided(sample (B), timestep (B), conds (2B))` replaces the network there, if a (2B, ...) prediction can be had cheaper.
     `guidance_interval` (lo, hi) limits this to the rows lo <= i < hi of the table; elsewhere, as with s = 1, only the B
-    conditional rows run. `on_step(i, x)` sees the state after row i, which is not written to later. Raises InputError.
+    conditional rows run. States are arrays of their own, which later rows do not write to. Raises InputError.
     """
     xp, device, batch = array_namespace(x), array_api_compat.device(x), x.shape[0]
     seeds = seed_array(seeds, xp, device)
@@ -134,9 +139,7 @@ def sample(
             prediction = network(network_input, timesteps[i], cond)
         z = normal(seeds, row.stream, x.shape[1:]) if row.c != 0.0 else None
         x, history = step(x, history, prediction, row, z)
-        if on_step is not None:
-            on_step(i, x)
-    return x
+        yield i, x
 
 
 def guide(prediction: Array, guidance_scale: float | Array) -> Array:

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fastgen.errors import InputError, unknown
-from fastgen.images import NORMALIZE
-from fastgen.tables import SolverTable, format_key
+from fastgen.quantise import NORMALIZE
+from fastgen.tables import format_key
 
-STRENGTH = (
-    6 / 7
-)  # the default share of steps that a late start runs: the 60 of 70 at which a sweep of 20 to 60 was best
+# The default share of the steps that a late start runs: the 60 of 70 at which a sweep of 20 to 60 was best.
+STRENGTH = 6 / 7
 
 
 @dataclass(frozen=True)
 class Settings:
     """How images are sampled. `guidance_interval` limits guidance to the steps lo <= i < hi.
 
-    `noise_steps`: a late start from training images' latents (retrieval.py), of which the least noisy so many of the steps
-    run. `rag_top_k`: each image starts from one of its so many nearest training images, chosen by its seed. `normalize`: how
-    values become pixels, see `images.quantised`.
+    `noise_steps`: a late start from clean latents (start.py); the so many least noisy of the steps run. `normalize`: how values
+    become pixels, see `quantise.quantised`.
     """
 
     scheduler: str
@@ -29,7 +27,6 @@ class Settings:
     guidance_interval: tuple[int, int] | None = None
     seed: int = 0
     noise_steps: int | None = None
-    rag_top_k: int = 1
     normalize: str = "clamp"
 
     def __post_init__(self) -> None:
@@ -44,8 +41,6 @@ class Settings:
         if self.noise_steps is not None and not 1 <= self.noise_steps <= self.num_inference_steps:
             expected = f"expected 1 to {self.num_inference_steps}, the number of inference steps"
             raise InputError(f"noise_steps is {self.noise_steps}, {expected}")
-        if self.rag_top_k < 1:
-            raise InputError(f"rag_top_k is {self.rag_top_k}, expected at least 1")
 
     @property
     def solver(self) -> str:
@@ -56,13 +51,9 @@ class Settings:
     def guided(self) -> bool:
         return self.guidance_scale != 1.0
 
-    def check_interval(self, table: SolverTable) -> None:
-        """InputError for a guidance interval outside the table's rows."""
-        lo, hi = self.guidance_interval or (0, len(table))
-        if not 0 <= lo < hi <= len(table):
-            raise InputError(
-                f"guidance_interval is {lo} {hi}, expected 0 <= LO < HI <= {len(table)}, the solver's rows"
-            )
+    def late(self, noise_steps: int | None = None, strength: float | None = None) -> Settings:
+        """The same settings with a late start, see `late_steps`. Raises InputError."""
+        return replace(self, noise_steps=late_steps(self.num_inference_steps, noise_steps, strength))
 
 
 def late_steps(num_inference_steps: int, noise_steps: int | None = None, strength: float | None = None) -> int:

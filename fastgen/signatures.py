@@ -14,6 +14,7 @@ import numpy as np
 
 BATCH = "batch"
 NETWORKS = ("text_encoder", "unet", "vae_decoder", "vae_encoder")  # the names of all that a model may have
+EXACT = ("text_encoder",)  # networks that stay fp32: they run once per prompt, and all images depend on them
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,11 @@ class Signature:
             return tuple(Tensor(r["name"], r["dtype"], tuple(r["shape"]), r["high"]) for r in rows)
 
         return Signature(tensors(value["inputs"]), tensors(value["outputs"]))
+
+
+def network_dtype(network: str, dtype: str) -> str:
+    """The precision ("fp32", "fp16", "bf16") that `network` is executed in by an engine of precision `dtype`."""
+    return "fp32" if network in EXACT else dtype
 
 
 def text_signatures(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,17 +62,3 @@ class Source(Protocol):
     def prompt_tokenizer(self) -> Tokenizer: ...
 
     def table(self, key: str) -> SolverTable: ...
-
-
-def sha256_file(path: Path) -> str:
-    """Hex SHA-256 of a file, read in blocks."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sha256_names(hashes: Mapping[str, str]) -> str:
-    """Hex SHA-256 over names and the hashes of their files, in the order given."""
-    digest = hashlib.sha256()
-    for name, sha256 in hashes.items():
-        digest.update(f"{name}\0{sha256}\n".encode())
-    return digest.hexdigest()

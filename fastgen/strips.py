@@ -3,31 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
 
 from fastgen.errors import InputError
-from fastgen.images import fit_text, image_grid, read_metadata, read_pixels, save_image
-from fastgen.names import STRIP_FOLDER
+from fastgen.images import image_grid
 from fastgen.pictures import Pictures
 from fastgen.tables import SolverTable
 
 if TYPE_CHECKING:
-    from fastgen.buckets import Batch
     from fastgen.engines.base import Array
-    from fastgen.jobs.writing import Writer
-    from fastgen.spec import Spec
 
 MOST = 64  # frames of a strip
 PADDING = 2
-SHEET = 16  # strips in the overview
 
 
 @dataclass(frozen=True)
@@ -68,21 +59,18 @@ class StripPlan:
 
 
 class Frames:
-    """Keeps the states that a strip shows while a batch of `count` images runs; call it as `on_step`."""
+    """Keeps the states that a strip shows while a batch of `count` images runs."""
 
-    def __init__(self, plan: StripPlan, count: int, on_step: Callable[[int, Array], None] | None) -> None:
-        self._plan, self._count, self._on_step = plan, count, on_step
+    def __init__(self, plan: StripPlan, count: int) -> None:
+        self._plan, self._count = plan, count
         self._states: dict[int, Array] = {}
         self._last = -1
 
-    def __call__(self, index: int, x: Array) -> None:
-        """The state x (B, C, h, w) after row `index`."""
-        if index in self._plan.rows:
-            scale = self._plan.scales[self._plan.rows.index(index)]
-            self._states[index] = (x if scale == 1.0 else scale * x)[: self._count]
-        self._last = index
-        if self._on_step is not None:
-            self._on_step(index, x)
+    def keep(self, row: int, x: Array) -> None:
+        """The state x (B, C, h, w) after this row, which may be overwritten later."""
+        if row in self._plan.rows:
+            self._states[row] = self._plan.scales[self._plan.rows.index(row)] * x[: self._count]
+        self._last = row
 
     def start(
         self, decode: Callable[[Array], Callable[[], Pictures]], final: Callable[[], Pictures]
@@ -100,63 +88,12 @@ class Frames:
         return wait
 
 
-@dataclass(frozen=True)
-class StripFiles:
-    """The strips of a job: one file for each image."""
-
-    plan: StripPlan
-    files: list[Path]
-
-    @classmethod
-    def plan_for(
-        cls, spec: Spec, table: SolverTable, wanted: Sequence[int], out: Path, files: Sequence[Path]
-    ) -> StripFiles:
-        """Strips beside the images `files` below `out`. Raises InputError as `StripPlan.of` does."""
-        plan = StripPlan.of(table, wanted, int(spec.scheduler_config.get("num_train_timesteps", 1000)))
-        return cls(plan, [out / STRIP_FOLDER / file.relative_to(out) for file in files])
-
-    def present(self, index: int) -> bool:
-        """Whether the strip of image `index` is there, and shows these timesteps."""
-        try:
-            return read_metadata(self.files[index]).get("strip") == self.plan.to_json()
-        except (OSError, KeyError, json.JSONDecodeError):
-            return False
-
-    def submit(self, writer: Writer, batch: Batch, pictures: Pictures, lines: Sequence[dict[str, Any]]) -> None:
-        """Have the strips of a batch written, with their images' manifest lines; of pictures only."""
-        rows = zip(self.files[batch.rows], pictures.strips or (), pictures.problems, lines[batch.rows], strict=True)
-        for file, strip, problem, line in rows:
-            if problem is None:
-                writer.submit(file, strip, {**line, "strip": self.plan.to_json()})
-
-
 def parse_timesteps(text: str) -> list[int]:
     """`900,500,200,0` -> numbers. Raises InputError."""
     words = [word.strip() for word in text.split(",")]
     if not all(word.isascii() and word.isdigit() and len(word) < 10 for word in words):
         raise InputError(f"strip is {text!r}, expected training timesteps such as 900,500,200,0")
     return [int(word) for word in words]
-
-
-def save_strip_sheet(path: Path, files: Sequence[Path], captions: Sequence[str], plan: StripPlan) -> None:
-    """The first 16 strips below one another on white, timesteps above, what was asked for above each."""
-    strips = [read_pixels(file) for file in files[:SHEET]]
-    height, width, _ = strips[0].shape
-    cell = width // len(plan.wanted)
-    scale = math.ceil(96 / cell)  # so that the text can be read
-    font = ImageFont.load_default(max(10, min(16, cell * scale // 8)))
-    line = int(font.size * 1.4)  # type: ignore[union-attr]
-    sheet = Image.new("RGB", (width * scale, line + len(strips) * (height * scale + line)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for j, (wanted, shown) in enumerate(zip(plan.wanted, plan.shown, strict=True)):
-        text = "final" if not wanted else f"t={wanted}" if shown == wanted else f"t={wanted} ({shown:g})"
-        draw.text((j * cell * scale + PADDING, 0), fit_text(text, font, cell * scale), fill="black", font=font)
-    for i, strip in enumerate(strips):
-        top = line + i * (height * scale + line)
-        draw.text((PADDING, top), fit_text(captions[i], font, width * scale - PADDING), fill="black", font=font)
-        resized = Image.fromarray(strip).resize((width * scale, height * scale), Image.Resampling.NEAREST)
-        sheet.paste(resized, (0, top + line))
-    save_image(path, sheet)
 
 
 def _strip(frames: Sequence[np.ndarray]) -> np.ndarray:

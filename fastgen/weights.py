@@ -1,19 +1,21 @@
-"""Weights on disk and in memory: reading files of tensors, what does not match a network, the hash of a module."""
+"""Weights on disk and in memory: reading files of tensors, loading networks strictly, the hash of a module."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastgen.errors import InputError
+from fastgen.errors import InputError, first_line
 
 PICKLES = (".pth", ".pt", ".ckpt", ".bin")
 LISTED = 10
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 
 
 def read_state(path: Path, allow_pickle: bool = False) -> Mapping[str, Any]:
@@ -43,6 +45,59 @@ def load_state(module: nn.Module, state: Mapping[str, Any], path: Path, kind: st
         first = f" (the first {LISTED} listed)" if len(wrong) > LISTED else ""
         raise InputError(f"{path}: {len(wrong)} weights do not match {kind}{first}: {'; '.join(wrong[:LISTED])}")
     module.load_state_dict(state)
+
+
+def pretrained(
+    cls: Any, source: str | Path, where: str, may_ignore: Callable[[str], bool] = lambda key: False, **options: Any
+) -> Any:
+    """The network that `cls.from_pretrained(source, **options)` loads, float32, in eval mode.
+
+    Raises InputError, which begins with `where`, for what cannot be read and for weights that are missing, unexpected (unless
+    `may_ignore(key)`) or of another shape: `from_pretrained` warns about these and goes on with random values.
+    """
+    from safetensors import SafetensorError
+
+    options = {"use_safetensors": True, "torch_dtype": torch.float32, "ignore_mismatched_sizes": True, **options}
+    try:
+        module, info = cls.from_pretrained(source, output_loading_info=True, **options)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+        raise InputError(f"{where}: cannot be loaded as a {cls.__name__}: {first_line(error)}") from None
+    unexpected = [key for key in info["unexpected_keys"] if not may_ignore(key)]
+    wrong = sorted(map(str, (*info["missing_keys"], *info["mismatched_keys"], *unexpected)))
+    wrong = [key for key in wrong if not key.endswith("position_ids")]
+    if wrong:
+        raise InputError(f"{where}: {len(wrong)} weights do not match {cls.__name__}, the first {wrong[0]}")
+    return module.eval()
+
+
+def pretrained_tokenizer(source: str | Path, where: str, **options: Any) -> Any:
+    """The CLIPTokenizer in `source`. Raises InputError, which begins with `where`; `from_pretrained` makes an empty one of a
+    folder without files."""
+    from transformers import CLIPTokenizer
+
+    folder = Path(source, options.get("subfolder", ""))
+    if Path(source).is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise InputError(f"{where}: its tokenizer is missing: {' or '.join(TOKENIZER_FILES)}")
+    try:
+        return CLIPTokenizer.from_pretrained(source, **options)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{where}: its tokenizer cannot be read: {first_line(error)}") from None
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Without transformers' warnings and progress bars: what they warn about becomes an error of `pretrained`."""
+    from transformers.utils import logging
+
+    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()
 
 
 def weights_hash(module: nn.Module) -> str:

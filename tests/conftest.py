@@ -262,7 +262,7 @@ def fastgen(capfd, monkeypatch) -> Callable[..., tuple[int, str, str]]:
 @pytest.fixture(scope="session")
 def rehash() -> Callable[[Path], None]:
     """Make bundle.json agree with the files again, after they were changed on purpose."""
-    from fastgen.spec import sha256_file
+    from fastgen.hashes import sha256_file
 
     def run(bundle: Path) -> None:
         manifest = json.loads((bundle / "bundle.json").read_text())

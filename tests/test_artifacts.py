@@ -95,7 +95,7 @@ def test_the_nearest_artifact_is_named_with_what_differs():
     [
         (lambda f: f.write_bytes(b"comp"), "4 bytes, artifact.json says 8: truncated"),
         (lambda f: f.write_bytes(b"Compiled"), "sha256 differs"),
-        (lambda f: f.unlink(), "missing"),
+        (lambda f: f.unlink(), "No such file"),
     ],
 )
 def test_a_damaged_file_is_refused_and_an_on_demand_engine_is_built_again(damage, says):

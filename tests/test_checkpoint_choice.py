@@ -14,10 +14,12 @@ from test_train import LABEL_PRESET, labelled, preset_of, small  # noqa: F401
 from fastgen.bundle import read_bundle
 from fastgen.checkpoint_choice import check_made_from, is_called
 from fastgen.errors import InputError
+from fastgen.find import find_model
 from fastgen.jobs.job import run_job
 from fastgen.networks import load_model
-from fastgen.pipeline import load, model_objects
+from fastgen.pipeline import load
 from fastgen.requests import read_requests
+from fastgen.run import Run
 from fastgen.training import families, train
 
 OVERRIDES = ("unet.train.checkpoint_limit=0", "unet.train.further_ema_decays=[0.5]")
@@ -100,11 +102,11 @@ def test_the_manifest_and_the_bundle_record_the_checkpoint(run: Path, bundle: Pa
     assert read_bundle(bundle).spec.checkpoint == "ema@4"
     requests_file = tmp_path / "requests.json"
     requests_file.write_text(json.dumps([["red cube"]]))
-    requests = read_requests(requests_file, model_objects(run))
+    requests = read_requests(requests_file, find_model(run).objects)
     images = {}
     for engine, folder in (("eager", run), ("ort", bundle)):
         pipeline = load(folder, engine, checkpoint="4")
-        run_job(pipeline, requests, tmp_path / engine, pipeline.settings(), progress=False)
+        run_job(Run(pipeline, requests, pipeline.settings()), tmp_path / engine, progress=False)
         line = json.loads((tmp_path / engine / "manifest.jsonl").read_text())
         assert line["checkpoint"] == "ema@4"
         images[engine] = np.asarray(pipeline.generate(labels=[["red cube"]], seeds=[0])[0]).astype(int)
@@ -123,7 +125,7 @@ def test_an_unfinished_run_generates_from_its_checkpoints(unfinished: Path) -> N
         load(unfinished, "eager")
     images = load(unfinished, "eager", checkpoint="last").generate(labels=[["red cube"]], seeds=[0])
     assert images[0].size == (16, 16)
-    assert model_objects(unfinished, "last") == {"red cube": 0, "green cube": 1, "blue cube": 2}
+    assert find_model(unfinished, "last").objects == {"red cube": 0, "green cube": 1, "blue cube": 2}
 
 
 @pytest.mark.parametrize(

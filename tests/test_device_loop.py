@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves  # noqa: E402
 from fastgen.device_loop import DeviceLoop  # noqa: E402
 from fastgen.errors import InputError  # noqa: E402
 from fastgen.pipeline import load  # noqa: E402
-from fastgen.sampling import initial_latents, sample  # noqa: E402
+from fastgen.sampling import initial_latents, sample, sample_steps  # noqa: E402
 from fastgen.solver import compile_key  # noqa: E402
 
 SCHEDULE = {"_class_name": "DDIMScheduler", "beta_schedule": "squaredcos_cap_v2", "clip_sample": True}
@@ -107,14 +107,26 @@ def test_results_are_not_overwritten_by_the_next_run(pipelines, label_model, dev
     table = compile_key("ddpm:4", SCHEDULE)
     x, cond, _ = inputs(pipeline, table)
     loop = device_loop(pipeline, table, graphs)
-    states = []
-    first = loop.run(x, cond, seeds=seeds_on(pipeline), on_step=lambda i, state: states.append(state))
-    kept, kept_states = first.clone(), [state.clone() for state in states]
+    first = loop.run(x, cond, seeds=seeds_on(pipeline))
+    kept = first.clone()
     loop.run(2 * x, cond, seeds=seeds_on(pipeline) + 1)
     assert torch.equal(first, kept)
-    assert all(torch.equal(a, b) for a, b in zip(states, kept_states, strict=True))
-    assert torch.equal(states[-1], first)
-    assert len(states) == len(table)
+
+
+@on_every_device
+def test_steps_yield_the_state_after_every_row(pipelines, label_model, device, graphs):
+    pipeline = open_pipeline(pipelines, label_model, device)
+    table = compile_key("ddpm:4", SCHEDULE)
+    x, cond, _ = inputs(pipeline, table)
+    loop, seeds = device_loop(pipeline, table, graphs), seeds_on(pipeline)
+    states = [(i, state.clone()) for i, state in loop.steps(x, cond, seeds=seeds)]
+    network = pipeline.engine.run
+    expected = sample_steps(lambda *a: network("unet", *a)[0], table, x, cond, seeds=SEEDS)
+    for (i, state), (row, reference) in zip(states, expected, strict=True):
+        assert i == row
+        torch.testing.assert_close(state, reference, atol=5e-4, rtol=1e-3)
+    assert torch.equal(states[-1][1], loop.run(x, cond, seeds=seeds))
+    assert not torch.is_inference_mode_enabled()
 
 
 @pytest.mark.parametrize("key", SOLVERS)

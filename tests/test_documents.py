@@ -22,7 +22,7 @@ from click.testing import CliRunner
 from documents import DOCUMENTS, REPO, Step, check_words, inline, links, steps, unmarked
 from small_presets import SMALL
 
-from fastgen.shipped import MODELS as SHIPPED
+from fastgen.find import MODELS as SHIPPED
 
 pytest.importorskip("torch")
 
@@ -95,7 +95,7 @@ def shipped(label_model, text_model, judge, judge_of_monsters, tmp_path_factory,
     folder = tmp_path_factory.mktemp("models")
     for name, source in models.items():
         (folder / name).symlink_to(source)
-    monkeypatch.setattr("fastgen.shipped.MODELS", folder)
+    monkeypatch.setattr("fastgen.find.MODELS", folder)
 
 
 class Reader:
@@ -186,7 +186,7 @@ def arguments(words: list[str]) -> list[tuple[str, str]]:
 def needed_kind(words: list[str], before: str, word: str) -> str | None:
     """What a dataset to learn from, named after `before`, must hold, or a file of requests; None for everything else."""
     from fastgen.config import load_preset
-    from fastgen.shipped import find_model, model_kind
+    from fastgen.find import find_folder, model_kind
 
     command = words[1] if words[0] == "fastgen" else ""
     if command == "train" and before == "--data":
@@ -194,7 +194,7 @@ def needed_kind(words: list[str], before: str, word: str) -> str | None:
     if command == "index" and before == "index":
         return "text"
     if command in ("generate", "sweep") and before == command and word.endswith(".json") and "/" not in word:
-        named = model_kind(find_model(words[words.index("--model") + 1])) if "--model" in words else None
+        named = model_kind(find_folder(words[words.index("--model") + 1])) if "--model" in words else None
         return named or ("text" if word.lower().startswith("prompt") else "labels")
     return None
 

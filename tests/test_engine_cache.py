@@ -253,7 +253,7 @@ def test_what_another_process_builds_is_left_alone():
     try:
         ((doomed, gone),) = collect(Selection(everything=True))
         assert (doomed.folder, gone) == (damaged.folder, False)
-        assert (damaged.folder.parent / f".{UNET.digest}.partial" / "plan").exists()
+        assert (damaged.folder.parent / f".{UNET.digest}.partial" / "new" / "plan").exists()
     finally:
         kill(process)
 

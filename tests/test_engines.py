@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from wrong_inputs import refuses_wrong_inputs
 
 from fastgen.bundle import read_bundle
 from fastgen.engines import create_engine, engine_class, engine_names, missing_packages
@@ -53,11 +54,13 @@ def test_a_guided_run_equals_diffusers_own_pipeline(text_model, scheduler):
     ours = load(text_model)
     settings = ours.settings(scheduler=scheduler, num_inference_steps=6, guidance_scale=4.0)
     from fastgen.requests import Request
+    from fastgen.run import Run
 
     requests = [
         Request(str(i), f"{i}.png", prompt=p, seed=s) for i, (p, s) in enumerate(zip(PROMPTS, SEEDS, strict=True))
     ]
-    images = ours.sample_batch(requests, ours.encoder(requests, True), ours.source.table(settings.solver), settings)
+    run = Run(ours, requests, settings)
+    images = np.concatenate([run.images(batch) for batch in run.batches(len(requests))])
 
     theirs = StableDiffusionPipeline.from_pretrained(text_model, safety_checker=None)
     theirs.set_progress_bar_config(disable=True)
@@ -99,6 +102,11 @@ def test_a_result_is_not_overwritten_by_the_next_call(label_bundle, engine):
     kept = first.copy()
     pipeline.engine.run("unet", *unet_inputs(pipeline, 2, seed=1))
     assert np.array_equal(first, kept)
+
+
+@pytest.mark.parametrize("name", ["eager", "compile", "ort", "openvino"])
+def test_a_wrong_tensor_is_refused_before_anything_runs(label_model, label_bundle, name):
+    refuses_wrong_inputs(load(label_model if name in ("eager", "compile") else label_bundle, name, dtype="fp32").engine)
 
 
 @pytest.mark.parametrize("kind", ["text", "labels"])

@@ -193,7 +193,9 @@ def test_a_killed_export_leaves_the_old_bundle_and_the_next_one_equals_an_undist
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     partial = out.with_name(".bundle.partial")
     until = time.monotonic() + 120
-    while not (partial / "unet" / "model.onnx").exists() and process.poll() is None and time.monotonic() < until:
+    while (
+        not (partial / "new" / "unet" / "model.onnx").exists() and process.poll() is None and time.monotonic() < until
+    ):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL

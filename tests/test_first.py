@@ -21,7 +21,7 @@ import torch
 from benchmarks import first, first_facts, first_memory, first_speed, gpu_table, gpu_tests
 from benchmarks.parts import REPOSITORY, Run
 from fastgen.engines import compile as engine_compile
-from fastgen.pipeline import Pipeline
+from fastgen.run import Run as Generation
 
 NEEDS_GPU = first_facts.NEEDS_GPU
 
@@ -130,14 +130,14 @@ def test_a_run_that_changes_the_process_s_flag_is_noticed(run, label_model, monk
 
 def test_overlapped_batches_are_compared_with_sequential_ones(run, text_model, monkeypatch):
     assert failed(first_facts.overlap(run, str(text_model))) == []
-    start, waiting = Pipeline.start_batch, []
+    start, waiting = Generation.begin, []
 
     def late(self, *given, **options):
         """The pictures are those of the batch that was begun last."""
         waiting.append(start(self, *given, **options))
         return lambda: waiting[-1]()
 
-    monkeypatch.setattr(Pipeline, "start_batch", late)
+    monkeypatch.setattr(Generation, "begin", late)
     assert failed(first_facts.overlap(run, str(text_model))) == [
         "overlapped batches",
         "overlapped batches after 2 tables",

@@ -26,6 +26,7 @@ from fastgen.jobs.job import run_job  # noqa: E402
 from fastgen.pictures import Decoder  # noqa: E402
 from fastgen.pipeline import load  # noqa: E402
 from fastgen.requests import Request  # noqa: E402
+from fastgen.run import Run  # noqa: E402
 from fastgen.sampling import initial_latents, sample  # noqa: E402
 from fastgen.solver import compile_key  # noqa: E402
 
@@ -350,10 +351,10 @@ def test_a_job_on_a_gpu_is_in_order_and_gives_the_pictures_of_a_cpu(
     model = request.getfixturevalue("text_model" if kind == "text" else "label_model")
     settings = {"scheduler": solver, "num_inference_steps": 4, "guidance_scale": 3.0, "guidance_interval": (1, 3)}
     plain = load(model, "eager")
-    run_job(plain, requests(kind), tmp_path / "cpu", plain.settings(**settings), batch_size=3)
+    run_job(Run(plain, requests(kind), plain.settings(**settings)), tmp_path / "cpu", batch_size=3)
     pipeline = on_a_gpu(model)
     with cuda_double.ordered(monkeypatch):
-        report = run_job(pipeline, requests(kind), tmp_path / "gpu", pipeline.settings(**settings), batch_size=3)
+        report = run_job(Run(pipeline, requests(kind), pipeline.settings(**settings)), tmp_path / "gpu", batch_size=3)
     assert report.errors == {}
     assert np.abs(pixels(tmp_path / "gpu") - pixels(tmp_path / "cpu")).max() <= 1
     assert len(pipeline._loops) == 2  # batches of 3 and of 2 ...

@@ -17,6 +17,7 @@ from fastgen.images import read_metadata
 from fastgen.jobs.job import run_job
 from fastgen.pipeline import load
 from fastgen.requests import Request, read_requests
+from fastgen.run import Run
 
 KINDS = ["text", "labels"]
 
@@ -27,7 +28,7 @@ def pipelines(text_bundle, label_bundle):
 
 
 def start(pipeline, requests, out, *, batch_size=2, seed=0, **settings):
-    return run_job(pipeline, requests, out, pipeline.settings(seed=seed, **settings), batch_size=batch_size)
+    return run_job(Run(pipeline, requests, pipeline.settings(seed=seed, **settings)), out, batch_size=batch_size)
 
 
 def manifest(out):
@@ -235,7 +236,7 @@ def test_an_output_folder_may_be_a_symlink_but_nothing_below_it(pipelines, reque
 
 @pytest.mark.parametrize(
     ("settings", "words"),
-    [({"guidance_interval": (3, 2)}, "guidance_interval is 3 2"), ({"scheduler": "nope"}, "unknown scheduler 'nope'")],
+    [({"guidance_interval": (3, 2)}, "guidance interval 3 2"), ({"scheduler": "nope"}, "unknown scheduler 'nope'")],
 )
 def test_a_refused_job_leaves_no_folder(pipelines, requests_files, tmp_path, settings, words):
     with pytest.raises(InputError, match=words):
@@ -243,19 +244,19 @@ def test_a_refused_job_leaves_no_folder(pipelines, requests_files, tmp_path, set
     assert not (tmp_path / "out").exists()
 
 
-def break_images(monkeypatch, pipeline, broken):
+def break_images(monkeypatch, broken):
     """Make the images of the requests at the positions of `broken` become those values."""
-    latents, seen = pipeline.latents, []
+    latents, seen = Run.latents, []
 
-    def replaced(requests, *arguments, **options):
-        images = latents(requests, *arguments, **options)  # of a label model: the images themselves
-        for request, image in zip(requests, images, strict=True):
+    def replaced(run, batch, *arguments, **options):
+        images = latents(run, batch, *arguments, **options)  # of a label model: the images themselves
+        for request, image in zip(run.requests[batch.rows], images, strict=True):
             seen.append(request.id)
             if int(request.id) in broken:
                 image[...] = broken[int(request.id)]
         return images
 
-    monkeypatch.setattr(pipeline, "latents", replaced)
+    monkeypatch.setattr(Run, "latents", replaced)
     return seen
 
 
@@ -265,7 +266,7 @@ def test_broken_images_are_lines_of_the_manifest_and_no_files_and_are_tried_agai
     requests = read_requests(requests_files["labels"])
     start(pipelines["labels"], requests, tmp_path / "whole")
     with monkeypatch.context() as patch:
-        break_images(patch, pipelines["labels"], {1: math.nan, 3: 0.5})
+        break_images(patch, {1: math.nan, 3: 0.5})
         report = start(pipelines["labels"], requests, tmp_path / "out")
     assert set(report.errors) == {"1.png", "3.png"}
     assert {f.name for f in (tmp_path / "out").glob("?.png")} == {"0.png", "2.png"}
@@ -275,7 +276,7 @@ def test_broken_images_are_lines_of_the_manifest_and_no_files_and_are_tried_agai
     assert "flat" in errors[3]
     assert (tmp_path / "out" / "contact_sheet.png").is_file()
 
-    seen = break_images(monkeypatch, pipelines["labels"], {})
+    seen = break_images(monkeypatch, {})
     assert start(pipelines["labels"], requests, tmp_path / "out").errors == {}
     assert seen == ["0", "1", "2", "3"]
     first, second = files(tmp_path / "whole"), files(tmp_path / "out")
@@ -287,7 +288,7 @@ def test_a_job_whose_images_are_all_broken_has_a_manifest_and_no_pictures(
     pipelines, requests_files, tmp_path, monkeypatch
 ):
     requests = read_requests(requests_files["labels"])
-    break_images(monkeypatch, pipelines["labels"], dict.fromkeys(range(4), math.inf))
+    break_images(monkeypatch, dict.fromkeys(range(4), math.inf))
     assert len(start(pipelines["labels"], requests, tmp_path).errors) == 4
     assert sorted(files(tmp_path)) == ["job.json", "manifest.jsonl"]
 

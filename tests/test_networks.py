@@ -112,6 +112,31 @@ def test_a_damaged_model_folder_is_one_clear_line(label_model, tmp_path, file, d
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "named"),
+    [
+        ("tokenizer/tokenizer.json", b"{}", "tokenizer: its tokenizer cannot be read"),
+        ("tokenizer", None, "tokenizer: its tokenizer is missing"),
+        ("vae/diffusion_pytorch_model.safetensors", b"nothing", "vae: cannot be loaded as a AutoencoderKL"),
+        ("text_encoder/config.json", b'{"hidden_size": 64}', "text_encoder: .* weights do not match CLIPTextModel"),
+        ("vae/config.json", b'{"latent_channels": 3}', "vae: .* weights do not match AutoencoderKL"),
+        ("model_index.json", b"[]", "model_index.json: found \\[\\], expected"),
+        ("scheduler/scheduler_config.json", b"[]", "scheduler_config.json: found \\[\\], expected"),
+    ],
+)
+def test_a_damaged_text_model_is_one_clear_line(text_model, tmp_path, file, content, named):
+    folder = tmp_path / "model"
+    shutil.copytree(text_model, folder)
+    if content is None:
+        for inner in (folder / file).iterdir():
+            inner.unlink()
+    else:
+        (folder / file).write_bytes(content)
+    with pytest.raises(InputError, match=named) as error:
+        load_model(folder)
+    assert "\n" not in str(error.value)
+
+
 def test_a_pixel_model_without_conditioner_is_refused(label_model, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(label_model, folder)

@@ -21,8 +21,8 @@ from torch import nn
 from export.onnx import export_onnx
 from fastgen.bundle import read_bundle
 from fastgen.networks import load_model
-from fastgen.precision import lowered, network_dtype
-from fastgen.signatures import Signature, Tensor
+from fastgen.precision import lowered
+from fastgen.signatures import Signature, Tensor, network_dtype
 
 CASES = [("text", "fp16"), ("labels", "bf16")]
 IR_DTYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fastgen.shipped import shipped_names
+from fastgen.find import shipped_names
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -57,7 +57,7 @@ def test_the_wheel_runs_in_a_clean_environment(tmp_path):
     subprocess.run([python, "-m", "pip", "install", "--quiet", wheel], check=True)
     script = tmp_path / "env" / "bin" / "fastgen"
     listed = subprocess.run(
-        [python, "-c", "from fastgen.shipped import *; print(MODELS.parent, *shipped_names())"],
+        [python, "-c", "from fastgen.find import *; print(MODELS.parent, *shipped_names())"],
         cwd=tmp_path,
         capture_output=True,
         text=True,

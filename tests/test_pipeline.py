@@ -11,7 +11,8 @@ import pytest
 
 import fastgen
 from fastgen.errors import InputError
-from fastgen.pipeline import load, model_objects
+from fastgen.find import find_model
+from fastgen.pipeline import load
 from fastgen.settings import Settings
 
 PROMPTS = [f"monster number {i}, red, with horns" for i in range(5)]
@@ -212,6 +213,6 @@ def test_settings_fall_back_to_the_model_s_own(text, labels):
 
 
 def test_the_objects_of_a_model_are_read_without_loading_it(label_bundle, label_model, text_bundle, text_model):
-    assert model_objects(label_bundle) == model_objects(label_model) == load(label_bundle, "ort").spec.objects
-    assert model_objects(text_bundle) is None
-    assert model_objects(text_model) is None
+    assert find_model(label_bundle).objects == find_model(label_model).objects == load(label_bundle, "ort").spec.objects
+    assert find_model(text_bundle).objects is None
+    assert find_model(text_model).objects is None

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import weakref
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,11 +17,13 @@ from fastgen.buckets import Batch
 from fastgen.engines import base_memory
 from fastgen.errors import FastgenError
 from fastgen.jobs import folder, job, plan
+from fastgen.jobs.folder import JobFolder
 from fastgen.jobs.job import estimate_job, run_job
 from fastgen.jobs.shards import Shard
 from fastgen.pictures import Decoder
 from fastgen.pipeline import load
 from fastgen.requests import Request
+from fastgen.run import Run
 
 
 @pytest.fixture
@@ -56,9 +59,9 @@ def limit_rows(monkeypatch, engine, rows):
 
 
 def test_out_of_memory_halves_the_batch_and_goes_on_and_says_so(labels, monkeypatch, tmp_path):
-    run_job(labels, requests(9), tmp_path / "whole", labels.settings(), batch_size=8)
+    run_job(Run(labels, requests(9), labels.settings()), tmp_path / "whole", batch_size=8)
     seen, said = limit_rows(monkeypatch, labels.engine, 4), []  # guided: two images
-    report = run_job(labels, requests(9), tmp_path / "halved", labels.settings(), batch_size=8, say=said.append)
+    report = run_job(Run(labels, requests(9), labels.settings()), tmp_path / "halved", batch_size=8, say=said.append)
     assert (report.generated, report.errors) == (9, {})
     assert max(seen) == 4
     assert said == [
@@ -74,7 +77,7 @@ def test_one_image_that_does_not_fit_ends_the_job_in_one_line(labels, monkeypatc
     with pytest.raises(
         FastgenError, match="cpu: out of memory with a batch of 1, and batch_size is 1 already"
     ) as error:
-        run_job(labels, requests(4), tmp_path / "out", labels.settings(), batch_size=2)
+        run_job(Run(labels, requests(4), labels.settings()), tmp_path / "out", batch_size=2)
     assert "\n" not in str(error.value)
 
 
@@ -84,16 +87,16 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(labels, monkeypatch, tm
 
     monkeypatch.setattr(labels.engine, "run", fail)
     with pytest.raises(RuntimeError, match="a bug"):
-        run_job(labels, requests(4), tmp_path / "out", labels.settings(), batch_size=2)
+        run_job(Run(labels, requests(4), labels.settings()), tmp_path / "out", batch_size=2)
 
 
 class Recorder:
-    """A pipeline on a GPU as the job sees it: starting a batch returns at once."""
+    """A run on a GPU as the job sees it, and its pipeline and engine: starting a batch returns at once."""
 
-    on_gpu = True
+    on_gpu, settings = True, None
 
     def __init__(self, fails_at=()):
-        self.log, self.fails_at, self.engine = [], list(fails_at), self
+        self.log, self.fails_at, self.engine, self.pipeline = [], list(fails_at), self, self
         self.device = "cuda"
 
     def begin(self, batch):
@@ -112,13 +115,9 @@ class Recorder:
         return None
 
 
-class Unguided:
-    guided = False
-
-
 def generated(recorder, batches):
     said = []
-    done = [batch for batch, _ in job._generated(recorder, Unguided(), batches, recorder.begin, said.append)]
+    done = [batch for batch, _ in job._generated(recorder, batches, recorder.begin, said.append)]
     return done, said
 
 
@@ -186,14 +185,16 @@ def test_the_default_batch_is_16_on_a_cpu_or_the_largest_compiled_one(labels, mo
 
 
 def test_a_resumed_job_keeps_the_batch_size_that_it_began_with(labels, tmp_path):
-    run_job(labels, requests(5), tmp_path / "out", labels.settings(), batch_size=2)
+    run_job(Run(labels, requests(5), labels.settings()), tmp_path / "out", batch_size=2)
     (tmp_path / "out" / "3.png").unlink()
-    report = run_job(labels, requests(5), tmp_path / "out", labels.settings())
+    report = run_job(Run(labels, requests(5), labels.settings()), tmp_path / "out")
     assert report.generated == 2  # the batch of 2 and 3, not all five
 
 
 def test_an_estimate_counts_batches_and_evaluations_and_writes_nothing(labels, tmp_path):
-    found = estimate_job(labels, requests(35), labels.settings(scheduler="ddim", num_inference_steps=10), batch_size=16)
+    found = estimate_job(
+        Run(labels, requests(35), labels.settings(scheduler="ddim", num_inference_steps=10)), batch_size=16
+    )
     assert [b.bucket for b in found.batches] == [12, 12, 12]
     assert (found.images, found.evaluations) == (35, 10)
     assert found.seconds > 0
@@ -204,8 +205,8 @@ def test_an_estimate_counts_batches_and_evaluations_and_writes_nothing(labels, t
 
 def test_an_estimate_is_near_what_the_job_takes(labels, tmp_path):
     settings = labels.settings(scheduler="ddim", num_inference_steps=20)
-    expected = estimate_job(labels, requests(32), settings, batch_size=8).seconds
-    report = run_job(labels, requests(32), tmp_path / "out", settings, batch_size=8)
+    expected = estimate_job(Run(labels, requests(32), settings), batch_size=8).seconds
+    report = run_job(Run(labels, requests(32), settings), tmp_path / "out", batch_size=8)
     assert expected / 4 < report.seconds < expected * 6 + 1  # tiny networks on a busy machine
 
 
@@ -336,12 +337,12 @@ def test_a_resumed_job_decodes_as_many_together_as_it_began_with(text, monkeypat
     asked = [Request(str(i), f"{i}.png", prompt="a red dragon", seed=i) for i in range(8)]
     monkeypatch.setattr(job, "decode_batch_size", lambda pipeline: 2)
     seen = decoded(monkeypatch, text)
-    run_job(text, asked, tmp_path, text.settings(), batch_size=4)
+    run_job(Run(text, asked, text.settings()), tmp_path, batch_size=4)
     assert seen == [2, 2, 2, 2]
     monkeypatch.setattr(job, "decode_batch_size", lambda pipeline: 3)  # there is more memory now
     (tmp_path / "5.png").unlink()
     seen.clear()
-    run_job(text, asked, tmp_path, text.settings())
+    run_job(Run(text, asked, text.settings()), tmp_path)
     assert seen == [2, 2]
     seen.clear()
     text.generate(prompts=["a red dragon"] * 4, batch_size=4)  # a job leaves nothing behind in the pipeline
@@ -354,10 +355,10 @@ def test_a_resumed_job_of_an_engine_with_sizes_of_its_own_runs_the_same_batches(
     seen, run = [], labels.engine.run
     monkeypatch.setattr(labels.engine, "run", lambda name, *x: seen.append(len(x[0])) or run(name, *x))
     settings = labels.settings(num_inference_steps=1, scheduler="ddim")
-    run_job(labels, requests(63), tmp_path, settings)  # fewer than the 64 that run together
+    run_job(Run(labels, requests(63), settings), tmp_path)  # fewer than the 64 that run together
     assert seen == [128]
     (tmp_path / "5.png").unlink()
-    assert run_job(labels, requests(63), tmp_path, settings).generated == 63
+    assert run_job(Run(labels, requests(63), settings), tmp_path).generated == 63
     assert seen == [128, 128]
 
 
@@ -375,21 +376,22 @@ class MissesIt:
 
 def test_shards_that_begin_together_run_the_batches_of_the_one_that_was_first(labels, monkeypatch, tmp_path):
     """Each measures the memory of its own card; job.json is written by one of them."""
-    settings, claim = labels.settings(), job.claim
-    run_job(labels, requests(7), tmp_path / "whole", settings, batch_size=2)
+    settings, claim = labels.settings(), JobFolder.claim
+    run_job(Run(labels, requests(7), settings), tmp_path / "whole", batch_size=2)
 
-    def late(out, files, *arguments, **options):
+    def late(self, *arguments, **options):
+        out = self.out
         if not (out / "job.json").exists():  # the other one was a little sooner
             monkeypatch.setattr(job, "automatic_batch_size", lambda *a: 2)
-            monkeypatch.setattr(job, "claim", claim)
-            run_job(labels, requests(7), out, settings, shard=Shard(1, 2))
+            monkeypatch.setattr(JobFolder, "claim", claim)
+            run_job(Run(labels, requests(7), settings), out, shard=Shard(1, 2))
             monkeypatch.setattr(folder, "os", MissesIt(out / "job.json"))
-            files = []  # nor has it seen the other one's files
-        return claim(out, files, *arguments, **options)
+            self = replace(self, files=[])  # nor has it seen the other one's files
+        return claim(self, *arguments, **options)
 
     monkeypatch.setattr(job, "automatic_batch_size", lambda *a: 3)
-    monkeypatch.setattr(job, "claim", late)
-    report = run_job(labels, requests(7), tmp_path / "out", settings, shard=Shard(2, 2))
+    monkeypatch.setattr(JobFolder, "claim", late)
+    report = run_job(Run(labels, requests(7), settings), tmp_path / "out", shard=Shard(2, 2))
     assert report.complete
     assert json.loads((tmp_path / "out" / "job.json").read_text())["limits"]["batch"] == 2
     assert np.array_equal(pixels(tmp_path / "out"), pixels(tmp_path / "whole"))
@@ -397,12 +399,12 @@ def test_shards_that_begin_together_run_the_batches_of_the_one_that_was_first(la
 
 def test_a_job_of_an_older_version_goes_on_with_what_fits_now(text, monkeypatch, tmp_path):
     asked = [Request(str(i), f"{i}.png", prompt="a red dragon", seed=i) for i in range(4)]
-    run_job(text, asked, tmp_path, text.settings(), batch_size=4)
+    run_job(Run(text, asked, text.settings()), tmp_path, batch_size=4)
     record = json.loads((tmp_path / "job.json").read_text())
     assert record.pop("limits") == {"batch": 4, "decode": 64}
     (tmp_path / "job.json").write_text(json.dumps(record))
     (tmp_path / "1.png").unlink()
-    assert run_job(text, asked, tmp_path, text.settings()).generated == 4
+    assert run_job(Run(text, asked, text.settings()), tmp_path).generated == 4
 
 
 @pytest.mark.parametrize(
@@ -436,7 +438,7 @@ def test_an_error_without_words_ends_a_job_in_one_line(labels, monkeypatch, tmp_
 
     monkeypatch.setattr(labels.engine, "run", fail)
     with pytest.raises(FastgenError, match=r"batch_size is 1 already: MemoryError$"):
-        run_job(labels, requests(2), tmp_path / "out", labels.settings(), batch_size=1)
+        run_job(Run(labels, requests(2), labels.settings()), tmp_path / "out", batch_size=1)
 
 
 @pytest.mark.parametrize(
@@ -458,7 +460,7 @@ def test_what_cuda_s_libraries_say_when_memory_runs_out_halves_the_batch(label_m
         return run(network, *inputs)
 
     monkeypatch.setattr(pipeline.engine, "run", limited)
-    report = run_job(pipeline, requests(4), tmp_path / "out", pipeline.settings(), batch_size=2, say=said.append)
+    report = run_job(Run(pipeline, requests(4), pipeline.settings()), tmp_path / "out", batch_size=2, say=said.append)
     assert (report.errors, said) == ({}, ["cpu: out of memory with a batch of 2; going on with 1"])
 
 

@@ -10,12 +10,21 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from fastgen.config import Network, Preset, Sampling, Training
+from fastgen.config import Network, Preset, Sampling, Training, load_preset
 from fastgen.errors import InputError
 from fastgen.images import contact_sheet
 from fastgen.names import ICLEVR_OBJECTS
+from fastgen.solver import compile_key
 from fastgen.training.precision import choose
-from fastgen.training.previews import COUNT, Shown, fixed_labels, fixed_prompts, sampled_preview, shown_rows
+from fastgen.training.previews import (
+    COUNT,
+    Shown,
+    default_table,
+    fixed_labels,
+    fixed_prompts,
+    sampled_preview,
+    shown_rows,
+)
 from fastgen.training.sources import Labels, Pixels
 
 CPU = torch.device("cpu")
@@ -80,6 +89,13 @@ def test_ground_truth_is_above_what_is_generated_for_the_same_conditions_and_the
 def test_examples_shown_are_spread_over_the_validation_rows() -> None:
     assert shown_rows(np.arange(100, 171)).tolist() == [100, 110, 120, 130, 140, 150, 160, 170]
     assert shown_rows(np.array([7, 5])).tolist() == [7, 5]
+
+
+def test_a_preview_samples_with_the_table_that_generate_compiles_also_at_every_training_timestep() -> None:
+    preset = load_preset("monsters-ddim", ["sampling.num_inference_steps=1000"])
+    table, expected = default_table(preset.scheduler, preset.sampling), compile_key("ddim:1000", preset.scheduler)
+    assert table.timesteps.tolist() == list(range(999, -1, -1)) == expected.timesteps.tolist()
+    assert np.array_equal(table.a, expected.a)
 
 
 def preset(**preview: Any) -> Preset:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fastgen.buckets import Batch
 from fastgen.conditions import pooled_states
 from fastgen.errors import InputError
 from fastgen.images import read_metadata
@@ -18,6 +19,8 @@ from fastgen.pipeline import load
 from fastgen.requests import Request, read_requests
 from fastgen.retrieval import Index, open_index
 from fastgen.retrieval.indexing import Options, build_index, default_folder, trained_mode
+from fastgen.run import Run
+from fastgen.start import late_start
 
 pytest.importorskip("torch")
 
@@ -86,8 +89,13 @@ def pictures(out):
 
 
 def run(pipeline, requests, out, index, *, seed=0, batch_size=3, shard=None, **settings):
-    chosen = pipeline.settings(rag=index is not None, seed=seed, **settings)
-    return run_job(pipeline, requests, out, chosen, rag=index, batch_size=batch_size, shard=shard)
+    return run_job(run_of(pipeline, requests, index, seed=seed, **settings), out, batch_size=batch_size, shard=shard)
+
+
+def run_of(pipeline, requests, index, *, noise_steps=None, strength=None, rag_top_k=None, **settings):
+    """The requests' run, from the index's images where there is one."""
+    late = {"noise_steps": noise_steps, "strength": strength, "rag_top_k": rag_top_k}
+    return Run(pipeline, requests, *late_start(index, pipeline, requests, pipeline.settings(**settings), **late))
 
 
 def all_rows(index):
@@ -230,21 +238,19 @@ def test_start_latents_are_diffusers_add_noise_at_the_first_timestep(
 
     started = []
 
-    def captured(network, table, x, cond, **options):
+    def captured(table, x, cond, **options):
         started.append(x.clone())
-        return x
+        return iter(())
 
-    monkeypatch.setattr("fastgen.pipeline.sample", captured)
-    settings = eager.settings(rag=True, scheduler=name, num_inference_steps=steps, noise_steps=noise_steps)
-    start = eager.retrieve(requests, settings, index)
-    encoder = eager.encoder(requests, settings.guided)
-    eager.latents(requests, encoder, eager.source.table(settings.solver), settings, start)
+    monkeypatch.setattr(eager, "steps", captured)
+    late = run_of(eager, requests, index, scheduler=name, num_inference_steps=steps, noise_steps=noise_steps)
+    late.latents(Batch(0, len(requests), len(requests)))
 
     scheduler = make_scheduler(name, eager.spec.scheduler_config)
     scheduler.set_timesteps(steps)
     first = np.unique(scheduler.timesteps.numpy())[::-1][steps - noise_steps]
     noise = torch.from_numpy(normal(seeds_of(requests), 0, (4, 8, 8)))
-    clean = torch.from_numpy(index.latents[[start.rows[r.image_name] for r in requests]].astype(np.float32))
+    clean = torch.from_numpy(index.latents[[late.start.nearest[r][0] for r in requests]].astype(np.float32))
     expected = scheduler.add_noise(clean, noise, torch.full((len(requests),), int(first)))
     torch.testing.assert_close(started[0], expected, atol=2e-5, rtol=0)
 
@@ -256,11 +262,10 @@ def seeds_of(requests):
 
 
 def test_a_bundle_stores_the_late_tables_that_the_default_needs(ort):
-    settings = ort.settings(rag=True)
-    assert settings.solver == "ddim:5:4"
+    assert ort.settings().late().solver == "ddim:5:4"
     assert {"ddim:5:4", "ddim:5:1", "ddim:5:5"} <= set(ort.source.solver_keys())
-    assert ort.settings(rag=True, num_inference_steps=70).noise_steps == 60
-    assert ort.settings(rag=True, num_inference_steps=20, strength=0.5).noise_steps == 10
+    assert ort.settings(num_inference_steps=70).late().noise_steps == 60
+    assert ort.settings(num_inference_steps=20).late(strength=0.5).noise_steps == 10
     assert ort.settings().noise_steps is None
 
 
@@ -290,9 +295,8 @@ def test_less_noise_stays_nearer_to_the_training_image(ort, index, requests):
     start = index.latents[[2 * i for i in range(len(requests))]].astype(np.float32)
     distances = []
     for noise_steps in (1, 3, 5):
-        settings = ort.settings(rag=True, noise_steps=noise_steps, guidance_scale=1.0)
-        table, found = ort.source.table(settings.solver), ort.retrieve(requests, settings, index)
-        x = ort.latents(requests, ort.encoder(requests, False), table, settings, found)
+        late = run_of(ort, requests, index, noise_steps=noise_steps, guidance_scale=1.0)
+        x = late.latents(Batch(0, len(requests), len(requests)))
         distances.append(float(np.sqrt(np.mean((x - start) ** 2))))
     assert distances == sorted(distances)
 
@@ -313,25 +317,24 @@ def test_a_resumed_job_writes_the_same_bytes_and_batch_size_changes_no_choice(or
 
 def test_the_seed_chooses_among_the_k_nearest(ort, index):
     same = [Request(str(i), f"{i}.png", prompt="A small blue slime.", seed=i) for i in range(60)]
-    settings = ort.settings(rag=True, rag_top_k=3)
-    start = ort.retrieve(same, settings, index)
-    counts = np.bincount([start.rows[r.image_name] for r in same], minlength=16)
+    start = index.start(ort, same, seed=0, top_k=3)
+    counts = np.bincount([start.nearest[r][0] for r in same], minlength=16)
     rows, _ = index.nearest(pooled_states(ort.engine, ort.tokenizer, ["A small blue slime."]), 3)
     assert set(np.flatnonzero(counts)) == set(rows[0].tolist())
     assert counts.max() < 40
-    again = ort.retrieve(same[::-1], settings, index)
-    assert again.rows == start.rows
+    again = index.start(ort, same[::-1], seed=0, top_k=3)
+    assert {r: row for r, (row, _) in again.nearest.items()} == {r: row for r, (row, _) in start.nearest.items()}
 
 
 def test_an_index_of_descriptions_is_asked_by_the_description(monsters_data, ort, tmp_path, requests):
     index, _ = build_index(monsters_data, ort, tmp_path / "index", Options(text="description"))
-    settings = ort.settings(rag=True)
-    start = ort.retrieve(requests, settings, index)
-    assert all(s == pytest.approx(1, abs=1e-6) for s in start.similarities.values())
+    start = index.start(ort, requests, seed=0)
+    assert all(similarity == pytest.approx(1, abs=1e-6) for _, similarity in start.nearest.values())
     bare = [Request(r.id, r.image_name, prompt=r.prompt) for r in requests]
-    other = ort.retrieve(bare, settings, index)
-    assert other.similarities["0_die1.png"] < 0.9999
-    assert other.similarities["0_main.png"] == pytest.approx(1, abs=1e-6)
+    nearest = index.start(ort, bare, seed=0).nearest
+    similarities = {r.image_name: similarity for r, (_, similarity) in nearest.items()}
+    assert similarities["0_die1.png"] < 0.9999
+    assert similarities["0_main.png"] == pytest.approx(1, abs=1e-6)
 
 
 def test_shards_give_the_files_of_the_whole_job(ort, index, requests, tmp_path):
@@ -343,7 +346,7 @@ def test_shards_give_the_files_of_the_whole_job(ort, index, requests, tmp_path):
 
 
 def test_an_estimate_counts_the_late_steps_alone(ort, index, requests):
-    estimate = estimate_job(ort, requests, ort.settings(rag=True, noise_steps=2), rag=index)
+    estimate = estimate_job(run_of(ort, requests, index, noise_steps=2))
     assert estimate.evaluations == 2
 
 

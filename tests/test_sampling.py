@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import fastgen.sampling as sampling
 from fastgen.errors import InputError
 from fastgen.noise import normal
-from fastgen.sampling import guide, initial_latents, pack_rows, sample, step, table_rows, take_rows
+from fastgen.sampling import guide, initial_latents, pack_rows, sample, sample_steps, step, table_rows, take_rows
 from fastgen.solver import compile_key, compile_table, make_scheduler
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
@@ -32,16 +32,23 @@ def _one_thread():
 
 
 def fastgen_run(table, network, library="torch", clean=None, **options):
-    """The table's run with the torch network, the loop in the given library."""
+    """The sample of the table's run with the torch network, the loop in the given library."""
+    return fastgen_states(table, network, library, clean, **options)[-1]
+
+
+def fastgen_states(table, network, library="torch", clean=None, **options):
+    """The states of that run after each row."""
     if library == "numpy":
         x = initial_latents(table, SEEDS, SHAPE, None if clean is None else clean.numpy())
 
         def call(sample, timestep, cond):
             return network(torch.from_numpy(sample), torch.from_numpy(timestep)).numpy()
 
-        return torch.from_numpy(sample(call, table, x, NO_COND.numpy(), seeds=SEEDS, **options))
+        steps = sample_steps(call, table, x, NO_COND.numpy(), seeds=SEEDS, **options)
+        return [torch.from_numpy(x) for _, x in steps]
     x = initial_latents(table, SEEDS, SHAPE, clean, xp=torch)
-    return sample(lambda x, t, c: network(x, t), table, x, NO_COND, seeds=SEEDS, **options)
+    steps = sample_steps(lambda x, t, c: network(x, t), table, x, NO_COND, seeds=SEEDS, **options)
+    return [x for _, x in steps]
 
 
 def clean_latents():
@@ -51,16 +58,15 @@ def clean_latents():
 def assert_same_trajectory(table, scheduler, timesteps, x, *, begin=0, clean=None, library="torch", **step_options):
     """fastgen's states and diffusers' own differ by at most 1e-4 after every row."""
     network = Denoiser(scheduler.alphas_cumprod, scheduler.config.prediction_type)
-    ours: list[torch.Tensor] = []
     theirs: list[torch.Tensor] = []
-    final = fastgen_run(table, network, library, clean, on_step=lambda i, x: ours.append(torch.as_tensor(x)))
+    ours = fastgen_states(table, network, library, clean)
+    final = ours[-1]
     first_stream = int(table.streams[0])
     run_diffusers(
         scheduler, timesteps, network, x, seeds=SEEDS, begin=begin, first_stream=first_stream, trail=theirs,
         **step_options,
     )  # fmt: skip
     assert len(ours) == len(theirs) == len(table)
-    assert torch.equal(final, ours[-1])
     assert final.dtype == torch.float32
     for row, (mine, reference) in enumerate(zip(ours, theirs, strict=True)):
         scale = max(1.0, float(reference.abs().max()))  # Euler's states begin as large as their sigma
@@ -183,8 +189,8 @@ def test_a_late_pndm_run_continues_a_full_one_and_sliced_timesteps_do_not():
     scheduler = diffusers.PNDMScheduler(**SCALED_LINEAR, skip_prk_steps=True)
     full, late = compile_table(scheduler, 70), compile_table(scheduler, 70, 60)
     network = Denoiser(scheduler.alphas_cumprod)
-    states = []
-    expected = fastgen_run(full, network, on_step=lambda i, x: states.append(x))
+    states = fastgen_states(full, network)
+    expected = states[-1]
     assert full.timesteps[11] == late.timesteps[0]
     halfway = states[10]
     continued = sample(lambda x, t, c: network(x, t), late, halfway, NO_COND, seeds=SEEDS)
@@ -264,16 +270,13 @@ def test_a_guidance_interval_limits_guidance_to_its_rows():
     network = Conditional(diffusers.DDPMScheduler().alphas_cumprod)
     x = initial_latents(table, SEEDS, SHAPE, xp=torch)
     options = {"seeds": SEEDS, "guidance_scale": 5.0, "uncond": UNCOND}
-    states = []
-    limited = sample(
-        network, table, x, COND, guidance_interval=(2, 4), on_step=lambda i, x: states.append(x), **options
-    )  # fmt: skip
+    states = [x for _, x in sample_steps(network, table, x, COND, guidance_interval=(2, 4), **options)]
+    limited = states[-1]
     assert network.calls == [2, 2, 4, 4, 2, 2]
     assert torch.equal(
         sample(network, table, x, COND, guidance_interval=(0, 6), **options), sample(network, table, x, COND, **options)
     )
-    unguided = []
-    sample(network, table, x, COND, seeds=SEEDS, on_step=lambda i, x: unguided.append(x))
+    unguided = [x for _, x in sample_steps(network, table, x, COND, seeds=SEEDS)]
     assert torch.equal(states[1], unguided[1])
     assert not torch.allclose(states[2], unguided[2])
     assert not torch.allclose(limited, unguided[-1])

@@ -17,6 +17,7 @@ from fastgen.jobs.job import run_job
 from fastgen.jobs.shards import Shard, parse_devices
 from fastgen.pipeline import load
 from fastgen.requests import read_requests
+from fastgen.run import Run
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def files(out):
 
 
 def start(pipeline, requests_file, out, shard=None):
-    return run_job(pipeline, read_requests(requests_file), out, pipeline.settings(), batch_size=2, shard=shard)
+    return run_job(Run(pipeline, read_requests(requests_file), pipeline.settings()), out, batch_size=2, shard=shard)
 
 
 @given(count=st.integers(0, 50), shards=st.integers(1, 9))

@@ -12,12 +12,14 @@ from diffusers_loop import run_diffusers
 from PIL import Image
 
 from fastgen.errors import InputError
-from fastgen.images import image_grid, read_metadata, read_pixels, to_uint8
+from fastgen.images import image_grid, read_metadata, read_pixels
 from fastgen.jobs.job import run_job
 from fastgen.networks import load_model
 from fastgen.noise import normal
 from fastgen.pipeline import load
+from fastgen.quantise import quantised
 from fastgen.requests import read_requests
+from fastgen.run import Run
 from fastgen.schedulers import make_scheduler
 from fastgen.solver import compile_key
 from fastgen.strips import StripPlan, parse_timesteps
@@ -44,7 +46,7 @@ def frames(strip, count):
 
 def start(pipeline, requests, out, strip=(800, 400, 0), **options):
     settings = pipeline.settings(num_inference_steps=5, **options)
-    return run_job(pipeline, requests, out, settings, batch_size=2, strip=strip)
+    return run_job(Run(pipeline, requests, settings, strip=strip), out, batch_size=2)
 
 
 def files(out):
@@ -74,7 +76,7 @@ def test_frames_are_the_network_inputs_of_diffusers_own_loop(
     requests = read_requests(tmp_path / "r.json", pipeline.spec.objects)
     reference = make_scheduler(scheduler, model.scheduler_config)
     reference.set_timesteps(5)
-    cond = pipeline.encoder(requests, False)(requests)
+    cond = Run(pipeline, requests, pipeline.settings(guidance_scale=1.0)).conditions(requests)
     seen = {}
 
     def network(x, t):
@@ -92,7 +94,7 @@ def test_frames_are_the_network_inputs_of_diffusers_own_loop(
             state = seen[timestep][i : i + 1]
             with torch.no_grad():
                 image = model.vae.decode(state / model.scaling_factor).sample if kind == "text" else state
-            assert np.abs(frame.astype(int) - to_uint8(image.numpy())[0]).max() <= 1, timestep
+            assert np.abs(frame.astype(int) - quantised(image)[0][0].numpy()).max() <= 1, timestep
         assert np.array_equal(found[-1], read_pixels(tmp_path / "out" / f"{i}.png"))
 
 
@@ -178,13 +180,13 @@ def test_the_start_of_a_run_and_its_end_are_frames_too():
 
 
 def test_images_named_like_a_strip_or_the_grid_are_refused(pipelines, tmp_path):
-    for name, options in (("strips/0.png", {"strip": [0]}), ("grid.png", {"grid": 8}), ("Strips.png", {"strip": [0]})):
+    for name, strip, grid in (("strips/0.png", [0], None), ("grid.png", None, 8), ("Strips.png", [0], None)):
         rows = [{"labels": ["red cube"], "image_name": image} for image in (name, "0.png")]
         (tmp_path / "r.json").write_text(json.dumps(rows))
         requests = read_requests(tmp_path / "r.json", pipelines["labels"].spec.objects)
         settings = pipelines["labels"].settings(num_inference_steps=2)
         with pytest.raises(InputError, match="rename the image"):
-            run_job(pipelines["labels"], requests, tmp_path / "out", settings, **options)
+            run_job(Run(pipelines["labels"], requests, settings, strip=strip), tmp_path / "out", grid=grid)
         assert not (tmp_path / "out").exists()
 
 
@@ -211,9 +213,9 @@ def test_shards_put_strips_and_grid_together(pipelines, requests_files, tmp_path
 
     pipeline, requests = pipelines["labels"], read_requests(requests_files["labels"])
     settings = pipeline.settings(num_inference_steps=2)
-    options = {"batch_size": 2, "strip": (500, 0), "grid": 2}
-    run_job(pipeline, requests, tmp_path / "whole", settings, **options)
+    options = {"batch_size": 2, "grid": 2}
+    run_job(Run(pipeline, requests, settings, strip=(500, 0)), tmp_path / "whole", **options)
     for index in (1, 2):
-        run_job(pipeline, requests, tmp_path / "parts", settings, shard=Shard(index, 2), **options)
+        run_job(Run(pipeline, requests, settings, strip=(500, 0)), tmp_path / "parts", shard=Shard(index, 2), **options)
     whole, parts = files(tmp_path / "whole"), files(tmp_path / "parts")
     assert {k: v for k, v in whole.items() if k != "job.json"} == {k: v for k, v in parts.items() if k != "job.json"}

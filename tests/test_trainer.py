@@ -399,10 +399,10 @@ def test_captions_of_one_monster_are_never_negatives() -> None:
     choices = [np.array([0]), np.array([1]), np.array([2]), np.array([0])]
     rows = np.arange(4), np.arange(4)
     task = ContrastiveTask(CLIPTextModel(config), ids, choices, subjects, images, rows, CPU)
-    right = task._right(np.arange(4))
-    torch.testing.assert_close(right.sum(1), torch.ones(4))
-    same, other_pose, other_monster = right[0, 3], right[0, 1], right[0, 2]
-    assert same == right[0, 0] > other_pose > other_monster == 0
+    targets = task._targets(np.arange(4))
+    torch.testing.assert_close(targets.sum(1), torch.ones(4))
+    same, other_pose, other_monster = targets[0, 3], targets[0, 1], targets[0, 2]
+    assert same == targets[0, 0] > other_pose > other_monster == 0
     losses = task.losses(task.module, np.arange(4), Draws(0, 0, np.arange(4), 4, CPU))
     assert losses.shape == (4,)
     assert (losses > 0).all()

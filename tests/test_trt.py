@@ -12,6 +12,7 @@ import pytest
 import tensorrt_double as double
 from tensorrt_double import BEHAVIOUR, CALLS, called
 from trt_helpers import STREAM, build, inputs
+from wrong_inputs import refuses_wrong_inputs
 
 from fastgen.bundle import read_bundle
 from fastgen.engines import base_trt, create_engine
@@ -67,11 +68,8 @@ def test_an_input_that_is_not_contiguous_is_read_as_it_looks(engine, labels):
     assert torch.equal(engine.run("unet", turned, *rest)[0], expected)
 
 
-@pytest.mark.parametrize("change", [lambda x: x.double(), lambda x: x[:, :2], lambda x: x[:, :, :8]])
-def test_an_input_of_another_dtype_or_shape_is_not_read_past_its_end(engine, labels, change):
-    sample, *rest = inputs(labels, "unet", 2)
-    with pytest.raises(ValueError, match=r"sample is .* expected float32"):
-        engine.run("unet", change(sample), *rest)
+def test_an_input_of_another_dtype_or_shape_is_not_read_past_its_end(engine, labels):
+    refuses_wrong_inputs(engine)
     assert called("IExecutionContext.execute_async_v3") == []
 
 

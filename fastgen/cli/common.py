@@ -14,9 +14,9 @@ class ModelPath(click.Path):
     """A folder, or the name of a model or evaluator that comes with fastgen; a folder of that name wins."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        from fastgen.shipped import find_model
+        from fastgen.find import find_folder
 
-        return find_model(os.fsdecode(super().convert(value, param, ctx)))
+        return find_folder(os.fsdecode(super().convert(value, param, ctx)))
 
 
 FOLDER = click.Path(path_type=Path)
@@ -31,8 +31,8 @@ def say(line: str) -> None:
 
 def model_for(kind: str, engine: str | None) -> Path:
     """The model that generates requests of this kind, "text" or "labels", when none is named; said on stderr. Raises InputError
-    as `shipped.default_model` does."""
-    from fastgen.shipped import default_model
+    as `find.default_model` does."""
+    from fastgen.find import default_model
 
     default = default_model(kind, engine)
     say(f"model: {default}")

@@ -65,8 +65,8 @@ def export(
     from export.bundle import BATCH_SIZES
     from export.bundle import export as run
     from fastgen.bundle import is_bundle
+    from fastgen.find import made_from
     from fastgen.runs import latest_run
-    from fastgen.shipped import made_from
 
     if batch_sizes is not None and not (trt or rtx):
         raise InputError("--batch-sizes is what TensorRT engines are built for; give --trt or --rtx too")

@@ -12,7 +12,7 @@ import numpy as np
 from fastgen.buckets import cut
 from fastgen.errors import InputError
 from fastgen.installing import Install
-from fastgen.signatures import Signature
+from fastgen.signatures import Signature, network_dtype
 
 if TYPE_CHECKING:
     from fastgen.artifacts import Artifact, Recipe
@@ -48,7 +48,25 @@ class Engine(abc.ABC):
 
     @abc.abstractmethod
     def run(self, network: str, *inputs: Array) -> tuple[Array, ...]:
-        """One forward of `network`; inputs and outputs float32 (ids int64), in the order of its signature."""
+        """One forward of `network`; inputs and outputs float32 (ids int64), in the order of its signature.
+
+        Raises InputError for inputs that `checked_rows` refuses.
+        """
+
+    def checked_rows(self, network: str, inputs: Sequence[Array]) -> int:
+        """The rows of a network's inputs. Raises InputError unless each has the dtype and shape of the signature: libraries
+        read past the end of another one, or broadcast it."""
+        tensors, shapes = self.signatures[network].inputs, [tuple(x.shape) for x in inputs]
+        if len(shapes) != len(tensors):
+            raise InputError(f"engine {self.name}: {network} takes {len(tensors)} inputs, not {len(shapes)}")
+        rows = next(iter(shapes[0]), 0)
+        for value, shape, tensor in zip(inputs, shapes, tensors, strict=True):
+            expected = tensor.with_batch(rows)
+            if shape != expected or value.dtype != getattr(self.xp, tensor.dtype):
+                dtype = str(value.dtype).removeprefix("torch.")
+                what = f"{tensor.name} is {dtype} {shape}, expected {tensor.dtype} {expected}"
+                raise InputError(f"engine {self.name}: {network}: {what}")
+        return rows
 
     def run_any(self, network: str, *inputs: Array) -> tuple[Array, ...]:
         """`run` for any number of rows: cut and padded to the batch sizes that the engine has for this network."""
@@ -107,8 +125,8 @@ class Engine(abc.ABC):
         """Wait until everything that was queued on the device has run."""
 
     def executed(self, network: str) -> str:
-        """The precision that this network is executed in: an engine may keep some in fp32."""
-        return self.dtype
+        """The precision that this network is executed in: some stay fp32."""
+        return network_dtype(network, self.dtype)
 
     def is_out_of_memory(self, error: BaseException) -> bool:
         """Whether a smaller batch might succeed where this error was raised."""

@@ -74,15 +74,13 @@ class Runner:
         self._bound: dict[int, _Bound] = {}
 
     def run(self, *inputs: Any) -> tuple[Any, ...]:
-        """One forward of (B, ...) torch tensors; the outputs are tensors of their own."""
+        """One forward of (B, ...) torch tensors, which `Engine.checked_rows` accepts; the outputs are tensors of their own."""
         rows, stream, current = len(inputs[0]), self._stream, self._current()
         if rows not in self._bound:
             self._bound[rows] = self._bind(rows)
         bound = self._bound[rows]
         current.wait_stream(stream)  # the buffers are free
         for buffer, values in zip(bound.inputs, inputs, strict=True):
-            if buffer.shape != values.shape:  # copy_ would broadcast
-                raise ValueError(f"an input is {tuple(values.shape)}, expected {tuple(buffer.shape)}")
             buffer.copy_(values, non_blocking=True)
         stream.wait_stream(current)
         self._session.run_with_iobinding(bound.binding, bound.options)

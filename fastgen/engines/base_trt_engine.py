@@ -77,10 +77,10 @@ class TrtEngine(TorchEngine):
 
     def run(self, network: str, *inputs: Any) -> tuple[Any, ...]:
         """One forward of `network`. The outputs are tensors of their own: while a graph is recorded, of the graph's pool."""
-        rows = len(inputs[0])
+        rows = self.checked_rows(network, inputs)
         plan = self._loaded.get((network, rows)) or self._load(network, rows)
         signature = plan.signature
-        inputs = tuple(self._checked(x, t, rows) for x, t in zip(inputs, signature.inputs, strict=True))
+        inputs = tuple(x.contiguous() for x in inputs)  # TensorRT reads addresses
         outputs = tuple(self._empty(t, rows) for t in signature.outputs)
         with self._platform.gpu.stream() as stream:
             for tensor, value in zip((*signature.inputs, *signature.outputs), (*inputs, *outputs), strict=True):
@@ -91,11 +91,6 @@ class TrtEngine(TorchEngine):
             plan.ran = True
             self.after_first_run(plan)
         return outputs
-
-    def executed(self, network: str) -> str:
-        from fastgen.precision import network_dtype
-
-        return network_dtype(network, self.dtype)
 
     def recipe(self, network: str, rows: int) -> Recipe:
         """What a plan for so many rows is made of and for; what any plan may differ in is left open (None)."""
@@ -140,10 +135,3 @@ class TrtEngine(TorchEngine):
     def _empty(self, tensor: Tensor, rows: int) -> Any:
         dtype = getattr(self._torch, tensor.dtype)
         return self._torch.empty(tensor.with_batch(rows), dtype=dtype, device=self.device)
-
-    def _checked(self, value: Any, tensor: Tensor, rows: int) -> Any:
-        """A contiguous input; TensorRT reads addresses, and would read past a tensor of another shape or dtype."""
-        expected = tensor.with_batch(rows)
-        if tuple(value.shape) != expected or value.dtype != getattr(self._torch, tensor.dtype):
-            raise ValueError(f"{tensor.name} is {value.dtype} {tuple(value.shape)}, expected {tensor.dtype} {expected}")
-        return value.contiguous()

@@ -10,7 +10,7 @@ from fastgen.artifacts import Artifact, Recipe
 from fastgen.engines.base_trt import Platform
 from fastgen.engines.base_trt_product import Product
 from fastgen.errors import FastgenError, InputError
-from fastgen.signatures import Signature
+from fastgen.signatures import Signature, network_dtype
 
 if TYPE_CHECKING:
     from fastgen.bundle import Bundle
@@ -30,8 +30,6 @@ def make_recipe(
 
     Raises InputError when the bundle has no graph in this precision.
     """
-    from fastgen.precision import network_dtype
-
     executed = network_dtype(network, dtype)
     graph = bundle.network(network, executed).relative_to(bundle.folder).as_posix()
     weights = [file["sha256"] for name, file in sorted(bundle.files.items()) if name.startswith(f"{graph}.")]

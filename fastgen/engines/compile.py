@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastgen import __version__, artifacts, signatures
+from fastgen import __version__, artifacts
 from fastgen.artifacts import Recipe
 from fastgen.engines import base
 from fastgen.engines.base import announce
@@ -72,14 +72,14 @@ class Engine(TorchEngine):
 
     def run(self, network: str, *inputs: Any) -> tuple[Any, ...]:
         """One forward of `network`, compiled first where the cache does not hold it for so many rows."""
+        rows = self.checked_rows(network, inputs)
         if network not in COMPILED:
             return self._run_module(network, inputs)
-        rows = len(inputs[0])
-        checked = [_checked(x, t, rows) for x, t in zip(inputs, self.signatures[network].inputs, strict=True)]
         package = self._loaded.get((network, rows)) or self._load(network, rows)
         failed = f"engine compile: {network} at {rows} rows failed"
         with self._failing(failed), self.precisely(network), self._active():
-            return package.run(checked)  # on the current stream of the current device
+            # on the current stream of the current device; a package looks at addresses alone
+            return package.run([x.contiguous() for x in inputs])
 
     def recipe(self, network: str, rows: int) -> Recipe | None:
         """What a package is made of and for; None for a network that is not compiled."""
@@ -103,11 +103,6 @@ class Engine(TorchEngine):
             "format": FORMAT,
         }
         return Recipe(self.name, fields | hardware(self._torch.device(self.device)))
-
-    def executed(self, network: str) -> str:
-        from fastgen.precision import network_dtype
-
-        return network_dtype(network, self.dtype)
 
     def probe(self, network: str, rows: int) -> None:
         """One forward of the module itself, which takes no less memory: to measure that is not worth compiling for."""
@@ -187,11 +182,3 @@ def _free(tensors: list[Tensor]) -> None:
     for tensor in tensors:
         tensor.untyped_storage().resize_(0)
     tensors.clear()
-
-
-def _checked(value: Tensor, tensor: signatures.Tensor, rows: int) -> Tensor:
-    """An input, contiguous: a package looks at its address alone. Raises InputError for another shape or dtype."""
-    if tuple(value.shape) != tensor.with_batch(rows) or str(value.dtype) != f"torch.{tensor.dtype}":
-        expected = f"{tensor.dtype} {tensor.with_batch(rows)}"
-        raise InputError(f"{tensor.name} is {str(value.dtype)[6:]} {tuple(value.shape)}, expected {expected}")
-    return value.contiguous()

@@ -37,12 +37,16 @@ class Engine(TorchEngine):
         self._moving = threading.Lock()
 
     def run(self, network: str, *inputs: Any) -> tuple[Any, ...]:
+        self.checked_rows(network, inputs)
         with self.precisely(network), self._torch.inference_mode():
             names = [t.name for t in self.signatures[network].inputs]
             cast = [self._cast(name, x) for name, x in zip(names, inputs, strict=True)]
             outputs = self._module(network)(*cast)
             outputs = outputs if isinstance(outputs, tuple) else (outputs,)
             return tuple(y.float() for y in outputs)
+
+    def executed(self, network: str) -> str:
+        return self.dtype  # of every network: the reference is what diffusers computes
 
     def _module(self, network: str) -> nn.Module:
         """The network on the device, where it goes when it is first run: some jobs never need some networks."""

@@ -87,11 +87,8 @@ class Engine(base.Engine):
         self._bundle, self._version, self._cpu, self._threads = source, openvino.__version__, cpu(), threads
         self._lanes: dict[tuple[str, int, bool], list[Lane]] = {}
 
-    def executed(self, network: str) -> str:
-        return "fp32" if network == "text_encoder" else self.dtype  # once per prompt, and all images depend on it
-
     def run(self, network: str, *inputs: np.ndarray) -> tuple[np.ndarray, ...]:
-        lanes = self._opened(network, len(inputs[0]), guided=False)
+        lanes = self._opened(network, self.checked_rows(network, inputs), guided=False)
         parts = [np.split(x, len(lanes)) for x in inputs]
         found = _run_all(lanes, list(zip(*parts, strict=True)))
         return tuple(np.concatenate(column) for column in zip(*found, strict=True))

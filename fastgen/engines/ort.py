@@ -18,6 +18,7 @@ from fastgen.engines.base_ort_cuda import PROVIDER, Runner, open_session, provid
 from fastgen.engines.base_torch import TorchEngine
 from fastgen.errors import FastgenError, InputError
 from fastgen.installing import Install, hint
+from fastgen.signatures import network_dtype
 
 if TYPE_CHECKING:
     from fastgen.bundle import Bundle
@@ -68,25 +69,17 @@ class Engine(TorchEngine):
 
     def _has_fp16(self) -> bool:
         """Whether the bundle was exported with fp16 graphs, the default on a GPU."""
-        from fastgen.precision import network_dtype
-
         graphs = {n: graph_name(n, d) for n in self.signatures if (d := network_dtype(n, "fp16")) != "fp32"}
         return all(graph in self._bundle.files for graph in graphs.values())
 
     def run(self, network: str, *inputs: Any) -> tuple[Any, ...]:
+        self.checked_rows(network, inputs)
         if network not in self._runners:
             self._runners[network] = self._open_cuda(network) if self._on_gpu else self._open_cpu(network)
         if self._on_gpu:
             return self._runners[network].run(*inputs)
         names = [t.name for t in self.signatures[network].inputs]
         return tuple(self._runners[network].run(None, dict(zip(names, inputs, strict=True))))
-
-    def executed(self, network: str) -> str:
-        if not self._on_gpu:
-            return self.dtype
-        from fastgen.precision import network_dtype
-
-        return network_dtype(network, self.dtype)
 
     def _open_cpu(self, network: str) -> Any:
         import onnxruntime as ort

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,8 @@ import torch
 
 from fastgen.config import Preset, Sampling, load_preset
 from fastgen.errors import FastgenError, InputError
-from fastgen.folders import make_folder, sync_tree
+from fastgen.folders import new_folder
+from fastgen.hashes import sha256_file
 from fastgen.importing.architecture import Architecture, decide
 from fastgen.importing.families import Ready, Reference, label_model, text_model
 from fastgen.importing.files import Checkpoint, read_checkpoint
@@ -22,7 +21,6 @@ from fastgen.importing.schedule import choose_schedule, describe
 from fastgen.importing.weights import MismatchError
 from fastgen.networks import Model, load_model, save_model
 from fastgen.schedulers import default_name
-from fastgen.spec import sha256_file
 
 __all__ = ["Imported", "MismatchError", "import_model"]
 
@@ -156,18 +154,9 @@ def _record(
 
 def _write(ready: Ready, folder: Path, record: dict[str, Any]) -> float:
     """Write the folder under a temporary name, read it back, compare, rename. Returns the largest difference."""
-    make_folder(folder.parent)
-    temporary = folder.parent / f".tmp-{secrets.token_hex(8)}"
-    try:
+    with new_folder(folder) as temporary:
         save_model(ready.model, temporary, record)
-        difference = _difference(load_model(temporary), ready.model, ready.reference)
-        sync_tree(temporary)
-        os.replace(temporary, folder)
-    except OSError as error:
-        raise FastgenError(f"{folder}: the model cannot be written: {error}") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return difference
+        return _difference(load_model(temporary), ready.model, ready.reference)
 
 
 @torch.no_grad()

@@ -7,12 +7,10 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from fastgen.errors import InputError
-from fastgen.pipeline import model_objects
+from fastgen.find import ModelFolder, default_model, find_model
 from fastgen.requests import Request, Requests, parse_requests, typed_requests
-from fastgen.shipped import Default, default_model
 
 GENERATED = Path("generated")
 OTHER_FORMATS = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -81,23 +79,13 @@ def is_image_file(out: Path) -> bool:
     return True
 
 
-class Chosen(NamedTuple):
-    """The model that generates, the requests, whose labels it knows, and why it is this one where nobody named it."""
-
-    folder: Path
-    requests: list[Request]
-    default: Default | None
-
-
-def choose_model(asked: Requests, model: Path | None, engine: str | None, checkpoint: str | None = None) -> Chosen:
-    """Find the model for these requests without loading it: `model`, else the one that `shipped.default_model` says.
-
-    Raises InputError where there is none, and for labels that it does not know.
-    """
-    default = None if model else default_model(asked.kind, engine)
-    folder = default.folder if default else model
-    assert folder is not None
+def choose_model(
+    asked: Requests, model: Path | None, engine: str | None, checkpoint: str | None = None
+) -> tuple[ModelFolder, list[Request]]:
+    """The model for these requests, not loaded yet: `model`, else what `find.default_model` says; and the requests, whose
+    labels it knows. Raises InputError where there is none, and for labels that it does not know."""
+    folder = find_model(model, checkpoint) if model else default_model(asked.kind, engine, checkpoint)
     try:
-        return Chosen(folder, asked.known(model_objects(folder, checkpoint)), default)
+        return folder, asked.known(folder.objects)
     except InputError as error:
-        raise InputError(f"{error}; the model is {default}" if default else str(error)) from None
+        raise InputError(f"{error}; the model is {folder}" if folder.why else str(error)) from None

@@ -1,12 +1,13 @@
-"""A job's folder: whose it is, and what is written when all images are there."""
+"""Claiming a job's output folder, and finishing it."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from PIL import Image
 
@@ -15,9 +16,13 @@ from fastgen.folders import make_folder
 from fastgen.images import image_grid, read_pixels, save_contact_sheet, save_image
 from fastgen.jobs.shards import remove_parts
 from fastgen.jsonfiles import read_json, write_bytes, write_json, write_new_json
-from fastgen.names import GRID, STRIP_SHEET
-from fastgen.requests import CONTACT_SHEET, Request
-from fastgen.strips import StripFiles, save_strip_sheet
+from fastgen.names import CONTACT_SHEET, GRID, STRIP_SHEET, safe_path
+from fastgen.strip_files import StripFiles, save_strip_sheet
+
+if TYPE_CHECKING:
+    from fastgen.buckets import Batch
+    from fastgen.requests import Request
+    from fastgen.run import Run
 
 MANIFEST, JOB = "manifest.jsonl", "job.json"
 
@@ -30,28 +35,97 @@ class Limits(NamedTuple):
     decode: int | None
 
 
-def claim(out: Path, files: Sequence[Path], identity: dict[str, Any], limits: Limits, *, sweep: bool) -> bool:
-    """Make `out` this job's folder, or refuse: it belongs to another job, or holds files that would be overwritten.
+@dataclass(frozen=True)
+class JobFolder:
+    """The output folder of a job: its images' `files`, in request order, and where asked for their `strips` and a `grid` of all
+    images in so many columns."""
 
-    False when another process, such as another shard's, has made it its own meanwhile: then its limits hold.
-    """
-    path = out / JOB
-    for folder in (out, *out.parents):
-        if os.path.lexists(folder) and not folder.is_dir():
-            raise InputError(f"{folder}: is not a folder; choose another --out")
-    if not os.path.lexists(path):
-        taken = [file for file in (*files, out / MANIFEST, out / CONTACT_SHEET) if os.path.lexists(file)]
-        if taken and not os.path.lexists(path):  # which another shard may have written meanwhile
+    out: Path
+    files: Sequence[Path]
+    strips: StripFiles | None = None
+    grid: int | None = None
+
+    @classmethod
+    def of(cls, run: Run, out: Path, grid: int | None = None) -> JobFolder:
+        """InputError for an image that would lie outside `out`, or has the name of something else that is written."""
+        files = [safe_path(out, r.image_name) for r in run.requests]
+        strips = None if run.strip is None else StripFiles.beside(files, out, run.strip)
+        folder = cls(out, files, strips, grid)
+        taken = {str(file).casefold() for file in files} & {str(file).casefold() for file in folder._extra}
+        if taken:
             raise InputError(
-                f"{out}: {len(taken)} of the files to write exist already, such as {taken[0].name}, but no {JOB}; "
-                "choose another --out"
+                f"{min(taken)}: is a request's image, and what --strip or --grid would write; rename the image"
             )
-        make_folder(out)
-        return write_new_json(path, {"job": identity, "limits": limits._asdict(), "runs": []})
-    check_same_job(out, identity)
-    if sweep:
-        _sweep(files)
-    return True
+        return folder
+
+    @property
+    def _extra(self) -> list[Path]:
+        """What is written besides the images where it is asked for."""
+        extra = [] if self.grid is None else [self.out / GRID]
+        return extra if self.strips is None else [*extra, *self.strips.files, self.out / STRIP_SHEET]
+
+    def claim(self, identity: dict[str, Any], limits: Limits, *, sweep: bool) -> bool:
+        """Make the folder this job's, or refuse: it belongs to another job, or holds files that would be overwritten.
+
+        `sweep`: delete what killed processes left. False when another process, such as another shard's, has made the folder its
+        own meanwhile: then its limits hold. Raises InputError.
+        """
+        out, path = self.out, self.out / JOB
+        for folder in (out, *out.parents):
+            if os.path.lexists(folder) and not folder.is_dir():
+                raise InputError(f"{folder}: is not a folder; choose another --out")
+        if not os.path.lexists(path):
+            written = (*self.files, *self._extra, out / MANIFEST, out / CONTACT_SHEET)
+            taken = [file for file in written if os.path.lexists(file)]
+            if taken and not os.path.lexists(path):  # which another shard may have written meanwhile
+                raise InputError(
+                    f"{out}: {len(taken)} of the files to write exist already, such as {taken[0].name}, but no {JOB}; "
+                    "choose another --out"
+                )
+            make_folder(out)
+            return write_new_json(path, {"job": identity, "limits": limits._asdict(), "runs": []})
+        check_same_job(out, identity)
+        if sweep:
+            self._sweep()
+        return True
+
+    def is_complete(self, batch: Batch) -> bool:
+        """Whether all images of a batch are there, and their strips."""
+        strips = self.strips
+        return all(self.files[i].exists() and (strips is None or strips.present(i)) for i in range(*batch[:2]))
+
+    def finish(
+        self,
+        requests: Sequence[Request],
+        lines: Sequence[dict[str, Any]],
+        identity: dict[str, Any],
+        runs: Sequence[dict[str, Any]],
+    ) -> None:
+        """Write what concerns the whole job: the manifest of these `lines`, one per request, the contact sheet, grid and strip
+        sheet, and the record with these `runs` more."""
+        out = self.out
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        write_bytes(out / MANIFEST, text.encode())
+        written = [i for i, line in enumerate(lines) if "error" not in line]
+        if written:
+            files = [self.files[i] for i in written]
+            captions = [requests[i].prompt or ", ".join(requests[i].labels or ()) for i in written]
+            save_contact_sheet(out / CONTACT_SHEET, files, captions)
+            if self.grid is not None:
+                save_image(out / GRID, Image.fromarray(image_grid([read_pixels(f) for f in files], self.grid)))
+            if self.strips is not None:
+                strips = [self.strips.files[i] for i in written]
+                save_strip_sheet(out / STRIP_SHEET, strips, captions, self.strips.plan)
+        record = _read_record(out / JOB)
+        write_json(out / JOB, record | {"job": identity, "runs": [*record["runs"], *runs]})
+        remove_parts(out)
+        self._sweep()
+
+    def _sweep(self) -> None:
+        """Delete what processes left that were killed while writing."""
+        for folder in {file.parent for file in (*self.files, *(self.strips.files if self.strips else ()))}:
+            for leftover in folder.glob(".tmp-*"):
+                leftover.unlink(missing_ok=True)
 
 
 def check_same_job(out: Path, identity: dict[str, Any]) -> None:
@@ -71,29 +145,8 @@ def recorded_runs(out: Path) -> list[dict[str, Any]]:
     return _read_record(out / JOB)["runs"]
 
 
-def extra_files(
-    out: Path, files: Sequence[Path], strips: StripFiles | None = None, grid: int | None = None
-) -> list[Path]:
-    """What is written besides the images where it is asked for. InputError when an image has one of these names."""
-    extra = [out / GRID] if grid is not None else []
-    extra += [*strips.files, out / STRIP_SHEET] if strips is not None else []
-    taken = {str(file).casefold() for file in files} & {str(file).casefold() for file in extra}
-    if taken:
-        raise InputError(
-            f"{min(taken)}: is a request's image, and what --strip or --grid would write; rename the image"
-        )
-    return extra
-
-
-def _sweep(files: Sequence[Path]) -> None:
-    """Delete what processes left that were killed while writing."""
-    for folder in {file.parent for file in files}:
-        for leftover in folder.glob(".tmp-*"):
-            leftover.unlink(missing_ok=True)
-
-
-def held_limits(out: Path) -> Limits | None:
-    """Those of the job that `out` holds, so that a resumed one cuts its requests in the same way."""
+def recorded_limits(out: Path) -> Limits | None:
+    """The limits of the job that `out` holds, so that a resumed one cuts its requests in the same way; None without a job."""
     path = out / JOB
     if not path.is_file():
         return None
@@ -110,32 +163,3 @@ def _read_record(path: Path) -> dict[str, Any]:
     if not (isinstance(record, dict) and isinstance(record.get("job"), dict) and isinstance(record.get("runs"), list)):
         raise InputError(f"{path}: is not the record of a fastgen job; choose another --out")
     return record
-
-
-def finish(
-    out: Path,
-    requests: Sequence[Request],
-    files: Sequence[Path],
-    lines: Sequence[dict[str, Any]],
-    identity: dict[str, Any],
-    runs: Sequence[dict[str, Any]],
-    grid: int | None = None,
-    strips: StripFiles | None = None,
-) -> None:
-    """What concerns the whole job: the manifest, the contact sheet, where asked for the grid of all images in so many columns
-    and the sheet of strips, the record."""
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    write_bytes(out / MANIFEST, text.encode())
-    done = [(f, r) for f, r, line in zip(files, requests, lines, strict=True) if "error" not in line]
-    if done:
-        captions = [r.prompt or ", ".join(r.labels or ()) for _, r in done]
-        save_contact_sheet(out / CONTACT_SHEET, [f for f, _ in done], captions)
-        if grid is not None:
-            save_image(out / GRID, Image.fromarray(image_grid([read_pixels(f) for f, _ in done], grid)))
-        if strips is not None:
-            by_image = dict(zip(files, strips.files, strict=True))
-            save_strip_sheet(out / STRIP_SHEET, [by_image[f] for f, _ in done], captions, strips.plan)
-    record = _read_record(out / JOB)
-    write_json(out / JOB, record | {"job": identity, "runs": [*record["runs"], *runs]})
-    remove_parts(out)
-    _sweep([*files, *(strips.files if strips else ())])

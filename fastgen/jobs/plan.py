@@ -11,12 +11,11 @@ import numpy as np
 
 from fastgen.buckets import Batch, waste
 from fastgen.engines import base_memory
-from fastgen.sampling import guided_rows
-from fastgen.tables import SolverTable
 
 if TYPE_CHECKING:
     from fastgen.engines.base import Engine
     from fastgen.pipeline import Pipeline
+    from fastgen.run import Run
     from fastgen.settings import Settings
 
 CPU_BATCH = 16
@@ -87,20 +86,13 @@ def _memory_of(pipeline: Pipeline, network: str) -> base_memory.Memory:
     return pipeline.measured[network]
 
 
-def estimate(
-    pipeline: Pipeline,
-    table: SolverTable,
-    settings: Settings,
-    batches: Sequence[Batch],
-    prompts: int,
-    decode: int | None = None,
-) -> Estimate:
-    """Time one row of each kind at the largest batch size, and multiply. Engines that compile do so here. `prompts`: distinct
-    ones; `decode`: images that the VAE decodes together."""
-    engine, spec = pipeline.engine, pipeline.spec
+def estimate(run: Run, batches: Sequence[Batch], decode: int | None = None) -> Estimate:
+    """Time one row of each kind at the largest batch size, and multiply. Engines that compile do so here. `decode`: images that
+    the VAE decodes together."""
+    engine, spec = run.pipeline.engine, run.pipeline.spec
     largest = max(batch.bucket for batch in batches)
-    first, last = guided_rows(table, settings.guidance_scale, True, settings.guidance_interval)
-    guided, plain = last - first, len(table) - (last - first)
+    first, last = run.guided
+    guided, plain = last - first, len(run.table) - (last - first)
     inputs = [
         engine.array(x) for x in spec.signatures["unet"].sample_inputs(largest, np.random.default_rng(0)).values()
     ]
@@ -110,12 +102,13 @@ def estimate(
         seconds += guided * _seconds(engine, lambda: engine.run_guided(inputs[0], inputs[1], both))
     if plain:
         seconds += plain * _seconds(engine, lambda: engine.run("unet", *inputs))
-    seconds += _seconds(engine, lambda: pipeline.decoder.decode(inputs[0], decode))
+    seconds += _seconds(engine, lambda: run.pipeline.decoder.decode(inputs[0], decode))
     seconds *= sum(batch.bucket for batch in batches) / largest
-    if spec.family == "text":
-        seconds += prompts * _seconds(engine, lambda: engine.probe("text_encoder", 16)) / 16
+    texts = len(run.conditions.texts) + (len(run.start.texts) if run.start else 0)
+    if texts:
+        seconds += texts * _seconds(engine, lambda: engine.probe("text_encoder", 16)) / 16
     images = sum(len(batch) for batch in batches)
-    return Estimate(images, batches, len(table), seconds, *_memory(engine))
+    return Estimate(images, batches, len(run.table), seconds, *_memory(engine))
 
 
 def _seconds(engine: Engine, call: Callable[[], Any]) -> float:

@@ -59,10 +59,10 @@ class StepBar:
         self._bar, self._writer, self._steps = bar, writer, steps
         self._done = 0  # images of finished batches
 
-    def step(self, images: int, index: int, _: Any) -> None:
-        """Row `index` of a batch of `images` is done; -1 before the first."""
+    def step(self, images: int, row: int) -> None:
+        """This row of a batch of `images` is done; -1 before the first."""
         self._writer.raise_error()
-        self._move(self._done + images * (index + 1) / self._steps)
+        self._move(self._done + images * (row + 1) / self._steps)
 
     def to(self, images: int) -> None:
         """A batch of `images` is finished."""

@@ -14,13 +14,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from fastgen.checkpoint_choice import Chosen, choose_checkpoint, model_parts
 from fastgen.config import Sampling
-from fastgen.errors import InputError, first_line
-from fastgen.jsonfiles import read_json, write_json
+from fastgen.errors import InputError
+from fastgen.hashes import sha256_file, sha256_names
+from fastgen.jsonfiles import brief, read_json, write_json
 from fastgen.names import read_objects
 from fastgen.networks.labels import (
     LabelConditioner,
@@ -35,8 +35,8 @@ from fastgen.prompts import Tokenizer
 from fastgen.schedulers import default_name
 from fastgen.signatures import Signature, label_signatures, text_signatures
 from fastgen.solver import SolverTable, compile_key
-from fastgen.spec import Spec, sha256_file, sha256_names
-from fastgen.weights import load_state
+from fastgen.spec import Spec
+from fastgen.weights import load_state, pretrained, pretrained_tokenizer, quiet_transformers
 
 COMPONENTS = ("text_encoder", "vae")  # whose own hashes are recorded: an index depends on them, not on the UNet
 WEIGHTS = ("unet", "conditioner", *COMPONENTS)  # folders whose weights identify a model
@@ -205,8 +205,8 @@ def load_model(folder: str | os.PathLike[str], checkpoint: str | None = None) ->
     index_file = folder / "model_index.json"
     if not index_file.is_file():
         raise InputError(f"{folder}: not a model folder (model_index.json is missing)")
-    index = read_json(index_file)
-    scheduler_config = read_json(folder / "scheduler" / "scheduler_config.json", infinity=True)
+    index = _table(index_file)
+    scheduler_config = _table(folder / "scheduler" / "scheduler_config.json")
     sampling = _sampling(folder, scheduler_config)
     if "conditioner" in index:
         return _load_labels(folder, index, scheduler_config, sampling, chosen)
@@ -216,10 +216,17 @@ def load_model(folder: str | os.PathLike[str], checkpoint: str | None = None) ->
     raise InputError(f"{index_file}: {kind} is neither a text-to-latent model nor a labels-to-pixels model")
 
 
+def _table(file: Path) -> dict[str, Any]:
+    value = read_json(file, infinity=True)
+    if not isinstance(value, dict):
+        raise InputError(f"{file}: found {brief(value)}, expected an object")
+    return value
+
+
 def _trained_mode(folder: Path) -> str | None:
     """How training made images square: by the record in fastgen.json, or, while it goes on, in the run's own."""
     for file, table in ((folder / SETTINGS, "training"), (folder / "training.json", "preset")):
-        record = read_json(file).get(table) if file.is_file() else None
+        record = _table(file).get(table) if file.is_file() else None
         if isinstance(record, dict) and isinstance(record.get("image_mode"), str):
             return str(record["image_mode"])
     return None
@@ -254,45 +261,31 @@ def _load_labels(
 
 def _load_text(folder: Path, scheduler_config: dict[str, Any], sampling: Sampling, chosen: Chosen | None) -> Model:
     from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextModel, CLIPTokenizer
-    from transformers.utils import logging
+    from transformers import CLIPTextModel
 
-    logging.disable_progress_bar()
-    return Model(
-        folder,
-        "text",
-        _unet(UNet2DConditionModel, folder / "unet", chosen),
-        scheduler_config,
-        sampling,
-        text_encoder=_from_pretrained(CLIPTextModel, folder / "text_encoder"),
-        tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
-        vae=_from_pretrained(AutoencoderKL, folder / "vae"),
-        chosen=chosen,
-    )
+    with quiet_transformers():
+        return Model(
+            folder,
+            "text",
+            _unet(UNet2DConditionModel, folder / "unet", chosen),
+            scheduler_config,
+            sampling,
+            text_encoder=_pretrained(CLIPTextModel, folder / "text_encoder"),
+            tokenizer=pretrained_tokenizer(folder / "tokenizer", str(folder / "tokenizer"), local_files_only=True),
+            vae=_pretrained(AutoencoderKL, folder / "vae"),
+            chosen=chosen,
+        )
 
 
 def _unet(cls: Any, folder: Path, chosen: Chosen | None) -> Any:
     if chosen is None:
-        return _from_pretrained(cls, folder)
+        return _pretrained(cls, folder)
     unet = cls.from_config(cls.load_config(folder))
     load_state(unet, chosen.weights("unet"), chosen.checkpoint.folder, f"the {cls.__name__} of {folder}")
     return unet.eval()
 
 
-def _from_pretrained(cls: Any, folder: Path) -> Any:
-    """from_pretrained, float32, that refuses a missing folder and weights which do not fit, instead of warning about them."""
+def _pretrained(cls: Any, folder: Path) -> Any:
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder}: config.json is missing, expected a saved {cls.__name__}")
-    from safetensors import SafetensorError
-
-    try:
-        module, info = cls.from_pretrained(
-            folder, output_loading_info=True, use_safetensors=True, local_files_only=True, torch_dtype=torch.float32
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"{folder}: cannot be loaded as {cls.__name__}: {first_line(error)}") from None
-    wrong = [*info["missing_keys"], *info["unexpected_keys"], *map(str, info["mismatched_keys"])]
-    wrong = [key for key in wrong if not str(key).endswith("position_ids")]
-    if wrong:
-        raise InputError(f"{folder}: {len(wrong)} weights do not match {cls.__name__}, the first {wrong[0]}")
-    return module.eval()
+    return pretrained(cls, folder, str(folder), local_files_only=True)

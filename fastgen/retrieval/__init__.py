@@ -18,14 +18,13 @@ import numpy as np
 
 from fastgen.conditions import pooled_states
 from fastgen.errors import InputError
+from fastgen.hashes import check_file, sha256_json
 from fastgen.jsonfiles import read_json
 from fastgen.requests import Request, resolve_seed
 from fastgen.retrieval.nearest import nearest_rows, unit
-from fastgen.spec import sha256_file
 
 if TYPE_CHECKING:
-    from fastgen.engines.base import Engine
-    from fastgen.settings import Settings
+    from fastgen.pipeline import Pipeline
     from fastgen.spec import Spec
 
 FORMAT_VERSION = 1
@@ -98,6 +97,10 @@ class Index:
             rows[q], similarities[q] = images, values[which]
         return rows, similarities
 
+    def start(self, pipeline: Pipeline, requests: Sequence[Request], *, seed: int, top_k: int = 1) -> Retrieval:
+        """The start of a run from this index, see `Retrieval`."""
+        return Retrieval(self, pipeline, requests, seed=seed, top_k=top_k)
+
     def _distinct_images(self, texts: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """The first k distinct images of these texts, and for each the position of its text among them."""
         parts = [self.pairs[self._offsets[t] : self._offsets[t + 1], 1] for t in texts]
@@ -129,48 +132,64 @@ def foreign_network(
     return None
 
 
-@dataclass(frozen=True, eq=False)
-class Start:
-    """Where the images of a job start: the training image that was retrieved for each, by the request's image_name."""
+class Retrieval:
+    """A `start.Start`: for every request one of its `top_k` nearest training images; which one depends on its seed alone.
 
-    index: Index
-    rows: Mapping[str, int]
-    similarities: Mapping[str, float]
+    `seed`: the base of the requests' seeds. The texts are embedded when the first latents or records are asked for. Raises
+    InputError for an index of another model, and a `top_k` below 1.
+    """
+
+    def __init__(
+        self, index: Index, pipeline: Pipeline, requests: Sequence[Request], *, seed: int, top_k: int = 1
+    ) -> None:
+        if top_k < 1:
+            raise InputError(f"rag_top_k is {top_k}, expected at least 1")
+        index.check(pipeline.spec)
+        self._index, self._pipeline, self._seed, self._top_k = index, pipeline, seed, top_k
+        self._queries = [query(r, index.text) for r in requests]
+        self._requests = requests
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {
+            "rag_sha256": self._index.sha256,
+            "rag_top_k": self._top_k,
+            "queries_sha256": sha256_json(self._queries),
+        }
+
+    @cached_property
+    def texts(self) -> list[str]:
+        return list(dict.fromkeys(self._queries))
+
+    @cached_property
+    def nearest(self) -> dict[Request, tuple[int, float]]:
+        """The training image of every request: its row in the index, and the cosine similarity of its text."""
+        states = pooled_states(self._pipeline.engine, self._pipeline.tokenizer, self.texts)
+        rows, similarities = self._index.nearest(states, self._top_k)  # (Q, k)
+        numbers = {text: i for i, text in enumerate(self.texts)}
+        queries = zip(self._requests, self._queries, strict=True)
+        places = {r: (numbers[text], self._draw(r, rows.shape[1])) for r, text in queries}
+        return {r: (int(rows[place]), float(similarities[place])) for r, place in places.items()}
 
     def latents(self, requests: Sequence[Request]) -> np.ndarray:
         """Clean latents (B, C, h, w) float32."""
-        return self.index.latents[[self.rows[r.image_name] for r in requests]].astype(np.float32)
+        return self._index.latents[[self.nearest[r][0] for r in requests]].astype(np.float32)
 
     def record(self, request: Request) -> dict[str, Any]:
-        """What the manifest says of it."""
-        row = self.rows[request.image_name]
-        similarity = round(self.similarities[request.image_name], 6)
-        return {"retrieved": self.index.images[row]["id"], "similarity": similarity}
+        """What the manifest says of it: the image's id and the similarity."""
+        row, similarity = self.nearest[request]
+        return {"retrieved": self._index.images[row]["id"], "similarity": round(similarity, 6)}
 
-
-def retrieve(engine: Engine, tokenizer: Any, index: Index, requests: Sequence[Request], settings: Settings) -> Start:
-    """For every request one of the `settings.rag_top_k` nearest training images; which one depends on its seed alone."""
-    texts = [query(r, index.text) for r in requests]
-    distinct = {text: i for i, text in enumerate(dict.fromkeys(texts))}
-    rows, similarities = index.nearest(pooled_states(engine, tokenizer, list(distinct)), settings.rag_top_k)
-    chosen = [(distinct[text], _draw(r, settings, rows.shape[1])) for text, r in zip(texts, requests, strict=True)]
-    names = [r.image_name for r in requests]
-    return Start(
-        index,
-        {name: int(rows[place]) for name, place in zip(names, chosen, strict=True)},
-        {name: float(similarities[place]) for name, place in zip(names, chosen, strict=True)},
-    )
+    def _draw(self, request: Request, count: int) -> int:
+        """One of `count`, by the request's seed."""
+        digest = hashlib.sha256(f"retrieve:{resolve_seed(request, self._seed)}".encode()).digest()
+        return int.from_bytes(digest, "big") % count
 
 
 def query(request: Request, text: Text) -> str:
     """What a request is looked up by: its description alone, if the index holds those and the request has it apart."""
     alone = request.description if text == "description" else None
     return alone or request.prompt or ""
-
-
-def _draw(request: Request, settings: Settings, count: int) -> int:
-    digest = hashlib.sha256(f"retrieve:{resolve_seed(request, settings.seed)}".encode()).digest()
-    return int.from_bytes(digest, "big") % count
 
 
 def is_index(folder: Path) -> bool:
@@ -198,7 +217,7 @@ def open_index(folder: str | os.PathLike[str]) -> Index:
     info = read_info(folder)
     try:
         for name, held in info["files"].items():
-            _verify(folder / name, held)
+            check_file(folder / name, held, MANIFEST, "build the index again", content=name not in MAPPED)
         images, texts, pairs = (info["counts"][key] for key in ("images", "texts", "pairs"))
         side = int(info["thumbnail_size"])
         shapes = {
@@ -224,17 +243,6 @@ def _check_options(folder: Path, info: Mapping[str, Any]) -> None:
             raise TypeError(f"{field} is {info[field]!r}")
     for field in ("image_size", "image_mode", "copies"):
         info[field]
-
-
-def _verify(path: Path, held: Mapping[str, Any]) -> None:
-    try:
-        size = path.stat().st_size
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}; build the index again") from None
-    if size != held["bytes"]:
-        raise InputError(f"{path}: {size} bytes, {MANIFEST} says {held['bytes']}: cut off or replaced; build it again")
-    if path.name not in MAPPED and sha256_file(path) != held["sha256"]:
-        raise InputError(f"{path}: sha256 differs from {MANIFEST}: altered or damaged; build the index again")
 
 
 def _array(path: Path, shape: tuple[int, ...], dtype: str) -> np.ndarray:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -21,7 +20,9 @@ from fastgen.conditions import pooled_states
 from fastgen.data import Dataset, Example, read_dataset
 from fastgen.data.images import Mode, load_images
 from fastgen.errors import FastgenError, InputError, unknown
-from fastgen.folders import sync_tree
+from fastgen.find import made_from
+from fastgen.folders import new_folder
+from fastgen.hashes import record_files
 from fastgen.jsonfiles import write_bytes, write_json
 from fastgen.retrieval import (
     EMBEDDINGS,
@@ -41,8 +42,7 @@ from fastgen.retrieval import (
 )
 from fastgen.retrieval.copies import calibrate, subjects, thumbnails
 from fastgen.retrieval.nearest import unit
-from fastgen.shipped import made_from
-from fastgen.spec import Spec, sha256_file
+from fastgen.spec import Spec
 
 if TYPE_CHECKING:
     from fastgen.engines.base import Engine
@@ -109,19 +109,8 @@ def build_index(
         return open_index(out), False
     if os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
         raise InputError(f"{out}: exists and is no index; choose another --out")
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a command that was killed
-    try:
-        partial.mkdir(parents=True)
-        _fill(partial, pipeline, dataset, wanted, progress)
-        sync_tree(partial)
-        if out.is_dir():
-            out.rmdir()
-        partial.rename(out)
-    except OSError as error:
-        raise FastgenError(f"{out}: cannot be written: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with new_folder(out, alone=True) as folder:
+        _fill(folder, pipeline, dataset, wanted, progress)
     return open_index(out), True
 
 
@@ -196,7 +185,6 @@ def _fill(folder: Path, pipeline: Pipeline, dataset: Dataset, wanted: Mapping[st
         for e, owner in zip(dataset.examples, owners.tolist(), strict=True)
     ]
     _write_lines(folder / IMAGES, lines)
-    files = (EMBEDDINGS, PAIRS, LATENTS, THUMBNAILS, IMAGES)
     info = {
         **wanted,
         "fastgen": __version__,
@@ -207,7 +195,7 @@ def _fill(folder: Path, pipeline: Pipeline, dataset: Dataset, wanted: Mapping[st
         "thumbnail_size": THUMBNAIL,
         "copies": calibrate(small, owners),
         "notes": list(dataset.notes),
-        "files": {f: {"bytes": (folder / f).stat().st_size, "sha256": sha256_file(folder / f)} for f in files},
+        "files": record_files(folder),
     }
     write_json(folder / MANIFEST, info)
 

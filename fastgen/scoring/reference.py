@@ -16,9 +16,9 @@ from fastgen.data.dataset import files_in
 from fastgen.data.images import open_image
 from fastgen.data.readers import FORMATS, read_dataset
 from fastgen.errors import InputError
+from fastgen.hashes import sha256_file, sha256_names
 from fastgen.jsonfiles import read_json, write_json
 from fastgen.names import CONTACT_SHEET
-from fastgen.spec import sha256_file, sha256_names
 
 if TYPE_CHECKING:
     from fastgen.scoring.networks import Network

@@ -158,8 +158,7 @@ def _generate(
     for folder, seed in zip(plan.folders(point), plan.seeds, strict=True):
         if until is not None and time.monotonic() >= until and not (folder / MANIFEST).is_file():
             return errors, generated, False
-        settings = pipeline.settings(**point.settings(), seed=seed)
-        report = run_job(pipeline, plan.requests, folder, settings, rag=plan.start(point), **options)
+        report = run_job(plan.run(pipeline, point, seed), folder, **options)
         errors |= {f"{folder.name}/{name}": why for name, why in report.errors.items()}
         generated += report.generated
     return errors, generated, True

@@ -77,14 +77,12 @@ class Point:
         return f"{text}, {self.weights}" if self.weights else text
 
     def settings(self) -> dict[str, Any]:
-        """For `Pipeline.settings`."""
+        """For `Pipeline.settings`; `noise_steps` is for `start.late_start`."""
         return {
             "scheduler": self.scheduler,
             "num_inference_steps": self.num_inference_steps,
             "guidance_scale": self.guidance_scale,
             "guidance_interval": self.guidance_interval,
-            "rag": self.noise_steps is not None,
-            "noise_steps": self.noise_steps,
         }
 
 

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastgen.bundle import is_bundle, read_bundle
 from fastgen.checkpoint_choice import check_bundle_of, choose_checkpoint
+from fastgen.conditions import check_kind
 from fastgen.errors import InputError, unknown
+from fastgen.find import find_model
 from fastgen.jobs.folder import check_same_job
 from fastgen.jobs.job import job_limits
 from fastgen.jobs.record import job_identity
 from fastgen.jsonfiles import located
-from fastgen.pipeline import Pipeline, load, model_objects
+from fastgen.pipeline import Pipeline, load
 from fastgen.requests import Request, read_requests
 from fastgen.retrieval import Index, open_index
+from fastgen.run import Run
 from fastgen.sampling import guided_rows
 from fastgen.settings import Settings
+from fastgen.start import late_start
 from fastgen.sweep.choice import BEST, Rule
 from fastgen.sweep.grid import Grid, Point, Points, Problems
 from fastgen.tables import SolverTable
@@ -76,18 +80,21 @@ class Plan:
         """The point's jobs, one per seed."""
         return [self.out / POINTS / point.name / f"seed-{seed}" for seed in self.seeds]
 
-    def start(self, point: Point) -> Index | None:
-        """The index that the point's images start from."""
-        return None if point.noise_steps is None else self.index
+    def run(self, pipeline: Pipeline, point: Point, seed: int) -> Run:
+        """A run of this point, from the index's images where the point starts late."""
+        settings = pipeline.settings(**point.settings(), seed=seed)
+        if point.noise_steps is None:
+            return Run(pipeline, self.requests, settings)
+        late = {"noise_steps": point.noise_steps}
+        return Run(pipeline, self.requests, *late_start(self.index, pipeline, self.requests, settings, **late))
 
     def check_held(self, pipeline: Pipeline, checkpoint: str | None) -> None:
         """InputError when a folder of this checkpoint's points holds images of another model, engine or index."""
         for point in self.points:
             for folder, seed in zip(self.folders(point), self.seeds, strict=True):
                 if point.checkpoint == checkpoint and folder.exists():
-                    settings = pipeline.settings(**point.settings(), seed=seed)
-                    limit = job_limits(pipeline, settings, folder, self.batch_size).batch
-                    check_same_job(folder, job_identity(pipeline, self.requests, settings, limit, self.start(point)))
+                    run = self.run(pipeline, point, seed)
+                    check_same_job(folder, job_identity(run, job_limits(run, folder, self.batch_size).batch))
 
 
 def prepare(
@@ -109,13 +116,13 @@ def prepare(
     weights = {name: found.attempt(partial(model.weights, name)) for name in grid.checkpoints}
     found.check()
     first = grid.checkpoints[0]
-    requests = read_requests(path, model_objects(model.folder, first))[:limit]
+    requests = read_requests(path, find_model(model.folder, first).objects)[:limit]
     found.attempt(lambda: _check_seeds(seeds, requests))
     metrics = found.attempt(lambda: scorer.planned(path, limit)) or ()
     chosen = found.attempt(lambda: _metric(metric, metrics)) if metrics else None
     index = None if rag is None else found.attempt(lambda: open_index(rag))
     pipeline = model.load(first)
-    found.attempt(lambda: pipeline.encoder(requests, guided=False))
+    found.attempt(lambda: check_kind(requests, pipeline.spec.family))
     if index is not None:
         found.attempt(lambda: index.check(pipeline.spec))
     points = found.attempt(lambda: grid.points(pipeline.spec.sampling, rag=rag is not None, weights=weights)) or []
@@ -132,7 +139,6 @@ def prepare(
 
 def network_evaluations(table: SolverTable, settings: Settings) -> int:
     """Of one image: a row of the table is one, or two where it is guided. InputError for an interval outside the rows."""
-    settings.check_interval(table)
     lo, hi = guided_rows(table, settings.guidance_scale, True, settings.guidance_interval)
     return len(table) + hi - lo
 
@@ -163,7 +169,7 @@ def _evaluations(pipeline: Pipeline, points: Sequence[Point]) -> dict[Point, int
     found, out = Problems(), {}
     tables: dict[str, SolverTable | str] = {}
     for point in points:
-        settings = pipeline.settings(**point.settings())
+        settings = replace(pipeline.settings(**point.settings()), noise_steps=point.noise_steps)
         if settings.solver not in tables:
             try:
                 tables[settings.solver] = pipeline.source.table(settings.solver)

@@ -6,9 +6,7 @@ best/         ema.safetensors  state.json: the averaged weights with the lowest 
 
 from __future__ import annotations
 
-import hashlib
 import re
-import secrets
 import shutil
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -20,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastgen.errors import FastgenError, InputError
-from fastgen.folders import sync_folder, sync_tree
+from fastgen.folders import new_folder
+from fastgen.hashes import sha256_file
 from fastgen.jsonfiles import read_json, write_json
 
 STATE, BEST = "state.json", "best"
@@ -65,21 +64,13 @@ def save_best(parent: Path, step: int, weights: Tensors, extra: Mapping[str, Any
 
 
 def _write(target: Path, step: int, parts: Mapping[str, Tensors], extra: Mapping[str, Any]) -> None:
-    parent = target.parent
-    temporary = parent / f".tmp-{secrets.token_hex(8)}"
-    try:
-        temporary.mkdir(parents=True)
-        hashes = {name: _write_part(temporary / f"{name}.safetensors", tensors) for name, tensors in parts.items()}
-        write_json(temporary / STATE, {"step": step, "extra": dict(extra), "sha256": hashes})
-        sync_tree(temporary)
-        if target.exists():  # the best before, a damaged one, or of a run that went on from an older checkpoint
-            shutil.rmtree(target)
-        temporary.rename(target)
-        sync_folder(parent)
-    except (OSError, SafetensorError) as error:
-        raise FastgenError(f"{target}: the checkpoint cannot be written: {error}") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    """`target` may exist: the best before, a damaged one, or of a run that went on from an older checkpoint."""
+    with new_folder(target, existing="replace") as folder:
+        try:
+            hashes = {name: _write_part(folder / f"{name}.safetensors", tensors) for name, tensors in parts.items()}
+        except SafetensorError as error:
+            raise FastgenError(f"{target}: cannot be written: {error}") from None
+        write_json(folder / STATE, {"step": step, "extra": dict(extra), "sha256": hashes})
 
 
 def latest(parent: Path, warn: Callable[[str], None]) -> Checkpoint | None:
@@ -113,7 +104,7 @@ def _verify(folder: Path) -> tuple[str, Checkpoint | None]:
         state = read_json(folder / STATE)
         step, extra, hashes = state["step"], state["extra"], state["sha256"]
         for name, expected in hashes.items():
-            if _sha256(folder / f"{name}.safetensors") != expected:
+            if sha256_file(folder / f"{name}.safetensors") != expected:
                 return f"{name}.safetensors is damaged (SHA-256 differs)", None
     except InputError as error:
         return str(error), None
@@ -132,9 +123,4 @@ def _folders(parent: Path) -> list[Path]:
 
 def _write_part(file: Path, tensors: Tensors) -> str:
     save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, file)
-    return _sha256(file)
-
-
-def _sha256(file: Path) -> str:
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    return sha256_file(file)

@@ -3,7 +3,7 @@ attribute has."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from fastgen.attributes import Attributes
 from fastgen.metrics import attribute_hits, label_accuracy
 from fastgen.training.draws import Draws
 from fastgen.training.sources import NOISE, flip_some, to_signed
+from fastgen.training.tasks import Task
 
 SHIFT_X, SHIFT_Y, BLUR, GRAIN, LIGHT = range(10, 15)  # further streams of Draws
 MAX_SHIFT = 4  # px
@@ -34,12 +35,14 @@ class Logits(nn.Module):
         return self.evaluator.fc[0](self.evaluator.features(x))  # type: ignore[operator, index]
 
 
-class ClassifierTask:
-    """Binary cross-entropy on multi-hot labels, on images that are mirrored, shifted, blurred, grainy and relit a
-    little, because those it will judge come from a generator."""
+class ClassifierTask(Task):
+    """Binary cross-entropy on multi-hot labels. The training images are mirrored, shifted, blurred, made noisy and changed in
+    contrast a little, because the images that the network will judge come from a generator.
+
+    Batch normalisation takes its statistics over a micro-batch: they alone depend on how a batch is split.
+    """
 
     name = "evaluator"
-    splits_batches = True  # up to batch normalisation, whose statistics are those of a micro-batch
 
     def __init__(
         self,
@@ -49,9 +52,8 @@ class ClassifierTask:
         rows: tuple[np.ndarray, np.ndarray],
         device: torch.device,
     ) -> None:
-        self.module = Logits(evaluator)
+        super().__init__(Logits(evaluator), rows)
         self.images, self.multi_hot, self.device = images, multi_hot, device
-        self.train_rows, self.validation_rows = rows
 
     def losses(self, module: nn.Module, rows: np.ndarray, draws: Draws) -> Tensor:
         x = to_signed(self.images[rows], self.device)
@@ -64,9 +66,6 @@ class ClassifierTask:
         """(b, num_labels) both -> (b,)."""
         return functional.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(dim=1)
 
-    def parts(self, total: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        return {}
-
     def figures(self, module: nn.Module) -> Mapping[str, float]:
         rows = self.validation_rows
         parts = np.array_split(rows, -(-len(rows) // 256))
@@ -76,9 +75,6 @@ class ClassifierTask:
     def judge(self, scores: np.ndarray, labels: np.ndarray) -> Mapping[str, float]:
         """The task's official score on the validation images."""
         return {"accuracy": label_accuracy(scores, labels)}
-
-    def preview(self, module: nn.Module) -> None:
-        return None
 
 
 class AttributeTask(ClassifierTask):

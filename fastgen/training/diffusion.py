@@ -17,11 +17,12 @@ from fastgen.errors import InputError
 from fastgen.training.draws import VALIDATION, Draws
 from fastgen.training.losses import Denoised, Objective, evaluate
 from fastgen.training.sources import NOISE, TIMESTEP, Conditions, Space
+from fastgen.training.tasks import Task
 
 Preview = Callable[[nn.Module], Image.Image]
 
 
-class DiffusionTask:
+class DiffusionTask(Task):
     """Predict what noise did to clean samples (Ho et al., Denoising Diffusion Probabilistic Models, 2020, eq. 14), as
     noise, clean sample or velocity, whichever the schedule's `prediction_type` names.
 
@@ -31,7 +32,6 @@ class DiffusionTask:
     """
 
     name = "unet"
-    splits_batches = True
 
     def __init__(
         self,
@@ -48,8 +48,8 @@ class DiffusionTask:
         objective: Objective | None = None,
         preview: Preview | None = None,
     ) -> None:
-        self.module, self.space, self.conditions = module, space, conditions
-        self.train_rows, self.validation_rows = rows
+        super().__init__(module, rows)
+        self.space, self.conditions = space, conditions
         self.dropout, self.flip, self.jitter, self._preview = dropout, flip, jitter, preview
         self.objective = objective or Objective()
         self.timestep_shift = timestep_shift
@@ -97,9 +97,6 @@ class DiffusionTask:
         self._sums = {}
         rows = zip(names, total(sums).tolist(), strict=True)
         return {f"loss_{name}": loss / count for name, (loss, count) in rows if count}
-
-    def figures(self, module: nn.Module) -> dict[str, float]:
-        return {}
 
     def preview(self, module: nn.Module) -> Image.Image | None:
         return self._preview(module) if self._preview else None

@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,8 +14,8 @@ from typing import Any
 
 from fastgen.checkpoint_choice import OUTLINE
 from fastgen.config import Preset
-from fastgen.errors import FastgenError, InputError
-from fastgen.folders import sync_tree
+from fastgen.errors import InputError
+from fastgen.folders import new_folder, scratch_folder, sync_tree
 from fastgen.jsonfiles import read_json, write_json
 from fastgen.training import checkpoints
 from fastgen.training.checkpoints import Checkpoint
@@ -76,23 +75,14 @@ class Job:
         target = self.folder / "checkpoints" / OUTLINE
         if not self.processes.is_main or target.exists():
             return
-        temporary = self.folder / f".tmp-{secrets.token_hex(8)}"
-        try:
-            write(temporary)
-            sync_tree(temporary)
-            target.parent.mkdir(exist_ok=True)
-            temporary.rename(target)
-        except OSError as error:
-            raise FastgenError(f"{target}: cannot be written: {error}") from None
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        with new_folder(target, alone=True) as folder:
+            write(folder)
 
     def finish(self, write: Callable[[Path], None]) -> None:
         """Put what `write(folder)` writes into the job's folder, each entry complete, and mark the job finished."""
         if not self.processes.is_main:
             return
-        temporary = self.folder / f".tmp-{secrets.token_hex(8)}"
-        try:
+        with scratch_folder(self.folder / "model") as temporary:
             write(temporary)
             sync_tree(temporary)
             for entry in sorted(temporary.iterdir(), key=lambda e: e.is_file()):  # model_index.json after the weights
@@ -100,10 +90,6 @@ class Job:
                 if target.is_dir():
                     shutil.rmtree(target)
                 os.replace(entry, target)
-        except OSError as error:
-            raise FastgenError(f"{self.folder}: the model cannot be written: {error}") from None
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
         write_json(self.folder / FILE, {"finished": True, **self.identity})
         shutil.rmtree(self.folder / "checkpoints" / OUTLINE, ignore_errors=True)
 

@@ -13,8 +13,10 @@ from torch import nn
 
 from fastgen.config import Network
 from fastgen.errors import InputError, first_line, unknown
+from fastgen.weights import pretrained, pretrained_tokenizer
 
-WHOLE_CLIP = ("vision_model.", "visual_projection.", "text_projection.", "logit_scale")  # not the text encoder's
+# Weights that a whole CLIP has beside its text encoder.
+WHOLE_CLIP = ("vision_model.", "visual_projection.", "text_projection.", "logit_scale")
 
 
 def build_module(cls: Any, config: Mapping[str, Any], name: str, seed: int) -> Any:
@@ -84,52 +86,35 @@ def load_vae(network: Network, *, local_files_only: bool = False) -> Any:
     """A frozen AutoencoderKL, float32, from a folder or hub id, or the `vae` of a whole model folder."""
     from diffusers import AutoencoderKL
 
-    return _pretrained(AutoencoderKL, network, "vae", local_files_only)
+    return _frozen(AutoencoderKL, network, "vae", local_files_only)
 
 
 def load_text_encoder(network: Network, *, local_files_only: bool = False) -> tuple[Any, Any]:
     """(CLIPTextModel, CLIPTokenizer), frozen; the tokenizer lies beside the weights, or in `tokenizer` beside
     `text_encoder` in a whole model folder."""
-    from transformers import CLIPTextModel, CLIPTokenizer
+    from transformers import CLIPTextModel
 
-    encoder = _pretrained(CLIPTextModel, network, "text_encoder", local_files_only)
+    encoder = _frozen(CLIPTextModel, network, "text_encoder", local_files_only)
     subfolder = _subfolder(network, "text_encoder")
-    beside = "tokenizer" if subfolder == "text_encoder" else (subfolder or "")
-    try:
-        tokenizer = CLIPTokenizer.from_pretrained(
-            str(network.path), subfolder=beside, local_files_only=local_files_only
-        )
-    except (OSError, ValueError) as error:
-        raise InputError(f"text_encoder.path = {network.path!r}: no CLIP tokenizer: {first_line(error)}") from None
-    return encoder, tokenizer
+    beside = "tokenizer" if subfolder == "text_encoder" else subfolder
+    where = f"text_encoder.path = {network.path!r}"
+    return encoder, pretrained_tokenizer(
+        str(network.path), where, subfolder=beside or "", local_files_only=local_files_only
+    )
 
 
-def _pretrained(cls: Any, network: Network, name: str, local_files_only: bool) -> Any:
+def _frozen(cls: Any, network: Network, name: str, local_files_only: bool) -> Any:
     subfolder = _subfolder(network, name)
     options: dict[str, Any] = {"local_files_only": local_files_only} | ({"subfolder": subfolder} if subfolder else {})
-    try:
-        module, info = cls.from_pretrained(
-            network.path, **options, output_loading_info=True, use_safetensors=True, torch_dtype=torch.float32
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        hint = "expected a local folder or a hub id with safetensors weights"
-        raise InputError(f"{name}.path = {network.path!r}: {first_line(error)}; {hint}") from None
-    wrong = [*info["missing_keys"], *map(str, info["mismatched_keys"]), *_foreign(info["unexpected_keys"])]
-    wrong = [key for key in wrong if not key.endswith("position_ids")]
-    if wrong:
-        what = f"{len(wrong)} weights do not match {cls.__name__}, the first {wrong[0]}"
-        raise InputError(f"{name}.path = {network.path!r}: {what}")
-    return module.eval().requires_grad_(False)
+    where = f"{name}.path = {network.path!r}"
+    module = pretrained(cls, str(network.path), where, lambda key: key.startswith(WHOLE_CLIP), **options)
+    return module.requires_grad_(False)
 
 
 def _subfolder(network: Network, name: str) -> str | None:
     if network.subfolder is None and network.path and (Path(os.path.expanduser(network.path)) / name).is_dir():
         return name
     return network.subfolder
-
-
-def _foreign(keys: Iterable[str]) -> list[str]:
-    return [key for key in keys if not key.startswith(WHOLE_CLIP)]
 
 
 def _check_keys(config: Mapping[str, Any], known: Iterable[str], name: str) -> None:

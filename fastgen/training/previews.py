@@ -18,9 +18,8 @@ from fastgen.images import contact_sheet
 from fastgen.jsonfiles import brief, located
 from fastgen.names import check_known, check_labels, check_text
 from fastgen.sampling import initial_latents, sample
-from fastgen.schedulers import make_scheduler
-from fastgen.solver import compile_table
-from fastgen.tables import SolverTable
+from fastgen.solver import compile_key
+from fastgen.tables import SolverTable, format_key
 from fastgen.training.diffusion import Preview
 from fastgen.training.precision import Precision
 from fastgen.training.sources import Conditions, Space
@@ -39,9 +38,8 @@ class Shown:
 
 
 def default_table(scheduler_config: Mapping[str, Any], sampling: Sampling) -> SolverTable:
-    """The solver that a model generates with unless told otherwise. Raises InputError when there is no such solver."""
-    scheduler = make_scheduler(sampling.scheduler, scheduler_config)
-    return compile_table(scheduler, sampling.num_inference_steps, name=sampling.scheduler)
+    """The solver table that `generate` uses for this model by default. Raises InputError when there is no such solver."""
+    return compile_key(format_key(sampling.scheduler, sampling.num_inference_steps), scheduler_config)
 
 
 def fixed_prompts(preset: Preset) -> tuple[str, ...]:

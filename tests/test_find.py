@@ -11,15 +11,15 @@ import pytest
 from PIL import Image
 from scoring_helpers import make_evaluator
 
-from fastgen import evaluator, load, shipped
+from fastgen import evaluator, find, load
 from fastgen.data.synthetic import write_monsters
 from fastgen.errors import InputError
+from fastgen.find import default_model, find_folder, made_from, model_kind, shipped_model, shipped_names
 from fastgen.networks import load_model
 from fastgen.packing import pack
 from fastgen.runs import RUNS, set_latest
-from fastgen.shipped import default_model, find_model, made_from, model_kind, shipped_model, shipped_names
 
-PACKAGE = shipped.MODELS
+PACKAGE = find.MODELS
 NAMES = ["evaluator-iclevr", "evaluator-monsters", "iclevr-64", "monsters-64"]
 LIMIT = 24_000_000  # bytes of all together
 
@@ -53,7 +53,7 @@ def stand_ins(text_model, label_model, tmp_path_factory):
 @pytest.fixture
 def here(stand_ins, tmp_path, monkeypatch):
     """An empty current folder, and the stand-ins as the package's models."""
-    monkeypatch.setattr(shipped, "MODELS", stand_ins)
+    monkeypatch.setattr(find, "MODELS", stand_ins)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -76,19 +76,19 @@ def test_models_are_found_by_name_and_by_kind(here, stand_ins):
     assert shipped_names() == NAMES
     assert shipped_model("text") == stand_ins / "monsters-64"
     assert shipped_model("labels") == stand_ins / "iclevr-64"
-    assert find_model("iclevr-64") == stand_ins / "iclevr-64"
-    assert find_model("iclevr-65") == Path("iclevr-65")
+    assert find_folder("iclevr-64") == stand_ins / "iclevr-64"
+    assert find_folder("iclevr-65") == Path("iclevr-65")
 
 
 def test_a_folder_of_the_same_name_wins(here):
     Path("iclevr-64").mkdir()
-    assert find_model("iclevr-64") == Path("iclevr-64")
+    assert find_folder("iclevr-64") == Path("iclevr-64")
     Path("monsters-64").symlink_to("nowhere")
-    assert find_model("monsters-64") == Path("monsters-64")
+    assert find_folder("monsters-64") == Path("monsters-64")
 
 
 def test_a_package_without_models_says_so(here, monkeypatch):
-    monkeypatch.setattr(shipped, "MODELS", here / "none")
+    monkeypatch.setattr(find, "MODELS", here / "none")
     assert shipped_names() == []
     for kind, word in (("text", "prompts"), ("labels", "labels")):
         with pytest.raises(InputError, match=f"this build of fastgen comes without a model for {word}; give --model"):

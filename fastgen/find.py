@@ -1,14 +1,17 @@
-"""The models that come with the package, and which model generates when nobody names one."""
+"""Which model is meant, found without loading it: by a name or folder, the latest run's, or the one that comes with fastgen."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastgen.bundle import MANIFEST
+from fastgen.bundle import MANIFEST, Bundle, is_bundle, read_bundle
+from fastgen.checkpoint_choice import model_parts
 from fastgen.errors import InputError
 from fastgen.jsonfiles import located, read_json
+from fastgen.names import read_objects
 from fastgen.runs import LATEST, latest_model, latest_run
 
 MODELS = Path(__file__).with_name("models")
@@ -33,7 +36,7 @@ def shipped_model(kind: str) -> Path:
     raise InputError(f"this build of fastgen comes without a model for {KINDS[kind]}; {HELP}")
 
 
-def find_model(name: str | os.PathLike[str]) -> Path:
+def find_folder(name: str | os.PathLike[str]) -> Path:
     """The folder that is meant by `name`: itself where something of that name is there, else the shipped model called so."""
     folder = Path(name)
     if not os.path.lexists(folder) and os.fspath(name) in shipped_names():
@@ -69,26 +72,52 @@ def model_kind(folder: Path) -> str | None:
 
 
 @dataclass(frozen=True)
-class Default:
-    """The model that generates when none is named, and why it is this one."""
+class ModelFolder:
+    """A bundle, then opened, or a model folder, which are not loaded yet.
+
+    `kind`: what it is asked by, see `model_kind`. `objects`: label names and their indices, None where it has none. `why`: the
+    reason why it is this one, where nobody named it.
+    """
 
     folder: Path
-    why: str
+    bundle: Bundle | None
+    kind: str | None
+    objects: Mapping[str, int] | None
+    why: str | None = None
 
     def __str__(self) -> str:
-        return f"{name_of(self.folder)} ({self.why})"
+        return name_of(self.folder) + (f" ({self.why})" if self.why else "")
 
 
-def default_model(kind: str, engine: str | None) -> Default:
+def find_model(name: str | os.PathLike[str], checkpoint: str | None = None, why: str | None = None) -> ModelFolder:
+    """The bundle or model folder that is meant by `name`, a folder or a shipped model's name.
+
+    `checkpoint`: which of a run's weights, see `checkpoint_choice`. Raises InputError for what is neither, for a malformed
+    bundle, and for an unfinished run without a checkpoint.
+    """
+    folder = find_folder(name)
+    if is_bundle(folder):
+        bundle = read_bundle(folder)
+        return ModelFolder(folder, bundle, bundle.spec.family, bundle.spec.objects, why)
+    parts = model_parts(folder, checkpoint)
+    if not (parts / INDEX).is_file():
+        shipped = ", ".join(shipped_names()) or "there are none"
+        names = "" if folder.exists() else f", nor the name of a model that comes with fastgen ({shipped})"
+        raise InputError(f"{folder}: neither a bundle (bundle.json) nor a model folder (model_index.json){names}")
+    labels = parts / "labels.json"
+    return ModelFolder(folder, None, model_kind(parts), read_objects(labels) if labels.is_file() else None, why)
+
+
+def default_model(kind: str, engine: str | None, checkpoint: str | None = None) -> ModelFolder:
     """The latest run's bundle or model where it is one for requests of this kind, else the shipped one that is.
 
     Raises InputError when there is neither, and when the latest run has no bundle for an engine that needs one.
     """
     if not LATEST.exists():
         reason = "no runs/latest here"
-    elif (found := model_kind(latest_run())) == kind:
-        return Default(latest_model(engine), "the latest run")
+    elif (latest := model_kind(latest_run())) == kind:
+        return find_model(latest_model(engine), checkpoint, "the latest run")
     else:
-        reason = f"the latest run, {latest_run().name}, " + (f"takes {KINDS[found]}" if found else "is no model")
+        reason = f"the latest run, {latest_run().name}, " + (f"takes {KINDS[latest]}" if latest else "is no model")
     with located(f"no model given, and {reason}"):
-        return Default(shipped_model(kind), f"shipped with fastgen; {reason}")
+        return find_model(shipped_model(kind), checkpoint, f"shipped with fastgen; {reason}")

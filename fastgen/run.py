@@ -1,0 +1,104 @@
+"""One run: requests with their settings on a pipeline, cut into batches that share a solver table, conditions and a start."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fastgen.buckets import Batch, cut
+from fastgen.conditions import conditions_for
+from fastgen.errors import InputError
+from fastgen.pictures import Pictures
+from fastgen.requests import Request, resolve_seed
+from fastgen.sampling import guided_rows, initial_latents
+from fastgen.settings import Settings
+from fastgen.start import Start
+from fastgen.strips import Frames, StripPlan
+
+if TYPE_CHECKING:
+    from fastgen.engines.base import Array
+    from fastgen.pipeline import Pipeline
+
+
+class Run:
+    """What all batches of a run share: `table`, `conditions`, and the row range `guided` = (first, last + 1) of the table.
+
+    `start`: where images start, None for noise. `strip`: training timesteps at which each image's denoising is shown.
+    Raises InputError for requests of another kind than the model takes, a solver or guidance interval that this model cannot
+    have, settings that start late without a `start`, or the reverse, and timesteps that training never saw.
+    """
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        requests: Sequence[Request],
+        settings: Settings,
+        start: Start | None = None,
+        *,
+        strip: Sequence[int] | None = None,
+    ) -> None:
+        self.pipeline, self.requests, self.settings, self.start = pipeline, requests, settings, start
+        if (start is None) != (settings.noise_steps is None):
+            raise InputError("noise_steps and the latents to start from go together: give both or neither")
+        spec = pipeline.spec
+        self.table = pipeline.source.table(settings.solver)
+        self.guided = guided_rows(self.table, settings.guidance_scale, True, settings.guidance_interval)
+        self.conditions = conditions_for(pipeline.engine, spec, pipeline.tokenizer, requests, settings.guided)
+        timesteps = int(spec.scheduler_config.get("num_train_timesteps", 1000))
+        self.strip = None if strip is None else StripPlan.of(self.table, strip, timesteps)
+
+    def batches(self, limit: int) -> list[Batch]:
+        """All requests, in order, in batches of at most `limit` that suit the engine, see `buckets.cut`. Raises InputError."""
+        return cut(len(self.requests), limit, self.pipeline.buckets(self.settings))
+
+    def begin(
+        self,
+        batch: Batch,
+        *,
+        decode_batch_size: int | None = None,
+        on_row: Callable[[int], None] = lambda row: None,
+    ) -> Callable[[], Pictures]:
+        """Begin with one batch; the call that is returned waits for its pictures.
+
+        On a GPU this returns when everything is queued: begin with the next batch before you wait for this one.
+        `decode_batch_size`: images that the VAE decodes together, by default what the engine takes at once. `on_row(i)` is
+        called when row i of the table has run, or is queued; with -1 before the first.
+        """
+        frames = None if self.strip is None else Frames(self.strip, len(batch))
+        x = self.latents(batch, frames, on_row)
+        decode = partial(self.pipeline.decoder.start, normalize=self.settings.normalize, limit=decode_batch_size)
+        wait = decode(x)
+        return wait if frames is None else frames.start(decode, wait)
+
+    def images(self, batch: Batch) -> np.ndarray:
+        """The batch's images (B, 3, H, W) float32, nominally in [-1, 1], whatever they look like."""
+        return self.pipeline.engine.numpy(self.pipeline.decoder.decode(self.latents(batch)))
+
+    def latents(
+        self, batch: Batch, frames: Frames | None = None, on_row: Callable[[int], None] = lambda row: None
+    ) -> Array:
+        """The batch's final states (B, C, h, w) float32, an array of the engine. `frames` keeps the states of its strip."""
+        engine, settings = self.pipeline.engine, self.settings
+        requests = self.requests[batch.rows]
+        if engine.static_shapes:  # the last request fills the batch up
+            requests = [*requests, *[requests[-1]] * (batch.bucket - len(batch))]
+        seeds = engine.array(np.array([resolve_seed(r, settings.seed) for r in requests], np.int64))
+        clean = None if self.start is None else engine.array(self.start.latents(requests))
+        x = initial_latents(self.table, seeds, self.pipeline.spec.latent_shape, clean)
+        options: dict[str, Any] = {
+            "seeds": seeds,
+            "guidance_scale": settings.guidance_scale,
+            "uncond": self.conditions.uncond() if settings.guided else None,
+            "guidance_interval": settings.guidance_interval,
+        }
+        with np.errstate(over="ignore", invalid="ignore"):  # broken images are looked for in the end
+            steps = self.pipeline.steps(self.table, x, self.conditions(requests), **options)
+            for row, state in chain([(-1, x)], steps):
+                if frames is not None:
+                    frames.keep(row, state)
+                on_row(row)
+        return state[: len(batch)]

@@ -92,6 +92,7 @@ def _plan(run: Run, model: Path, **options: Any) -> Plan:
     whole: dict[str, Any] = {
         "processes": False,
         "seconds": run.left,
+        "strict": True,
         "job": run.images,
         "requests": requests,
         **options,

@@ -17,6 +17,7 @@ from fastgen.artifacts import RECORD, Artifact, read_record
 from fastgen.config import Sampling
 from fastgen.errors import InputError
 from fastgen.hashes import check_file
+from fastgen.installing import hint
 from fastgen.jsonfiles import infinity_from_text, located, read_json
 from fastgen.prompts import Tokenizer
 from fastgen.signatures import Signature
@@ -122,7 +123,7 @@ class Bundle:
             near = nearest_key(key, self._tables.names())
             raise InputError(
                 f"solver {key} is not stored in {self.folder} (nearest: {near}) and diffusers is not installed; "
-                f'export it with `--solver {key}`, or `pip install "fastgen-diffusion[train]"`'
+                f"export it with `--solver {key}`, or install diffusers: {hint('train')}"
             ) from None
         return TableCompiler(self.spec.scheduler_config).table(key)
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastgen.errors import InputError, unknown
+from fastgen.installing import hint
 
-INSTALL = 'pip install "fastgen-diffusion[train]"'
 SOLVERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddpm": ("DDPMScheduler", {}),
     "ddim": ("DDIMScheduler", {}),
@@ -101,7 +101,7 @@ def import_diffusers() -> Any:
         import diffusers
         import torch  # noqa: F401
     except ImportError as error:
-        raise InputError(f"solver tables are compiled with diffusers and torch ({error}); {INSTALL}") from error
+        raise InputError(f"solver tables are compiled with diffusers and torch ({error}); {hint('train')}") from error
     return diffusers
 
 

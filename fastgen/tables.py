@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from fastgen.errors import InputError
+from fastgen.installing import hint
 
 FORMAT = 1
 COLUMNS = ("timesteps", "scale", "p", "q", "r", "x0_p", "x0_q", "a", "d", "c", "streams")
@@ -163,7 +164,7 @@ class TableStore:
             nearest = nearest_key(key, self._index)
             raise InputError(
                 f"{self.path} stores no solver table {key!r}; nearest stored: {nearest or 'none'}. Either add it with "
-                f'`fastgen export ... --solver {key}` or install diffusers: pip install "fastgen-diffusion[train]"'
+                f"`fastgen export ... --solver {key}` or install diffusers: {hint('train')}"
             )
         offset, height, rows, meta = self._index[key]
         values = self._read(f"solver_{parse_key(key)[0]}")[offset : offset + height * rows]

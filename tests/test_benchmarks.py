@@ -15,7 +15,7 @@ pytest.importorskip("onnxruntime")
 
 from benchmarks import floor, matrix, plots
 from benchmarks.loop_cost import loop_cost
-from benchmarks.measure import Matrix, Plan
+from benchmarks.measure import LATE, Matrix, Plan
 from benchmarks.models import ARCHITECTURES, architecture, build
 from benchmarks.profiler import kernel_profile, kind
 from benchmarks.prompts import prompts
@@ -81,6 +81,22 @@ def test_every_measured_row_has_speed_memory_and_its_share_of_the_floor(rows):
         assert row["extrapolated_from"] == 2
     assert rows["diffusers:fp32"]["ratio"] == 1
     assert rows["two-calls:fp32@1"]["batch"] == 1
+
+
+def test_a_time_limit_that_is_over_before_the_first_batch_ends_further_rounds_and_cases_only(label_model, tmp_path):
+    plan = Plan(label_model, tmp_path, batches=(1, 2), steps=(2,), rounds=3, seconds=-1, threads=1, processes=False)
+    first, second = Matrix(plan, [Side("eager", "fp32")]).rows()
+    assert (first["batch"], first["rounds"], first["note"]) == (1, 1, "1 of 3 rounds: the time was used up")
+    assert first["images_per_s"] > 0
+    assert first["max_abs_255"] <= 1
+    assert (second["batch"], second["images_per_s"], second["note"]) == (2, None, LATE)
+
+
+def test_where_the_process_is_ended_then_not_even_a_first_batch_begins_late(label_model, tmp_path):
+    plan = Plan(label_model, tmp_path, steps=(2,), seconds=-1, strict=True, threads=1, processes=False)
+    expected = {2: np.zeros((4, 32, 32, 3), np.uint8)}
+    (row,) = Matrix(plan, [Side("eager", "fp32")], expected).rows()
+    assert (row["images_per_s"], row["note"]) == (None, LATE)
 
 
 def test_a_stochastic_solver_s_images_are_not_compared_with_a_peer_that_draws_its_own_noise(label_model, tmp_path):
@@ -209,7 +225,7 @@ def test_plots_show_growth_and_the_floor_or_say_what_to_install(rows, tmp_path):
     value = {"settings": settings, "environment": {"cores": 2, "cpu": "any"}, "rows": measured + more}
     (tmp_path / "result.json").write_text(json.dumps(value))
     if importlib.util.find_spec("matplotlib") is None:
-        with pytest.raises(InputError, match="bench"):
+        with pytest.raises(InputError, match="matplotlib>="):
             plots.plots(tmp_path / "result.json")
         return
     assert [file.name for file in plots.plots(tmp_path / "result.json")] == ["result-batch.png", "result-floor.png"]
@@ -245,7 +261,7 @@ def test_the_engines_of_a_bundle_are_measured_in_processes_of_their_own(text_mod
     from benchmarks import engines
 
     out = tmp_path / "engines.json"
-    arguments = [text_model, text_bundle, "--batch-size", 2, "--steps", 2, "--rounds", 1, "--out", out]
+    arguments = [text_model, text_bundle, "--batch-size", 2, "--steps", 2, "--rounds", 1, "--seconds", 0, "--out", out]
     result = CliRunner().invoke(engines.main, [str(a) for a in arguments], catch_exceptions=False)
     report = json.loads(out.read_text())
     rows = {row["side"]: row for row in report["rows"]}

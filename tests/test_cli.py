@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from fastgen.cli import cli
+from fastgen.installing import hint
 
 HEAVY = ["torch", "diffusers", "transformers", "onnx", "onnxruntime", "openvino", "tokenizers", "safetensors"]
 TRAINING = ["torch", "diffusers", "transformers", "onnx", "onnxscript", "accelerate", "scipy"]
@@ -310,7 +311,9 @@ def test_a_missing_engine_package_is_named_with_the_command_that_installs_it(
     arguments = ["generate", requests_files["labels"], "--model", label_bundle, "--out", tmp_path / "out"]
     done = fastgen_process(*arguments, "--engine", "openvino", blocked=["openvino"])
     line = one_line((done.returncode, done.stdout, done.stderr))
-    assert line == 'engine openvino needs openvino, not installed here: pip install "fastgen-diffusion[cpu]"'
+    assert (
+        line == 'engine openvino needs openvino, not installed here: pip install "onnxruntime>=1.20" "openvino>=2025.0"'
+    )
 
 
 def test_without_diffusers_an_unknown_scheduler_gets_the_nearest_stored_solver(
@@ -328,7 +331,7 @@ def test_commands_that_need_torch_say_so_in_one_line(fastgen_process, label_mode
     for arguments in (["export", label_model], ["train", "iclevr-64", "--data", tmp_path]):
         done = fastgen_process(*arguments, blocked=["torch"])
         line = one_line((done.returncode, done.stdout, done.stderr))
-        assert line == 'this command needs torch, not installed here: pip install "fastgen-diffusion[export]"'
+        assert line == f"this command needs torch, not installed here: {hint('export')}"
 
 
 @pytest.mark.parametrize("factor", [math.nan, math.inf])

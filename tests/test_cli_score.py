@@ -7,6 +7,8 @@ import json
 import pytest
 from scoring_helpers import PROMPTS, make_clip, make_evaluator, make_images
 
+from fastgen.installing import hint
+
 torch = pytest.importorskip("torch")
 pytest.importorskip("torchmetrics")
 pytest.importorskip("transformers")
@@ -101,9 +103,7 @@ def test_without_torchmetrics_the_error_says_what_to_install(fastgen_process, ju
     options = ["--evaluator", judge, "--reference", images, "--features", "evaluator"]
     done = fastgen_process("score", images, *options, blocked=["torchmetrics"])
     assert done.returncode == 1
-    assert done.stderr == (
-        "fastgen: error: scoring needs torchmetrics, which is not installed: pip install 'fastgen-diffusion[score]'\n"
-    )
+    assert done.stderr == (f"fastgen: error: scoring needs torchmetrics, which is not installed: {hint('score')}\n")
 
 
 def test_the_progress_of_the_reference_is_not_written_into_a_file(fastgen_process, judge, tmp_path):

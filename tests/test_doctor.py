@@ -16,6 +16,7 @@ from fastgen.doctor import Report, installed, judge
 from fastgen.doctor.diagnosis import Cache, Machine, driver_too_old
 from fastgen.doctor.installed import Library, inspect, loaded_nvinfer, read_answer
 from fastgen.engines import engine_class, engine_names
+from fastgen.installing import hint
 from fastgen.machine import Cpu, Driver, Gpu, cpu, gpus, version
 
 RTX_4090 = Gpu("NVIDIA GeForce RTX 4090", 24564, "8.9")
@@ -255,9 +256,8 @@ def test_cards_that_tensorrt_for_rtx_does_not_know_are_sent_to_trt(card, kind):
 
 def test_tensorrt_for_rtx_that_is_missing_too_old_or_for_another_driver():
     missing = machine(gpus=[RTX_4090], libraries={"tensorrt_rtx": Library("tensorrt_rtx")}, distributions={})
-    assert line("trt-rtx", missing).startswith(
-        "trt-rtx not ready: tensorrt_rtx is not installed: pip install tensorrt-rtx"
-    )
+    fix = engine_class("trt-rtx").install
+    assert line("trt-rtx", missing) == f"trt-rtx not ready: tensorrt_rtx is not installed: {fix}"
     old = {"tensorrt_rtx": Library("tensorrt_rtx", "1.3.0.9", None, {"loaded": None, "runtime": True})}
     assert (
         "TensorRT for RTX 1.3.0.9 is too old, 1.7 or newer is needed: pip install --upgrade tensorrt-rtx-cu13"
@@ -302,7 +302,7 @@ def test_missing_packages_and_broken_ones():
     )
     assert says("eager", there) == [
         "eager         not ready",
-        '- diffusers, transformers are not installed: pip install "fastgen-diffusion[train]"',
+        f"- diffusers, transformers are not installed: {hint('train')}",
         "- import torch fails: OSError: libcudart.so.13: cannot open shared object file: "
         "pip install --force-reinstall torch",
     ]
@@ -485,7 +485,7 @@ def test_the_command_tells_about_every_engine_here(fastgen_process):
     lines = done.stdout.splitlines()
     assert lines[0].startswith(f"fastgen       0.1.0, Python {sys.version_info.major}.")
     assert "ort           ready" in lines
-    assert 'eager         not ready: diffusers is not installed: pip install "fastgen-diffusion[train]"' in lines
+    assert f"eager         not ready: diffusers is not installed: {hint('train')}" in lines
     assert [line.split()[0] for line in lines[lines.index("") + 1 :] if line[0] != " "] == engine_names()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -17,6 +18,7 @@ torch.set_num_threads(1)
 from fastgen import evaluator as evaluators  # noqa: E402
 from fastgen.errors import FastgenError, InputError  # noqa: E402
 from fastgen.images import METADATA_KEY, png_bytes  # noqa: E402
+from fastgen.installing import hint  # noqa: E402
 from fastgen.names import ICLEVR_OBJECTS  # noqa: E402
 from fastgen.scoring import score  # noqa: E402
 from fastgen.scoring.networks import to_input  # noqa: E402
@@ -306,7 +308,7 @@ def test_without_torch_the_error_says_what_to_install(judge, requests, tmp_path,
     ]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(FastgenError, match=r"scoring needs torch.*pip install 'fastgen-diffusion\[score\]'"):
+    with pytest.raises(FastgenError, match=f"scoring needs torch.*{re.escape(hint('score'))}"):
         score(images, requests, evaluator=judge)
 
 

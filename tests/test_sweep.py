@@ -388,7 +388,7 @@ def test_without_matplotlib_everything_but_the_plot_is_written(fastgen_process, 
     out = tmp_path / "out"
     done = fastgen_process(*arguments(out, "--num-inference-steps", "2"), blocked=["matplotlib"])
     assert done.returncode == 0, done.stderr
-    assert 'no plot.png: it needs matplotlib, pip install "fastgen-diffusion[bench]"' in done.stderr
+    assert 'no plot.png: it needs matplotlib, pip install "matplotlib>=3.8"' in done.stderr
     assert not (out / "plot.png").exists()
     assert (out / "contact_sheet.png").exists()
 

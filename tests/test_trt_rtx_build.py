@@ -18,6 +18,7 @@ from tensorrt_double import BEHAVIOUR, BuilderFlag, called
 
 from export.trt_rtx import DEFAULT_CAPABILITIES, build_plans
 from fastgen.bundle import COMPILED, Bundle, read_bundle
+from fastgen.engines import engine_class
 from fastgen.engines.base_trt_plan import CAPABILITIES, PLAN
 from fastgen.errors import FastgenError
 from fastgen.jsonfiles import read_json, write_json
@@ -155,7 +156,7 @@ def test_a_damaged_plan_that_is_not_asked_for_is_taken_out(bundle):
 def test_without_the_package_nothing_is_exported_and_the_command_is_named(fastgen_process, label_model, tmp_path):
     done = fastgen_process("export", label_model, "--rtx", "--out", tmp_path / "out", blocked=["tensorrt_rtx"])
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "engine trt-rtx needs tensorrt_rtx, not installed here: pip install tensorrt-rtx-cu13" in done.stderr
+    assert f"engine trt-rtx needs tensorrt_rtx, not installed here: {engine_class('trt-rtx').install}" in done.stderr
     assert not (tmp_path / "out").exists()
 
 

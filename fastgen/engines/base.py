@@ -11,6 +11,7 @@ import numpy as np
 
 from fastgen.buckets import cut
 from fastgen.errors import InputError
+from fastgen.installing import Install
 from fastgen.signatures import Signature, network_dtype
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ class Engine(abc.ABC):
     name: ClassVar[str]
     source_kind: ClassVar[str]  # "model" (folder) | "bundle"
     packages: ClassVar[Sequence[str]]  # import names it needs
-    install: ClassVar[str]  # the command that installs them
+    install: ClassVar[Install]  # the command that installs them, as text
     dtypes: ClassVar[Sequence[str]]  # precisions it can execute, the default first where the hardware has it
     static_shapes: ClassVar[bool] = False  # compiles per batch size: callers pad their last batch
     built_by: ClassVar[str | None] = (

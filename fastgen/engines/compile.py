@@ -29,6 +29,7 @@ from fastgen.engines import base
 from fastgen.engines.base import announce
 from fastgen.engines.base_torch import TorchEngine
 from fastgen.errors import FastgenError, InputError, first_line
+from fastgen.installing import Install
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -44,7 +45,7 @@ class Engine(TorchEngine):
     name = "compile"
     source_kind = "model"
     packages = ("torch", "diffusers", "transformers")
-    install = 'pip install "fastgen-diffusion[train]"'
+    install = Install("train")
     dtypes = ("fp16", "bf16", "fp32")
     static_shapes = True
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastgen.engines import base
 from fastgen.engines.base_torch import TorchEngine
+from fastgen.installing import Install
 
 if TYPE_CHECKING:
     from torch import nn
@@ -18,7 +19,7 @@ class Engine(TorchEngine):
     name = "eager"
     source_kind = "model"
     packages = ("torch", "diffusers", "transformers")
-    install = 'pip install "fastgen-diffusion[train]"'
+    install = Install("train")
     dtypes = ("fp32", "bf16", "fp16")
     reference = True
 

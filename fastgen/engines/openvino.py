@@ -28,6 +28,7 @@ from fastgen.engines.base_openvino import (
     time_embedding,
 )
 from fastgen.errors import FastgenError, InputError
+from fastgen.installing import Install
 from fastgen.machine import cpu
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ class Engine(base.Engine):
     name = "openvino"
     source_kind = "bundle"
     packages = ("openvino",)
-    install = 'pip install "fastgen-diffusion[cpu]"'
+    install = Install("cpu")
     dtypes = ("bf16", "fp32", "fp16")
     static_shapes = True
     decode_pixels = 2**17  # two halves of one image each

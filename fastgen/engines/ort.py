@@ -17,13 +17,13 @@ from fastgen.engines.base import announce
 from fastgen.engines.base_ort_cuda import PROVIDER, Runner, open_session, provider_options
 from fastgen.engines.base_torch import TorchEngine
 from fastgen.errors import FastgenError, InputError
+from fastgen.installing import Install, hint
 from fastgen.signatures import network_dtype
 
 if TYPE_CHECKING:
     from fastgen.bundle import Bundle
 
 DTYPES = {"cpu": ("fp32",), "cuda": ("fp16", "fp32")}
-GPU_PACKAGES = ("torch", "onnxruntime-gpu")
 
 
 def fused_name(graph: str) -> str:
@@ -39,7 +39,7 @@ class Engine(TorchEngine):
     name = "ort"
     source_kind = "bundle"
     packages = ("onnxruntime",)
-    install = 'pip install "fastgen-diffusion[cpu]"'
+    install = Install("cpu")
     dtypes = ("fp32", "fp16")
     _library_errors = Exception  # onnxruntime's share no base class
 
@@ -144,9 +144,8 @@ def _check_gpu_build() -> None:
     """InputError, with the commands that help, when onnxruntime here has no CUDA provider, or torch is missing."""
     import onnxruntime as ort
 
-    install = "pip install " + " ".join(GPU_PACKAGES)
     if not has_distribution("torch"):
-        raise InputError(f"engine ort on CUDA needs torch, not installed here: {install}")
+        raise InputError(f"engine ort on CUDA needs torch, not installed here: {hint('cuda')}")
     if PROVIDER in getattr(ort, "get_available_providers", list)():
         return
     if has_distribution("onnxruntime") and has_distribution("onnxruntime-gpu"):

@@ -15,6 +15,7 @@ from fastgen.engines.base_trt_engine import TrtEngine
 from fastgen.engines.base_trt_plan import BUILDER, open_context
 from fastgen.engines.base_trt_product import TENSORRT
 from fastgen.errors import InputError
+from fastgen.installing import Install
 from fastgen.signatures import Signature
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ class Engine(TrtEngine):
     name = "trt"
     product = TENSORRT
     packages = ("torch", TENSORRT.module)
-    install = "pip install tensorrt-cu13 (tensorrt-cu12 beside a torch for CUDA 12)"
+    install = Install("trt", "tensorrt-cu12 beside a torch for CUDA 12")
     built_by = TENSORRT.option
 
     def __init__(

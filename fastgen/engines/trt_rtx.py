@@ -15,6 +15,7 @@ from fastgen.engines.base_trt_plan import CAPABILITIES, open_context
 from fastgen.engines.base_trt_product import RTX
 from fastgen.engines.base_trt_rtx import RuntimeCache
 from fastgen.errors import InputError
+from fastgen.installing import Install
 from fastgen.signatures import Signature
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ class Engine(TrtEngine):
     name = "trt-rtx"
     product = RTX
     packages = ("torch", RTX.module)
-    install = "pip install tensorrt-rtx-cu13 (tensorrt-rtx-cu12 beside a torch for CUDA 12)"
+    install = Install("rtx", "tensorrt-rtx-cu12 beside a torch for CUDA 12")
     built_by = RTX.option
 
     def __init__(

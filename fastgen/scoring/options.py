@@ -6,6 +6,7 @@ import importlib
 from typing import Any
 
 from fastgen.errors import FastgenError, InputError
+from fastgen.installing import hint
 
 ASK = (
     "--evaluator E (label accuracy, attributes), --reference DIR --features inception.pth|evaluator (FID, KID), "
@@ -36,5 +37,4 @@ def need(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        hint = "pip install 'fastgen-diffusion[score]'"
-        raise FastgenError(f"scoring needs {error.name}, which is not installed: {hint}") from None
+        raise FastgenError(f"scoring needs {error.name}, which is not installed: {hint('score')}") from None

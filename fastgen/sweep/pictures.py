@@ -11,6 +11,7 @@ from typing import Any
 from PIL import Image
 
 from fastgen.images import TINT, read_pixels, save_image, sheet
+from fastgen.installing import hint
 from fastgen.jsonfiles import write_bytes
 from fastgen.requests import Request, safe_path
 from fastgen.scoring.result import number
@@ -32,7 +33,7 @@ def save_pictures(sweep: Sweep, requests: Sequence[Request], say: Callable[[str]
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        say(f'no {PLOT}: it needs matplotlib, pip install "fastgen-diffusion[bench]"')
+        say(f"no {PLOT}: it needs matplotlib, {hint('bench')}")
         return
     buffer = io.BytesIO()
     draw_plot(sweep, Figure(figsize=SIZE, layout="constrained")).savefig(buffer, dpi=DPI, format="png")

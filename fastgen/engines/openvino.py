@@ -105,8 +105,8 @@ class Engine(base.Engine):
         rows = found.shape[2:]
         return found.reshape(count, 2, -1, *rows).swapaxes(0, 1).reshape(-1, *rows)  # (2B, ...)
 
-    def recipe(self, network: str, rows: int) -> Recipe:
-        return self._recipe(network, rows or None, None if rows == 0 else False)
+    def recipe(self, network: str, rows: int | None) -> Recipe:
+        return self._recipe(network, rows, None if rows is None else False)
 
     def array(self, values: np.ndarray) -> np.ndarray:
         return np.ascontiguousarray(values)

@@ -124,11 +124,14 @@ def find(recipe: Recipe) -> Artifact | None:
     return artifact
 
 
-def obtain(recipe: Recipe, make: Callable[[Path], None], say: Say = lambda line: None) -> Artifact:
+def obtain(
+    recipe: Recipe, make: Callable[[Path], None], say: Say = lambda line: None, *, say_built: bool = True
+) -> Artifact:
     """The artifact of this recipe, verified; built when it is missing, and built again, announced, when it is damaged.
 
     `make(folder)` writes the compiled files into an empty folder. Of several processes one builds, the others wait and then
-    load what it built. A build that is killed leaves nothing that is ever loaded. Raises FastgenError when the disk refuses.
+    load what it built. A build that is killed leaves nothing that is ever loaded. `say_built`: whether a build's begin and
+    end are told, or only damage and waiting. Raises FastgenError when the disk refuses.
     """
     with _locked(recipe, say):
         try:
@@ -137,7 +140,7 @@ def obtain(recipe: Recipe, make: Callable[[Path], None], say: Say = lambda line:
                 return artifact
         except InputError as error:
             say(f"{error}; building it again")
-        return _build(recipe, make, say)
+        return _build(recipe, make, say if say_built else lambda line: None)
 
 
 class Difference(NamedTuple):

@@ -64,6 +64,15 @@ def test_what_was_built_is_found_and_not_built_again():
     assert artifacts.find(RECIPE) == built
 
 
+def test_a_build_is_told_unless_it_is_quick():
+    said: list[str] = []
+    artifacts.obtain(RECIPE, write_plan, said.append, say_built=False)
+    assert said == []
+    artifacts.obtain(replace(RECIPE, engine="compile"), write_plan, said.append)
+    assert said[0] == "building compile: unet, batch 8, fp16"
+    assert said[1].startswith("built compile: unet, batch 8, fp16 in ")
+
+
 @pytest.mark.parametrize("name", FIELDS)
 def test_every_field_of_a_recipe_is_part_of_its_address(name):
     other = Recipe("trt", FIELDS | {name: "another"})

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 _HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
 NETWORK, EMBEDDING = "network.blob", "time_embedding.blob"  # files of a compiled network
-ANNOUNCED = 2**27  # bytes of weights from which compiling takes long enough to be told
+ANNOUNCED = 2**27  # announce compiling from so many bytes of weights on: smaller networks take under a second
 
 
 @dataclass(frozen=True)
@@ -131,8 +131,8 @@ class Engine(base.Engine):
             for name, model in fresh.items():
                 (folder / name).write_bytes(model.export_model().getbuffer())
 
-        say = announce if weights.stat().st_size >= ANNOUNCED else _unusual
-        artifact = obtain(self._recipe(network, batch, guided), make, say)
+        large = weights.stat().st_size >= ANNOUNCED
+        artifact = obtain(self._recipe(network, batch, guided), make, announce, say_built=large)
         models = fresh or self._imported(artifact, network, weights, batch)
         return [
             Lane(*(models[name].create_infer_request() if name in models else None for name in (NETWORK, EMBEDDING)))
@@ -220,9 +220,3 @@ def _run_all(lanes: Sequence[Lane], inputs: Sequence[Sequence[np.ndarray]]) -> l
     for lane, own in zip(lanes, inputs, strict=True):
         lane.start(own)
     return [lane.outputs() for lane in lanes]
-
-
-def _unusual(line: str) -> None:
-    """Small networks compile in under a second: only what is out of the ordinary is told."""
-    if not line.startswith(("building ", "built ")):
-        announce(line)

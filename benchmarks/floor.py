@@ -83,11 +83,13 @@ def measure(device: str, dtype: str, *, threads: int | None = None, seconds: flo
     """The best of repeated matrix products and copies of random data; sizes that fill the device."""
     import torch
 
+    from fastgen.precision import TORCH_DTYPES
+
     if threads:
         torch.set_num_threads(threads)
     cuda = device.startswith("cuda")
     size, elements = (8192, 2**30) if cuda else (2048, 2**25)
-    kind = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+    kind = TORCH_DTYPES[dtype]
     a, b = (torch.randn(size, size, device=device).to(kind) for _ in range(2))
     product = torch.empty_like(a)
     flop_per_s = 2 * size**3 / _best(lambda: torch.mm(a, b, out=product), device, seconds)

@@ -9,6 +9,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from fastgen.machine import cpu
+
 REPOSITORY = Path(__file__).parents[1]
 PACKAGES = (
     "numpy",
@@ -21,12 +23,14 @@ PACKAGES = (
     "openvino",
     "tensorrt",
 )
+SHOWN = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")  # of the CPU's instruction sets
 
 
 def environment() -> dict[str, Any]:
     """Hardware, versions, commit, and the load average over a minute."""
+    one = cpu()
     found = {
-        "cpu": _cpu_name(),
+        "cpu": one.name + "".join(f" {flag}" for flag in SHOWN if flag in one.isa),
         "cores": os.cpu_count(),
         "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "python": platform.python_version(),
@@ -53,15 +57,6 @@ def _gpu() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "driver": driver[0] if driver else None,
     }
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    flags = next((line.split() for line in lines if line.startswith("flags")), [])
-    name = names[0] if names else platform.processor() or platform.machine()
-    return name + "".join(f" {f}" for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f in flags)
 
 
 def _version(package: str) -> str | None:

@@ -13,12 +13,12 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastgen.cachedir import cache_dir, check_private
 from fastgen.errors import InputError
@@ -120,11 +120,14 @@ def find(recipe: Recipe) -> Artifact | None:
     return artifact
 
 
-def obtain(recipe: Recipe, make: Callable[[Path], None], say: Say = lambda line: None) -> Artifact:
+def obtain(
+    recipe: Recipe, make: Callable[[Path], None], say: Say = lambda line: None, *, say_built: bool = True
+) -> Artifact:
     """The artifact of this recipe, verified; built when it is missing, and built again, announced, when it is damaged.
 
     `make(folder)` writes the compiled files into an empty folder. Of several processes one builds, the others wait and then
-    load what it built. A build that is killed leaves nothing that is ever loaded. Raises FastgenError when the disk refuses.
+    load what it built. A build that is killed leaves nothing that is ever loaded. `say_built`: whether a build's begin and
+    end are told, or only damage and waiting. Raises FastgenError when the disk refuses.
     """
     with _locked(recipe, say):
         try:
@@ -133,21 +136,34 @@ def obtain(recipe: Recipe, make: Callable[[Path], None], say: Say = lambda line:
                 return artifact
         except InputError as error:
             say(f"{error}; building it again")
-        return _build(recipe, make, say)
+        return _build(recipe, make, say if say_built else lambda line: None)
 
 
-def nearest(recipe: Recipe) -> tuple[Artifact, list[str]] | None:
-    """The cached artifact of the same engine and network that differs in the fewest fields, and those differences in words."""
-    others = [a for a in artifacts(recipe.engine) if a.recipe.fields.get("network") == recipe.fields.get("network")]
-    ranked = sorted(((differences(a.recipe, recipe), a) for a in others), key=lambda pair: len(pair[0]))
-    return (ranked[0][1], ranked[0][0]) if ranked else None
+class Difference(NamedTuple):
+    """A field in which an artifact (`there`) is not what a recipe asks for (`here`)."""
+
+    field: str
+    there: Any
+    here: Any
+
+    def __str__(self) -> str:
+        """`gpu is NVIDIA A100 there, NVIDIA H200 here`."""
+        return f"{self.field} is {_short(self.there)} there, {_short(self.here)} here"
 
 
-def differences(found: Recipe, wanted: Recipe) -> list[str]:
-    """Field by field what differs: `gpu is NVIDIA A100 there, NVIDIA H200 here`."""
-    names = dict.fromkeys([*wanted.fields, *found.fields])
-    pairs = [(name, found.fields.get(name), wanted.fields.get(name)) for name in names]
-    return [f"{name} is {_short(theirs)} there, {_short(ours)} here" for name, theirs, ours in pairs if theirs != ours]
+def differences(there: Recipe, here: Recipe) -> list[Difference]:
+    """The fields in which two recipes differ. A field that is None in `here` may have any value there."""
+    names = [name for name in dict.fromkeys([*here.fields, *there.fields]) if here.fields.get(name, "") is not None]
+    pairs = [Difference(name, there.fields.get(name), here.fields.get(name)) for name in names]
+    return [pair for pair in pairs if pair.there != pair.here]
+
+
+def ranked(recipe: Recipe, among: Iterable[Artifact]) -> list[tuple[Artifact, list[Difference]]]:
+    """The artifacts of a recipe's network and how each differs from the recipe, the nearest first: it differs in the fewest
+    fields."""
+    network = recipe.fields.get("network")
+    pairs = [(a, differences(a.recipe, recipe)) for a in among if a.recipe.fields.get("network") == network]
+    return sorted(pairs, key=lambda pair: len(pair[1]))
 
 
 def artifacts(engine: str | None = None) -> list[Artifact]:

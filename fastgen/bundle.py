@@ -6,6 +6,7 @@ Nothing is handed to a runtime before its size and SHA-256 agree with bundle.jso
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,14 +18,13 @@ from fastgen.artifacts import RECORD, Artifact, read_record
 from fastgen.config import Sampling
 from fastgen.errors import InputError
 from fastgen.hashes import check_file
-from fastgen.installing import hint
 from fastgen.jsonfiles import infinity_from_text, located, read_json
 from fastgen.prompts import Tokenizer
 from fastgen.signatures import Signature
 from fastgen.spec import Spec
 
 if TYPE_CHECKING:
-    from fastgen.tables import SolverTable
+    from fastgen.tables import SolverTable, TableStore
 
 FORMAT_VERSION = 1
 MANIFEST = "bundle.json"
@@ -97,34 +97,24 @@ class Bundle:
         return Tokenizer.from_folder(self.folder / "tokenizer", length)
 
     @cached_property
-    def _tables(self) -> Any:
+    def _tables(self) -> TableStore:
         from fastgen.tables import TableStore
 
         return TableStore(self.file(TABLES))
 
     def solver_keys(self) -> list[str]:
         """The keys of all stored solver tables."""
-        return list(self._tables.names())
+        return self._tables.names()
 
     def table(self, key: str) -> SolverTable:
         """The stored solver table `NAME:STEPS[:NOISE_STEPS]`; one that is not stored is compiled if diffusers is installed.
 
         Raises InputError (with the nearest stored key) when it is neither stored nor diffusers is there.
         """
-        from fastgen.solver import TableCompiler
-        from fastgen.tables import nearest_key, parse_key
-
-        parse_key(key)
-        if key in self._tables.names():
+        if key in self._tables or importlib.util.find_spec("diffusers") is None:
             return self._tables.get(key)
-        try:
-            import diffusers  # noqa: F401
-        except ImportError:
-            near = nearest_key(key, self._tables.names())
-            raise InputError(
-                f"solver {key} is not stored in {self.folder} (nearest: {near}) and diffusers is not installed; "
-                f"export it with `--solver {key}`, or install diffusers: {hint('train')}"
-            ) from None
+        from fastgen.solver import TableCompiler
+
         return TableCompiler(self.spec.scheduler_config).table(key)
 
 

@@ -163,8 +163,8 @@ class TableStore:
         if key not in self._index:
             nearest = nearest_key(key, self._index)
             raise InputError(
-                f"{self.path} stores no solver table {key!r}; nearest stored: {nearest or 'none'}. Either add it with "
-                f"`fastgen export ... --solver {key}` or install diffusers: {hint('train')}"
+                f"solver {key} is not stored in {self.path} (nearest: {nearest or 'none'}); export it with `--solver {key}`, "
+                f"or install diffusers, which compiles it: {hint('train')}"
             )
         offset, height, rows, meta = self._index[key]
         values = self._read(f"solver_{parse_key(key)[0]}")[offset : offset + height * rows]

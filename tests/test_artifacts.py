@@ -64,6 +64,15 @@ def test_what_was_built_is_found_and_not_built_again():
     assert artifacts.find(RECIPE) == built
 
 
+def test_a_build_is_told_unless_it_is_quick():
+    said: list[str] = []
+    artifacts.obtain(RECIPE, write_plan, said.append, say_built=False)
+    assert said == []
+    artifacts.obtain(replace(RECIPE, engine="compile"), write_plan, said.append)
+    assert said[0] == "building compile: unet, batch 8, fp16"
+    assert said[1].startswith("built compile: unet, batch 8, fp16 in ")
+
+
 @pytest.mark.parametrize("name", FIELDS)
 def test_every_field_of_a_recipe_is_part_of_its_address(name):
     other = Recipe("trt", FIELDS | {name: "another"})
@@ -80,14 +89,22 @@ def test_the_nearest_artifact_is_named_with_what_differs():
     artifacts.obtain(RECIPE, write_plan)
     artifacts.obtain(Recipe("trt", FIELDS | {"batch": 1, "gpu": "NVIDIA B"}), write_plan)
     wanted = Recipe("trt", FIELDS | {"gpu": "NVIDIA C", "weights_sha256": "f" * 64})
-    found = artifacts.nearest(wanted)
-    assert found is not None
-    assert found[0].recipe == RECIPE
-    assert found[1] == [
+    (nearest, different), (_, more) = artifacts.ranked(wanted, artifacts.artifacts())
+    assert nearest.recipe == RECIPE
+    assert [d.field for d in different] == ["gpu", "weights_sha256"]
+    assert [str(d) for d in different] == [
         "gpu is NVIDIA A there, NVIDIA C here",
         "weights_sha256 is 000000000000... there, ffffffffffff... here",
     ]
-    assert artifacts.nearest(Recipe("trt", FIELDS | {"network": "vae_decoder"})) is None
+    assert [d.field for d in more] == ["batch", "gpu", "weights_sha256"]
+    assert artifacts.ranked(Recipe("trt", FIELDS | {"network": "vae_decoder"}), artifacts.artifacts()) == []
+
+
+def test_a_field_that_is_none_matches_every_value_and_one_that_is_missing_does_not():
+    there = Recipe("trt", FIELDS | {"level": 5})
+    assert artifacts.differences(there, Recipe("trt", FIELDS | {"level": None, "batch": None})) == []
+    assert artifacts.differences(there, RECIPE) == [("level", 5, None)]
+    assert artifacts.differences(RECIPE, there) == [("level", None, 5)]
 
 
 @pytest.mark.parametrize(

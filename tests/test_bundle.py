@@ -139,5 +139,5 @@ def test_a_table_that_is_not_stored_is_compiled_where_diffusers_is_installed(tex
 )
 def test_without_diffusers_the_nearest_stored_table_is_named(text_bundle, monkeypatch, key, nearest):
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    with pytest.raises(InputError, match=rf"{key} is not stored .*nearest: {nearest}.*diffusers is not installed"):
+    with pytest.raises(InputError, match=rf"{key} is not stored .*nearest: {nearest}\).*--solver {key}.*pip install"):
         read_bundle(text_bundle).table(key)

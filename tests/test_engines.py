@@ -219,6 +219,16 @@ def test_engines_refuse_the_wrong_kind_of_folder(label_bundle, label_model, tmp_
         load(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "words", ["DefaultCPUAllocator: can't allocate memory: you tried to allocate", "not enough memory: you tried to"]
+)
+def test_a_cpu_s_memory_that_is_exhausted_is_told_apart_from_other_errors(label_model, words):
+    engine = load(label_model, "eager").engine
+    assert engine.is_out_of_memory(RuntimeError(f"[enforce fail at alloc_cpu.cpp:127] . {words} 8 bytes."))
+    assert not engine.is_out_of_memory(RuntimeError("a bug"))
+    assert not engine.is_out_of_memory(KeyError("out of memory"))
+
+
 def test_threads_are_passed_on(label_bundle):
     bundle = read_bundle(label_bundle)
     for name in ("ort", "openvino"):

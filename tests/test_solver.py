@@ -363,7 +363,7 @@ def test_stored_tables_come_back_bit_for_bit(stored):
 
 
 def test_a_table_that_is_not_stored_is_an_error_that_names_the_nearest(stored):
-    with pytest.raises(InputError, match=r"no solver table 'pndm-prk:10:4'; nearest stored: pndm-prk:9:5"):
+    with pytest.raises(InputError, match=r"pndm-prk:10:4 is not stored .*\(nearest: pndm-prk:9:5\)"):
         TableStore(stored[0]).get("pndm-prk:10:4")
 
 

@@ -68,7 +68,7 @@ def test_plan_and_inspector_report_lie_in_the_cache_with_the_fields_they_depend_
     assert fields["graph_sha256"] == labels.files["unet/model.onnx"]["sha256"]
     assert (fields["gpu"], fields["compute_capability"]) == (double.GPU, double.CAPABILITY)
     assert (fields["tensorrt"], fields["dtype"], fields["network"]) == (double.VERSION, "fp32", "unet")
-    assert [d.partition(" ")[0] for d in artifacts.differences(two.recipe, four.recipe)] == ["batch"]
+    assert [d.field for d in artifacts.differences(two.recipe, four.recipe)] == ["batch"]
 
 
 def test_what_is_built_is_not_built_again_and_a_larger_request_builds_the_rest(card, labels):

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastgen.precision import TORCH_DTYPES
 from fastgen.schedulers import default_name, make_scheduler
 
 
@@ -21,7 +22,7 @@ class _Runner:
         if opening["threads"]:
             torch.set_num_threads(opening["threads"])
         self.dtype = opening["dtype"] or "fp32"
-        self._type = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.dtype]
+        self._type = TORCH_DTYPES[self.dtype]
         self._device = opening["device"]
         self._folder = Path(opening["model"])
         self.versions: dict[str, str] = {}

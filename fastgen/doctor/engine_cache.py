@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastgen.artifacts import Artifact, Recipe, differences
+from fastgen.artifacts import Artifact, Recipe, ranked
 from fastgen.engines import engine_class, engine_names
 from fastgen.errors import InputError, unknown
 
@@ -93,7 +93,7 @@ def why(engine: Engine, networks: Sequence[str], batch_size: int | None = None, 
     `batch_size`: images per batch that must be there; a guided one takes twice as many rows of the UNet. Raises InputError
     for an engine that keeps nothing on disk.
     """
-    found = {name: engine.recipe(name, 0) for name in networks}
+    found = {name: engine.recipe(name, None) for name in networks}
     recipes = {name: recipe for name, recipe in found.items() if recipe is not None}
     if not recipes:
         raise InputError(f"engine {engine.name} keeps no compiled networks on disk: there is nothing to find")
@@ -106,13 +106,10 @@ def why(engine: Engine, networks: Sequence[str], batch_size: int | None = None, 
 
 
 def _finding(network: str, wanted: Recipe, sound: Sequence[Artifact], rows: int | None) -> Finding:
-    ranked = sorted(
-        ((_differences(found, wanted), found) for found in sound if found.recipe.fields.get("network") == network),
-        key=lambda pair: len(pair[0]),
-    )
+    near = ranked(wanted, sound)
     verified: dict[int, Artifact] = {}
     broken = []
-    for found in (found for different, found in ranked if not different):
+    for found in (found for found, different in near if not different):
         try:
             found.verify()
             verified[int(found.recipe.fields["batch"] or 0)] = found
@@ -120,11 +117,12 @@ def _finding(network: str, wanted: Recipe, sound: Sequence[Artifact], rows: int 
             broken.append(f"damaged: {error}")
     if broken:
         return Finding(network, verified, "; ".join(broken))
-    if not ranked:
+    if not near:
         return Finding(network, verified, "never built")
     if not verified:
-        different, nearest = ranked[0]
-        return Finding(network, verified, f"not built; the nearest ({nearest.recipe}): {', '.join(different)}")
+        nearest, different = near[0]
+        said = ", ".join(map(str, different))
+        return Finding(network, verified, f"not built; the nearest ({nearest.recipe}): {said}")
     missing = rows is not None and not any(_takes(found, rows) for found in verified.values())
     return Finding(network, verified, f"no batch of {rows} rows" if missing else None)
 
@@ -133,16 +131,6 @@ def _takes(artifact: Artifact, rows: int) -> bool:
     """Whether a compiled network runs so many rows: those it was built for, or any from the fewest on."""
     most = int(artifact.recipe.fields["batch"] or 0)
     return int(artifact.recipe.fields.get("least_rows") or most) <= rows <= most
-
-
-def _differences(found: Artifact, wanted: Recipe) -> list[str]:
-    """Differences apart from the batch size and from what the wanted recipe leaves open (None)."""
-    open_fields = {"batch", *(name for name, value in wanted.fields.items() if value is None)}
-
-    def fixed(recipe: Recipe) -> Recipe:
-        return Recipe(recipe.engine, {k: v for k, v in recipe.fields.items() if k not in open_fields})
-
-    return differences(fixed(found.recipe), fixed(wanted))
 
 
 def library_fields(recipe: Recipe) -> list[str]:

@@ -96,9 +96,9 @@ class Engine(abc.ABC):
         """The batch sizes that `run` takes for this network, ascending, as a range where there are no gaps; None for any."""
         return None
 
-    def recipe(self, network: str, rows: int) -> Recipe | None:
-        """What this network compiled for so many rows is made of and for, in the cache of compiled engines; a field that is
-        None may have any value. None for an engine that keeps nothing on disk."""
+    def recipe(self, network: str, rows: int | None) -> Recipe | None:
+        """Cache key of this network compiled for `rows` rows, or for any number of them (None); a field that is None matches
+        every value. No key at all (None) for an engine that keeps nothing on disk."""
         return None
 
     def buckets(self, guided: bool) -> Sequence[int] | None:

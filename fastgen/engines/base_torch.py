@@ -11,9 +11,11 @@ from fastgen.engines import base
 from fastgen.engines.base_fp32 import exact_fp32
 from fastgen.errors import InputError
 
-# What CUDA's libraries say through other exceptions than torch's own.
+# What torch's allocator on a CPU and CUDA's libraries say through other exceptions than torch's own.
 OUT_OF_MEMORY = (
     "out of memory",
+    "not enough memory",
+    "can't allocate memory",
     "status_alloc_failed",
     "unable to find an engine",  # cuDNN, when none of its algorithms gets the workspace that it needs
     "failed to allocate memory",  # onnxruntime
@@ -53,10 +55,7 @@ class TorchEngine(base.Engine):
         return exact_fp32() if self.executed(network) == "fp32" else nullcontext()
 
     def is_out_of_memory(self, error: BaseException) -> bool:
-        if isinstance(error, (MemoryError, self._torch.OutOfMemoryError)):
-            return True
-        text = str(error).lower()
-        return isinstance(error, self._library_errors) and any(words in text for words in OUT_OF_MEMORY)
+        return is_out_of_memory(error, self._library_errors)
 
     def synchronize(self) -> None:
         if self.device.startswith("cuda"):
@@ -65,6 +64,16 @@ class TorchEngine(base.Engine):
     def release_memory(self) -> None:
         if self.device.startswith("cuda"):
             self._torch.cuda.empty_cache()
+
+
+def is_out_of_memory(error: BaseException, library_errors: type[Exception] = RuntimeError) -> bool:
+    """Whether memory ran out, on a GPU or on the host: told by an error of its own, or in the words of a library's error."""
+    import torch
+
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    text = str(error).lower()
+    return isinstance(error, library_errors) and any(words in text for words in OUT_OF_MEMORY)
 
 
 def check_device(engine: str, device: str, kinds: tuple[str, ...] = ("cpu", "cuda")) -> str:

@@ -92,8 +92,8 @@ class TrtEngine(TorchEngine):
             self.after_first_run(plan)
         return outputs
 
-    def recipe(self, network: str, rows: int) -> Recipe:
-        """What a plan for so many rows is made of and for; what any plan may differ in is left open (None)."""
+    def recipe(self, network: str, rows: int | None) -> Recipe:
+        """Cache key of a plan for so many rows; what any plan may differ in is None."""
         return make_recipe(self._bundle, network, rows, self.dtype, self.product, self.bound(network))
 
     def release_memory(self) -> None:

@@ -23,7 +23,12 @@ DTYPES = {"float32": "FLOAT", "int64": "INT64"}  # of a signature -> trt.DataTyp
 
 
 def make_recipe(
-    bundle: Bundle, network: str, rows: int, dtype: str, product: Product, bound: Mapping[str, str | float | None]
+    bundle: Bundle,
+    network: str,
+    rows: int | None,
+    dtype: str,
+    product: Product,
+    bound: Mapping[str, str | float | None],
 ) -> Recipe:
     """What a plan for up to `rows` rows is made of and for. `dtype` is that of the whole engine; some networks stay fp32.
     `bound`: further fields, of library, hardware and the build; None where one is left open.

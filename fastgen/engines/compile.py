@@ -81,7 +81,7 @@ class Engine(TorchEngine):
             # on the current stream of the current device; a package looks at addresses alone
             return package.run([x.contiguous() for x in inputs])
 
-    def recipe(self, network: str, rows: int) -> Recipe | None:
+    def recipe(self, network: str, rows: int | None) -> Recipe | None:
         """What a package is made of and for; None for a network that is not compiled."""
         if network not in COMPILED:
             return None

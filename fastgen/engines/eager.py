@@ -26,11 +26,12 @@ class Engine(TorchEngine):
     def __init__(
         self, source: Model, *, device: str | None = None, dtype: str | None = None, threads: int | None = None
     ) -> None:
+        from fastgen.precision import TORCH_DTYPES
+
         self.open_device(device, threads)
-        torch = self._torch
         self.dtype = base.choose_dtype(Engine, dtype, "fp32")
         self.capturable = self.device.startswith("cuda")
-        self._torch_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.dtype]
+        self._torch_dtype = TORCH_DTYPES[self.dtype]
         self.signatures = source.spec.signatures
         self._networks = source.networks()
         self._modules: dict[str, nn.Module] = {}

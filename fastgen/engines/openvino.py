@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 _HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
 NETWORK, EMBEDDING = "network.blob", "time_embedding.blob"  # files of a compiled network
-ANNOUNCED = 2**27  # bytes of weights from which compiling takes long enough to be told
+ANNOUNCED = 2**27  # announce compiling from so many bytes of weights on: smaller networks take under a second
 
 
 @dataclass(frozen=True)
@@ -106,8 +106,8 @@ class Engine(base.Engine):
         rows = found.shape[2:]
         return found.reshape(count, 2, -1, *rows).swapaxes(0, 1).reshape(-1, *rows)  # (2B, ...)
 
-    def recipe(self, network: str, rows: int) -> Recipe:
-        return self._recipe(network, rows or None, None if rows == 0 else False)
+    def recipe(self, network: str, rows: int | None) -> Recipe:
+        return self._recipe(network, rows, None if rows is None else False)
 
     def array(self, values: np.ndarray) -> np.ndarray:
         return np.ascontiguousarray(values)
@@ -132,8 +132,8 @@ class Engine(base.Engine):
             for name, model in fresh.items():
                 (folder / name).write_bytes(model.export_model().getbuffer())
 
-        say = announce if weights.stat().st_size >= ANNOUNCED else _unusual
-        artifact = obtain(self._recipe(network, batch, guided), make, say)
+        large = weights.stat().st_size >= ANNOUNCED
+        artifact = obtain(self._recipe(network, batch, guided), make, announce, say_built=large)
         models = fresh or self._imported(artifact, network, weights, batch)
         return [
             Lane(*(models[name].create_infer_request() if name in models else None for name in (NETWORK, EMBEDDING)))
@@ -221,9 +221,3 @@ def _run_all(lanes: Sequence[Lane], inputs: Sequence[Sequence[np.ndarray]]) -> l
     for lane, own in zip(lanes, inputs, strict=True):
         lane.start(own)
     return [lane.outputs() for lane in lanes]
-
-
-def _unusual(line: str) -> None:
-    """Small networks compile in under a second: only what is out of the ordinary is told."""
-    if not line.startswith(("building ", "built ")):
-        announce(line)

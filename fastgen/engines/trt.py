@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastgen import artifacts
-from fastgen.artifacts import Artifact, Recipe
+from fastgen.artifacts import Artifact
 from fastgen.engines.base_trt_engine import TrtEngine
 from fastgen.engines.base_trt_plan import BUILDER, open_context
 from fastgen.engines.base_trt_product import TENSORRT
@@ -61,8 +61,8 @@ class Engine(TrtEngine):
     def _artifacts(self, network: str) -> dict[int, Artifact]:
         """Rows -> the plan for this bundle, precision, GPU and TensorRT; of several the one optimised most."""
         if network not in self._built:
-            wanted = _essence(self.recipe(network, 0))
-            fitting = [a for a in artifacts.artifacts(self.name) if _essence(a.recipe) == wanted]
+            near = artifacts.ranked(self.recipe(network, None), artifacts.artifacts(self.name))
+            fitting = [artifact for artifact, different in near if not different]
             fitting.sort(key=lambda a: (a.recipe.fields["optimization_level"], a.built))
             self._built[network] = {int(a.recipe.fields["batch"]): a for a in fitting}  # type: ignore[arg-type]
         return self._built[network]
@@ -70,16 +70,11 @@ class Engine(TrtEngine):
     def _missing(self, network: str, rows: int | None = None) -> InputError:
         """Which fields differ from the nearest plan, and the command that builds the one that is missing."""
         self._built.pop(network, None)  # look again next time
-        wanted, ignored = self.recipe(network, rows or 1), (*BUILDER, *(() if rows else ("batch",)))
-        found = artifacts.nearest(wanted)
-        differences = [d for d in (found[1] if found else []) if d.partition(" ")[0] not in ignored]
-        nearest = f"in the nearest one {', '.join(differences)}" if found else f"none of {network} was ever built here"
+        wanted = self.recipe(network, rows)
+        near = artifacts.ranked(wanted, artifacts.artifacts(self.name))
+        different = ", ".join(map(str, near[0][1])) if near else ""
+        nearest = f"in the nearest one {different}" if near else f"none of {network} was ever built here"
         size = max(1, (rows or 1) // 2) if network == "unet" else rows or 1  # a guided image takes two rows
         command = f"fastgen export {self._bundle.folder} --trt --dtype {self.dtype} --batch-sizes {size}"
         where = f"{network}{f' for {rows} rows' if rows else ''} in {wanted.fields['dtype']}"
         return InputError(f"engine trt has no plan of {where}: {nearest}; run `{command}`")
-
-
-def _essence(recipe: Recipe) -> dict[str, Any]:
-    """What a plan must agree in to be run here, whatever its batch size and the effort spent on it."""
-    return {name: value for name, value in recipe.fields.items() if name not in ("batch", *BUILDER)}

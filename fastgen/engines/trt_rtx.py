@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from fastgen.artifacts import Artifact, Recipe
+from fastgen.artifacts import Artifact, Recipe, ranked
 from fastgen.engines.base_trt_engine import Loaded, TrtEngine
 from fastgen.engines.base_trt_plan import CAPABILITIES, open_context
 from fastgen.engines.base_trt_product import RTX
@@ -93,8 +93,8 @@ class Engine(TrtEngine):
     def _plan(self, network: str) -> Artifact:
         """The newest plan in the bundle for this network, precision, version and card; InputError that says what is missing."""
         if network not in self._plans:
-            wanted, gpu = self.recipe(network, 0), self._platform.gpu
-            same = [a for a in self.compiled() if _made_from(a.recipe) == _made_from(wanted)]
+            wanted, gpu, elsewhere = self.recipe(network, None), self._platform.gpu, {RTX.module, CAPABILITIES}
+            same = [a for a, different in ranked(wanted, self.compiled()) if {d.field for d in different} <= elsewhere]
             if not same:
                 raise self._missing(f"holds no plan of {network} in {wanted.fields['dtype']} for engine {self.name}")
             here = [a for a in same if a.recipe.fields[RTX.module] == self._platform.version]
@@ -124,9 +124,3 @@ class Engine(TrtEngine):
 
 def _covers(recipe: Recipe, capability: str) -> bool:
     return capability in str(recipe.fields.get(CAPABILITIES)).split()
-
-
-def _made_from(recipe: Recipe) -> dict[str, Any]:
-    """What a plan must agree in whatever library, card and profile it is for."""
-    apart = ("batch", RTX.module, CAPABILITIES, *PROFILE)
-    return {name: value for name, value in recipe.fields.items() if name not in apart}

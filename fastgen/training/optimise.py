@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastgen.engines.base_torch import is_out_of_memory
 from fastgen.errors import FastgenError, first_line
 from fastgen.recipes import Training
 from fastgen.training.draws import Draws, batch_rows
@@ -16,8 +17,6 @@ from fastgen.training.precision import Precision
 from fastgen.training.processes import Processes
 from fastgen.training.state import State
 from fastgen.training.tasks import Task
-
-OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")
 
 
 def optimise(task: Task, state: State, recipe: Training, precision: Precision, processes: Processes) -> Tensor:
@@ -89,13 +88,6 @@ def _micro_batches(
         state.scaler.scale(loss).backward()
         total += loss.detach()
     return total
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, on a GPU or on the host."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    return any(words in str(error).lower() for words in OUT_OF_MEMORY)
 
 
 def _halve(task: Task, state: State, recipe: Training, brief: str) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from fastgen.errors import InputError
+from fastgen.precision import TORCH_DTYPES
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Precision:
 
     @property
     def dtype(self) -> torch.dtype:
-        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.name]
+        return TORCH_DTYPES[self.name]
 
     def autocast(self) -> AbstractContextManager[None]:
         return torch.autocast(self.device.type, self.dtype, enabled=self.name != "fp32")

@@ -13,12 +13,11 @@ from fastgen.errors import InputError
 from fastgen.evaluator import Evaluator
 from fastgen.metrics import Share
 from fastgen.names import ICLEVR_OBJECTS, check_objects, read_objects
+from fastgen.scoring.options import PathLike
 from fastgen.scoring.samples import Ratio
 
-Objects = Mapping[str, int] | str | os.PathLike[str]
 
-
-def label_objects(judge: Evaluator, objects: Objects | None, requests: Path) -> Mapping[str, int]:
+def label_objects(judge: Evaluator, objects: Mapping[str, int] | PathLike | None, requests: Path) -> Mapping[str, int]:
     """Object name -> output of the evaluator, in output order."""
     if objects is not None:
         found = read_objects(objects) if isinstance(objects, str | os.PathLike) else objects

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fastgen.cli.certifying import ensure_certified
-from fastgen.cli.common import FOLDER, MODEL, POSITIVE, given_again, say
+from fastgen.cli.common import FOLDER, MODEL, POSITIVE, say
 from fastgen.cli.index import rag_options
 from fastgen.errors import FastgenError, InputError
 
@@ -78,9 +79,7 @@ if TYPE_CHECKING:
 @click.option(
     "--dry-run", is_flag=True, help="Only tell how long the job will take and how much memory, measured here."
 )
-@click.pass_context
 def generate(
-    ctx: click.Context,
     requests_file: Path | None,
     prompts: Sequence[str],
     labels: Sequence[str],
@@ -128,8 +127,9 @@ def generate(
         say(f"model: {default}")
     if names:
         if not dry_run:
-            found = [] if default is None else ["--model", str(folder)]
-            run_on_devices([*given_again(ctx, leave_out=("devices",)), *found], names)
+            words = [word for word in sys.argv[1:] if word != "--"]  # options follow
+            words += [] if default is None else ["--model", str(folder)]
+            run_on_devices([*words, "--devices", ""], names)  # the last --devices wins
             return
         device, part = names[0], Shard(1, len(names))
 

@@ -55,9 +55,12 @@ def _stage(width_in: int, width: int, stride: int) -> nn.Sequential:
 
 
 class ResNet18(nn.Module):
-    """Images (B, 3, H, W) in [-1, 1] -> scores (B, num_labels), each in [0, 1]. Stages of w, 2w, 4w and 8w channels."""
+    """Images (B, 3, H, W) in [-1, 1] -> scores (B, num_labels), each in [0, 1]. Stages of w, 2w, 4w and 8w channels.
 
-    def __init__(self, num_labels: int, width: int = WIDTH) -> None:
+    Fresh weights come from torch's global generator (He initialisation).
+    """
+
+    def __init__(self, num_labels: int = 24, width: int = WIDTH) -> None:
         super().__init__()
         self.num_labels, self.width = num_labels, width
         self.conv1, self.bn1 = _conv(3, width, 7, 2), nn.BatchNorm2d(width)
@@ -80,11 +83,6 @@ class ResNet18(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc(self.features(x))
-
-
-def build(num_labels: int = 24, width: int = WIDTH) -> ResNet18:
-    """A ResNet-18 with fresh weights (He initialisation from torch's global generator), in training mode."""
-    return ResNet18(num_labels, width)
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,12 @@ from fastgen.errors import InputError
 from fastgen.networks import Model, save_model
 from fastgen.networks.labels import LabelConditioner, LabelUNet, conditioner_dim, unet_class
 from fastgen.networks.text import TextUNet
+from fastgen.requests import Request, multi_hot
 from fastgen.training.classifier import AttributeTask, ClassifierTask
 from fastgen.training.contrastive import ContrastiveTask
 from fastgen.training.diffusion import DiffusionTask, NoiseSchedule
 from fastgen.training.encode import cached_moments, cached_states, latent_scale, tokenize
-from fastgen.training.examples import Examples, multi_hot
+from fastgen.training.examples import Examples
 from fastgen.training.job import Job
 from fastgen.training.losses import Objective, objective_of, refuse_unet_keys
 from fastgen.training.modules import build_module, build_text_encoder, load_text_encoder, load_vae
@@ -79,9 +80,10 @@ def train_labels(preset: Preset, data: Examples, job: Job) -> None:
     _check_process(preset)
     objective = objective_of(recipe, latents=False, image_size=preset.image_size)
     lists = fixed_labels(preset, objects)
-    fixed = (
-        Shown(torch.from_numpy(multi_hot(lists, objects)).to(device), tuple(map(", ".join, lists))) if lists else None
-    )
+    fixed = None
+    if lists:
+        requests = [Request(str(i), f"{i}.png", labels=labels) for i, labels in enumerate(lists)]
+        fixed = Shown(torch.from_numpy(multi_hot(requests, objects)).to(device), tuple(map(", ".join, lists)))
 
     space, conditions = Pixels(data.images, device), Labels(data.multi_hot, device)
     model = Model(None, "labels", unet, dict(preset.scheduler), preset.sampling, conditioner, objects)
@@ -98,7 +100,7 @@ def train_evaluator(preset: Preset, data: Examples, job: Job) -> None:
     objects, attributes = dict(data.dataset.objects or {}), data.dataset.attributes
     run = job.run("evaluator", recipe.precision)
     torch.manual_seed(recipe.seed)
-    module = evaluator.build(len(objects), **_network(preset.evaluator).config)
+    module = evaluator.ResNet18(len(objects), **_network(preset.evaluator).config)
     what = module, data.images, data.multi_hot, data.rows(recipe), run.precision.device
     fit(AttributeTask(*what, attributes=attributes) if attributes else ClassifierTask(*what), recipe, run)
     outputs = attributes or objects

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastgen.engines.base_torch import OUT_OF_MEMORY
 from fastgen.errors import FastgenError, first_line
 from fastgen.recipes import Training
 from fastgen.training.draws import Draws, batch_rows
@@ -16,8 +17,6 @@ from fastgen.training.precision import Precision
 from fastgen.training.processes import Processes
 from fastgen.training.state import State
 from fastgen.training.tasks import Task
-
-OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")
 
 
 def optimise(task: Task, state: State, recipe: Training, precision: Precision, processes: Processes) -> Tensor:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from fastgen.errors import InputError
+from fastgen.precision import TORCH_DTYPES
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Precision:
 
     @property
     def dtype(self) -> torch.dtype:
-        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.name]
+        return TORCH_DTYPES[self.name]
 
     def autocast(self) -> AbstractContextManager[None]:
         return torch.autocast(self.device.type, self.dtype, enabled=self.name != "fp32")
@@ -31,9 +32,8 @@ def choose(name: str, device: str | None = None) -> Precision:
 
     Raises InputError for a device that is not there, and for fp16 on a CPU.
     """
-    local = (
-        f":{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else ""
-    )  # set by the launcher: a GPU per process
+    rank = os.environ.get("LOCAL_RANK")  # set by the launcher: a GPU per process
+    local = "" if rank is None else f":{rank}"
     target = torch.device(device or (f"cuda{local}" if torch.cuda.is_available() else "cpu"))
     if target.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"device {device}: PyTorch finds no CUDA device; `fastgen doctor` says why")

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from fastgen.images import quantised
 from fastgen.training.augment import VARIANT, color_jitter, light_variant
 from fastgen.training.draws import Draws
 
@@ -165,8 +166,7 @@ def to_signed(images: np.ndarray, device: torch.device) -> Tensor:
 
 def to_uint8(images: Tensor) -> np.ndarray:
     """(b, 3, H, W) in [-1, 1] -> (b, H, W, 3) uint8."""
-    scaled = ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    return scaled.permute(0, 2, 3, 1).cpu().numpy()
+    return quantised(images.float())[0].cpu().numpy()
 
 
 def flip_some(x: Tensor, draws: Draws) -> Tensor:

@@ -183,12 +183,12 @@ def _named(outputs: Any, module: ResNet18) -> Evaluator:
     """The evaluator whose outputs are called so: lists of values are those of attributes. InputError where they do not fit."""
     if isinstance(outputs, Mapping) and any(isinstance(value, list | tuple) for value in outputs.values()):
         named = Evaluator(module, None, check_attributes(outputs))
-        found, what = sum(map(len, outputs.values())), "values"
+        count, what = sum(map(len, outputs.values())), "values"
     else:
         check_objects(outputs)
-        named, found, what = Evaluator(module, outputs), len(outputs), "objects"
-    if found != module.num_labels:
-        raise InputError(f"found {found} {what}, expected one for each of the {module.num_labels} outputs")
+        named, count, what = Evaluator(module, outputs), len(outputs), "objects"
+    if count != module.num_labels:
+        raise InputError(f"found {count} {what}, expected one for each of the {module.num_labels} outputs")
     return named
 
 

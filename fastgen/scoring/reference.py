@@ -48,9 +48,9 @@ class Reference:
 
     def named(self, names: Sequence[str]) -> dict[str, Path]:
         """Those of `names` that the reference has: the name of its file, or its path below the reference."""
-        found = {file.name: file for file in self.files}
-        found |= {file.relative_to(self.path).as_posix(): file for file in self.files}
-        return {name: found[name] for name in names if name in found}
+        by_name = {file.name: file for file in self.files}
+        by_name |= {file.relative_to(self.path).as_posix(): file for file in self.files}
+        return {name: by_name[name] for name in names if name in by_name}
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,10 +105,10 @@ def reference_statistics(reference: Reference, network: Network, batch_size: int
 
 def named_features(reference: Reference, files: Mapping[str, Path], network: Network, batch_size: int) -> np.ndarray:
     """The network's features (N, D) of some of the reference's images, in the order of `files`; from the cache too."""
-    chosen = sorted(set(files.values()))
-    rows = {file: row for row, file in enumerate(chosen)}
-    found = _cached(reference, chosen, reference.fingerprint_of(chosen), network, batch_size)
-    return np.asarray(found.features)[[rows[file] for file in files.values()]]
+    distinct = sorted(set(files.values()))
+    rows = {file: row for row, file in enumerate(distinct)}
+    statistics = _cached(reference, distinct, reference.fingerprint_of(distinct), network, batch_size)
+    return np.asarray(statistics.features)[[rows[file] for file in files.values()]]
 
 
 def _cached(

@@ -94,7 +94,9 @@ class Scorer:
             requests=None if path is None else str(path),
             evaluator=None if self.evaluator is None else str(self.evaluator.path),
             num_images=len(work.names),
-            metrics={key: figure(key, self.label(key), found, folders) for key, found in samples.items()},
+            metrics={
+                key: figure(key, self.label(key), folder_samples, folders) for key, folder_samples in samples.items()
+            },
             by_count=counts,
             by_object=objects,
             by_value=values,
@@ -162,8 +164,10 @@ class Scorer:
         names = tuple(r.image_name for r in requests or ()) if folders is None else image_names(folders, requests)
         matched = self.reference.named(names) if self.clip and self.reference else {}
         prompts = tuple(r.prompt for r in requests or () if r.prompt is not None) if self.clip else ()
-        own = self.network is self.evaluator
-        judged = self.evaluator is not None and is_judged(requests, path, self.attributes, self._requested, own)
+        for_features = self.network is self.evaluator
+        judged = self.evaluator is not None and is_judged(
+            requests, path, self.attributes, self._requested, for_features
+        )
         asked = None
         if judged and requests and path and self.attributes:
             asked = asked_attributes(asked_file(self._requested, path), requests, self.attributes)
@@ -223,8 +227,8 @@ class Scorer:
     def _reference_record(self) -> dict[str, Any] | None:
         if self.reference is None:
             return None
-        found = self.reference
-        return {"path": str(found.path), "images": len(found.files), "sha256": found.fingerprint}
+        reference = self.reference
+        return {"path": str(reference.path), "images": len(reference.files), "sha256": reference.fingerprint}
 
     def _clip_record(self) -> dict[str, str] | None:
         clip = self.clip
@@ -237,8 +241,8 @@ class Scorer:
     def _warnings(self, work: Work) -> tuple[str, ...]:
         out, images, matched = [], len(work.names), len(work.matched)
         if self.network and self.reference and min(images, len(self.reference.files)) < ENOUGH:
-            found = f"{images} images against {len(self.reference.files)} of the reference"
-            out.append(f"FID and KID of {found}: with fewer than {ENOUGH:,} they are biased (FID) and noisy")
+            counts = f"{images} images against {len(self.reference.files)} of the reference"
+            out.append(f"FID and KID of {counts}: with fewer than {ENOUGH:,} they are biased (FID) and noisy")
         if self.clip and work.prompts and (cut := self.clip.truncated(work.prompts)):
             out.append(f"CLIP-T: {cut} of {images} prompts were cut to {self.clip.context} tokens")
         if 0 < matched < images:

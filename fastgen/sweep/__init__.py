@@ -72,11 +72,11 @@ def sweep(
     holds something else. A point with images that could not be made has an `error` and no score.
     """
     until = None if minutes is None else time.monotonic() + 60 * minutes
-    held = Model(Path(model), engine, options, check)
+    loader = Model(Path(model), engine, options, check)
     index = None if rag is None else Path(rag)
-    chosen: dict[str, Any] = {"metric": metric, "seeds": tuple(seeds), "limit": limit, "batch_size": batch_size}
+    settings: dict[str, Any] = {"metric": metric, "seeds": tuple(seeds), "limit": limit, "batch_size": batch_size}
     rule = rule or Rule()
-    plan, pipeline = prepare(held, Path(requests), Path(out), grid, scorer, rule=rule, rag=index, **chosen)
+    plan, pipeline = prepare(loader, Path(requests), Path(out), grid, scorer, rule=rule, rag=index, **settings)
     _claim(plan, Path(requests))
     result = Sweep(plan.out, str(model), plan.metric, plan.metrics, rule, [])
     for point, row, seconds in _rows(plan, pipeline, scorer, progress, say, until):
@@ -103,8 +103,8 @@ def _claim(plan: Plan, requests: Path) -> None:
         names = (REQUESTS, OBJECTS, ATTRIBUTES, CSV, PLOT, SHEET, POINTS, JOB)
         taken = [name for name in names if os.path.lexists(plan.out / name)]
         if taken or (os.path.lexists(plan.out) and not plan.out.is_dir()):
-            found = f"holds {taken[0]} already, but no {JSON}" if taken else "is not a folder"
-            raise InputError(f"{plan.out}: {found}; choose another --out")
+            problem = f"holds {taken[0]} already, but no {JSON}" if taken else "is not a folder"
+            raise InputError(f"{plan.out}: {problem}; choose another --out")
         make_folder(plan.out)
         write_json(record, {"requests_sha256": sha256, "rows": []})
     write_json(plan.out / REQUESTS, requests_json(plan.requests))
@@ -175,11 +175,11 @@ def _score(
     if "attributes" in identity and (asked := plan.out / ATTRIBUTES).is_file():
         made_from["asked"] = hashlib.sha256(asked.read_bytes()).hexdigest()
     value: Any = read_json(file) if file.is_file() else None
-    kept = isinstance(value, dict) and all(value.get(key) == held for key, held in made_from.items())
+    kept = isinstance(value, dict) and all(value.get(key) == recorded for key, recorded in made_from.items())
     if not kept:
         value = {**scorer.score(folders, plan.out / REQUESTS).to_json(), **made_from}
         write_json(file, value)
-    figures = {key: figure_from_json(held) for key, held in value["metrics"].items()}
+    figures = {key: figure_from_json(recorded) for key, recorded in value["metrics"].items()}
     return figures, value["warnings"], not kept
 
 

@@ -41,8 +41,8 @@ class Row:
 
     def line(self, metric: str) -> str:
         """For the progress."""
-        found = self.error or f"{metric} {self.score(metric)}"
-        return f"{self.point}: {found}, {self.evaluations} evaluations/image"
+        outcome = self.error or f"{metric} {self.score(metric)}"
+        return f"{self.point}: {outcome}, {self.evaluations} evaluations/image"
 
     def candidate(self, metric: str) -> Candidate:
         figure = self.figures.get(metric)
@@ -104,9 +104,9 @@ class Sweep:
     @property
     def warnings(self) -> list[str]:
         """Of all points, each once."""
-        found = [w for row in self.rows for w in row.warnings]
+        texts = [w for row in self.rows for w in row.warnings]
         return list(
-            dict.fromkeys([*found, *([self._undefined] if self.choice and self.choice.undefined_error else [])])
+            dict.fromkeys([*texts, *([self._undefined] if self.choice and self.choice.undefined_error else [])])
         )
 
     @property

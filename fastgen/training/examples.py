@@ -37,9 +37,9 @@ class Examples:
             for part in split(good, recipe.validation_fraction)
         ]
         if not all(map(len, parts)):
-            found = f"{len(parts[0])} training and {len(parts[1])} validation images"
+            counts = f"{len(parts[0])} training and {len(parts[1])} validation images"
             raise InputError(
-                f"{self.dataset.root}: {found}; training needs both, that is at least two groups of images"
+                f"{self.dataset.root}: {counts}; training needs both, that is at least two groups of images"
             )
         train, validation = parts
         return train, np.random.default_rng(0).permutation(validation)

@@ -56,8 +56,8 @@ def train_text(preset: Preset, data: Examples, job: Job) -> None:
     if prompts:
         ids = tokenize(tokenizer, prompts, text_encoder.config.max_position_embeddings)
         with job.processes.main_first():
-            own = np.array(cached_states(text_encoder, ids, device, job.progress))
-        fixed = Shown(torch.from_numpy(own).to(device).float(), prompts)
+            prompt_states = np.array(cached_states(text_encoder, ids, device, job.progress))
+        fixed = Shown(torch.from_numpy(prompt_states).to(device).float(), prompts)
     model = Model(None, "text", unet, dict(preset.scheduler), preset.sampling)
     model.text_encoder, model.tokenizer, model.vae = text_encoder, tokenizer, vae
     job.outline(lambda folder: save_model(model, folder, trained=False))

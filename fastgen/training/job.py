@@ -149,13 +149,13 @@ def _plain(preset: Preset) -> dict[str, Any]:
     return values
 
 
-def _compare(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    there, here = (dict(flat(job.get("preset", {}))) for job in (found, wanted))
+def _compare(folder: Path, recorded: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+    there, here = (dict(flat(job.get("preset", {}))) for job in (recorded, identity))
     for key in sorted(there.keys() | here.keys()):
         if there.get(key) != here.get(key):
             what = f"{key} = {there.get(key)!r} there and {here.get(key)!r} here"
             raise InputError(f"{folder}: holds another job ({what}); continue that one, or choose another --out")
-    if found.get("data") != wanted["data"]:
+    if recorded.get("data") != identity["data"]:
         raise InputError(f"{folder}: holds a job on other data; continue with that data, or choose another --out")
 
 

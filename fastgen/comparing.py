@@ -36,7 +36,7 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class FolderComparison:
     """Figures over all pairs. `differs`: fields of the images' metadata -> the values found in A and in B."""
 
     a: Path
@@ -91,7 +91,7 @@ class Comparison:
         }
 
 
-def compare(a: Path, b: Path, out: Path, limit: int | None = None) -> Comparison:
+def compare(a: Path, b: Path, out: Path, limit: int | None = None) -> FolderComparison:
     """Compare the images that two folders have under the same names, all or the first `limit`; write `out`, a PNG with rows of
     A, B and their amplified difference for the first 16 and the worst, and the figures as JSON beside it.
 
@@ -106,7 +106,7 @@ def compare(a: Path, b: Path, out: Path, limit: int | None = None) -> Comparison
         pairs.append(_pair(name, _pixels(images[0]), _pixels(images[1]), a, b))
         metadata.append(tuple(_metadata(image, folder / name) for image, folder in zip(images, (a, b), strict=True)))
     warnings += _made_from_others(names, metadata)
-    comparison = Comparison(a, b, tuple(pairs), _differences(metadata), tuple(warnings))
+    comparison = FolderComparison(a, b, tuple(pairs), _differences(metadata), tuple(warnings))
     shown = list(dict.fromkeys([*names[:PICTURED], *([comparison.worst.name] if comparison.worst else [])]))
     save_image(out, _picture(a, b, shown))
     write_json(out.with_suffix(".json"), comparison.to_json())

@@ -21,7 +21,7 @@ from fastgen.names import CONTACT_SHEET
 from fastgen.spec import sha256_file, sha256_names
 
 if TYPE_CHECKING:
-    from fastgen.scoring.networks import Network
+    from fastgen.scoring.networks import FeatureNetwork
 
 CACHE = "scoring"
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
@@ -29,7 +29,7 @@ CHUNK = 4096
 
 
 @dataclass(frozen=True)
-class Reference:
+class ReferenceImages:
     """Images that generated ones are compared with, in the order of their paths."""
 
     path: Path
@@ -84,7 +84,7 @@ class Statistics:
         return (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
 
 
-def read_reference(path: Path) -> Reference:
+def read_reference(path: Path) -> ReferenceImages:
     """A dataset folder (all its images), or a folder of images; InputError where it holds none."""
     if not path.is_dir():
         raise InputError(f"{path}: no such folder, expected reference images or a dataset")
@@ -95,15 +95,17 @@ def read_reference(path: Path) -> Reference:
         files = {path / name for name in names}
     if not files:
         raise InputError(f"{path}: holds no images ({', '.join(SUFFIXES)}) and is no dataset; expected a reference")
-    return Reference(path, tuple(sorted(files)))
+    return ReferenceImages(path, tuple(sorted(files)))
 
 
-def reference_statistics(reference: Reference, network: Network, batch_size: int) -> Statistics:
+def reference_statistics(reference: ReferenceImages, network: FeatureNetwork, batch_size: int) -> Statistics:
     """The network's features of all images and their sums: from the cache when weights and images are the same."""
     return _cached(reference, reference.files, reference.fingerprint, network, batch_size)
 
 
-def named_features(reference: Reference, files: Mapping[str, Path], network: Network, batch_size: int) -> np.ndarray:
+def named_features(
+    reference: ReferenceImages, files: Mapping[str, Path], network: FeatureNetwork, batch_size: int
+) -> np.ndarray:
     """The network's features (N, D) of some of the reference's images, in the order of `files`; from the cache too."""
     distinct = sorted(set(files.values()))
     rows = {file: row for row, file in enumerate(distinct)}
@@ -112,7 +114,7 @@ def named_features(reference: Reference, files: Mapping[str, Path], network: Net
 
 
 def _cached(
-    reference: Reference, files: Sequence[Path], fingerprint: str, network: Network, batch_size: int
+    reference: ReferenceImages, files: Sequence[Path], fingerprint: str, network: FeatureNetwork, batch_size: int
 ) -> Statistics:
     fields = {"images": fingerprint, "weights": network.fingerprint, "preprocessing": network.preprocessing}
     folder = cached("features", fields, _writer(reference, files, network, batch_size), CACHE)
@@ -120,7 +122,9 @@ def _cached(
     return Statistics(features, total, products, read_json(folder / "resized.json"))
 
 
-def _writer(reference: Reference, files: Sequence[Path], network: Network, batch_size: int) -> Callable[[Path], None]:
+def _writer(
+    reference: ReferenceImages, files: Sequence[Path], network: FeatureNetwork, batch_size: int
+) -> Callable[[Path], None]:
     from fastgen.scoring.networks import extract
 
     def write(folder: Path) -> None:

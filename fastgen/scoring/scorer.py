@@ -21,10 +21,10 @@ from fastgen.scoring.distances import Frechet, Kernel
 from fastgen.scoring.images import Paths, image_folders, image_names, made_by, saving
 from fastgen.scoring.judging import asked_file, is_judged
 from fastgen.scoring.labels import breakdowns, label_objects, label_sample
-from fastgen.scoring.networks import EvaluatorNetwork, Network, device_of, evaluator_network, inception_network
+from fastgen.scoring.networks import EvaluatorNetwork, FeatureNetwork, device_of, evaluator_network, inception_network
 from fastgen.scoring.options import Options, PathLike, need, takes_options
 from fastgen.scoring.passes import Seed, one_pass
-from fastgen.scoring.reference import Reference, Statistics, named_features, read_reference, reference_statistics
+from fastgen.scoring.reference import ReferenceImages, Statistics, named_features, read_reference, reference_statistics
 from fastgen.scoring.result import Resized, Score, figure
 from fastgen.scoring.samples import Mean, Sample
 
@@ -58,7 +58,9 @@ class Scorer:
                 need(module)
         device = device_of(given.device)
         self.batch_size, self._objects = given.batch_size, given.objects
-        self.reference: Reference | None = None if given.reference is None else read_reference(Path(given.reference))
+        self.reference: ReferenceImages | None = (
+            None if given.reference is None else read_reference(Path(given.reference))
+        )
         self.evaluator: EvaluatorNetwork | None = None
         if given.evaluator is not None:
             self.evaluator = evaluator_network(Path(given.evaluator), given.allow_pickle, device)
@@ -68,7 +70,7 @@ class Scorer:
             raise InputError(f"{given.evaluator}: judges objects; --attributes is for evaluators of attributes")
         if given.objects is not None and self.attributes is not None:
             raise InputError(f"{given.evaluator}: judges attributes; objects are for evaluators of objects")
-        self.network: Network | None = None  # of FID and KID
+        self.network: FeatureNetwork | None = None  # of FID and KID
         if str(given.features) == "evaluator":
             self.network = self.evaluator
         elif given.features is not None:
@@ -182,7 +184,7 @@ class Scorer:
             needs = "CLIP-T needs --requests with prompts, CLIP-I a --reference with images of the same names"
             raise InputError(f"{self.clip.source}: CLIP has nothing to compare the images with: {needs}")
 
-    def _networks(self, work: Work) -> dict[str, Network]:
+    def _networks(self, work: Work) -> dict[str, FeatureNetwork]:
         used = [self.evaluator if work.objects or work.asked is not None else None, self.network, self.clip]
         return {network.name: network for network in used if network}
 
@@ -234,7 +236,7 @@ class Scorer:
         clip = self.clip
         return None if clip is None else {"variant": clip.title, "preprocessing": clip.preprocessing}
 
-    def _resized(self, network: Network, seeds: Sequence[Seed]) -> Resized:
+    def _resized(self, network: FeatureNetwork, seeds: Sequence[Seed]) -> Resized:
         reference = self.statistics.resized if network is self.network else 0
         return Resized(network.preprocessing, sum(seed.resized[network.name] for seed in seeds), reference)
 

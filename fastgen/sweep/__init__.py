@@ -22,21 +22,21 @@ from fastgen.jobs.job import run_job
 from fastgen.jsonfiles import read_json, write_bytes, write_json
 from fastgen.pipeline import Pipeline
 from fastgen.requests import Request
+from fastgen.scoring.options import PathLike
 from fastgen.scoring.result import Figure, figure_from_json
 from fastgen.sweep.choice import Rule
 from fastgen.sweep.grid import Grid, Point, Points
 from fastgen.sweep.pictures import save_pictures
-from fastgen.sweep.plan import POINTS, Model, Plan, network_evaluations, prepare
-from fastgen.sweep.report import CSV, JSON, PLOT, SHEET, Row, Sweep
+from fastgen.sweep.plan import POINTS, ModelLoader, Plan, network_evaluations, prepare
+from fastgen.sweep.report import CSV, JSON, PLOT, SHEET, ScoredPoint, Sweep
 
 if TYPE_CHECKING:
     from fastgen.scoring import Scorer
 
-__all__ = ["Grid", "Point", "Points", "Row", "Rule", "Sweep", "network_evaluations", "sweep"]
+__all__ = ["Grid", "Point", "Points", "Rule", "ScoredPoint", "Sweep", "network_evaluations", "sweep"]
 
 REQUESTS, OBJECTS, SCORE = "requests.json", "objects.json", "score.json"
 Say = Callable[[str], None]
-PathLike = str | os.PathLike[str]
 
 
 def sweep(
@@ -72,7 +72,7 @@ def sweep(
     holds something else. A point with images that could not be made has an `error` and no score.
     """
     until = None if minutes is None else time.monotonic() + 60 * minutes
-    loader = Model(Path(model), engine, options, check)
+    loader = ModelLoader(Path(model), engine, options, check)
     index = None if rag is None else Path(rag)
     settings: dict[str, Any] = {"metric": metric, "seeds": tuple(seeds), "limit": limit, "batch_size": batch_size}
     rule = rule or Rule()
@@ -128,7 +128,7 @@ def _hash(requests: Sequence[Request]) -> str:
 
 def _rows(
     plan: Plan, pipeline: Pipeline, scorer: Scorer, progress: bool, say: Say, until: float | None
-) -> Iterator[tuple[Point, Row | None, float | None]]:
+) -> Iterator[tuple[Point, ScoredPoint | None, float | None]]:
     """Each point, its row (None: unfinished), and the seconds that it took (None: everything was there)."""
     identity, loaded = scorer.identity, plan.points[0].checkpoint
     for point in plan.points:
@@ -185,11 +185,11 @@ def _score(
 
 def _row(
     plan: Plan, point: Point, figures: Mapping[str, Figure], warnings: Sequence[str], errors: Mapping[str, str]
-) -> Row:
+) -> ScoredPoint:
     folders = plan.folders(point)
     runs = [run for folder in folders for run in recorded_runs(folder)]
     images = sum(run["images"] for run in runs)
     seconds = sum(run["seconds"] for run in runs) / images if images else None
     first = next(iter(errors.items()), None)
     error = None if first is None else f"{len(errors)} images failed, such as {first[0]}: {first[1]}"
-    return Row(point, tuple(folders), plan.evaluations[point], seconds, figures, tuple(warnings), error)
+    return ScoredPoint(point, tuple(folders), plan.evaluations[point], seconds, figures, tuple(warnings), error)

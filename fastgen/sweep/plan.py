@@ -31,7 +31,7 @@ POINTS = "points"
 
 
 @dataclass(frozen=True)
-class Model:
+class ModelLoader:
     """A bundle or a model folder, and the engine that runs it; `options` are the others of `fastgen.load`."""
 
     folder: Path
@@ -61,7 +61,7 @@ class Model:
 class Plan:
     """A sweep that nothing is wrong with. `evaluations`: of the network per image, of each point."""
 
-    model: Model
+    model: ModelLoader
     out: Path
     requests: Sequence[Request]
     points: Sequence[Point]
@@ -91,7 +91,7 @@ class Plan:
 
 
 def prepare(
-    model: Model,
+    model: ModelLoader,
     path: Path,
     out: Path,
     grid: Grid | Points,

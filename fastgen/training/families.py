@@ -23,7 +23,7 @@ from fastgen.training.job import Job
 from fastgen.training.losses import Objective, objective_of, refuse_unet_keys
 from fastgen.training.modules import build_module, build_text_encoder, load_text_encoder, load_vae
 from fastgen.training.previews import Shown, default_table, fixed_labels, fixed_prompts, sampled_preview, shown_rows
-from fastgen.training.sources import Captions, Conditions, Labels, Latents, Pixels, Space
+from fastgen.training.sources import CaptionSource, ConditionSource, LabelSource, LatentSpace, PixelSpace, Space
 from fastgen.training.tokenizer import train_tokenizer
 from fastgen.training.trainer import fit
 from fastgen.training.vae import VaeTask
@@ -51,7 +51,7 @@ def train_text(preset: Preset, data: Examples, job: Job) -> None:
     ids = tokenize(tokenizer, texts, text_encoder.config.max_position_embeddings)
     with job.processes.main_first():
         states = cached_states(text_encoder, ids, device, job.progress)
-    space, conditions = Latents(moments, data.images, vae, device), Captions(states, choices, device)
+    space, conditions = LatentSpace(moments, data.images, vae, device), CaptionSource(states, choices, device)
     fixed = None
     if prompts:
         ids = tokenize(tokenizer, prompts, text_encoder.config.max_position_embeddings)
@@ -85,7 +85,7 @@ def train_labels(preset: Preset, data: Examples, job: Job) -> None:
         requests = [Request(str(i), f"{i}.png", labels=labels) for i, labels in enumerate(lists)]
         fixed = Shown(torch.from_numpy(multi_hot(requests, objects)).to(device), tuple(map(", ".join, lists)))
 
-    space, conditions = Pixels(data.images, device), Labels(data.multi_hot, device)
+    space, conditions = PixelSpace(data.images, device), LabelSource(data.multi_hot, device)
     model = Model(None, "labels", unet, dict(preset.scheduler), preset.sampling, conditioner, objects)
     job.outline(lambda folder: save_model(model, folder, trained=False))
     _fit_unet(LabelUNet(unet, conditioner), space, conditions, objective, fixed, preset, data, job)
@@ -197,7 +197,7 @@ def _fit_text_encoder(encoder: Any, tokenizer: Any, preset: Preset, data: Exampl
 def _fit_unet(
     module: Any,
     space: Space,
-    conditions: Conditions,
+    conditions: ConditionSource,
     objective: Objective,
     fixed: Shown | None,
     preset: Preset,

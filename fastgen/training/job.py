@@ -20,7 +20,7 @@ from fastgen.folders import sync_tree
 from fastgen.jsonfiles import read_json, write_json
 from fastgen.training import checkpoints
 from fastgen.training.checkpoints import Checkpoint
-from fastgen.training.logs import Log, Tracker, say
+from fastgen.training.logs import Tracker, TrainingLog, say
 from fastgen.training.precision import choose
 from fastgen.training.processes import Processes
 from fastgen.training.trainer import Run
@@ -53,8 +53,8 @@ class Job:
         return bool(read_json(self.folder / FILE)["finished"])
 
     @property
-    def log(self) -> Log:
-        return Log(self.folder / "log.jsonl", self.tracker)
+    def log(self) -> TrainingLog:
+        return TrainingLog(self.folder / "log.jsonl", self.tracker)
 
     def run(self, stage: str, precision: str) -> Run:
         """Where and on what `stage` is trained."""

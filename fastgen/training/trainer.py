@@ -17,7 +17,7 @@ from fastgen.training import checkpoints
 from fastgen.training.checkpoints import Checkpoint
 from fastgen.training.curves import plot_losses
 from fastgen.training.draws import VALIDATION, Draws
-from fastgen.training.logs import Log, say
+from fastgen.training.logs import TrainingLog, say
 from fastgen.training.optimise import learning_rate, optimise
 from fastgen.training.precision import Precision
 from fastgen.training.processes import Processes
@@ -34,7 +34,7 @@ class Run:
 
     checkpoints: Path
     previews: Path
-    log: Log
+    log: TrainingLog
     precision: Precision
     job: str  # recorded in every checkpoint
     progress: bool = True

@@ -28,7 +28,7 @@ from fastgen.jsonfiles import read_json, write_bytes, write_json
 from fastgen.requests import read_requests
 from fastgen.scoring import Scorer
 from fastgen.scoring.result import or_none
-from fastgen.sweep import Point, Row, requests_json
+from fastgen.sweep import Point, ScoredPoint, requests_json
 from fastgen.sweep.grid import integer
 from fastgen.tables import parse_key
 
@@ -81,7 +81,7 @@ def reference_sampling(bench: Bench, asked: str | None) -> tuple[tuple[str, int]
     return ("ddim", PNDM_STEPS), bench.skipped[f"pndm-prk:{PNDM_STEPS}"]
 
 
-def record(stage: str, row: Row, metric: str, attributes: Collection[str]) -> Record:
+def record(stage: str, row: ScoredPoint, metric: str, attributes: Collection[str]) -> Record:
     """A measured point as JSON; of the `attributes` that the evaluator judges the lowest score too."""
     figures, found = row.figures, row.figures.get(metric)
     out: Record = {

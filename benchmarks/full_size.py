@@ -90,7 +90,7 @@ def _task(preset: Preset, device: Any) -> Any:
     from fastgen.networks.text import TextUNet
     from fastgen.training.diffusion import DiffusionTask
     from fastgen.training.modules import build_module
-    from fastgen.training.sources import Captions, Labels, Pixels
+    from fastgen.training.sources import CaptionSource, LabelSource, PixelSpace
 
     rng, examples = np.random.default_rng(0), np.arange(EXAMPLES)
     assert preset.unet is not None
@@ -102,22 +102,22 @@ def _task(preset: Preset, device: Any) -> Any:
         module: Any = TextUNet(build_module(UNet2DConditionModel, config, "unet", recipe.seed))
         space = _random_latents((config["in_channels"], config["sample_size"], config["sample_size"]), device)
         states = rng.standard_normal((EXAMPLES, 77, config["cross_attention_dim"])).astype(np.float16)
-        conditions = Captions(states, list(examples[:, None]), device)
+        conditions = CaptionSource(states, list(examples[:, None]), device)
     else:
         unet = build_module(unet_class(preset.conditioner["kind"], config), config, "unet", recipe.seed)
         module = LabelUNet(unet, LabelConditioner(num_labels=len(ICLEVR_OBJECTS), **preset.conditioner))
         images = rng.integers(0, 256, (EXAMPLES, preset.image_size, preset.image_size, 3), np.uint8)
-        space = Pixels(images, device)
-        conditions = Labels(np.eye(EXAMPLES, len(ICLEVR_OBJECTS), dtype=np.float32), device)
+        space = PixelSpace(images, device)
+        conditions = LabelSource(np.eye(EXAMPLES, len(ICLEVR_OBJECTS), dtype=np.float32), device)
     rows, dropout = (examples, examples), recipe.condition_dropout
     return DiffusionTask(module, space, conditions, preset.scheduler, rows, dropout=dropout, flip=recipe.flip)
 
 
 def _random_latents(shape: tuple[int, int, int], device: Any) -> Any:
     """A space of Gaussian samples, which no autoencoder has to encode."""
-    from fastgen.training.sources import POSTERIOR, Latents
+    from fastgen.training.sources import POSTERIOR, LatentSpace
 
-    class RandomLatents(Latents):
+    class RandomLatents(LatentSpace):
         def __init__(self) -> None:
             self.shape, self.device, self.vae, self.scaling_factor = shape, device, None, 1.0
 

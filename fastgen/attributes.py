@@ -78,8 +78,8 @@ def labelled(dataset: Dataset) -> Dataset:
         return dataset
     path = dataset.root / FILE
     if not path.is_file():
-        held = "holds images with captions; an evaluator learns from labels"
-        raise InputError(f"{dataset.root}: {held}, or from {FILE} with {SCHEMA.removeprefix('expected ')}")
+        problem = "holds images with captions; an evaluator learns from labels"
+        raise InputError(f"{dataset.root}: {problem}, or from {FILE} with {SCHEMA.removeprefix('expected ')}")
     entries = read_attributes(path)
     check_complete(path, entries, {example.group: None for example in dataset.examples}, "animations")
     attributes = _values(path, entries)
@@ -101,9 +101,9 @@ def _values(path: Path, entries: Mapping[str, Mapping[str, str]]) -> dict[str, t
     first_key, first = next(iter(entries.items()))
     for key, entry in entries.items():
         if entry.keys() != first.keys():
-            found = f"key {brief(key)} has {', '.join(entry)}"
+            difference = f"key {brief(key)} has {', '.join(entry)}"
             raise InputError(
-                f"{path}: {found}, but {brief(first_key)} {', '.join(first)}: expected the same attributes"
+                f"{path}: {difference}, but {brief(first_key)} {', '.join(first)}: expected the same attributes"
             )
     return {name: tuple(sorted({entry[name] for entry in entries.values()})) for name in first}
 

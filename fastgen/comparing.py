@@ -35,7 +35,7 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class FolderComparison:
     """Figures over all pairs. `differs`: fields of the images' metadata -> the values found in A and in B."""
 
     a: Path
@@ -90,7 +90,7 @@ class Comparison:
         }
 
 
-def compare(a: Path, b: Path, out: Path, limit: int | None = None) -> Comparison:
+def compare(a: Path, b: Path, out: Path, limit: int | None = None) -> FolderComparison:
     """Compare the images that two folders have under the same names, all or the first `limit`; write `out`, a PNG with rows of
     A, B and their amplified difference for the first 16 and the worst, and the figures as JSON beside it.
 
@@ -105,11 +105,11 @@ def compare(a: Path, b: Path, out: Path, limit: int | None = None) -> Comparison
         pairs.append(_pair(name, _pixels(images[0]), _pixels(images[1]), a, b))
         metadata.append(tuple(_metadata(image, folder / name) for image, folder in zip(images, (a, b), strict=True)))
     warnings += _made_from_others(names, metadata)
-    found = Comparison(a, b, tuple(pairs), _differences(metadata), tuple(warnings))
-    shown = list(dict.fromkeys([*names[:PICTURED], *([found.worst.name] if found.worst else [])]))
+    comparison = FolderComparison(a, b, tuple(pairs), _differences(metadata), tuple(warnings))
+    shown = list(dict.fromkeys([*names[:PICTURED], *([comparison.worst.name] if comparison.worst else [])]))
     save_image(out, _picture(a, b, shown))
-    write_json(out.with_suffix(".json"), found.to_json())
-    return found
+    write_json(out.with_suffix(".json"), comparison.to_json())
+    return comparison
 
 
 def _common_names(a: Path, b: Path, limit: int | None) -> tuple[list[str], list[str]]:
@@ -160,12 +160,12 @@ def _metadata(image: Image.Image, path: Path) -> dict[str, Any] | None:
     if METADATA_KEY not in image.info:
         return None
     try:
-        found = json.loads(image.info[METADATA_KEY])
+        metadata = json.loads(image.info[METADATA_KEY])
     except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict):
+        metadata = None
+    if not isinstance(metadata, dict):
         raise InputError(f"{path}: its text chunk {METADATA_KEY!r} is not the JSON of a generated image")
-    return found
+    return metadata
 
 
 Metadata = Sequence[tuple[dict[str, Any] | None, ...]]
@@ -188,15 +188,15 @@ def _made_from_others(names: Sequence[str], metadata: Metadata) -> list[str]:
 def _differences(metadata: Metadata) -> dict[str, tuple[list[Any], list[Any]]]:
     """Fields with other values in A than in B, besides those of each image's own."""
     fields = dict.fromkeys(
-        key for pair in metadata for found in pair for key in found or () if key not in PLACES + SAME
+        key for pair in metadata for record in pair for key in record or () if key not in PLACES + SAME
     )
     differs = {}
     for field in fields:
         both: tuple[list[Any], list[Any]] = ([], [])
         for pair in metadata:
-            for values, found in zip(both, pair, strict=True):
-                if found is not None and found.get(field) not in values:
-                    values.append(found.get(field))
+            for values, record in zip(both, pair, strict=True):
+                if record is not None and record.get(field) not in values:
+                    values.append(record.get(field))
         if both[0] and both[1] and both[0] != both[1]:
             differs[field] = both
     return differs

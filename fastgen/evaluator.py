@@ -55,9 +55,12 @@ def _stage(width_in: int, width: int, stride: int) -> nn.Sequential:
 
 
 class ResNet18(nn.Module):
-    """Images (B, 3, H, W) in [-1, 1] -> scores (B, num_labels), each in [0, 1]. Stages of w, 2w, 4w and 8w channels."""
+    """Images (B, 3, H, W) in [-1, 1] -> scores (B, num_labels), each in [0, 1]. Stages of w, 2w, 4w and 8w channels.
 
-    def __init__(self, num_labels: int, width: int = WIDTH) -> None:
+    Fresh weights come from torch's global generator (He initialisation).
+    """
+
+    def __init__(self, num_labels: int = 24, width: int = WIDTH) -> None:
         super().__init__()
         self.num_labels, self.width = num_labels, width
         self.conv1, self.bn1 = _conv(3, width, 7, 2), nn.BatchNorm2d(width)
@@ -80,11 +83,6 @@ class ResNet18(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc(self.features(x))
-
-
-def build(num_labels: int = 24, width: int = WIDTH) -> ResNet18:
-    """A ResNet-18 with fresh weights (He initialisation from torch's global generator), in training mode."""
-    return ResNet18(num_labels, width)
 
 
 @dataclass(frozen=True)
@@ -185,12 +183,12 @@ def _named(outputs: Any, module: ResNet18) -> Evaluator:
     """The evaluator whose outputs are called so: lists of values are those of attributes. InputError where they do not fit."""
     if isinstance(outputs, Mapping) and any(isinstance(value, list | tuple) for value in outputs.values()):
         named = Evaluator(module, None, check_attributes(outputs))
-        found, what = sum(map(len, outputs.values())), "values"
+        count, what = sum(map(len, outputs.values())), "values"
     else:
         check_objects(outputs)
-        named, found, what = Evaluator(module, outputs), len(outputs), "objects"
-    if found != module.num_labels:
-        raise InputError(f"found {found} {what}, expected one for each of the {module.num_labels} outputs")
+        named, count, what = Evaluator(module, outputs), len(outputs), "objects"
+    if count != module.num_labels:
+        raise InputError(f"found {count} {what}, expected one for each of the {module.num_labels} outputs")
     return named
 
 

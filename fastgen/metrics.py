@@ -72,10 +72,10 @@ def attribute_hits(scores: np.ndarray, targets: np.ndarray, sizes: Sequence[int]
     scores, targets = _checked(scores, targets)
     edges = np.cumsum(sizes)[:-1]
     hits = []
-    for found, wanted in zip(np.split(scores, edges, axis=1), np.split(targets, edges, axis=1), strict=True):
-        if (wanted.sum(axis=1) != 1).any():
+    for scored, true in zip(np.split(scores, edges, axis=1), np.split(targets, edges, axis=1), strict=True):
+        if (true.sum(axis=1) != 1).any():
             raise InputError("targets: expected one true value of each attribute")
-        hits.append(found.argmax(axis=1) == wanted.argmax(axis=1))
+        hits.append(scored.argmax(axis=1) == true.argmax(axis=1))
     return np.stack(hits, axis=1)
 
 

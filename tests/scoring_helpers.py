@@ -33,7 +33,7 @@ def make_evaluator(folder: Path, seed: int = 0) -> Path:
     from fastgen import evaluator
 
     torch.manual_seed(seed)
-    evaluator.save(evaluator.build().eval(), folder, ICLEVR_OBJECTS, {})
+    evaluator.save(evaluator.ResNet18().eval(), folder, ICLEVR_OBJECTS, {})
     return folder
 
 
@@ -43,7 +43,7 @@ def make_attribute_evaluator(folder: Path, seed: int = 0) -> Path:
     from fastgen import evaluator
 
     torch.manual_seed(seed)
-    evaluator.save(evaluator.build(5, width=8).eval(), folder, ATTRIBUTES, {})
+    evaluator.save(evaluator.ResNet18(5, width=8).eval(), folder, ATTRIBUTES, {})
     return folder
 
 

@@ -17,7 +17,7 @@ torch.set_num_threads(1)
 from fastgen.attributes import labelled, outputs, read_attributes  # noqa: E402
 from fastgen.data import read_dataset, split  # noqa: E402
 from fastgen.errors import InputError  # noqa: E402
-from fastgen.evaluator import build, load, save  # noqa: E402
+from fastgen.evaluator import ResNet18, load, save  # noqa: E402
 from fastgen.metrics import attribute_hits  # noqa: E402
 from fastgen.scoring import Scorer, compare, score  # noqa: E402
 from fastgen.training.classifier import AttributeTask  # noqa: E402
@@ -35,7 +35,7 @@ def judge(tmp_path_factory):
 def always_red_cats(tmp_path_factory):
     """An evaluator that sees a red cat in every image."""
     folder = tmp_path_factory.mktemp("red-cats")
-    module = build(5, width=8).eval()
+    module = ResNet18(5, width=8).eval()
     with torch.no_grad():
         module.fc[0].weight.zero_()
         module.fc[0].bias.copy_(torch.tensor([0.2, 0.1, 25.0, 24.0, 40.0]))  # a sigmoid of the last three is 1 for all
@@ -171,7 +171,7 @@ def test_the_loss_is_the_sum_of_torchs_cross_entropy_of_each_attribute():
     targets = np.concatenate([np.eye(2)[classes[:, 0]], np.eye(3)[classes[:, 1]]], axis=1).astype(np.float32)
     rows = np.arange(4), np.arange(4)
     nothing = np.zeros((4, 64, 64, 3), np.uint8)
-    task = AttributeTask(build(5, width=8), nothing, targets, rows, torch.device("cpu"), attributes=ATTRIBUTES)
+    task = AttributeTask(ResNet18(5, width=8), nothing, targets, rows, torch.device("cpu"), attributes=ATTRIBUTES)
     logits = torch.from_numpy(rng.normal(size=(4, 5)).astype(np.float32))
     entropy = torch.nn.CrossEntropyLoss(reduction="none")
     wanted = entropy(logits[:, :2], torch.from_numpy(classes[:, 0])) + entropy(

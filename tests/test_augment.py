@@ -12,7 +12,7 @@ from PIL import Image, ImageEnhance
 from fastgen.training.augment import BRIGHTNESS, CONTRAST, SATURATION, VARIANTS, color_jitter, light_variant
 from fastgen.training.draws import Draws
 from fastgen.training.encode import cached_moments, latent_scale
-from fastgen.training.sources import FLIP, POSTERIOR, Latents, Pixels, to_signed, to_uint8
+from fastgen.training.sources import FLIP, POSTERIOR, LatentSpace, PixelSpace, to_signed, to_uint8
 from fastgen.training.vae import moments
 
 CPU = torch.device("cpu")
@@ -78,7 +78,7 @@ def test_colour_jitter_of_nothing_changes_nothing() -> None:
 
 def test_pixels_are_jittered_and_mirrored_as_drawn_and_only_when_asked() -> None:
     images = pictures()
-    space = Pixels(images, CPU)
+    space = PixelSpace(images, CPU)
     plain = to_signed(images, CPU)
     assert torch.equal(space.clean(ROWS, DRAWS), plain)
     both = space.clean(ROWS, DRAWS, flip=True, jitter=0.3)
@@ -96,7 +96,7 @@ def test_latents_are_those_of_the_very_picture_that_is_shown_beside_them(flip: b
     vae, images = tiny_vae(), pictures()
     cached = cached_moments(vae, images, {"data": "augment"}, flip, CPU, False, jitter)
     assert cached.shape == (16, VARIANTS if jitter else 1, 2 if flip else 1, 8, 16, 16)
-    space = Latents(cached, images, vae, CPU)
+    space = LatentSpace(cached, images, vae, CPU)
     shown = space.pictures(ROWS, DRAWS, flip, jitter)
     mean, logvar = moments(vae, shown).chunk(2, dim=1)
     expected = (mean + torch.exp(0.5 * logvar) * DRAWS.normal(POSTERIOR, space.shape)) * 0.5

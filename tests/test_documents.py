@@ -83,7 +83,7 @@ def judge_of_monsters(described, tmp_path_factory) -> Path:
 
     attributes = {**{name: tuple(values) for name, values in VALUES.items()}, "action": tuple(ACTIONS)}
     folder = tmp_path_factory.mktemp("lent") / "evaluator-monsters"
-    evaluator.save(evaluator.build(len(outputs(attributes)), width=8).eval(), folder, attributes, {})
+    evaluator.save(evaluator.ResNet18(len(outputs(attributes)), width=8).eval(), folder, attributes, {})
     return folder
 
 

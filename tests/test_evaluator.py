@@ -14,7 +14,7 @@ torch.set_num_threads(1)
 from safetensors.torch import save_file  # noqa: E402
 
 from fastgen.errors import FastgenError, InputError  # noqa: E402
-from fastgen.evaluator import Evaluator, build, load, save  # noqa: E402
+from fastgen.evaluator import Evaluator, ResNet18, load, save  # noqa: E402
 from fastgen.names import ICLEVR_OBJECTS  # noqa: E402
 
 NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
@@ -24,7 +24,7 @@ NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 def module():
     """An evaluator whose statistics and affine parameters are far from their initial values."""
     torch.manual_seed(0)
-    net = build()
+    net = ResNet18()
     generator = torch.Generator().manual_seed(1)
     for layer in net.modules():
         if isinstance(layer, torch.nn.BatchNorm2d):
@@ -64,7 +64,7 @@ def torchvision_shapes(num_labels, w):
 
 @pytest.mark.parametrize(("num_labels", "options", "width"), [(24, {}, 64), (7, {}, 64), (45, {"width": 24}, 24)])
 def test_weight_names_and_shapes_are_torchvisions(num_labels, options, width):
-    found = {key: tuple(value.shape) for key, value in build(num_labels, **options).state_dict().items()}
+    found = {key: tuple(value.shape) for key, value in ResNet18(num_labels, **options).state_dict().items()}
     assert len(found) == 122
     assert found == torchvision_shapes(num_labels, width)
 
@@ -72,7 +72,7 @@ def test_weight_names_and_shapes_are_torchvisions(num_labels, options, width):
 def test_parameter_count_is_that_of_torchvisions_resnet18_with_this_head():
     published, imagenet_head = 11_689_512, 512 * 1000 + 1000  # torchvision.models.ResNet18_Weights.meta["num_params"]
     assert published - imagenet_head == 11_176_512
-    assert sum(p.numel() for p in build(24).parameters()) == 11_176_512 + 512 * 24 + 24
+    assert sum(p.numel() for p in ResNet18(24).parameters()) == 11_176_512 + 512 * 24 + 24
 
 
 def test_output_equals_that_of_transformers_resnet_with_the_same_weights(module, images):
@@ -157,7 +157,7 @@ def test_a_safetensors_file_gives_the_same_scores(module, images, expected, tmp_
 
 @pytest.mark.parametrize("as_folder", [True, False])
 def test_a_narrow_network_is_known_by_its_weights(images, tmp_path, as_folder):
-    narrow = build(24, width=8).eval()
+    narrow = ResNet18(24, width=8).eval()
     with torch.no_grad():
         wanted = narrow(torch.from_numpy(images)).numpy()
     save(narrow, tmp_path / "judge", ICLEVR_OBJECTS, {})
@@ -287,7 +287,7 @@ def test_saving_with_objects_that_do_not_name_every_output_writes_nothing(module
 
 def test_gradient_descent_on_a_fresh_network_tells_two_patterns_apart():
     torch.manual_seed(0)
-    net = build(2)
+    net = ResNet18(2)
     images = torch.stack([torch.zeros(3, 32, 32), torch.ones(3, 32, 32)]).repeat(2, 1, 1, 1)
     images, targets = images + 0.1 * torch.randn(images.shape), torch.eye(2).repeat(2, 1)
     losses = []

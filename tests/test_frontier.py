@@ -25,7 +25,7 @@ from fastgen.errors import InputError
 from fastgen.requests import read_requests
 from fastgen.scoring import Scorer
 from fastgen.scoring.result import Figure
-from fastgen.sweep import Point, Row
+from fastgen.sweep import Point, ScoredPoint
 
 SCALES = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
@@ -33,7 +33,7 @@ SCALES = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 def row(point, evaluations, value, error=0.01, **others):
     figures = {"attributes": Figure(value, error, "seeds", "higher", "attributes", "", {})}
     figures |= {name: Figure(v, error, "seeds", "higher", name, "", {}) for name, v in others.items()}
-    return Row(point, (), evaluations, 0.1, {} if math.isnan(value) else figures, ())
+    return ScoredPoint(point, (), evaluations, 0.1, {} if math.isnan(value) else figures, ())
 
 
 REFERENCE = Point("ddpm", 1000, 2.0)

@@ -26,7 +26,7 @@ from fastgen.training.losses import (
     objective_of,
     refuse_unet_keys,
 )
-from fastgen.training.sources import Labels, Latents, Pixels
+from fastgen.training.sources import LabelSource, LatentSpace, PixelSpace
 
 CPU = torch.device("cpu")
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
@@ -101,15 +101,15 @@ def images(count: int = 8, size: int = 32) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (count, size, size, 3), np.uint8)
 
 
-def latents(flip: bool = False, jitter: float = 0) -> Latents:
+def latents(flip: bool = False, jitter: float = 0) -> LatentSpace:
     vae = tiny_vae()
     fields = {"data": "losses", "size": 32}
-    return Latents(cached_moments(vae, images(), fields, flip, CPU, False, jitter), images(), vae, CPU)
+    return LatentSpace(cached_moments(vae, images(), fields, flip, CPU, False, jitter), images(), vae, CPU)
 
 
 def task_on(space: Any, prediction_type: str = "epsilon", **options: Any) -> DiffusionTask:
     rows = np.arange(6), np.arange(6, 8)
-    labels = Labels(np.zeros((8, 2), np.float32), CPU)
+    labels = LabelSource(np.zeros((8, 2), np.float32), CPU)
     module = Fixed((6, *space.shape))
     zero_snr = options.pop("zero_snr", False)
     config = schedule(prediction_type, zero_snr)
@@ -179,7 +179,7 @@ def test_min_snr_weights_are_finite_at_both_ends(prediction_type: str) -> None:
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 def test_min_snr_weighs_the_squared_error_of_training_and_not_of_validation(prediction_type: str) -> None:
-    space = Pixels(images(size=8), CPU)
+    space = PixelSpace(images(size=8), CPU)
     plain = task_on(space, prediction_type)
     weighed = task_on(space, prediction_type, objective=Objective(min_snr_gamma=2.0))
     rows = np.arange(6)

@@ -89,7 +89,7 @@ def test_the_same_model_gives_the_same_bytes(packed, text_model, tmp_path):
 
 
 def test_an_evaluator_is_packed_and_loads_as_float32(tmp_path):
-    module = evaluator.build(3)
+    module = evaluator.ResNet18(3)
     evaluator.save(module, tmp_path / "e", {"a": 0, "b": 1, "c": 2}, {"preset": "evaluator"})
     found = pack(tmp_path / "e", tmp_path / "p")
     loaded = evaluator.load(tmp_path / "p")

@@ -291,7 +291,7 @@ def judge(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("evaluator")
-    evaluator.save(evaluator.build(len(ICLEVR_OBJECTS)), folder, ICLEVR_OBJECTS, {})
+    evaluator.save(evaluator.ResNet18(len(ICLEVR_OBJECTS)), folder, ICLEVR_OBJECTS, {})
     return folder
 
 

@@ -25,7 +25,7 @@ from fastgen.training.previews import (
     sampled_preview,
     shown_rows,
 )
-from fastgen.training.sources import Labels, Pixels
+from fastgen.training.sources import LabelSource, PixelSpace
 
 CPU = torch.device("cpu")
 SCHEDULE = {"_class_name": "DDIMScheduler", "prediction_type": "sample", "clip_sample": False}
@@ -53,7 +53,7 @@ def preview(fixed: Shown | None) -> tuple[np.ndarray, Painter]:
     labels = np.eye(3, dtype=np.float32)
     images = np.full((3, 8, 8, 3), 128, np.uint8)
     images[:, :4] = 40
-    sources = Pixels(images, CPU), Labels(labels, CPU)
+    sources = PixelSpace(images, CPU), LabelSource(labels, CPU)
     painter = Painter()
     draw = sampled_preview(
         *sources, np.arange(3), TEXTS, SCHEDULE, Sampling("ddim", 3, 1.0), choose("fp32", "cpu"), fixed

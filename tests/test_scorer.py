@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 
@@ -325,3 +326,12 @@ def test_nan_in_a_network_is_an_error_not_a_figure(clip, reference, tmp_path):
     save_file(state, broken / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(FastgenError, match="the clip network gave NaN or infinity for 5 of 5 images"):
         score(make_images(tmp_path / "out"), clip=broken, reference=reference)
+
+
+def test_score_and_scorer_show_every_option_and_refuse_others():
+    names = ["evaluator", "reference", "features", "clip", "objects", "attributes", "allow_pickle", "download"]
+    names += ["batch_size", "device"]
+    assert list(inspect.signature(score).parameters) == ["images", "requests", *names]
+    assert list(inspect.signature(Scorer).parameters) == names
+    with pytest.raises(TypeError, match="evaluators"):
+        Scorer(evaluators="e")

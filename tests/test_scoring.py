@@ -36,7 +36,7 @@ REQUESTS = [
 @pytest.fixture(scope="module")
 def network():
     torch.manual_seed(0)
-    return evaluators.build().eval()
+    return evaluators.ResNet18().eval()
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def judge(network, tmp_path_factory):
 def by_index(tmp_path_factory):
     """An evaluator folder that ranks object 0 first, then 1, and so on, whatever it sees."""
     folder = tmp_path_factory.mktemp("by_index")
-    network = evaluators.build()
+    network = evaluators.ResNet18()
     state = network.state_dict()
     state["fc.0.weight"].zero_()
     state["fc.0.bias"].copy_(torch.linspace(2, -2, 24))

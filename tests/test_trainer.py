@@ -19,11 +19,11 @@ from fastgen.training.contrastive import ContrastiveTask
 from fastgen.training.diffusion import DiffusionTask
 from fastgen.training.draws import Draws, batch_rows
 from fastgen.training.ema import Ema
-from fastgen.training.logs import Log
+from fastgen.training.logs import TrainingLog
 from fastgen.training.optimise import learning_rate
 from fastgen.training.optimizers import Muon
 from fastgen.training.precision import choose
-from fastgen.training.sources import Labels, Pixels
+from fastgen.training.sources import LabelSource, PixelSpace
 from fastgen.training.trainer import Run, fit
 
 CPU = torch.device("cpu")
@@ -71,13 +71,18 @@ def diffusion_task(dropout_layer: float = 0.1) -> DiffusionTask:
     module = TinyUNet()
     module.dropout.p = dropout_layer
     rows = np.arange(30), np.arange(30, 40)
-    sources = Pixels(images, CPU), Labels(labels, CPU)
+    sources = PixelSpace(images, CPU), LabelSource(labels, CPU)
     return DiffusionTask(module, *sources, SCHEDULE, rows, dropout=0.2, flip=True)
 
 
 def run_in(folder: Path, job: str = "a") -> Run:
     return Run(
-        folder / "checkpoints", folder / "previews", Log(folder / "log.jsonl"), choose("fp32", "cpu"), job, False
+        folder / "checkpoints",
+        folder / "previews",
+        TrainingLog(folder / "log.jsonl"),
+        choose("fp32", "cpu"),
+        job,
+        False,
     )
 
 
@@ -89,7 +94,9 @@ def trained(folder: Path, recipe: Training = RECIPE, task: DiffusionTask | None 
 
 
 def figures(folder: Path) -> list[dict[str, float]]:
-    return [{k: v for k, v in row.items() if k != "images_per_s"} for row in Log(folder / "log.jsonl").rows("unet")]
+    return [
+        {k: v for k, v in row.items() if k != "images_per_s"} for row in TrainingLog(folder / "log.jsonl").rows("unet")
+    ]
 
 
 class StopError(Exception):
@@ -327,7 +334,7 @@ def test_targets_are_diffusers_own() -> None:
 
 
 def test_the_share_of_dropped_conditions_is_the_one_asked_for() -> None:
-    labels = Labels(np.ones((1, 4), np.float32), CPU)
+    labels = LabelSource(np.ones((1, 4), np.float32), CPU)
     draws = Draws(0, 0, np.arange(4000), 4000, CPU)
     given = labels.of(np.zeros(4000, int), draws, 0.25)
     assert set(given.sum(dim=1).tolist()) == {0.0, 4.0}

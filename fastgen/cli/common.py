@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,23 +36,3 @@ def model_for(kind: str, engine: str | None) -> Path:
     default = default_model(kind, engine)
     say(f"model: {default}")
     return default.folder
-
-
-def given_again(ctx: click.Context, leave_out: Sequence[str]) -> list[str]:
-    """The command line of `ctx`, but for the options left out."""
-    words = [str(ctx.info_name)]
-    for param in ctx.command.params:
-        value = ctx.params.get(param.name or "")
-        source = ctx.get_parameter_source(param.name or "")
-        if param.name in leave_out or source is not click.core.ParameterSource.COMMANDLINE:
-            continue
-        if isinstance(param, click.Argument):
-            words.append(str(value))
-        elif isinstance(param, click.Option) and param.is_flag:
-            words.append((param.opts if value else param.secondary_opts)[0])
-        elif param.multiple:
-            for one in value or ():
-                words += [param.opts[0], str(one)]
-        else:
-            words += [param.opts[0], *(map(str, value) if isinstance(value, tuple) else [str(value)])]
-    return words

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fastgen.cli.certifying import ensure_certified
-from fastgen.cli.common import FOLDER, MODEL, POSITIVE, given_again, say
+from fastgen.cli.common import FOLDER, MODEL, POSITIVE, say
 from fastgen.cli.index import rag_options
 from fastgen.errors import FastgenError, InputError
 
@@ -78,9 +79,7 @@ if TYPE_CHECKING:
 @click.option(
     "--dry-run", is_flag=True, help="Only tell how long the job will take and how much memory, measured here."
 )
-@click.pass_context
 def generate(
-    ctx: click.Context,
     requests_file: Path | None,
     prompts: Sequence[str],
     labels: Sequence[str],
@@ -134,8 +133,9 @@ def generate(
         say(f"model: {folder}")
     if names:
         if not dry_run:
-            named = ["--model", str(folder.folder)] if folder.why else []
-            run_on_devices([*given_again(ctx, leave_out=("devices",)), *named], names)
+            words = _without_devices(sys.argv[1:])
+            words += ["--model", str(folder.folder)] if folder.why else []
+            run_on_devices(words, names)
             return
         device, part = names[0], Shard(1, len(names))
 
@@ -158,6 +158,17 @@ def generate(
         click.echo(f"{asked.out}: 1 image in {time.perf_counter() - begin:.1f} s")
     else:
         _tell(run_job(run, asked.out, batch_size=batch_size, grid=grid, shard=part, say=say), part)
+
+
+def _without_devices(words: Sequence[str]) -> list[str]:
+    """A command line without the option --devices, and without `--`: options may follow."""
+    rest, iterator = [], iter(words)
+    for word in iterator:
+        if word == "--devices":
+            next(iterator)
+        elif word != "--" and not word.startswith("--devices="):
+            rest.append(word)
+    return rest
 
 
 def _tell(report: Report, part: Shard | None) -> None:

@@ -65,10 +65,9 @@ def score(
     from fastgen.jsonfiles import write_json
     from fastgen.scoring import compare
     from fastgen.scoring.images import image_folders
-    from fastgen.scoring.options import check_options, need
+    from fastgen.scoring.options import Options, need
 
-    given = {name: options[name] for name in ("evaluator", "reference", "features", "clip", "attributes", "batch_size")}
-    check_options(**given)
+    Options(**options)
     for folders in (images, against or images):
         image_folders(folders)
     scorer = need("fastgen.scoring.scorer").Scorer(**options)

@@ -11,11 +11,11 @@ from fastgen.engines import base
 from fastgen.engines.base_fp32 import exact_fp32
 from fastgen.errors import InputError
 
-# What torch's allocator on a CPU and CUDA's libraries say through other exceptions than torch's own.
+# What libraries say when memory runs out, through other exceptions than torch's own.
 OUT_OF_MEMORY = (
     "out of memory",
-    "not enough memory",
-    "can't allocate memory",
+    "not enough memory",  # torch on a CPU
+    "can't allocate memory",  # the same
     "status_alloc_failed",
     "unable to find an engine",  # cuDNN, when none of its algorithms gets the workspace that it needs
     "failed to allocate memory",  # onnxruntime

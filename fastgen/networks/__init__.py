@@ -58,9 +58,8 @@ class Model:
     text_encoder: nn.Module | None = None
     tokenizer: Any = None  # transformers' CLIPTokenizer
     vae: nn.Module | None = None
-    chosen: Chosen | None = (
-        None  # the checkpoint that the UNet and the conditioner are of, if not the folder's own weights
-    )
+    # The checkpoint that the weights of the UNet and the conditioner come from; None: the folder itself.
+    run_weights: Chosen | None = None
 
     def networks(self) -> dict[str, nn.Module]:
         """The modules under the names and interfaces of `signatures`."""
@@ -98,12 +97,12 @@ class Model:
         """Raises InputError for a model that was never saved: its weights have no hash."""
         if self.folder is None:
             raise InputError("this model lives in memory only; save it with save_model and load the folder")
-        identifying = WEIGHTS if self.chosen is None else COMPONENTS
+        identifying = WEIGHTS if self.run_weights is None else COMPONENTS
         weights = sorted(f for f in self.folder.glob("*/*.safetensors") if f.parent.name in identifying)
         hashes = {f.relative_to(self.folder).as_posix(): sha256_file(f) for f in weights}
         parts = {c: {n: h for n, h in hashes.items() if n.startswith(f"{c}/")} for c in COMPONENTS}
-        if self.chosen is not None:
-            hashes["unet"] = self.chosen.sha256
+        if self.run_weights is not None:
+            hashes["unet"] = self.run_weights.sha256
         return Spec(
             family=self.family,
             signatures=self.signatures(),
@@ -112,7 +111,7 @@ class Model:
             scaling_factor=self.scaling_factor,
             objects=self.objects,
             sha256=sha256_names(hashes),
-            checkpoint=None if self.chosen is None else self.chosen.label,
+            checkpoint=None if self.run_weights is None else self.run_weights.label,
             image_mode=_trained_mode(self.folder),
             component_sha256={component: sha256_names(part) for component, part in parts.items() if part},
         )
@@ -201,7 +200,7 @@ def load_model(folder: str | os.PathLike[str], checkpoint: str | None = None) ->
     `checkpoint`: which of a training run's weights, see `checkpoint_choice.choose_checkpoint`; the run need not be finished.
     Raises InputError when the folder is not one, a component is missing, or a weight does not match its architecture.
     """
-    chosen = choose_checkpoint(Path(folder), checkpoint) if checkpoint else None
+    run_weights = choose_checkpoint(Path(folder), checkpoint) if checkpoint else None
     folder = model_parts(Path(folder), checkpoint)
     index_file = folder / "model_index.json"
     if not index_file.is_file():
@@ -210,9 +209,9 @@ def load_model(folder: str | os.PathLike[str], checkpoint: str | None = None) ->
     scheduler_config = _table(folder / "scheduler" / "scheduler_config.json")
     sampling = _sampling(folder, scheduler_config)
     if "conditioner" in index:
-        return _load_labels(folder, index, scheduler_config, sampling, chosen)
+        return _load_labels(folder, index, scheduler_config, sampling, run_weights)
     if "text_encoder" in index and "vae" in index:
-        return _load_text(folder, scheduler_config, sampling, chosen)
+        return _load_text(folder, scheduler_config, sampling, run_weights)
     kind = index.get("_class_name")
     raise InputError(f"{index_file}: {kind} is neither a text-to-latent model nor a labels-to-pixels model")
 
@@ -248,19 +247,23 @@ def _load_labels(
     index: Mapping[str, Any],
     scheduler_config: dict[str, Any],
     sampling: Sampling,
-    chosen: Chosen | None,
+    run_weights: Chosen | None,
 ) -> Model:
     try:
         cls = label_unet_class(str(index["unet"][1]))
     except (KeyError, IndexError, TypeError, InputError) as error:
         raise InputError(f"{folder / 'model_index.json'}: unet: {error}") from None
-    unet = _unet(cls, folder / "unet", chosen)
-    conditioner = load_conditioner(folder / "conditioner", None if chosen is None else chosen.weights("conditioner"))
+    unet = _unet(cls, folder / "unet", run_weights)
+    conditioner = load_conditioner(
+        folder / "conditioner", None if run_weights is None else run_weights.weights("conditioner")
+    )
     objects = read_objects(folder / "labels.json")
-    return Model(folder, "labels", unet, scheduler_config, sampling, conditioner.eval(), objects, chosen=chosen)
+    return Model(
+        folder, "labels", unet, scheduler_config, sampling, conditioner.eval(), objects, run_weights=run_weights
+    )
 
 
-def _load_text(folder: Path, scheduler_config: dict[str, Any], sampling: Sampling, chosen: Chosen | None) -> Model:
+def _load_text(folder: Path, scheduler_config: dict[str, Any], sampling: Sampling, run_weights: Chosen | None) -> Model:
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextModel
 
@@ -268,21 +271,21 @@ def _load_text(folder: Path, scheduler_config: dict[str, Any], sampling: Samplin
         return Model(
             folder,
             "text",
-            _unet(UNet2DConditionModel, folder / "unet", chosen),
+            _unet(UNet2DConditionModel, folder / "unet", run_weights),
             scheduler_config,
             sampling,
             text_encoder=_pretrained(CLIPTextModel, folder / "text_encoder"),
             tokenizer=pretrained_tokenizer(folder / "tokenizer", str(folder / "tokenizer"), local_files_only=True),
             vae=_pretrained(AutoencoderKL, folder / "vae"),
-            chosen=chosen,
+            run_weights=run_weights,
         )
 
 
-def _unet(cls: Any, folder: Path, chosen: Chosen | None) -> Any:
-    if chosen is None:
+def _unet(cls: Any, folder: Path, run_weights: Chosen | None) -> Any:
+    if run_weights is None:
         return _pretrained(cls, folder)
     unet = cls.from_config(cls.load_config(folder))
-    load_state(unet, chosen.weights("unet"), chosen.checkpoint.folder, f"the {cls.__name__} of {folder}")
+    load_state(unet, run_weights.weights("unet"), run_weights.checkpoint.folder, f"the {cls.__name__} of {folder}")
     return unet.eval()
 
 

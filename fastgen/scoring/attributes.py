@@ -49,7 +49,7 @@ def value_shares(scores: Sequence[np.ndarray], targets: np.ndarray, attributes: 
     """Label of a value, such as "colour: red" -> how often it was found where it was asked for, all folders together."""
     sizes = [len(values) for values in attributes.values()]
     hits = np.concatenate([attribute_hits(one, targets, sizes) for one in scores])  # (S N, A)
-    found = np.repeat(hits, sizes, axis=1) * np.tile(targets, (len(scores), 1))  # (S N, K)
+    correct = np.repeat(hits, sizes, axis=1) * np.tile(targets, (len(scores), 1))  # (S N, K)
     totals = len(scores) * np.count_nonzero(targets, axis=0)  # (K,)
-    shares = zip(outputs(attributes), np.count_nonzero(found, axis=0), totals, strict=True)
+    shares = zip(outputs(attributes), np.count_nonzero(correct, axis=0), totals, strict=True)
     return {text: Share(int(hit), int(total)) for text, hit, total in shares if total}

@@ -43,8 +43,8 @@ def image_names(folders: Sequence[Path], requests: Sequence[Request] | None) -> 
     if requests is not None:
         names = tuple(request.image_name for request in requests)
     else:
-        found = (name for name in files_in(folders[0]) if name.lower().endswith(".png"))
-        names = tuple(sorted(name for name in found if name not in SHEETS))
+        files = (name for name in files_in(folders[0]) if name.lower().endswith(".png"))
+        names = tuple(sorted(name for name in files if name not in SHEETS))
     if not names:
         raise InputError(f"{folders[0]}: holds no PNG images")
     for folder in folders:
@@ -81,14 +81,14 @@ def metadata_of(image: Image.Image, path: Path) -> dict[str, Any] | None:
 
 def check_made_for(metadata: Mapping[str, Any] | None, path: Path, request: Request) -> None:
     """InputError when the image's own metadata names another condition: a task's test files share their image names."""
-    found, expected = (metadata or {}).get("labels"), sorted(request.labels or ())
-    if isinstance(found, list):
-        found = sorted(map(str, found))
+    recorded, expected = (metadata or {}).get("labels"), sorted(request.labels or ())
+    if isinstance(recorded, list):
+        recorded = sorted(map(str, recorded))
     if request.prompt is not None:
-        found, expected = (metadata or {}).get("prompt"), request.prompt  # type: ignore[assignment]
-    if found is not None and found != expected:
+        recorded, expected = (metadata or {}).get("prompt"), request.prompt  # type: ignore[assignment]
+    if recorded is not None and recorded != expected:
         raise InputError(
-            f"{path}: was generated for {brief(found)}, the requests say {brief(expected)}: another file's?"
+            f"{path}: was generated for {brief(recorded)}, the requests say {brief(expected)}: another file's?"
         )
 
 

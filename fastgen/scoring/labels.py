@@ -13,28 +13,27 @@ from fastgen.errors import InputError
 from fastgen.evaluator import Evaluator
 from fastgen.metrics import Share
 from fastgen.names import ICLEVR_OBJECTS, check_objects, read_objects
+from fastgen.scoring.options import PathLike
 from fastgen.scoring.samples import Ratio
 
-Objects = Mapping[str, int] | str | os.PathLike[str]
 
-
-def label_objects(judge: Evaluator, objects: Objects | None, requests: Path) -> Mapping[str, int]:
+def label_objects(judge: Evaluator, objects: Mapping[str, int] | PathLike | None, requests: Path) -> Mapping[str, int]:
     """Object name -> output of the evaluator, in output order."""
     if objects is not None:
-        found = read_objects(objects) if isinstance(objects, str | os.PathLike) else objects
-        check_objects(found)
-        if judge.objects is not None and dict(found) != dict(judge.objects):
+        names = read_objects(objects) if isinstance(objects, str | os.PathLike) else objects
+        check_objects(names)
+        if judge.objects is not None and dict(names) != dict(judge.objects):
             raise InputError("objects: they differ from those in the evaluator's folder; leave the option out")
     elif judge.objects is not None:
-        found = judge.objects
+        names = judge.objects
     else:
         beside = requests.parent / "objects.json"
-        found = read_objects(beside) if beside.exists() else ICLEVR_OBJECTS
-    if len(found) != judge.num_labels:
+        names = read_objects(beside) if beside.exists() else ICLEVR_OBJECTS
+    if len(names) != judge.num_labels:
         raise InputError(
-            f"the evaluator has {judge.num_labels} outputs, the list of objects {len(found)}: expected one for each"
+            f"the evaluator has {judge.num_labels} outputs, the list of objects {len(names)}: expected one for each"
         )
-    return dict(sorted(found.items(), key=lambda item: item[1]))
+    return dict(sorted(names.items(), key=lambda item: item[1]))
 
 
 def label_sample(scores: np.ndarray, targets: np.ndarray) -> Ratio:

@@ -22,7 +22,7 @@ from fastgen.scoring import inception
 from fastgen.weights import weights_hash
 
 
-class Network(Protocol):
+class FeatureNetwork(Protocol):
     """Turns images into features. `name` is unique within a Scorer."""
 
     @property
@@ -135,7 +135,7 @@ def float32_convolutions() -> Iterator[None]:
         yield
 
 
-def extract(networks: Mapping[str, Network], images: Sequence[Image.Image]) -> dict[str, np.ndarray]:
+def extract(networks: Mapping[str, FeatureNetwork], images: Sequence[Image.Image]) -> dict[str, np.ndarray]:
     """Every network's features (B, D) of the images. FastgenError where one is not finite."""
     out = {name: network.features(images) for name, network in networks.items()}
     for name, features in out.items():

@@ -21,7 +21,7 @@ from fastgen.jsonfiles import read_json, write_json
 from fastgen.names import CONTACT_SHEET
 
 if TYPE_CHECKING:
-    from fastgen.scoring.networks import Network
+    from fastgen.scoring.networks import FeatureNetwork
 
 CACHE = "scoring"
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
@@ -29,7 +29,7 @@ CHUNK = 4096
 
 
 @dataclass(frozen=True)
-class Reference:
+class ReferenceImages:
     """Images that generated ones are compared with, in the order of their paths."""
 
     path: Path
@@ -48,9 +48,9 @@ class Reference:
 
     def named(self, names: Sequence[str]) -> dict[str, Path]:
         """Those of `names` that the reference has: the name of its file, or its path below the reference."""
-        found = {file.name: file for file in self.files}
-        found |= {file.relative_to(self.path).as_posix(): file for file in self.files}
-        return {name: found[name] for name in names if name in found}
+        by_name = {file.name: file for file in self.files}
+        by_name |= {file.relative_to(self.path).as_posix(): file for file in self.files}
+        return {name: by_name[name] for name in names if name in by_name}
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +84,7 @@ class Statistics:
         return (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
 
 
-def read_reference(path: Path) -> Reference:
+def read_reference(path: Path) -> ReferenceImages:
     """A dataset folder (all its images), or a folder of images; InputError where it holds none."""
     if not path.is_dir():
         raise InputError(f"{path}: no such folder, expected reference images or a dataset")
@@ -95,24 +95,26 @@ def read_reference(path: Path) -> Reference:
         files = {path / name for name in names}
     if not files:
         raise InputError(f"{path}: holds no images ({', '.join(SUFFIXES)}) and is no dataset; expected a reference")
-    return Reference(path, tuple(sorted(files)))
+    return ReferenceImages(path, tuple(sorted(files)))
 
 
-def reference_statistics(reference: Reference, network: Network, batch_size: int) -> Statistics:
+def reference_statistics(reference: ReferenceImages, network: FeatureNetwork, batch_size: int) -> Statistics:
     """The network's features of all images and their sums: from the cache when weights and images are the same."""
     return _cached(reference, reference.files, reference.fingerprint, network, batch_size)
 
 
-def named_features(reference: Reference, files: Mapping[str, Path], network: Network, batch_size: int) -> np.ndarray:
+def named_features(
+    reference: ReferenceImages, files: Mapping[str, Path], network: FeatureNetwork, batch_size: int
+) -> np.ndarray:
     """The network's features (N, D) of some of the reference's images, in the order of `files`; from the cache too."""
-    chosen = sorted(set(files.values()))
-    rows = {file: row for row, file in enumerate(chosen)}
-    found = _cached(reference, chosen, reference.fingerprint_of(chosen), network, batch_size)
-    return np.asarray(found.features)[[rows[file] for file in files.values()]]
+    distinct = sorted(set(files.values()))
+    rows = {file: row for row, file in enumerate(distinct)}
+    statistics = _cached(reference, distinct, reference.fingerprint_of(distinct), network, batch_size)
+    return np.asarray(statistics.features)[[rows[file] for file in files.values()]]
 
 
 def _cached(
-    reference: Reference, files: Sequence[Path], fingerprint: str, network: Network, batch_size: int
+    reference: ReferenceImages, files: Sequence[Path], fingerprint: str, network: FeatureNetwork, batch_size: int
 ) -> Statistics:
     fields = {"images": fingerprint, "weights": network.fingerprint, "preprocessing": network.preprocessing}
     folder = cached("features", fields, _writer(reference, files, network, batch_size), CACHE)
@@ -120,7 +122,9 @@ def _cached(
     return Statistics(features, total, products, read_json(folder / "resized.json"))
 
 
-def _writer(reference: Reference, files: Sequence[Path], network: Network, batch_size: int) -> Callable[[Path], None]:
+def _writer(
+    reference: ReferenceImages, files: Sequence[Path], network: FeatureNetwork, batch_size: int
+) -> Callable[[Path], None]:
     from fastgen.scoring.networks import extract
 
     def write(folder: Path) -> None:

@@ -143,8 +143,8 @@ class Score:
         images = f"{f'{seeds} seeds of ' if seeds > 1 else ''}{self.num_images} images"
         lines = [f"{images} with {labels} labels" if labels else images]
         if self.reference:
-            found = f"{self.reference['images']} images, sha256 {self.reference['sha256'][:12]}"
-            lines.append(f"reference: {self.reference['path']}, {found}")
+            content = f"{self.reference['images']} images, sha256 {self.reference['sha256'][:12]}"
+            lines.append(f"reference: {self.reference['path']}, {content}")
         made = "".join(f", {key} {_short(value)}" for key, value in self.made_by.items())
         lines.append(f"saving: {self.saving}{made}")
         for name, resized in self.resized.items():

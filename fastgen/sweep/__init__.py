@@ -22,21 +22,21 @@ from fastgen.jobs.job import run_job
 from fastgen.jsonfiles import read_json, write_bytes, write_json
 from fastgen.pipeline import Pipeline
 from fastgen.requests import Request
+from fastgen.scoring.options import PathLike
 from fastgen.scoring.result import Figure, figure_from_json
 from fastgen.sweep.choice import Rule
 from fastgen.sweep.grid import Grid, Point, Points
 from fastgen.sweep.pictures import save_pictures
-from fastgen.sweep.plan import POINTS, Model, Plan, network_evaluations, prepare
-from fastgen.sweep.report import CSV, JSON, PLOT, SHEET, Row, Sweep
+from fastgen.sweep.plan import POINTS, ModelLoader, Plan, network_evaluations, prepare
+from fastgen.sweep.report import CSV, JSON, PLOT, SHEET, ScoredPoint, Sweep
 
 if TYPE_CHECKING:
     from fastgen.scoring import Scorer
 
-__all__ = ["Grid", "Point", "Points", "Row", "Rule", "Sweep", "network_evaluations", "sweep"]
+__all__ = ["Grid", "Point", "Points", "Rule", "ScoredPoint", "Sweep", "network_evaluations", "sweep"]
 
 REQUESTS, OBJECTS, SCORE = "requests.json", "objects.json", "score.json"
 Say = Callable[[str], None]
-PathLike = str | os.PathLike[str]
 
 
 def sweep(
@@ -72,11 +72,11 @@ def sweep(
     holds something else. A point with images that could not be made has an `error` and no score.
     """
     until = None if minutes is None else time.monotonic() + 60 * minutes
-    held = Model(Path(model), engine, options, check)
+    loader = ModelLoader(Path(model), engine, options, check)
     index = None if rag is None else Path(rag)
-    chosen: dict[str, Any] = {"metric": metric, "seeds": tuple(seeds), "limit": limit, "batch_size": batch_size}
+    settings: dict[str, Any] = {"metric": metric, "seeds": tuple(seeds), "limit": limit, "batch_size": batch_size}
     rule = rule or Rule()
-    plan, pipeline = prepare(held, Path(requests), Path(out), grid, scorer, rule=rule, rag=index, **chosen)
+    plan, pipeline = prepare(loader, Path(requests), Path(out), grid, scorer, rule=rule, rag=index, **settings)
     _claim(plan, Path(requests))
     result = Sweep(plan.out, str(model), plan.metric, plan.metrics, rule, [])
     for point, row, seconds in _rows(plan, pipeline, scorer, progress, say, until):
@@ -103,8 +103,8 @@ def _claim(plan: Plan, requests: Path) -> None:
         names = (REQUESTS, OBJECTS, ATTRIBUTES, CSV, PLOT, SHEET, POINTS, JOB)
         taken = [name for name in names if os.path.lexists(plan.out / name)]
         if taken or (os.path.lexists(plan.out) and not plan.out.is_dir()):
-            found = f"holds {taken[0]} already, but no {JSON}" if taken else "is not a folder"
-            raise InputError(f"{plan.out}: {found}; choose another --out")
+            problem = f"holds {taken[0]} already, but no {JSON}" if taken else "is not a folder"
+            raise InputError(f"{plan.out}: {problem}; choose another --out")
         make_folder(plan.out)
         write_json(record, {"requests_sha256": sha256, "rows": []})
     write_json(plan.out / REQUESTS, requests_json(plan.requests))
@@ -128,7 +128,7 @@ def _hash(requests: Sequence[Request]) -> str:
 
 def _rows(
     plan: Plan, pipeline: Pipeline, scorer: Scorer, progress: bool, say: Say, until: float | None
-) -> Iterator[tuple[Point, Row | None, float | None]]:
+) -> Iterator[tuple[Point, ScoredPoint | None, float | None]]:
     """Each point, its row (None: unfinished), and the seconds that it took (None: everything was there)."""
     identity, loaded = scorer.identity, plan.points[0].checkpoint
     for point in plan.points:
@@ -174,21 +174,21 @@ def _score(
     if "attributes" in identity and (asked := plan.out / ATTRIBUTES).is_file():
         made_from["asked"] = hashlib.sha256(asked.read_bytes()).hexdigest()
     value: Any = read_json(file) if file.is_file() else None
-    kept = isinstance(value, dict) and all(value.get(key) == held for key, held in made_from.items())
+    kept = isinstance(value, dict) and all(value.get(key) == recorded for key, recorded in made_from.items())
     if not kept:
         value = {**scorer.score(folders, plan.out / REQUESTS).to_json(), **made_from}
         write_json(file, value)
-    figures = {key: figure_from_json(held) for key, held in value["metrics"].items()}
+    figures = {key: figure_from_json(recorded) for key, recorded in value["metrics"].items()}
     return figures, value["warnings"], not kept
 
 
 def _row(
     plan: Plan, point: Point, figures: Mapping[str, Figure], warnings: Sequence[str], errors: Mapping[str, str]
-) -> Row:
+) -> ScoredPoint:
     folders = plan.folders(point)
     runs = [run for folder in folders for run in recorded_runs(folder)]
     images = sum(run["images"] for run in runs)
     seconds = sum(run["seconds"] for run in runs) / images if images else None
     first = next(iter(errors.items()), None)
     error = None if first is None else f"{len(errors)} images failed, such as {first[0]}: {first[1]}"
-    return Row(point, tuple(folders), plan.evaluations[point], seconds, figures, tuple(warnings), error)
+    return ScoredPoint(point, tuple(folders), plan.evaluations[point], seconds, figures, tuple(warnings), error)

@@ -102,15 +102,15 @@ class Grid:
     guidance_interval: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        found = Problems()
-        found += _bad("--scheduler", self.schedulers, lambda v: bool(v) and ":" not in v, "a name such as ddim")
-        found += _bad("--num-inference-steps", self.num_inference_steps, lambda v: v >= 1, "at least 1")
-        found += _bad("--guidance-scale", self.guidance_scales, _is_scale, "a finite number, 0 or more")
-        found += _bad("--noise-steps", self.noise_steps, lambda v: v is None or v >= 1, f"at least 1, or {NONE}")
-        found += _bad("--checkpoint", self.checkpoints, lambda v: v != "", "best, last, ema or a step")
+        problems = Problems()
+        problems += _bad("--scheduler", self.schedulers, lambda v: bool(v) and ":" not in v, "a name such as ddim")
+        problems += _bad("--num-inference-steps", self.num_inference_steps, lambda v: v >= 1, "at least 1")
+        problems += _bad("--guidance-scale", self.guidance_scales, _is_scale, "a finite number, 0 or more")
+        problems += _bad("--noise-steps", self.noise_steps, lambda v: v is None or v >= 1, f"at least 1, or {NONE}")
+        problems += _bad("--checkpoint", self.checkpoints, lambda v: v != "", "best, last, ema or a step")
         if self.num_inference_steps:
-            found += _too_noisy(self.num_inference_steps, self.noise_steps or ())
-        found.check()
+            problems += _too_noisy(self.num_inference_steps, self.noise_steps or ())
+        problems.check()
 
     @property
     def plain(self) -> Grid:
@@ -128,13 +128,15 @@ class Grid:
         all_steps = self.num_inference_steps or (default.num_inference_steps,)
         scales = self.guidance_scales or (default.guidance_scale,)
         labels = weights or {}
-        found = Problems(_too_noisy(all_steps, self.noise_steps or ()))
-        found += _same_weights(self.checkpoints, labels)
+        problems = Problems(_too_noisy(all_steps, self.noise_steps or ()))
+        problems += _same_weights(self.checkpoints, labels)
         if not rag and any(n is not None for n in self.noise_steps or ()):
-            found.append("--noise-steps: images start from an index's latents; give --rag INDEX too")
+            problems.append("--noise-steps: images start from an index's latents; give --rag INDEX too")
         if rag and self.noise_steps is not None and all(n is None for n in self.noise_steps):
-            found.append(f"--rag: every point starts from noise, as --noise-steps {NONE} says; leave one of them out")
-        found.check()
+            problems.append(
+                f"--rag: every point starts from noise, as --noise-steps {NONE} says; leave one of them out"
+            )
+        problems.check()
         return [
             Point(scheduler, steps, scale, noise, name, labels.get(name), self.guidance_interval)
             for name, scheduler, scale, steps in itertools.product(
@@ -158,12 +160,12 @@ class Points:
     checkpoints = (None,)
 
     def __post_init__(self) -> None:
-        found = Problems([] if self.chosen else ["points: there are none"])
+        problems = Problems([] if self.chosen else ["points: there are none"])
         names = [point.name for point in self.chosen]
-        found += [f"points: {name} is given twice" for name in dict.fromkeys(names) if names.count(name) > 1]
+        problems += [f"points: {name} is given twice" for name in dict.fromkeys(names) if names.count(name) > 1]
         late = [p.name for p in self.chosen if (p.noise_steps, p.checkpoint, p.weights) != (None, None, None)]
-        found += [f"points: {name} starts late or names weights; give a Grid" for name in late]
-        found.check()
+        problems += [f"points: {name} starts late or names weights; give a Grid" for name in late]
+        problems.check()
 
     @property
     def plain(self) -> Points:
@@ -189,10 +191,10 @@ def parse_grid(
     guidance_interval: tuple[int, int] | None = None,
 ) -> Grid:
     """The grid of comma-separated lists. Raises RefusedError with every bad item."""
-    found = Problems()
+    problems = Problems()
 
     def values(option: str, text: str | None, convert: Callable[[str], Any], expected: str) -> Any:
-        return None if text is None else parse_list(option, text, convert, expected, found) or None
+        return None if text is None else parse_list(option, text, convert, expected, problems) or None
 
     lists: dict[str, Any] = {
         "schedulers": values("--scheduler", scheduler, str, "names such as ddim,dpmpp-2m"),
@@ -203,16 +205,16 @@ def parse_grid(
         "noise_steps": values("--noise-steps", noise_steps, _noise, f"integers such as 20,30, or {NONE}"),
         "checkpoints": values("--checkpoint", checkpoint, str, "names such as best,last,500") or (None,),
     }
-    grid = found.attempt(lambda: Grid(**lists, guidance_interval=guidance_interval))
-    found.check()
+    grid = problems.attempt(lambda: Grid(**lists, guidance_interval=guidance_interval))
+    problems.check()
     assert grid is not None
     return grid
 
 
 def parse_list(
-    option: str, text: str, convert: Callable[[str], Value], expected: str, found: Problems
+    option: str, text: str, convert: Callable[[str], Value], expected: str, problems: Problems
 ) -> tuple[Value, ...]:
-    """`5,10,20` -> values; for each word that `convert` refuses with ValueError, an item in `found` instead."""
+    """`5,10,20` -> values; for each word that `convert` refuses with ValueError, an item in `problems` instead."""
     values = []
     for word in (word.strip() for word in text.split(",")):
         try:
@@ -220,7 +222,7 @@ def parse_list(
                 raise ValueError
             values.append(convert(word))
         except ValueError:
-            found.append(f"{option}: found {word!r}, expected {expected}")
+            problems.append(f"{option}: found {word!r}, expected {expected}")
     return tuple(values)
 
 

@@ -16,7 +16,7 @@ from fastgen.jsonfiles import write_bytes
 from fastgen.requests import Request, safe_path
 from fastgen.scoring.result import number
 from fastgen.sweep.grid import Point
-from fastgen.sweep.report import PLOT, SHEET, Row, Sweep
+from fastgen.sweep.report import PLOT, SHEET, ScoredPoint, Sweep
 
 SHOWN, MOST_ROWS = 8, 64
 CELL = 96  # px, at least
@@ -56,7 +56,7 @@ def _picture(file: Path) -> Image.Image | None:
     return Image.fromarray(read_pixels(file)) if file.is_file() else None
 
 
-def _best_rows(sweep: Sweep) -> list[Row]:
+def _best_rows(sweep: Sweep) -> list[ScoredPoint]:
     if len(sweep.rows) <= MOST_ROWS:
         return sweep.rows
     sign = -1 if sweep.better == "higher" else 1
@@ -66,7 +66,7 @@ def _best_rows(sweep: Sweep) -> list[Row]:
     return [sweep.rows[i] for i in sorted(kept)]
 
 
-def _caption(row: Row, sweep: Sweep) -> str:
+def _caption(row: ScoredPoint, sweep: Sweep) -> str:
     score = row.error or f"{sweep.metric} {row.score(sweep.metric)}"
     return f"{row.point}   {score}   {row.evaluations} evaluations{'   (chosen)' if row is sweep.chosen else ''}"
 
@@ -76,14 +76,14 @@ def draw_plot(sweep: Sweep, figure: Any) -> Any:
     scale where that alone varies. The band holds what the rule takes for good enough; the ring is the point that it names."""
     axes = figure.subplots()
     over_guidance = len({(r.point.num_inference_steps, r.point.noise_steps) for r in sweep.rows}) == 1
-    lines: dict[str, list[Row]] = {}
+    lines: dict[str, list[ScoredPoint]] = {}
     for row in sweep.rows:
         if row.figures:
             lines.setdefault(_line(row.point, over_guidance), []).append(row)
     colors = {name: f"C{i % 10}" for i, name in enumerate(dict.fromkeys(_solver(r.point) for r in sweep.rows))}
     scales = list(dict.fromkeys(row.point.guidance_scale for row in sweep.rows))
 
-    def x(row: Row) -> float:
+    def x(row: ScoredPoint) -> float:
         """Lines stand a little apart, so that their error bars can be told from each other."""
         shift = list(lines).index(_line(row.point, over_guidance)) - (len(lines) - 1) / 2
         if over_guidance:
@@ -115,7 +115,7 @@ def _name_axes(sweep: Sweep, axes: Any, over_guidance: bool) -> None:
         _log_axis(axes, sorted({row.evaluations for row in sweep.rows}))
 
 
-def _mark(sweep: Sweep, axes: Any, x: Callable[[Row], float]) -> None:
+def _mark(sweep: Sweep, axes: Any, x: Callable[[ScoredPoint], float]) -> None:
     choice, chosen = sweep.choice, sweep.chosen
     if choice is None or chosen is None:
         return

@@ -35,7 +35,7 @@ POINTS = "points"
 
 
 @dataclass(frozen=True)
-class Model:
+class ModelLoader:
     """A bundle or a model folder, and the engine that runs it; `options` are the others of `fastgen.load`."""
 
     folder: Path
@@ -65,7 +65,7 @@ class Model:
 class Plan:
     """A sweep that nothing is wrong with. `evaluations`: of the network per image, of each point."""
 
-    model: Model
+    model: ModelLoader
     out: Path
     requests: Sequence[Request]
     points: Sequence[Point]
@@ -98,7 +98,7 @@ class Plan:
 
 
 def prepare(
-    model: Model,
+    model: ModelLoader,
     path: Path,
     out: Path,
     grid: Grid | Points,
@@ -112,27 +112,27 @@ def prepare(
     batch_size: int | None,
 ) -> tuple[Plan, Pipeline]:
     """The plan, and the pipeline of its first point. RefusedError with everything that is wrong."""
-    found = Problems()
-    weights = {name: found.attempt(partial(model.weights, name)) for name in grid.checkpoints}
-    found.check()
+    problems = Problems()
+    weights = {name: problems.attempt(partial(model.weights, name)) for name in grid.checkpoints}
+    problems.check()
     first = grid.checkpoints[0]
     requests = read_requests(path, find_model(model.folder, first).objects)[:limit]
-    found.attempt(lambda: _check_seeds(seeds, requests))
-    metrics = found.attempt(lambda: scorer.planned(path, limit)) or ()
-    chosen = found.attempt(lambda: _metric(metric, metrics)) if metrics else None
-    index = None if rag is None else found.attempt(lambda: open_index(rag))
+    problems.attempt(lambda: _check_seeds(seeds, requests))
+    metrics = problems.attempt(lambda: scorer.planned(path, limit)) or ()
+    metric_name = problems.attempt(lambda: _metric(metric, metrics)) if metrics else None
+    index = None if rag is None else problems.attempt(lambda: open_index(rag))
     pipeline = model.load(first)
-    found.attempt(lambda: check_kind(requests, pipeline.spec.family))
+    problems.attempt(lambda: check_kind(requests, pipeline.spec.family))
     if index is not None:
-        found.attempt(lambda: index.check(pipeline.spec))
-    points = found.attempt(lambda: grid.points(pipeline.spec.sampling, rag=rag is not None, weights=weights)) or []
+        problems.attempt(lambda: index.check(pipeline.spec))
+    points = problems.attempt(lambda: grid.points(pipeline.spec.sampling, rag=rag is not None, weights=weights)) or []
     plain = grid.plain.points(pipeline.spec.sampling)  # look at these at least
     if points:
-        found.attempt(lambda: _check_against(rule, points))
-    evaluations = found.attempt(partial(_evaluations, pipeline, points or plain)) or {}
-    found.check()
-    assert chosen is not None
-    plan = Plan(model, out, requests, points, evaluations, metrics, chosen, index, seeds, batch_size)
+        problems.attempt(lambda: _check_against(rule, points))
+    evaluations = problems.attempt(partial(_evaluations, pipeline, points or plain)) or {}
+    problems.check()
+    assert metric_name is not None
+    plan = Plan(model, out, requests, points, evaluations, metrics, metric_name, index, seeds, batch_size)
     plan.check_held(pipeline, first)
     return plan, pipeline
 
@@ -144,12 +144,14 @@ def network_evaluations(table: SolverTable, settings: Settings) -> int:
 
 
 def _check_seeds(seeds: Sequence[int], requests: Sequence[Request]) -> None:
-    found = Problems()
-    found += ["--seeds: holds no values"] if not seeds else []
-    found += [f"--seeds: {seed} is given twice" for seed in dict.fromkeys(seeds) if seeds.count(seed) > 1]
+    problems = Problems()
+    problems += ["--seeds: holds no values"] if not seeds else []
+    problems += [f"--seeds: {seed} is given twice" for seed in dict.fromkeys(seeds) if seeds.count(seed) > 1]
     if len(seeds) > 1 and all(request.seed is not None for request in requests):
-        found.append("--seeds: every request has a seed of its own, so that all seeds give the same images; give one")
-    found.check()
+        problems.append(
+            "--seeds: every request has a seed of its own, so that all seeds give the same images; give one"
+        )
+    problems.check()
 
 
 def _check_against(rule: Rule, points: Sequence[Point]) -> None:
@@ -166,7 +168,7 @@ def _metric(name: str | None, measured: Sequence[str]) -> str:
 def _evaluations(pipeline: Pipeline, points: Sequence[Point]) -> dict[Point, int]:
     """Per image, of each point. RefusedError, with an item for each, for solvers that this model cannot have and guidance
     intervals outside their rows."""
-    found, out = Problems(), {}
+    problems, out = Problems(), {}
     tables: dict[str, SolverTable | str] = {}
     for point in points:
         settings = replace(pipeline.settings(**point.settings()), noise_steps=point.noise_steps)
@@ -180,8 +182,8 @@ def _evaluations(pipeline: Pipeline, points: Sequence[Point]) -> dict[Point, int
             try:
                 out[point] = network_evaluations(table, settings)
             except InputError as error:
-                found.append(f"--guidance-interval with {settings.solver}: {error}")
+                problems.append(f"--guidance-interval with {settings.solver}: {error}")
         else:
-            found.append(table)
-    Problems(dict.fromkeys(found)).check()
+            problems.append(table)
+    Problems(dict.fromkeys(problems)).check()
     return out

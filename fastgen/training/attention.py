@@ -32,8 +32,8 @@ class SmallAttention:
         """hidden_states (b, n, d), or (b, d, h, w); encoder_hidden_states (b, m, d')."""
         keys = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         count = keys.shape[1] if keys.ndim == 3 else keys.shape[2] * keys.shape[3]
-        chosen = self._products if count <= MOST_KEYS else self._fused
-        return chosen(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+        processor = self._products if count <= MOST_KEYS else self._fused
+        return processor(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
 
 
 def attend_on_cpu(module: nn.Module) -> None:

@@ -117,8 +117,8 @@ def _verify(folder: Path) -> tuple[str, Checkpoint | None]:
 
 def _folders(parent: Path) -> list[Path]:
     """Newest first."""
-    found = [(int(match[1]), folder) for folder in parent.glob("step-*") if (match := _NAME.fullmatch(folder.name))]
-    return [folder for _, folder in sorted(found, reverse=True)]
+    numbered = [(int(match[1]), folder) for folder in parent.glob("step-*") if (match := _NAME.fullmatch(folder.name))]
+    return [folder for _, folder in sorted(numbered, reverse=True)]
 
 
 def _write_part(file: Path, tensors: Tensors) -> str:

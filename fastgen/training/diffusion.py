@@ -16,7 +16,7 @@ from torch.nn import functional
 from fastgen.errors import InputError
 from fastgen.training.draws import VALIDATION, Draws
 from fastgen.training.losses import Denoised, Objective, evaluate
-from fastgen.training.sources import NOISE, TIMESTEP, Conditions, Space
+from fastgen.training.sources import NOISE, TIMESTEP, ConditionSource, Space
 from fastgen.training.tasks import Task
 
 Preview = Callable[[nn.Module], Image.Image]
@@ -37,7 +37,7 @@ class DiffusionTask(Task):
         self,
         module: nn.Module,
         space: Space,
-        conditions: Conditions,
+        conditions: ConditionSource,
         scheduler_config: Mapping[str, Any],
         rows: tuple[np.ndarray, np.ndarray],
         *,

@@ -46,13 +46,13 @@ class Ema:
     def swapped_in(self, module: nn.Module) -> Iterator[None]:
         """The module has the averaged weights, and is in eval mode, inside the block."""
         training = module.training
-        own = {k: v.detach().clone() for k, v in module.state_dict().items()} if self.decay else None
-        if own is not None:
+        weights = {k: v.detach().clone() for k, v in module.state_dict().items()} if self.decay else None
+        if weights is not None:
             module.load_state_dict(self.weights)
         module.eval()
         try:
             yield
         finally:
-            if own is not None:
-                module.load_state_dict(own)
+            if weights is not None:
+                module.load_state_dict(weights)
             module.train(training)

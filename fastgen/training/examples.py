@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import cast
@@ -14,6 +13,7 @@ from fastgen.data import Dataset, split
 from fastgen.data.cache import cached_pixels
 from fastgen.data.images import Mode
 from fastgen.errors import InputError
+from fastgen.requests import multi_hot
 from fastgen.training.logs import say
 
 KINDS = {"text": "text", "labels": "labels", "evaluator": "labels"}  # family -> what its dataset holds
@@ -37,9 +37,9 @@ class Examples:
             for part in split(good, recipe.validation_fraction)
         ]
         if not all(map(len, parts)):
-            found = f"{len(parts[0])} training and {len(parts[1])} validation images"
+            counts = f"{len(parts[0])} training and {len(parts[1])} validation images"
             raise InputError(
-                f"{self.dataset.root}: {found}; training needs both, that is at least two groups of images"
+                f"{self.dataset.root}: {counts}; training needs both, that is at least two groups of images"
             )
         train, validation = parts
         return train, np.random.default_rng(0).permutation(validation)
@@ -47,7 +47,7 @@ class Examples:
     @cached_property
     def multi_hot(self) -> np.ndarray:
         """(N, num_labels) float32."""
-        return multi_hot([example.labels for example in self.dataset.examples], self.dataset.objects or {})
+        return multi_hot(self.dataset.examples, self.dataset.objects or {})
 
     @cached_property
     def captions(self) -> tuple[list[str], list[np.ndarray]]:
@@ -84,14 +84,6 @@ def load_examples(dataset: Dataset, preset: Preset, skip_bad: bool) -> Examples:
         say(f"note: {line}")
     fields: dict[str, str | int] = {"data": dataset.fingerprint, "size": preset.image_size, "mode": preset.image_mode}
     return Examples(dataset, pixels.images, pixels.kept, fields)
-
-
-def multi_hot(lists: Sequence[Sequence[str]], objects: Mapping[str, int]) -> np.ndarray:
-    """Lists of labels -> (n, num_labels) float32."""
-    values = np.zeros((len(lists), len(objects)), np.float32)
-    for row, labels in enumerate(lists):
-        values[row, [objects[name] for name in labels]] = 1
-    return values
 
 
 def _numbered(values: list[tuple[str, ...]]) -> np.ndarray:

@@ -13,16 +13,17 @@ from fastgen.errors import InputError
 from fastgen.networks import Model, save_model
 from fastgen.networks.labels import LabelConditioner, LabelUNet, conditioner_dim, unet_class
 from fastgen.networks.text import TextUNet
+from fastgen.requests import Request, multi_hot
 from fastgen.training.classifier import AttributeTask, ClassifierTask
 from fastgen.training.contrastive import ContrastiveTask
 from fastgen.training.diffusion import DiffusionTask, NoiseSchedule
 from fastgen.training.encode import cached_moments, cached_states, latent_scale, tokenize
-from fastgen.training.examples import Examples, multi_hot
+from fastgen.training.examples import Examples
 from fastgen.training.job import Job
 from fastgen.training.losses import Objective, objective_of, refuse_unet_keys
 from fastgen.training.modules import build_module, build_text_encoder, load_text_encoder, load_vae
 from fastgen.training.previews import Shown, default_table, fixed_labels, fixed_prompts, sampled_preview, shown_rows
-from fastgen.training.sources import Captions, Conditions, Labels, Latents, Pixels, Space
+from fastgen.training.sources import CaptionSource, ConditionSource, LabelSource, LatentSpace, PixelSpace, Space
 from fastgen.training.tokenizer import train_tokenizer
 from fastgen.training.trainer import fit
 from fastgen.training.vae import VaeTask
@@ -50,13 +51,13 @@ def train_text(preset: Preset, data: Examples, job: Job) -> None:
     ids = tokenize(tokenizer, texts, text_encoder.config.max_position_embeddings)
     with job.processes.main_first():
         states = cached_states(text_encoder, ids, device, job.progress)
-    space, conditions = Latents(moments, data.images, vae, device), Captions(states, choices, device)
+    space, conditions = LatentSpace(moments, data.images, vae, device), CaptionSource(states, choices, device)
     fixed = None
     if prompts:
         ids = tokenize(tokenizer, prompts, text_encoder.config.max_position_embeddings)
         with job.processes.main_first():
-            own = np.array(cached_states(text_encoder, ids, device, job.progress))
-        fixed = Shown(torch.from_numpy(own).to(device).float(), prompts)
+            prompt_states = np.array(cached_states(text_encoder, ids, device, job.progress))
+        fixed = Shown(torch.from_numpy(prompt_states).to(device).float(), prompts)
     model = Model(None, "text", unet, dict(preset.scheduler), preset.sampling)
     model.text_encoder, model.tokenizer, model.vae = text_encoder, tokenizer, vae
     job.outline(lambda folder: save_model(model, folder, trained=False))
@@ -79,11 +80,12 @@ def train_labels(preset: Preset, data: Examples, job: Job) -> None:
     _check_process(preset)
     objective = objective_of(recipe, latents=False, image_size=preset.image_size)
     lists = fixed_labels(preset, objects)
-    fixed = (
-        Shown(torch.from_numpy(multi_hot(lists, objects)).to(device), tuple(map(", ".join, lists))) if lists else None
-    )
+    fixed = None
+    if lists:
+        requests = [Request(str(i), f"{i}.png", labels=labels) for i, labels in enumerate(lists)]
+        fixed = Shown(torch.from_numpy(multi_hot(requests, objects)).to(device), tuple(map(", ".join, lists)))
 
-    space, conditions = Pixels(data.images, device), Labels(data.multi_hot, device)
+    space, conditions = PixelSpace(data.images, device), LabelSource(data.multi_hot, device)
     model = Model(None, "labels", unet, dict(preset.scheduler), preset.sampling, conditioner, objects)
     job.outline(lambda folder: save_model(model, folder, trained=False))
     _fit_unet(LabelUNet(unet, conditioner), space, conditions, objective, fixed, preset, data, job)
@@ -98,7 +100,7 @@ def train_evaluator(preset: Preset, data: Examples, job: Job) -> None:
     objects, attributes = dict(data.dataset.objects or {}), data.dataset.attributes
     run = job.run("evaluator", recipe.precision)
     torch.manual_seed(recipe.seed)
-    module = evaluator.build(len(objects), **_network(preset.evaluator).config)
+    module = evaluator.ResNet18(len(objects), **_network(preset.evaluator).config)
     what = module, data.images, data.multi_hot, data.rows(recipe), run.precision.device
     fit(AttributeTask(*what, attributes=attributes) if attributes else ClassifierTask(*what), recipe, run)
     outputs = attributes or objects
@@ -195,7 +197,7 @@ def _fit_text_encoder(encoder: Any, tokenizer: Any, preset: Preset, data: Exampl
 def _fit_unet(
     module: Any,
     space: Space,
-    conditions: Conditions,
+    conditions: ConditionSource,
     objective: Objective,
     fixed: Shown | None,
     preset: Preset,

@@ -19,7 +19,7 @@ from fastgen.folders import new_folder, scratch_folder, sync_tree
 from fastgen.jsonfiles import read_json, write_json
 from fastgen.training import checkpoints
 from fastgen.training.checkpoints import Checkpoint
-from fastgen.training.logs import Log, Tracker, say
+from fastgen.training.logs import Tracker, TrainingLog, say
 from fastgen.training.precision import choose
 from fastgen.training.processes import Processes
 from fastgen.training.trainer import Run
@@ -52,8 +52,8 @@ class Job:
         return bool(read_json(self.folder / FILE)["finished"])
 
     @property
-    def log(self) -> Log:
-        return Log(self.folder / "log.jsonl", self.tracker)
+    def log(self) -> TrainingLog:
+        return TrainingLog(self.folder / "log.jsonl", self.tracker)
 
     def run(self, stage: str, precision: str) -> Run:
         """Where and on what `stage` is trained."""
@@ -135,13 +135,13 @@ def _plain(preset: Preset) -> dict[str, Any]:
     return values
 
 
-def _compare(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    there, here = (dict(flat(job.get("preset", {}))) for job in (found, wanted))
+def _compare(folder: Path, recorded: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+    there, here = (dict(flat(job.get("preset", {}))) for job in (recorded, identity))
     for key in sorted(there.keys() | here.keys()):
         if there.get(key) != here.get(key):
             what = f"{key} = {there.get(key)!r} there and {here.get(key)!r} here"
             raise InputError(f"{folder}: holds another job ({what}); continue that one, or choose another --out")
-    if found.get("data") != wanted["data"]:
+    if recorded.get("data") != identity["data"]:
         raise InputError(f"{folder}: holds a job on other data; continue with that data, or choose another --out")
 
 

@@ -21,7 +21,7 @@ def say(text: str) -> None:
         tqdm.write(text, file=sys.stderr)
 
 
-class Log:
+class TrainingLog:
     """log.jsonl: one row per interval of a stage. Rows that a resumed run will write again are dropped.
 
     `tracker(values, step)` is told the numbers too, as "stage/name".

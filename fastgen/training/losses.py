@@ -169,10 +169,10 @@ def _kl(seen: Denoised, objective: Objective) -> Tensor:
 
 def _latent_perceptual(seen: Denoised, objective: Objective) -> Tensor:
     with _wide_range(seen.x0):
-        found = decoder_features(seen.vae, seen.x0_hat / seen.scaling_factor)
+        predicted = decoder_features(seen.vae, seen.x0_hat / seen.scaling_factor)
         with torch.no_grad():
             true = decoder_features(seen.vae, seen.x0 / seen.scaling_factor)
-    return feature_distance(found, true) * seen.alphas_cumprod
+    return feature_distance(predicted, true) * seen.alphas_cumprod
 
 
 _TERMS: dict[str, Callable[[Denoised, Objective], Tensor]] = {
@@ -206,7 +206,7 @@ def decoder_features(vae: Any, z: Tensor) -> list[Tensor]:
     return features
 
 
-def feature_distance(found: list[Tensor], true: list[Tensor]) -> Tensor:
+def feature_distance(predicted: list[Tensor], true: list[Tensor]) -> Tensor:
     """(b,): the squared distance of the feature vectors of every place, each of length 1, averaged over places and layers.
 
     Zhang et al., The Unreasonable Effectiveness of Deep Features as a Perceptual Metric, 2018, eq. 1 without learned
@@ -218,7 +218,7 @@ def feature_distance(found: list[Tensor], true: list[Tensor]) -> Tensor:
         .square()
         .sum(dim=1)
         .mean(dim=(1, 2))
-        for a, b in zip(found, true, strict=True)
+        for a, b in zip(predicted, true, strict=True)
     ]
     return torch.stack(layers).mean(0)
 

@@ -19,8 +19,8 @@ def build_optimizer(module: nn.Module, recipe: Training, fast: torch.dtype) -> t
         return kind(module.parameters(), fused=True, **options)  # type: ignore[arg-type]
     embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
     matrices = [p for p in module.parameters() if p.ndim >= 2 and id(p) not in embeddings]
-    chosen = {id(p) for p in matrices}
-    others = [p for p in module.parameters() if id(p) not in chosen]
+    matrix_ids = {id(p) for p in matrices}
+    others = [p for p in module.parameters() if id(p) not in matrix_ids]
     return Muon(matrices, others, fast, **options)  # type: ignore[arg-type]
 
 

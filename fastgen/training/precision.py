@@ -32,9 +32,8 @@ def choose(name: str, device: str | None = None) -> Precision:
 
     Raises InputError for a device that is not there, and for fp16 on a CPU.
     """
-    local = (
-        f":{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else ""
-    )  # set by the launcher: a GPU per process
+    rank = os.environ.get("LOCAL_RANK")  # set by the launcher: a GPU per process
+    local = "" if rank is None else f":{rank}"
     target = torch.device(device or (f"cuda{local}" if torch.cuda.is_available() else "cpu"))
     if target.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"device {device}: PyTorch finds no CUDA device; `fastgen doctor` says why")

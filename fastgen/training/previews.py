@@ -22,7 +22,7 @@ from fastgen.solver import TableCompiler
 from fastgen.tables import SolverTable, format_key
 from fastgen.training.diffusion import Preview
 from fastgen.training.precision import Precision
-from fastgen.training.sources import Conditions, Space
+from fastgen.training.sources import ConditionSource, Space
 
 COUNT = 8  # images side by side, and generated at a time
 MAX_FIXED = 64  # conditions of the preset's own
@@ -65,7 +65,7 @@ def shown_rows(rows: np.ndarray) -> np.ndarray:
 
 def sampled_preview(
     space: Space,
-    conditions: Conditions,
+    conditions: ConditionSource,
     rows: np.ndarray,
     captions: Sequence[str],
     scheduler_config: Mapping[str, Any],
@@ -97,7 +97,7 @@ def sampled_preview(
             return images
 
         cond, uncond = conditions.fixed(rows)
-        images = [space.truth(rows), generated(cond, 0)]
+        images: list[Any] = [space.truth(rows), generated(cond, 0)]
         texts: list[Sequence[str]] = [[f"real: {text}" for text in captions], captions]
         if fixed is not None:
             images += in_rows(generated(fixed.condition, len(rows)), COUNT)

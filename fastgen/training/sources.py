@@ -49,7 +49,7 @@ class Space(Protocol):
         ...
 
 
-class Conditions(Protocol):
+class ConditionSource(Protocol):
     """What the network is told about examples."""
 
     def of(self, rows: np.ndarray, draws: Draws, dropout: float) -> Tensor:
@@ -61,7 +61,7 @@ class Conditions(Protocol):
         ...
 
 
-class Pixels:
+class PixelSpace:
     """Images themselves, scaled to [-1, 1]."""
 
     vae = None
@@ -90,7 +90,7 @@ class Pixels:
         return self.pixels[rows]
 
 
-class Latents:
+class LatentSpace:
     """Scaled VAE latents, drawn from cached moments (N, V, S, 2C, h, w): of V variants of each image's light, the first
     being the image as it is, and S = 1 or, with the mirrored images', 2 sides."""
 
@@ -124,7 +124,7 @@ class Latents:
         return draws.integers(VARIANT, self.moments.shape[1]) if jitter else 0
 
 
-class Labels:
+class LabelSource:
     """Multi-hot vectors (N, num_labels); all zero is the unconditional one."""
 
     def __init__(self, multi_hot: np.ndarray, device: torch.device) -> None:
@@ -139,7 +139,7 @@ class Labels:
         return labels, torch.zeros_like(labels)
 
 
-class Captions:
+class CaptionSource:
     """Cached text states (U, 77, D) of the distinct captions, row 0 of which is the empty prompt, the unconditional one."""
 
     def __init__(self, states: np.ndarray, choices: Sequence[np.ndarray], device: torch.device) -> None:

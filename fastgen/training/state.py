@@ -24,7 +24,7 @@ GAIN = 1e-4  # relative; a smaller one is none (torch's ReduceLROnPlateau)
 
 
 @dataclass
-class Progress:
+class TrainingProgress:
     """The numbers that decide what happens next."""
 
     best: float | None = None  # lowest loss, see Training.final
@@ -65,7 +65,7 @@ class State:
     emas: dict[str, Ema]
     micro_batch: int  # examples that a process runs at a time; halved where memory is short
     step: int = 0  # optimiser steps done
-    progress: Progress = field(default_factory=Progress)
+    progress: TrainingProgress = field(default_factory=TrainingProgress)
     pending: list[Tensor] = field(default_factory=list)  # (loss, gradient norm) of steps not yet looked at
 
     @property
@@ -99,7 +99,7 @@ def load(state: State, checkpoint: Checkpoint) -> None:
         ema.load(checkpoint.load(name if name in checkpoint.parts else "model"))
     _load_optimizer(state.optimizer, checkpoint.load("optimizer"))
     state.scaler.load_state_dict(dict(checkpoint.extra["scaler"]))
-    state.progress = Progress(**checkpoint.extra["progress"])
+    state.progress = TrainingProgress(**checkpoint.extra["progress"])
     state.step = checkpoint.step
 
 

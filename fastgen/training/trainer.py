@@ -17,7 +17,7 @@ from fastgen.training import checkpoints
 from fastgen.training.checkpoints import Checkpoint
 from fastgen.training.curves import plot_losses
 from fastgen.training.draws import VALIDATION, Draws
-from fastgen.training.logs import Log, say
+from fastgen.training.logs import TrainingLog, say
 from fastgen.training.optimise import learning_rate, optimise
 from fastgen.training.precision import Precision
 from fastgen.training.processes import Processes
@@ -34,7 +34,7 @@ class Run:
 
     checkpoints: Path
     previews: Path
-    log: Log
+    log: TrainingLog
     precision: Precision
     job: str  # recorded in every checkpoint
     progress: bool = True
@@ -177,10 +177,10 @@ def _due(step: int, recipe: Training, examples: int) -> set[str]:
         before, now = ((s * recipe.batch_size) // (epochs * examples) if epochs else 0 for s in (step - 1, step))
         return step == recipe.steps or by_step or now > before
 
-    found = {
+    tasks = {
         "log": due(LOG_EVERY),
         "validation": due(recipe.validate_every),
         "preview": due(recipe.preview_every, recipe.preview_every_epochs),
         "checkpoint": due(recipe.checkpoint_every, recipe.checkpoint_every_epochs),
     }
-    return {name for name, is_due in found.items() if is_due}
+    return {name for name, is_due in tasks.items() if is_due}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import operator
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastgen.checkpoint_choice import check_bundle_of
@@ -18,7 +18,6 @@ from fastgen.names import check_labels
 from fastgen.pictures import Decoder
 from fastgen.requests import Request
 from fastgen.run import Run
-from fastgen.sampling import sample_steps
 from fastgen.settings import Settings
 from fastgen.start import StartSource, late_start
 from fastgen.tables import SolverTable
@@ -114,15 +113,8 @@ class Pipeline:
             images += [Image.fromarray(p) for p in pictures.pixels]
         return images
 
-    def steps(self, table: SolverTable, x: Array, cond: Array, **options: Any) -> Iterator[tuple[int, Array]]:
-        """The sampling loop over this engine, see `sampling.sample_steps` for arguments and what is yielded."""
-        if self.on_gpu:
-            return self._loop(table, x, cond).steps(x, cond, **options)
-        engine = self.engine
-        return sample_steps(lambda *a: engine.run("unet", *a)[0], table, x, cond, guided=engine.run_guided, **options)
-
-    def _loop(self, table: SolverTable, x: Array, cond: Array) -> DeviceLoop:
-        """The loop for this table and batch size; those of other tables are dropped with their memory."""
+    def loop(self, table: SolverTable, x: Array, cond: Array) -> DeviceLoop:
+        """The loop on a GPU for this table and batch size; those of other tables are dropped with their memory."""
         if any(held != table.key for held, _ in self._loops):
             self._drop_loops()
         key = (table.key, len(x))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from fastgen.conditions import conditions_for
 from fastgen.errors import InputError
 from fastgen.pictures import Pictures
 from fastgen.requests import Request, resolve_seed
-from fastgen.sampling import guided_rows, initial_latents
+from fastgen.sampling import guided_rows, initial_latents, sample_steps
 from fastgen.settings import Settings
 from fastgen.start import Start
 from fastgen.strips import Frames, StripPlan
@@ -60,7 +60,7 @@ class Run:
         batch: Batch,
         *,
         decode_batch_size: int | None = None,
-        on_row: Callable[[int], None] = lambda row: None,
+        on_row: Callable[[int], None] | None = None,
     ) -> Callable[[], Pictures]:
         """Begin with one batch; the call that is returned waits for its pictures.
 
@@ -69,36 +69,46 @@ class Run:
         called when row i of the table has run, or is queued; with -1 before the first.
         """
         frames = None if self.strip is None else Frames(self.strip, len(batch))
-        x = self.latents(batch, frames, on_row)
+        with np.errstate(over="ignore", invalid="ignore"):  # broken images are looked for in the end
+            for row, x in self.steps(batch):
+                if frames is not None:
+                    frames.keep(row, x)
+                if on_row is not None:
+                    on_row(row)
         decode = partial(self.pipeline.decoder.start, normalize=self.settings.normalize, limit=decode_batch_size)
-        wait = decode(x)
+        wait = decode(x[: len(batch)])
         return wait if frames is None else frames.start(decode, wait)
 
     def images(self, batch: Batch) -> np.ndarray:
         """The batch's images (B, 3, H, W) float32, nominally in [-1, 1], whatever they look like."""
         return self.pipeline.engine.numpy(self.pipeline.decoder.decode(self.latents(batch)))
 
-    def latents(
-        self, batch: Batch, frames: Frames | None = None, on_row: Callable[[int], None] = lambda row: None
-    ) -> Array:
-        """The batch's final states (B, C, h, w) float32, an array of the engine. `frames` keeps the states of its strip."""
-        engine, settings = self.pipeline.engine, self.settings
-        requests = self.requests[batch.rows]
+    def latents(self, batch: Batch) -> Array:
+        """The batch's final states (B, C, h, w) float32, an array of the engine."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            return deque(self.steps(batch), maxlen=1)[0][1][: len(batch)]
+
+    def steps(self, batch: Batch) -> Iterator[tuple[int, Array]]:
+        """The loop: (i, the batch's states after row i of the table), from -1 on, the states it starts from. States are arrays
+        of the engine (B, C, h, w), where it has static shapes filled up to the bucket; on a GPU they may be overwritten by
+        the next row."""
+        pipeline, settings = self.pipeline, self.settings
+        engine, requests = pipeline.engine, self.requests[batch.rows]
         if engine.static_shapes:  # the last request fills the batch up
             requests = [*requests, *[requests[-1]] * (batch.bucket - len(batch))]
         seeds = engine.array(np.array([resolve_seed(r, settings.seed) for r in requests], np.int64))
         clean = None if self.start is None else engine.array(self.start.latents(requests))
-        x = initial_latents(self.table, seeds, self.pipeline.spec.latent_shape, clean)
+        x = initial_latents(self.table, seeds, pipeline.spec.latent_shape, clean)
+        yield -1, x
+        cond = self.conditions(requests)
         options: dict[str, Any] = {
             "seeds": seeds,
             "guidance_scale": settings.guidance_scale,
             "uncond": self.conditions.uncond() if settings.guided else None,
             "guidance_interval": settings.guidance_interval,
         }
-        with np.errstate(over="ignore", invalid="ignore"):  # broken images are looked for in the end
-            steps = self.pipeline.steps(self.table, x, self.conditions(requests), **options)
-            for row, state in chain([(-1, x)], steps):
-                if frames is not None:
-                    frames.keep(row, state)
-                on_row(row)
-        return state[: len(batch)]
+        if pipeline.on_gpu:
+            yield from pipeline.loop(self.table, x, cond).steps(x, cond, **options)
+        else:
+            network = lambda *inputs: engine.run("unet", *inputs)[0]  # noqa: E731
+            yield from sample_steps(network, self.table, x, cond, guided=engine.run_guided, **options)

@@ -99,7 +99,8 @@ class Recorder:
         self.log, self.fails_at, self.engine, self.pipeline = [], list(fails_at), self, self
         self.device = "cuda"
 
-    def begin(self, batch):
+    def begin(self, batch, *, decode_batch_size, on_row):
+        assert on_row is None  # the bar of a GPU's job follows batches
         if batch.start in self.fails_at and batch.bucket > 2:
             raise MemoryError
         self.log.append(f"start {batch.start}")
@@ -117,7 +118,7 @@ class Recorder:
 
 def generated(recorder, batches):
     said = []
-    done = [batch for batch, _ in job._generated(recorder, batches, recorder.begin, said.append)]
+    done = [batch for batch, _ in job._generated(recorder, batches, None, None, said.append)]
     return done, said
 
 
@@ -471,7 +472,7 @@ def test_a_batch_that_ran_out_of_memory_is_gone_before_the_next_is_tried(monkeyp
     class Tensors:
         pass
 
-    def begin(batch):
+    def begin(batch, **options):
         tensors = Tensors()
         held.append(weakref.ref(tensors))
         if batch.bucket > 2:

@@ -21,6 +21,8 @@ from fastgen.strip_files import StripFiles, save_strip_sheet
 
 if TYPE_CHECKING:
     from fastgen.buckets import Batch
+    from fastgen.jobs.writing import Writer
+    from fastgen.pictures import Pictures
     from fastgen.requests import Request
     from fastgen.run import Run
 
@@ -93,6 +95,18 @@ class JobFolder:
         """Whether all images of a batch are there, and their strips."""
         strips = self.strips
         return all(self.files[i].exists() and (strips is None or strips.present(i)) for i in range(*batch[:2]))
+
+    def write(self, writer: Writer, batch: Batch, pictures: Pictures, lines: Sequence[dict[str, Any]]) -> None:
+        """Hand a batch's images and strips to the writer, with their manifest lines; a line of what is no picture gets an
+        "error" instead."""
+        rows = zip(self.files[batch.rows], pictures.pixels, pictures.problems, lines[batch.rows], strict=True)
+        for file, pixels, problem, line in rows:
+            if problem:
+                line["error"] = str(problem)
+            else:
+                writer.submit(file, pixels, line)
+        if self.strips is not None:
+            self.strips.submit(writer, batch, pictures, lines)
 
     def finish(
         self,

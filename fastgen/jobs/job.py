@@ -65,8 +65,12 @@ def run_job(
     part = batches if shard is None else shard.part(batches)
     pending = [batch for batch in part if not folder.is_complete(batch)]
     count = sum(map(len, pending))
-    with progress_bar(count, progress, shard) as bar:
-        errors = _write_batches(run, folder, pending, lines, limits.decode, bar, say)
+    with progress_bar(count, progress, shard) as bar, Writer(_writers(run.pipeline)) as writer:
+        advance = StepBar(bar, writer, len(run.table))
+        for batch, pictures in _generated(run, pending, limits.decode, advance, say):
+            folder.write(writer, batch, pictures, lines)
+            advance.to(len(batch))
+    errors = {line["image_name"]: line["error"] for line in lines if "error" in line}
     seconds = time.perf_counter() - start
     truncated = dict(run.conditions.truncated)
     timing = (
@@ -107,54 +111,24 @@ def _claim(run: Run, folder: JobFolder, batch_size: int | None, *, sweep: bool) 
             return limits, identity
 
 
-def _write_batches(
-    run: Run,
-    folder: JobFolder,
-    pending: Sequence[Batch],
-    lines: Sequence[dict[str, Any]],
-    decode_batch_size: int | None,
-    bar: Any,
-    say: Callable[[str], None],
-) -> dict[str, str]:
-    """Generate these batches and write their files; image_name -> why, of those that are broken, in their `lines` too."""
-    errors: dict[str, str] = {}
-    with Writer(_writers(run.pipeline)) as writer:
-        advance = StepBar(bar, writer, len(run.table))
-
-        def begin(batch: Batch) -> Callable[[], Pictures]:
-            """On a CPU, where this blocks, the bar follows the steps."""
-            if run.pipeline.on_gpu:
-                return run.begin(batch, decode_batch_size=decode_batch_size)
-            on_row = partial(advance.step, len(batch))
-            return run.begin(batch, decode_batch_size=decode_batch_size, on_row=on_row)
-
-        for batch, pictures in _generated(run, pending, begin, say):
-            rows = zip(lines[batch.rows], folder.files[batch.rows], pictures.pixels, pictures.problems, strict=True)
-            for line, file, pixels, problem in rows:
-                if problem:
-                    errors[line["image_name"]] = line["error"] = str(problem)
-                else:
-                    writer.submit(file, pixels, line)
-            if folder.strips is not None:
-                folder.strips.submit(writer, batch, pictures, lines)
-            advance.to(len(batch))
-    return errors
-
-
 def _generated(
     run: Run,
     pending: Sequence[Batch],
-    begin: Callable[[Batch], Callable[[], Pictures]],
+    decode_batch_size: int | None,
+    advance: StepBar,
     say: Callable[[str], None],
 ) -> Iterator[tuple[Batch, Pictures]]:
-    """The pictures of all batches; on a GPU the next batch is queued before the one before it is waited for."""
+    """The pictures of all batches; on a GPU the next batch is queued before the one before it is waited for. Elsewhere
+    `advance` follows the rows of a batch."""
     queue: deque[tuple[Batch, Callable[[], Pictures]]] = deque()
     todo, pipeline = deque(pending), run.pipeline
     while todo or queue:
         short = None
         try:
             while todo and len(queue) < (QUEUED if pipeline.on_gpu else 1):
-                queue.append((todo[0], begin(todo[0])))
+                batch = todo[0]
+                on_row = None if pipeline.on_gpu else partial(advance.step, len(batch))
+                queue.append((batch, run.begin(batch, decode_batch_size=decode_batch_size, on_row=on_row)))
                 todo.popleft()
         except Exception as error:
             if not pipeline.engine.is_out_of_memory(error):

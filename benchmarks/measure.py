@@ -23,7 +23,7 @@ from benchmarks.prompts import conditions
 from benchmarks.rows import Case, Taken, shorter
 from benchmarks.sides import FOREIGN, REFERENCE, Side, missing
 from benchmarks.worker import Local, Process
-from fastgen.errors import FastgenError
+from fastgen.errors import FastgenError, first_line
 from fastgen.noise import normal
 from fastgen.schedulers import default_name
 from fastgen.solver import TableCompiler
@@ -301,7 +301,7 @@ class Matrix:
         try:
             return self.plan.bundle or bundled(self.plan.model, self.plan.work)
         except Exception as error:  # a model that cannot be exported is the failure of the sides that need it
-            return f"export failed: {type(error).__name__}: {str(error).splitlines()[0]}"
+            return f"export failed: {type(error).__name__}: {first_line(error)}"
 
 
 class _Sides:

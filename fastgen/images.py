@@ -84,7 +84,7 @@ def sheet(
     texts = [[_wrap(text, font, cell, 3) for text in row] for row in captions] or [[] for _ in rows]
     above, top = head_line if titles else 0, PAD + (head_line if heads else 0)
     heights = [above + cell + line * max(map(len, row), default=0) + PAD for row in texts]
-    width = PAD + max(4 if titles else 1, *map(len, rows)) * (cell + PAD)
+    width = PAD + max(4 if titles else 1, len(heads), *map(len, rows)) * (cell + PAD)
     image = Image.new("RGB", (width, top + sum(heights)), "white")
     draw = ImageDraw.Draw(image)
     lefts = range(PAD, width, cell + PAD)

@@ -79,3 +79,7 @@ def test_gaps_heads_titles_and_a_tint_leave_the_images_in_their_columns():
     tinted = (drawn[:, 0] == (255, 242, 204)).all(-1)
     assert not tinted[: len(tinted) // 2].any()
     assert tinted.sum() > 96
+
+
+def test_a_sheet_without_rows_has_its_heads_only():
+    assert sheet([], heads=["a", "b"], titles=[], cell=96).size == (6 + 2 * 102, 6 + 15)

@@ -63,18 +63,19 @@ def export(
     if rtx:
         _check_rtx(capabilities)
     chosen = _engines(engines, model, trt or rtx)
-    if not is_bundle(model):
-        write_bundle(model, out, Wanted(solvers, dtype), overwrite, say, checkpoint)
-    elif model.resolve() != out.resolve():
+    whole = is_bundle(model)
+    if whole and model.resolve() != out.resolve():
         raise InputError(f"{model} is a bundle already; to certify engines on it give it as --out too")
-    else:
-        _check_holds(read_bundle(model), dtype)
-        check_bundle_of(model, read_bundle(model).spec.checkpoint, checkpoint)
+    if not whole:
+        write_bundle(model, out, Wanted(solvers, dtype), overwrite, say, checkpoint)
+    bundle = read_bundle(out)  # once: each `Bundle` verifies the files that are asked of it anew
+    if whole:
+        _check_holds(bundle, dtype)
+        check_bundle_of(model, bundle.spec.checkpoint, checkpoint)
     certificates = []
 
     def add(name: str, precision: str | None, networks: Sequence[str] | None = None) -> None:
         say(f"certifying {name} against eager fp32")
-        bundle = read_bundle(out)
         engine = _open(name, precision, bundle, model, checkpoint)
         certificates.append(certify(engine, bundle, networks))
         show(certificates[-1])
@@ -82,11 +83,11 @@ def export(
     for name, precision in chosen:
         add(name, precision)
     if trt:
-        _build_trt(read_bundle(out), dtype, batch_sizes, say)
-        generating = [n for n in read_bundle(out).spec.signatures if n != "vae_encoder"]
+        _build_trt(bundle, dtype, batch_sizes, say)
+        generating = [n for n in bundle.spec.signatures if n != "vae_encoder"]
         add("trt", dtype, generating)
     if rtx:
-        _build_rtx(read_bundle(out), dtype, batch_sizes, capabilities, overwrite, say)
+        _build_rtx(bundle, dtype, batch_sizes, capabilities, overwrite, say)
     return certificates
 
 

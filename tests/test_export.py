@@ -21,6 +21,7 @@ onnxruntime = pytest.importorskip("onnxruntime")
 
 from conftest import TABLE_STEPS  # noqa: E402
 
+import fastgen.bundle  # noqa: E402
 from export.bundle import export  # noqa: E402
 from fastgen.errors import FastgenError, InputError  # noqa: E402
 from fastgen.jsonfiles import read_json, write_json  # noqa: E402
@@ -162,6 +163,14 @@ def test_wrong_options_are_found_before_the_networks_are_exported_and_leave_noth
 def test_a_bundle_is_no_model_folder_for_another_bundle(bundle, tmp_path):
     with pytest.raises(InputError, match="is a bundle already"):
         export(bundle, tmp_path / "other")
+
+
+def test_every_file_of_a_bundle_is_verified_once_for_all_engines(bundle, monkeypatch):
+    verify, verified = fastgen.bundle._verify, []
+    monkeypatch.setattr(fastgen.bundle, "_verify", lambda path, file: (verified.append(path), verify(path, file)))
+    assert len(export(bundle, bundle, engines=["ort", "openvino"])) == 2
+    assert {"model.onnx", "reference.safetensors"} < {path.name for path in verified}
+    assert len(verified) == len(set(verified))
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), FastgenError("unet: cannot be exported")])

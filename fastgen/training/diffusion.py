@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fastgen.errors import InputError
+from fastgen.errors import InputError, first_line
 from fastgen.training.draws import VALIDATION, Draws
 from fastgen.training.losses import Denoised, Objective, evaluate
 from fastgen.training.sources import NOISE, TIMESTEP, ConditionSource, Space
@@ -114,8 +114,13 @@ class NoiseSchedule:
     def __init__(self, config: Mapping[str, Any]) -> None:
         from diffusers import DDPMScheduler
 
-        self._scheduler: Any = DDPMScheduler.from_config(dict(config))
+        try:
+            self._scheduler: Any = DDPMScheduler.from_config(dict(config))
+        except (ValueError, TypeError, RuntimeError, NotImplementedError, IndexError) as error:
+            raise InputError(f"scheduler: DDPMScheduler refuses it: {first_line(error)}") from None
         self.count = int(self._scheduler.config.num_train_timesteps)
+        if self.count < 1:
+            raise InputError(f"scheduler: num_train_timesteps = {self.count}: expected at least 1")
         self.prediction_type = str(self._scheduler.config.prediction_type)
         if self.prediction_type not in ("epsilon", "sample", "v_prediction"):
             expected = "epsilon, sample or v_prediction"

@@ -19,12 +19,8 @@ from fastgen.config import Training
 from fastgen.errors import FastgenError, InputError
 from fastgen.training.tasks import loss_weights
 
-TERMS = {
-    "mse": 1.0,
-    "lpips": 0.0,
-    "kl": 0.0,
-    "latent_perceptual": 0.0,
-}  # and their weights unless the preset says otherwise
+# Loss term -> its weight unless the preset says otherwise.
+TERMS = {"mse": 1.0, "lpips": 0.0, "kl": 0.0, "latent_perceptual": 0.0}
 LATENTS_ONLY = ("kl", "latent_perceptual")
 UP_BLOCKS = 2  # of the VAE decoder that latent_perceptual runs, behind its middle block
 LPIPS_SIZE = 32  # px, the smallest image that its VGG-16 can see

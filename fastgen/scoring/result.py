@@ -1,4 +1,4 @@
-"""The result of scoring: figures with their standard errors, and everything that they depend on; as JSON and as a table."""
+"""The result of scoring: figures with standard errors, and the settings they depend on; as JSON and as a table."""
 
 from __future__ import annotations
 
@@ -64,8 +64,10 @@ class Score:
     reference: Mapping[str, Any] | None  # path, images, sha256
     clip: Mapping[str, Any] | None  # variant, preprocessing
     resized: Mapping[str, Resized]  # network -> what was resized for it
-    saving: str  # how the images' values became pixels: clamp, min-max, mixed, unknown
-    made_by: Mapping[str, Any]  # model, checkpoint, engine, scheduler, ...: what the images' metadata agree on
+    saving: str  # how the networks' output was converted to pixels: clamp, min-max, mixed, unknown
+    made_by: Mapping[
+        str, Any
+    ]  # model, checkpoint, engine, scheduler, ...: the same in all images' metadata, or "mixed"
     warnings: tuple[str, ...]
     names: tuple[str, ...] = field(repr=False)  # of the images
     samples: Mapping[str, tuple[Sample, ...]] = field(repr=False, compare=False)  # metric -> one per folder

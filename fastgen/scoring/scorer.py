@@ -34,11 +34,12 @@ ENOUGH = 2048  # images: with fewer, the covariance of 2,048 features has not ev
 
 @dataclass(frozen=True)
 class Work:
-    """What is measured on one run, known before its images are decoded."""
+    """The requests and targets of one run, read before its images are decoded."""
 
     requests: Sequence[Request] | None
     objects: Mapping[str, int] | None  # name -> output of the evaluator; None where label accuracy is not measured
-    asked: np.ndarray | None  # (N, K): one value of each attribute; None where these are not measured
+    # (N, K) multi-hot, the requested value of each attribute; None where these are not measured
+    asked: np.ndarray | None
     names: tuple[str, ...]
     prompts: tuple[str, ...]  # empty where CLIP-T is not measured
     matched: Mapping[str, Path]  # name -> reference image of that name, where there is a CLIP

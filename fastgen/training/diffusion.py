@@ -27,8 +27,8 @@ class DiffusionTask(Task):
     noise, clean sample or velocity, whichever the schedule's `prediction_type` names.
 
     Training optimises the objective's terms of the current epoch, step * batch_size / number of training rows.
-    Validation is the plain squared error of the prediction, whatever the objective: so its losses can be compared over a
-    run in which terms set in, and between runs.
+    Validation always takes the plain squared error of the prediction. So its losses can be compared between runs with
+    different objectives, and over a run in which further terms start at later epochs.
     """
 
     name = "unet"
@@ -87,8 +87,10 @@ class DiffusionTask(Task):
         return total
 
     def parts(self, total: Callable[[Tensor], Tensor] = lambda sums: sums) -> dict[str, float]:
-        """{"loss_lpips": the term's mean per example, before its weight, ...} of the training since the last call, where
-        the objective has more than one term. Waits for the device, once; `total` adds up a tensor over processes."""
+        """{"loss_lpips": mean of the unweighted term per example, ...} since the last call; empty for a single term.
+
+        `total` adds up a tensor over the processes. Waits for the device once.
+        """
         names = list(self.objective.active(math.inf))
         if len(names) == 1:
             return {}

@@ -1,4 +1,4 @@
-"""Attributes: what each animation of a training set, and each image that was asked for, shows, one value of each."""
+"""Attributes such as body or colour: each animation of a training set, and each requested image, has one value of each."""
 
 from __future__ import annotations
 
@@ -72,8 +72,8 @@ def labels_of(entry: Mapping[str, str], attributes: Attributes) -> tuple[str, ..
 
 
 def labelled(dataset: Dataset) -> Dataset:
-    """What an evaluator learns from: data with labels as they are; for captions, the values in the dataset's own
-    attributes.json as labels. InputError where there is no such file, or no entry for an animation."""
+    """The dataset with labels for an evaluator to learn: unchanged if it has labels; if it has captions, with the values in
+    its attributes.json as labels. InputError where there is no such file, or no entry for an animation."""
     if dataset.kind == "labels":
         return dataset
     path = dataset.root / FILE

@@ -139,3 +139,14 @@ def test_points_given_one_by_one_are_taken_in_their_order():
 def test_points_that_a_sweep_cannot_have_are_refused(chosen, words):
     with pytest.raises(RefusedError, match=words):
         Points(chosen)
+
+
+def test_values_of_another_type_are_refused_like_values_out_of_range():
+    with pytest.raises(RefusedError) as raised:
+        Grid(num_inference_steps=("ten", 2.5), guidance_scales=("high",), noise_steps=(1.5,))
+    assert [problem.partition(", expected")[0] for problem in raised.value.problems] == [
+        "--num-inference-steps: found 'ten'",
+        "--num-inference-steps: found 2.5",
+        "--guidance-scale: found 'high'",
+        "--noise-steps: found 1.5",
+    ]

@@ -16,7 +16,7 @@ from fastgen.config import Training
 from fastgen.errors import FastgenError, InputError
 from fastgen.training import checkpoints
 from fastgen.training.contrastive import ContrastiveTask
-from fastgen.training.diffusion import DiffusionTask
+from fastgen.training.diffusion import DiffusionTask, NoiseSchedule
 from fastgen.training.draws import Draws, batch_rows
 from fastgen.training.ema import Ema
 from fastgen.training.logs import TrainingLog
@@ -346,7 +346,7 @@ def test_precision_that_a_cpu_lacks_is_refused() -> None:
     with pytest.raises(InputError, match=r"fp16.*needs a GPU"):
         choose("fp16", "cpu")
     if not torch.cuda.is_available():
-        with pytest.raises(InputError, match="no CUDA device"):
+        with pytest.raises(InputError, match="no CUDA devices"):
             choose("auto", "cuda")
 
 
@@ -553,3 +553,16 @@ def test_the_curves_are_drawn_beside_the_checkpoints(tmp_path: Path) -> None:
     trained(tmp_path)
     with Image.open(tmp_path / "checkpoints" / "loss.png") as image:
         assert len(np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0)) > 10  # lines, axes, words
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:x"])
+def test_a_device_that_torch_does_not_know_is_one_line(name: str) -> None:
+    with pytest.raises(InputError, match=f"device '{name}': expected cpu, cuda, cuda:1"):
+        choose("fp32", name)
+
+
+@pytest.mark.parametrize("wrong", [{"beta_schedule": "steep"}, {"beta_start": "low"}, {"num_train_timesteps": 0}])
+def test_a_noise_schedule_that_diffusers_refuses_is_one_line(wrong: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="scheduler: ") as raised:
+        NoiseSchedule({**SCHEDULE, "prediction_type": "epsilon", **wrong})
+    assert "\n" not in str(raised.value)

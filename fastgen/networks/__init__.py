@@ -39,7 +39,7 @@ from fastgen.spec import Spec
 from fastgen.tables import SolverTable
 from fastgen.weights import load_state, pretrained, pretrained_tokenizer, quiet_transformers
 
-COMPONENTS = ("text_encoder", "vae")  # whose own hashes are recorded: an index depends on them, not on the UNet
+COMPONENTS = ("text_encoder", "vae")  # each has a hash in the spec: an index depends on them, not on the UNet
 WEIGHTS = ("unet", "conditioner", *COMPONENTS)  # folders whose weights identify a model
 SETTINGS = "fastgen.json"  # generation defaults and training record, beside model_index.json
 
@@ -224,7 +224,7 @@ def _table(file: Path) -> dict[str, Any]:
 
 
 def _trained_mode(folder: Path) -> str | None:
-    """How training made images square: by the record in fastgen.json, or, while it goes on, in the run's own."""
+    """The preset's image_mode: from the record in fastgen.json, or, before training is finished, from training.json."""
     for file, table in ((folder / SETTINGS, "training"), (folder / "training.json", "preset")):
         record = _table(file).get(table) if file.is_file() else None
         if isinstance(record, dict) and isinstance(record.get("image_mode"), str):

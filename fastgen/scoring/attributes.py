@@ -1,4 +1,4 @@
-"""Attributes: the share of images that show the value that was asked for, of each attribute and on average."""
+"""Attributes: the share of images that show the requested value, for each attribute and on average."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def asked_attributes(path: Path, requests: Sequence[Request], attributes: Attrib
 
 
 def metric_names(attributes: Attributes) -> tuple[str, ...]:
-    """The mean over all attributes first: it is what a sweep looks at unless told otherwise."""
+    """The mean over all attributes comes first: it is the default metric of a sweep."""
     return (MEAN, *attributes)
 
 
@@ -46,7 +46,7 @@ def attribute_samples(
 
 
 def value_shares(scores: Sequence[np.ndarray], targets: np.ndarray, attributes: Attributes) -> Mapping[str, Share]:
-    """Label of a value, such as "colour: red" -> how often it was found where it was asked for, all folders together."""
+    """Label of a value, such as "colour: red" -> how many of the images requested with it show it, all folders together."""
     sizes = [len(values) for values in attributes.values()]
     hits = np.concatenate([attribute_hits(one, targets, sizes) for one in scores])  # (S N, A)
     correct = np.repeat(hits, sizes, axis=1) * np.tile(targets, (len(scores), 1))  # (S N, K)

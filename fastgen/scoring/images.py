@@ -1,4 +1,4 @@
-"""Generated images: their folders, decoding them, and what they say about how they were made."""
+"""Generated images: their folders, decoding, and their metadata about how they were made."""
 
 from __future__ import annotations
 
@@ -93,8 +93,8 @@ def check_made_for(metadata: Mapping[str, Any] | None, path: Path, request: Requ
 
 
 def saving(metadata: Sequence[Mapping[str, Any] | None]) -> str:
-    """How the images' values became pixels: "clamp" to [-1, 1] or "min-max" of each image; "mixed"; "unknown" for images
-    that something else wrote."""
+    """How the networks' output was converted to pixels: "clamp" to [-1, 1] or "min-max" of each image; "mixed"; "unknown" for
+    images of another program."""
     kinds = {"unknown" if one is None else str(one.get("normalize") or "clamp") for one in metadata}
     return kinds.pop() if len(kinds) == 1 else "mixed"
 

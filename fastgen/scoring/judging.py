@@ -1,5 +1,5 @@
-"""Whether an evaluator can tell how well images follow their requests: one of objects by labels, one of attributes by prompts
-and what is written down about them."""
+"""Whether an evaluator can judge images of given requests. An evaluator of objects needs labels; an evaluator of attributes
+needs prompts and a file with the requested value of each attribute."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def is_judged(
 ) -> bool:
     """Whether images of these requests, read from `path`, are judged by an evaluator of `attributes` (None: of objects).
 
-    asked: the file that was given for what was asked for. for_features: the evaluator is wanted for FID and KID anyway, so
-    that it may judge nothing. InputError where it was given for judging alone, and cannot.
+    asked: the file with the requested values, where the user names one. for_features: the evaluator also computes features
+    for FID and KID, so that it need not judge. InputError where it is there for judging alone, and cannot judge.
     """
     if requests and path and requests[0].kind == ("text" if attributes else "labels"):
         known = attributes is None or asked is not None or path.with_name(FILE).is_file()
@@ -38,8 +38,8 @@ def is_judged(
 
 
 def asked_file(given: Path | None, requests: Path) -> Path:
-    """Where it is written what was asked for: the file that was given, else attributes.json beside the requests. InputError
-    where there is none."""
+    """The file with the requested values: `given`, else attributes.json beside the requests. InputError where there is
+    none."""
     path = given or requests.with_name(FILE)
     if not path.is_file():
         hint = "" if given else ", which says what was asked for, by the requests' keys; give --attributes FILE"

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fastgen.errors import FastgenError, InputError
+from fastgen.errors import FastgenError
 from fastgen.evaluator import IMAGE_SIZE as EVALUATOR_SIZE
 from fastgen.evaluator import Evaluator
 from fastgen.evaluator import load as load_evaluator
@@ -142,14 +142,3 @@ def extract(networks: Mapping[str, FeatureNetwork], images: Sequence[Image.Image
         if broken := int((~np.isfinite(features)).any(axis=1).sum()):
             raise FastgenError(f"the {name} network gave NaN or infinity for {broken} of {len(features)} images")
     return out
-
-
-def device_of(name: str | None) -> torch.device:
-    """The device of that name, by default the GPU if there is one; InputError for one that is not there."""
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError:
-        raise InputError(f"device {name!r}: expected cpu, cuda, cuda:1, ...") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"device {name}: PyTorch finds {torch.cuda.device_count()} CUDA GPUs")
-    return device

@@ -16,7 +16,7 @@ from fastgen.scoring.networks import FeatureNetwork, extract
 
 @dataclass(frozen=True, eq=False)
 class Seed:
-    """What a pass over one folder of N images gave."""
+    """The result of a pass over one folder of N images."""
 
     features: Mapping[str, np.ndarray]  # network -> (N, D)
     resized: Mapping[str, int]  # network -> images that did not have its size

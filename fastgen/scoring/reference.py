@@ -1,4 +1,4 @@
-"""The reference set: its images, and what a feature network says about them, computed once and kept in the cache."""
+"""The reference set: its images, and their features, computed once and kept in the cache."""
 
 from __future__ import annotations
 

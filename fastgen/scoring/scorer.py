@@ -14,6 +14,7 @@ from fastgen import __version__
 from fastgen.attributes import MEAN, read_attributes
 from fastgen.errors import InputError
 from fastgen.metrics import Share
+from fastgen.precision import device_of
 from fastgen.requests import Request, multi_hot, read_requests
 from fastgen.scoring.attributes import asked_attributes, attribute_samples, metric_names, value_shares
 from fastgen.scoring.clip import ClipNetwork, cosines, load_clip
@@ -21,7 +22,7 @@ from fastgen.scoring.distances import Frechet, Kernel
 from fastgen.scoring.images import Paths, image_folders, image_names, made_by, saving
 from fastgen.scoring.judging import asked_file, is_judged
 from fastgen.scoring.labels import breakdowns, label_objects, label_sample
-from fastgen.scoring.networks import EvaluatorNetwork, FeatureNetwork, device_of, evaluator_network, inception_network
+from fastgen.scoring.networks import EvaluatorNetwork, FeatureNetwork, evaluator_network, inception_network
 from fastgen.scoring.options import Options, PathLike, need, takes_options
 from fastgen.scoring.passes import Seed, one_pass
 from fastgen.scoring.reference import ReferenceImages, Statistics, named_features, read_reference, reference_statistics
@@ -33,11 +34,12 @@ ENOUGH = 2048  # images: with fewer, the covariance of 2,048 features has not ev
 
 @dataclass(frozen=True)
 class Work:
-    """What is measured on one run, known before its images are decoded."""
+    """The requests and targets of one run, read before its images are decoded."""
 
     requests: Sequence[Request] | None
     objects: Mapping[str, int] | None  # name -> output of the evaluator; None where label accuracy is not measured
-    asked: np.ndarray | None  # (N, K): one value of each attribute; None where these are not measured
+    # (N, K) multi-hot, the requested value of each attribute; None where these are not measured
+    asked: np.ndarray | None
     names: tuple[str, ...]
     prompts: tuple[str, ...]  # empty where CLIP-T is not measured
     matched: Mapping[str, Path]  # name -> reference image of that name, where there is a CLIP

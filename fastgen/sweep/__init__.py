@@ -62,11 +62,11 @@ def sweep(
     """Generate the requests (the first `limit`) at every point of `grid`, once per seed, and score them.
 
     Writes OUT/points/, sweep.json, sweep.csv, contact_sheet.png, plot.png where matplotlib is installed, and requests.json, the
-    requests that were used. What is there already is kept: images that exist are not generated again, points that the same
-    scorer scored are not scored again. A checkpoint's networks are loaded once. `metric`: what `rule` looks at, by default
-    the first that is measured; `rag`: an index, see `fastgen.retrieval`; `options`: the others of `fastgen.load`. After
-    `minutes` no further seed of any point is begun: points that lack some are `unfinished`, and the same call continues.
-    `check` is called with every pipeline that is loaded, before it generates, and may raise.
+    requests of this sweep. Existing images are not generated again, and points that the same scorer scored are not scored
+    again. A checkpoint's networks are loaded once. `metric`: the metric of `rule`, by default the first that is measured;
+    `rag`: an index, see `fastgen.retrieval`; `options`: further arguments of `fastgen.load`. After `minutes` no further seed
+    of any point begins: points that lack some are `unfinished`, and the same call continues. `check(pipeline)` is called
+    after a pipeline is loaded and before it generates, and may raise.
 
     Raises RefusedError (an InputError) with everything that is wrong, before the first image, and InputError for an `out` that
     holds something else. A point with images that could not be made has an `error` and no score.

@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 from fastgen.errors import InputError
 from fastgen.settings import late_steps
@@ -88,7 +88,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Grid:
-    """Values per setting; None: the model's own. RefusedError, with every bad item, for values out of range or given twice.
+    """Values per setting; None: the model's defaults. RefusedError, with every bad item, for wrong values and repeated ones.
 
     `noise_steps`: None among them is a full start from noise; None instead of them, with an index, is 6/7 of the steps.
     `guidance_interval` is the same for all points.
@@ -104,9 +104,11 @@ class Grid:
     def __post_init__(self) -> None:
         problems = Problems()
         problems += _bad("--scheduler", self.schedulers, lambda v: bool(v) and ":" not in v, "a name such as ddim")
-        problems += _bad("--num-inference-steps", self.num_inference_steps, lambda v: v >= 1, "at least 1")
+        problems += _bad("--num-inference-steps", self.num_inference_steps, _is_count, "at least 1")
         problems += _bad("--guidance-scale", self.guidance_scales, _is_scale, "a finite number, 0 or more")
-        problems += _bad("--noise-steps", self.noise_steps, lambda v: v is None or v >= 1, f"at least 1, or {NONE}")
+        problems += _bad(
+            "--noise-steps", self.noise_steps, lambda v: v is None or _is_count(v), f"at least 1, or {NONE}"
+        )
         problems += _bad("--checkpoint", self.checkpoints, lambda v: v != "", "best, last, ema or a step")
         if self.num_inference_steps:
             problems += _too_noisy(self.num_inference_steps, self.noise_steps or ())
@@ -237,8 +239,12 @@ def _noise(word: str) -> int | None:
     return None if word == NONE else integer(word)
 
 
-def _is_scale(value: float) -> bool:
-    return math.isfinite(value) and value >= 0
+def _is_count(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and value >= 1
+
+
+def _is_scale(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value) and value >= 0
 
 
 def _bad(option: str, values: Sequence[Any] | None, good: Callable[[Any], bool], expected: str) -> list[str]:
@@ -254,7 +260,7 @@ def _too_noisy(all_steps: Iterable[int], noise_steps: Iterable[int | None]) -> l
     return [
         f"--noise-steps {noise} with --num-inference-steps {steps}: expected at most {steps}"
         for steps, noise in itertools.product(all_steps, noise_steps)
-        if noise is not None and 1 <= steps < noise
+        if _is_count(steps) and _is_count(noise) and noise > steps
     ]
 
 

@@ -138,7 +138,7 @@ def _log_axis(axes: Any, evaluations: list[int]) -> None:
 
 
 def _solver(point: Point) -> str:
-    """What has a colour."""
+    """The points that share a colour in the plot: solver, number of steps and weights."""
     steps = f", of {point.num_inference_steps} steps" if point.noise_steps is not None else ""
     return f"{point.scheduler}{steps}{f', {point.weights}' if point.weights else ''}"
 

@@ -1,4 +1,4 @@
-"""What a sweep will do: everything that can be wrong with it is found here, before anything is written."""
+"""The plan of a sweep: all its settings are checked here, before anything is written."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class ModelLoader:
 
 @dataclass(frozen=True)
 class Plan:
-    """A sweep that nothing is wrong with. `evaluations`: of the network per image, of each point."""
+    """A sweep whose settings were checked. `evaluations`: point -> network evaluations per image."""
 
     model: ModelLoader
     out: Path

@@ -37,7 +37,7 @@ class SmallAttention:
 
 
 def attend_on_cpu(module: nn.Module) -> None:
-    """Give every attention layer of diffusers in `module` that processor; it changes nothing but rounding."""
+    """Set SmallAttention as processor of every diffusers attention layer in `module`; results differ by rounding only."""
     from diffusers.models.attention_processor import Attention
 
     processor: Any = SmallAttention()

@@ -1,5 +1,4 @@
-"""The evaluators' objectives: which objects are in the image, as independent yes-or-no questions, and which value each
-attribute has."""
+"""The evaluators' objectives: a binary classification for each object, or one classification for each attribute."""
 
 from __future__ import annotations
 
@@ -78,7 +77,7 @@ class ClassifierTask(Task):
 
 
 class AttributeTask(ClassifierTask):
-    """Softmax cross-entropy of each attribute, added up, on the same images; `multi_hot` has one value of each."""
+    """The sum of the attributes' softmax cross-entropies; each row of `multi_hot` has one value of each attribute."""
 
     def __init__(self, *args: Any, attributes: Attributes) -> None:
         super().__init__(*args)
@@ -89,7 +88,7 @@ class AttributeTask(ClassifierTask):
         return torch.stack([functional.cross_entropy(x, y, reduction="none") for x, y in parts]).sum(dim=0)
 
     def judge(self, scores: np.ndarray, labels: np.ndarray) -> Mapping[str, float]:
-        """The share of validation images whose value of an attribute is the likeliest, for each, and the lowest."""
+        """For each attribute the share of validation images whose true value has the highest score, and the lowest share."""
         shares = attribute_hits(scores, labels, self.sizes).mean(axis=0).tolist()
         figures = {f"accuracy_{name}": share for name, share in zip(self.attributes, shares, strict=True)}
         return {**figures, "accuracy_lowest": min(shares)}
@@ -105,7 +104,7 @@ def augment(x: Tensor, draws: Draws) -> Tensor:
         flip_some(x, draws), draws.integers(SHIFT_Y, 2 * MAX_SHIFT + 1), draws.integers(SHIFT_X, 2 * MAX_SHIFT + 1)
     )
     blurred = functional.avg_pool2d(functional.pad(x, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
-    x = torch.lerp(x, blurred, (2 * amounts(BLUR) - 1).clamp(min=0))  # half of them not at all
+    x = torch.lerp(x, blurred, (2 * amounts(BLUR) - 1).clamp(min=0))  # half of the images stay sharp
     x = x * (1 + MAX_LIGHT * (2 * amounts(LIGHT) - 1))
     return x + MAX_GRAIN * (2 * amounts(GRAIN) - 1).clamp(min=0) * draws.normal(NOISE, tuple(x.shape[1:]))
 

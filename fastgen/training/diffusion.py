@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fastgen.errors import InputError
+from fastgen.errors import InputError, first_line
 from fastgen.training.draws import VALIDATION, Draws
 from fastgen.training.losses import Denoised, Objective, evaluate
 from fastgen.training.sources import NOISE, TIMESTEP, ConditionSource, Space
@@ -27,8 +27,8 @@ class DiffusionTask(Task):
     noise, clean sample or velocity, whichever the schedule's `prediction_type` names.
 
     Training optimises the objective's terms of the current epoch, step * batch_size / number of training rows.
-    Validation is the plain squared error of the prediction, whatever the objective: so its losses can be compared over a
-    run in which terms set in, and between runs.
+    Validation always takes the plain squared error of the prediction. So its losses can be compared between runs with
+    different objectives, and over a run in which further terms start at later epochs.
     """
 
     name = "unet"
@@ -87,8 +87,10 @@ class DiffusionTask(Task):
         return total
 
     def parts(self, total: Callable[[Tensor], Tensor] = lambda sums: sums) -> dict[str, float]:
-        """{"loss_lpips": the term's mean per example, before its weight, ...} of the training since the last call, where
-        the objective has more than one term. Waits for the device, once; `total` adds up a tensor over processes."""
+        """{"loss_lpips": mean of the unweighted term per example, ...} since the last call; empty for a single term.
+
+        `total` adds up a tensor over the processes. Waits for the device once.
+        """
         names = list(self.objective.active(math.inf))
         if len(names) == 1:
             return {}
@@ -114,8 +116,13 @@ class NoiseSchedule:
     def __init__(self, config: Mapping[str, Any]) -> None:
         from diffusers import DDPMScheduler
 
-        self._scheduler: Any = DDPMScheduler.from_config(dict(config))
+        try:
+            self._scheduler: Any = DDPMScheduler.from_config(dict(config))
+        except (ValueError, TypeError, RuntimeError, NotImplementedError, IndexError) as error:
+            raise InputError(f"scheduler: DDPMScheduler refuses it: {first_line(error)}") from None
         self.count = int(self._scheduler.config.num_train_timesteps)
+        if self.count < 1:
+            raise InputError(f"scheduler: num_train_timesteps = {self.count}: expected at least 1")
         self.prediction_type = str(self._scheduler.config.prediction_type)
         if self.prediction_type not in ("epsilon", "sample", "v_prediction"):
             expected = "epsilon, sample or v_prediction"

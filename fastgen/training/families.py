@@ -30,7 +30,7 @@ from fastgen.training.vae import VaeTask
 
 
 def train_text(preset: Preset, data: Examples, job: Job) -> None:
-    """Autoencoder, tokenizer and text encoder, then the UNet on what these say."""
+    """Autoencoder, tokenizer and text encoder, then the UNet on their outputs."""
     vae, (text_encoder, tokenizer), unet = _vae(preset), _text_encoder(preset, data), _text_unet(preset)
     _check_text_unet(unet, vae, text_encoder, preset)
     _check_process(preset)
@@ -108,7 +108,7 @@ def train_evaluator(preset: Preset, data: Examples, job: Job) -> None:
 
 
 def record(preset: Preset, data: Examples, job: Job) -> dict[str, Any]:
-    """How the model was trained, for whoever finds its folder."""
+    """The training record in the model's folder: preset, data, last figures of each stage, versions."""
     from importlib.metadata import version
 
     last = {row["stage"]: row for stage in ("vae", "text_encoder", "unet", "evaluator") for row in job.log.rows(stage)}

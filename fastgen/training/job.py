@@ -1,4 +1,4 @@
-"""A training job and its folder: what it is, whether another job owns the folder, whether it is finished."""
+"""A training job and its folder: claiming the folder, the model written before and after training, the finished mark."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ from fastgen.training.processes import Processes
 from fastgen.training.trainer import Run
 
 FILE = "training.json"
-OPERATIONAL = (  # they do not change what is learned
+# Keys of a recipe that do not change the trained weights: they may differ when a job continues.
+OPERATIONAL = (
     "checkpoint_every",
     "checkpoint_every_epochs",
     "checkpoint_limit",
@@ -56,7 +57,7 @@ class Job:
         return TrainingLog(self.folder / "log.jsonl", self.tracker)
 
     def run(self, stage: str, precision: str) -> Run:
-        """Where and on what `stage` is trained."""
+        """The folders, the device and the precision for the training of `stage`."""
         text = json.dumps(self.identity, sort_keys=True)
         return Run(
             checkpoints=self.folder / "checkpoints" / stage,

@@ -1,6 +1,6 @@
-"""The terms of the denoising loss: the error of the prediction itself, and what the clean sample it implies looks like.
+"""The terms of the denoising loss: the error of the prediction, and errors of the clean sample that it implies.
 
-A preset names them in `unet.train.loss` with their weights, and in `unet.train.loss_from_epoch` when each sets in.
+`unet.train.loss` of a preset has the weights of the terms, `unet.train.loss_from_epoch` the epochs at which they start.
 """
 
 from __future__ import annotations
@@ -19,12 +19,8 @@ from fastgen.config import Training
 from fastgen.errors import FastgenError, InputError
 from fastgen.training.tasks import loss_weights
 
-TERMS = {
-    "mse": 1.0,
-    "lpips": 0.0,
-    "kl": 0.0,
-    "latent_perceptual": 0.0,
-}  # and their weights unless the preset says otherwise
+# Loss term -> its weight unless the preset says otherwise.
+TERMS = {"mse": 1.0, "lpips": 0.0, "kl": 0.0, "latent_perceptual": 0.0}
 LATENTS_ONLY = ("kl", "latent_perceptual")
 UP_BLOCKS = 2  # of the VAE decoder that latent_perceptual runs, behind its middle block
 LPIPS_SIZE = 32  # px, the smallest image that its VGG-16 can see
@@ -32,7 +28,7 @@ LPIPS_SIZE = 32  # px, the smallest image that its VGG-16 can see
 
 @dataclass(frozen=True)
 class Objective:
-    """Which terms are weighed how, and from which epoch on; made by `objective_of`."""
+    """The weight of each term, and the epoch at which it starts; made by `objective_of`."""
 
     weights: Mapping[str, float] = field(default_factory=lambda: dict(TERMS))
     from_epoch: Mapping[str, float] = field(default_factory=dict)
@@ -40,14 +36,14 @@ class Objective:
     lpips: nn.Module | None = None
 
     def active(self, epoch: float) -> dict[str, float]:
-        """The weights of the terms that count in this (fraction of an) epoch."""
+        """The weights of the terms that are used at this epoch, which may be a fraction."""
         begun = {name for name in self.weights if self.from_epoch.get(name, 0) <= epoch}
         return {name: weight for name, weight in self.weights.items() if weight > 0 and name in begun}
 
 
 @dataclass(frozen=True)
 class Denoised:
-    """What the terms see of some examples. Tensors are float32."""
+    """The inputs of the terms for a micro-batch of b examples. Tensors are float32."""
 
     prediction: Tensor  # (b, C, h, w), the network's
     target: Tensor  # (b, C, h, w), what it should be
@@ -123,11 +119,11 @@ def load_lpips(weight: float) -> nn.Module:
 
 
 def evaluate(objective: Objective, active: Mapping[str, float], seen: Denoised) -> tuple[Tensor, dict[str, Tensor]]:
-    """(the weighed loss (b,), each active term before its weight (b,)).
+    """(weighted loss (b,), {term: its values before the weight (b,)}).
 
-    mse is weighed by min-SNR-gamma. The terms on the clean sample are multiplied by alphas_cumprod, which is what the
-    error of x0_hat grows by (x0_hat = (x_t - sqrt(1 - a) eps) / sqrt(a)): where x_t is nearly all noise, x0_hat is a
-    guess, and decoding it says little; at zero terminal SNR they vanish.
+    mse is weighted by min-SNR-gamma. The terms on the clean sample are multiplied by a = alphas_cumprod: the squared error of
+    x0_hat = (x_t - sqrt(1 - a) eps) / sqrt(a) grows as 1 / a, so x0_hat is only a guess where x_t is nearly all noise. At
+    zero terminal SNR these terms are 0.
     """
     terms = {name: _TERMS[name](seen, objective) for name in active}  # (b,)
     total = torch.stack([active[name] * value for name, value in terms.items()]).sum(0)

@@ -55,7 +55,7 @@ def learning_rate(recipe: Training, step: int) -> float:
 
 
 def _gradients(task: Task, state: State, recipe: Training, precision: Precision, processes: Processes) -> Tensor:
-    """Leaves the global batch's gradients in the module; returns this process's share of the loss."""
+    """Computes the global batch's gradients into the module's `.grad`; returns this process's share of the loss."""
     split = task.splits_batches
     positions = processes.part(np.arange(recipe.batch_size)) if split else np.arange(recipe.batch_size)
     rows = task.train_rows[batch_rows(len(task.train_rows), recipe.batch_size, recipe.seed, state.step)]

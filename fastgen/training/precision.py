@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from fastgen.errors import InputError
-from fastgen.precision import TORCH_DTYPES
+from fastgen.precision import TORCH_DTYPES, device_of
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,8 @@ def choose(name: str, device: str | None = None) -> Precision:
     Raises InputError for a device that is not there, and for fp16 on a CPU.
     """
     rank = os.environ.get("LOCAL_RANK")  # set by the launcher: a GPU per process
-    local = "" if rank is None else f":{rank}"
-    target = torch.device(device or (f"cuda{local}" if torch.cuda.is_available() else "cpu"))
-    if target.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"device {device}: PyTorch finds no CUDA device; `fastgen doctor` says why")
+    launched_on = f"cuda:{rank}" if rank is not None and torch.cuda.is_available() else None
+    target = device_of(device or launched_on)
     if target.type == "cuda":
         has_bf16 = torch.cuda.get_device_capability(target) >= (8, 0)
         return Precision(target, ("bf16" if has_bf16 else "fp16") if name == "auto" else name)

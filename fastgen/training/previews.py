@@ -1,5 +1,5 @@
-"""Pictures of how far a diffusion model is: images of the validation split, above what the model generates for their
-conditions, above what it generates for the preset's own."""
+"""Previews of a diffusion model in training. Top: validation images; below: generated images for the same conditions, then
+for the conditions in the preset."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from fastgen.training.precision import Precision
 from fastgen.training.sources import ConditionSource, Space
 
 COUNT = 8  # images side by side, and generated at a time
-MAX_FIXED = 64  # conditions of the preset's own
+MAX_FIXED = 64  # conditions in a preset
 CELL = 96  # px, at least, so that captions can be read
 
 

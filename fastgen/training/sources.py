@@ -1,4 +1,4 @@
-"""What the denoising objective learns from: clean samples and conditions of examples, from arrays computed once."""
+"""Inputs of the denoising objective: clean samples and conditions of examples, from arrays computed once."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ NOISE, TIMESTEP, FLIP, CAPTION, DROPOUT, POSTERIOR = range(6)  # streams of Draw
 
 
 class Space(Protocol):
-    """Where diffusion happens: clean samples of examples, and how samples are looked at.
+    """The space of the diffusion process, pixels or latents: clean samples of examples, and samples as images.
 
-    `flip` mirrors half of the examples, `jitter` is the largest relative change of their light; both from `draws`.
+    `flip` mirrors half of the examples; `jitter` is the largest relative change of brightness, contrast and saturation. The
+    random numbers for both come from `draws`.
     """
 
     shape: tuple[int, int, int]
@@ -50,14 +51,14 @@ class Space(Protocol):
 
 
 class ConditionSource(Protocol):
-    """What the network is told about examples."""
+    """Conditions of examples: multi-hot labels or text states."""
 
     def of(self, rows: np.ndarray, draws: Draws, dropout: float) -> Tensor:
         """(b, ...) float32; a share `dropout` of the rows is the unconditional one."""
         ...
 
     def fixed(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
-        """(conditional, unconditional) of the examples without any choice, for previews."""
+        """(conditional, unconditional) of the examples, without random choices, for previews."""
         ...
 
 
@@ -91,8 +92,8 @@ class PixelSpace:
 
 
 class LatentSpace:
-    """Scaled VAE latents, drawn from cached moments (N, V, S, 2C, h, w): of V variants of each image's light, the first
-    being the image as it is, and S = 1 or, with the mirrored images', 2 sides."""
+    """Scaled VAE latents, sampled from cached moments (N, V, S, 2C, h, w) of V colour-jittered copies of each image (copy 0 is
+    the image itself); S = 2 where the moments of the mirror images are cached too, else 1."""
 
     def __init__(self, moments: np.ndarray, images: np.ndarray, vae: Any, device: torch.device) -> None:
         self.moments, self.pixels, self.vae, self.device = moments, images, vae, device

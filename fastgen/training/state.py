@@ -25,7 +25,7 @@ GAIN = 1e-4  # relative; a smaller one is none (torch's ReduceLROnPlateau)
 
 @dataclass
 class TrainingProgress:
-    """The numbers that decide what happens next."""
+    """Losses so far: they decide which weights are the best, and when the plateau schedule lowers the learning rate."""
 
     best: float | None = None  # lowest loss, see Training.final
     best_step: int = 0
@@ -36,14 +36,14 @@ class TrainingProgress:
     plateau_bad: int = 0
 
     def improved(self, loss: float, step: int) -> bool:
-        """Take note of a loss; whether it is the lowest so far."""
+        """Record a loss; returns whether it is the lowest so far."""
         if self.best is not None and loss >= self.best:
             return False
         self.best, self.best_step = loss, step
         return True
 
     def adapt_rate(self, loss: float, recipe: Training) -> None:
-        """ReduceLROnPlateau: Training.plateau_patience validations in a row without a gain lower the learning rate."""
+        """ReduceLROnPlateau: lowers the learning rate after Training.plateau_patience validations without a gain."""
         if recipe.lr_schedule != "plateau":
             return
         if self.plateau_best is None or loss < self.plateau_best * (1 - GAIN):

@@ -18,10 +18,10 @@ FOLDER = "tracking"
 
 @contextmanager
 def tracking(name: str | None, folder: Path, settings: Mapping[str, Any], cpu: bool) -> Iterator[Tracker | None]:
-    """A function that tells the tracker `name` some numbers, which it keeps in `folder`/tracking if it keeps files.
+    """A function `(values, step)` that passes numbers to the experiment tracker `name`; its files go to `folder`/tracking.
 
-    None is tensorboard where it is installed; "none" is none. Raises InputError for a tracker that accelerate does not know,
-    or that is not installed.
+    `name`: None is tensorboard where it is installed; "none" gives None. Raises InputError for a tracker that accelerate does
+    not know, or that is not installed.
     """
     tracker_name = _installed_tracker(name)
     if tracker_name is None:

@@ -30,7 +30,7 @@ PLOT_EVERY_S = 60
 
 @dataclass(frozen=True)
 class Run:
-    """Where one stage of a job writes, and what it computes on. `resume`: another run's checkpoint to begin at."""
+    """The folders, device and precision of one stage of a job. `resume`: another run's checkpoint to begin at."""
 
     checkpoints: Path
     previews: Path
@@ -43,8 +43,8 @@ class Run:
 
 
 def fit(task: Task, recipe: Training, run: Run) -> None:
-    """Optimise `task.module` by the recipe, from the newest intact checkpoint on; it ends up in eval mode, with the
-    averaged weights, the last or the best ones.
+    """Optimise `task.module` by the recipe, from the newest intact checkpoint on. At the end the module is in eval mode and
+    has the averaged weights, the last or the best ones.
 
     Raises FastgenError when the loss is not finite, or a checkpoint cannot be written.
     """
@@ -100,7 +100,7 @@ def begin(task: Task, recipe: Training, run: Run) -> State:
 
 
 def look(task: Task, state: State, recipe: Training, run: Run) -> dict[str, float]:
-    """The steps since the last look as a row of the log. Raises FastgenError for a loss that is not finite."""
+    """A row of the log for the steps since the last one. Raises FastgenError for a loss that is not finite."""
     losses, norms = torch.stack(state.pending).T  # (n,) each
     losses = run.processes.sum(losses.contiguous()).double().cpu().numpy()
     norms = norms.double().cpu().numpy()
@@ -170,7 +170,7 @@ def final_weights(state: State, recipe: Training, run: Run) -> Mapping[str, torc
 
 
 def _due(step: int, recipe: Training, examples: int) -> set[str]:
-    """What is to be done after this step."""
+    """The tasks that are due after this step: "log", "validation", "preview", "checkpoint"."""
 
     def due(every: int, epochs: float = 0) -> bool:
         by_step = every > 0 and step % every == 0

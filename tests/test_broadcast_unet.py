@@ -51,7 +51,7 @@ def test_every_level_is_told_label_and_time_by_constant_planes(folder: Path) -> 
 
 def test_a_model_folder_names_the_class_and_loads_to_the_same_network(folder: Path, tmp_path: Path) -> None:
     index = json.loads((folder / "model_index.json").read_text())
-    assert index["unet"] == ["fastgen.networks.broadcast_unet", "BroadcastUNet"]
+    assert index["unet"] == ["fastgen", "BroadcastUNet"]
     model = load_model(folder)
     assert type(model.unet) is BroadcastUNet
     save_model(model, tmp_path / "copy")

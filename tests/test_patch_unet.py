@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -54,13 +55,27 @@ def test_it_is_diffusers_unet_on_squares_of_pixels() -> None:
 
 def test_a_model_folder_names_the_class_and_loads_to_the_same_network(folder: Path, tmp_path: Path) -> None:
     index = json.loads((folder / "model_index.json").read_text())
-    assert index["unet"] == ["fastgen.networks.patch_unet", "PatchUNet"]
+    assert index["unet"] == ["fastgen", "PatchUNet"]
     model = load_model(folder)
     save_model(model, tmp_path / "copy")
     with torch.no_grad():
         first, second = (m.networks()["unet"](*inputs(2)) for m in (model, load_model(tmp_path / "copy")))
     assert torch.equal(first, second)
     assert first.abs().sum() > 0
+
+
+@pytest.mark.parametrize("module", ["fastgen.networks", "fastgen.networks.patch_unet", "somewhere.else"])
+def test_a_folder_that_names_the_module_of_a_class_loads_too(folder: Path, tmp_path: Path, module: str) -> None:
+    """So folders were written by earlier versions, the models that come with the package among them."""
+    shutil.copytree(folder, tmp_path / "old")
+    file = tmp_path / "old" / "model_index.json"
+    index = json.loads(file.read_text())
+    assert index["conditioner"] == ["fastgen", "LabelConditioner"]
+    old = {part: [module, index[part][1]] for part in ("unet", "conditioner")}
+    file.write_text(json.dumps(index | old))
+    with torch.no_grad():
+        first, second = (load_model(f).networks()["unet"](*inputs(2)) for f in (folder, tmp_path / "old"))
+    assert torch.equal(first, second)
 
 
 def test_training_starts_from_an_output_of_zero() -> None:

@@ -148,7 +148,7 @@ def save_model(model: Model, folder: Path, record: Mapping[str, Any] | None = No
         save_conditioner(model.conditioner, folder / "conditioner", trained)
         write_json(folder / "labels.json", model.objects)
         index |= {"_class_name": "LabelDiffusion", "unet": class_record(model.unet)}
-        index |= {"conditioner": ["fastgen.networks", "LabelConditioner"]}
+        index |= {"conditioner": class_record(model.conditioner)}
     else:
         assert model.vae is not None
         assert model.text_encoder is not None

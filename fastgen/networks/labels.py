@@ -74,10 +74,9 @@ def label_unet_class(name: str) -> Any:
     return classes[name]
 
 
-def class_record(unet: nn.Module) -> list[str]:
-    """[library, class] of a UNet, as model_index.json names it."""
-    module, name = type(unet).__module__, type(unet).__name__
-    return ["diffusers" if module.startswith("diffusers.") else module, name]
+def class_record(network: nn.Module) -> list[str]:
+    """[package, class] of a network, as model_index.json names it: the class is found by its name, wherever its module is."""
+    return [type(network).__module__.partition(".")[0], type(network).__name__]
 
 
 def conditioner_dim(kind: str, unet: Any) -> tuple[int, str]:

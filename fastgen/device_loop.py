@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from fastgen import streams
 from fastgen.graphs import Graph
@@ -18,10 +18,18 @@ from fastgen.noise import normal
 from fastgen.sampling import Row, guide, guided_rows, pack_rows, step, take_rows, unconditional_first
 from fastgen.tables import SolverTable
 
-if TYPE_CHECKING:
-    from fastgen.engines.base import Engine
-
 Tensor = Any  # torch.Tensor
+
+
+class TorchNetworks(Protocol):
+    """What the loop asks of an engine: see `Engine` in engines/base.py."""
+
+    device: str
+    capturable: bool
+
+    def run(self, network: str, *inputs: Tensor) -> tuple[Tensor, ...]: ...
+
+    def run_guided(self, sample: Tensor, timestep: Tensor, cond: Tensor) -> Tensor: ...
 
 
 class _Prepared(NamedTuple):
@@ -43,7 +51,7 @@ class DeviceLoop:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: TorchNetworks,
         table: SolverTable,
         shape: Sequence[int],
         cond_shape: Sequence[int],

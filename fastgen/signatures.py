@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 BATCH = "batch"
-NETWORKS = ("text_encoder", "unet", "vae_decoder", "vae_encoder")  # the names of all that a model may have
 EXACT = ("text_encoder",)  # networks that stay fp32: they run once per prompt, and all images depend on them
 
 

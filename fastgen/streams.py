@@ -10,11 +10,10 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from fastgen.signatures import NETWORKS
-
 CAPTURE = "capture"  # CUDA graphs are recorded here
 NOISE = "noise"  # a row's noise is drawn here, inside a recorded graph, while the network runs
 DECODE = "decode"  # finished latents become pictures here, beside the next batch
+NETWORKS = ("text_encoder", "unet", "vae_decoder", "vae_encoder")  # all that a model may have
 TENSORRT = "tensorrt"  # in place of the default stream, on which TensorRT would wait for the device
 
 

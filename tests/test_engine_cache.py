@@ -166,9 +166,8 @@ def test_the_networks_of_generation_are_asked_about_with_the_model_s_guidance():
     build(batch=8)
     signatures = dict.fromkeys(["text_encoder", "unet", "vae_decoder", "vae_encoder"])
     for scale, words in ((7.5, "no batch of 16 rows"), (1.0, None)):
-        spec = SimpleNamespace(signatures=signatures, sampling=SimpleNamespace(guidance_scale=scale))
-        pipeline: Any = SimpleNamespace(engine=Cached(), spec=spec)
-        findings = explain(pipeline, batch_size=8)
+        spec: Any = SimpleNamespace(signatures=signatures, sampling=SimpleNamespace(guidance_scale=scale))
+        findings = explain(Cached(), spec, batch_size=8)
         assert [f.network for f in findings] == ["text_encoder", "unet", "vae_decoder"]
         assert [f.problem for f in findings] == ["never built", words, "never built"]
 

@@ -72,7 +72,7 @@ def why(model: Path | None, engine: str, dtype: str | None, batch_size: int | No
 
     folder = model or latest_model(engine)
     pipeline = load(folder, engine, device=device, dtype=dtype)
-    findings = explain(pipeline, batch_size)
+    findings = explain(pipeline.engine, pipeline.spec, batch_size)
     for finding in findings:
         click.echo(str(finding))
     missing = [finding.network for finding in findings if finding.problem]

@@ -16,7 +16,7 @@ from fastgen.errors import InputError, unknown
 
 if TYPE_CHECKING:
     from fastgen.engines.base import Engine
-    from fastgen.pipeline import Pipeline
+    from fastgen.spec import Spec
 
 
 @dataclass(frozen=True)
@@ -74,11 +74,10 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
 
 
-def explain(pipeline: Pipeline, batch_size: int | None = None) -> list[Finding]:
-    """`why` for the networks that generation needs, with the model's own guidance."""
-    spec = pipeline.spec
+def explain(engine: Engine, spec: Spec, batch_size: int | None = None) -> list[Finding]:
+    """`why` for the networks that generation needs, with the guidance of the model's settings."""
     networks = [name for name in spec.signatures if name != "vae_encoder"]
-    return why(pipeline.engine, networks, batch_size, guided=spec.sampling.guidance_scale != 1.0)
+    return why(engine, networks, batch_size, guided=spec.sampling.guidance_scale != 1.0)
 
 
 def build_command(bundle: Path, engine: Engine, batch_size: int | None) -> str:

@@ -65,9 +65,9 @@ def score(
     from fastgen.jsonfiles import write_json
     from fastgen.scoring import compare
     from fastgen.scoring.images import image_folders
-    from fastgen.scoring.options import Options, need
+    from fastgen.scoring.options import ScoringOptions, need
 
-    Options(**options)
+    ScoringOptions(**options)
     for folders in (images, against or images):
         image_folders(folders)
     scorer = need("fastgen.scoring.scorer").Scorer(**options)

@@ -130,7 +130,7 @@ def _run(
 ) -> Any:
     """Parse what was typed, all of it before anything is loaded, and sweep."""
     from fastgen.requests import parse_requests
-    from fastgen.scoring.options import Options, need
+    from fastgen.scoring.options import ScoringOptions, need
     from fastgen.sweep.choice import Rule, parse_within
     from fastgen.sweep.grid import Problems, integer, parse_grid, parse_list
 
@@ -139,7 +139,7 @@ def _run(
     seeds = parse_list("--seeds", words["seeds"], integer, "integers such as 0,1,2", found)
     within = found.attempt(lambda: parse_within(words["within"]))
     rule = found.attempt(lambda: Rule(words["rule"], *(within or (2.0, "%")), words["against"]))
-    found.attempt(lambda: Options(**scoring))
+    found.attempt(lambda: ScoringOptions(**scoring))
     folder = found.attempt(lambda: model or model_for(parse_requests(requests_file).kind, engine))
     found.check()
     assert grid is not None

@@ -6,7 +6,7 @@ from typing import Any
 
 from fastgen.scoring.comparison import Comparison, compare
 from fastgen.scoring.images import Paths
-from fastgen.scoring.options import Options, PathLike, need, takes_options
+from fastgen.scoring.options import PathLike, ScoringOptions, need, takes_options
 from fastgen.scoring.result import Figure, Score
 
 __all__ = ["Comparison", "Figure", "Score", "Scorer", "compare", "score"]
@@ -19,7 +19,7 @@ def score(images: Paths, requests: PathLike | None = None, **options: Any) -> Sc
     images: a folder with `<image_name>` for every request (without requests: its PNG files), or several of them, one per
     seed; standard errors are then over seeds, else over the images of the one folder. Images are read as RGB; an image that
     has not the size of a network is resized, and the result says how.
-    options: the fields of `fastgen.scoring.options.Options`, which explains them.
+    options: the fields of `fastgen.scoring.options.ScoringOptions`, which explains them.
     To score many runs, or to compare two (`compare`), build a `Scorer` with the same options: it loads the networks and
     reads the reference once.
 
@@ -27,7 +27,7 @@ def score(images: Paths, requests: PathLike | None = None, **options: Any) -> Sc
     does not know, images that are missing, not readable or generated for other requests, fewer than two images for FID, and
     files that are not what they should be; FastgenError without torch, torchmetrics or transformers, and for NaN.
     """
-    Options(**options)
+    ScoringOptions(**options)
     return need("fastgen.scoring.scorer").Scorer(**options).score(images, requests)
 
 

@@ -23,7 +23,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class ScoringOptions:
     """The keyword arguments of `fastgen.score` and `Scorer`: what is measured, and with which networks.
 
     evaluator: what `evaluator.load` reads; gives label accuracy by the official protocol (`metrics.label_accuracy`).
@@ -73,10 +73,10 @@ class Options:
 
 
 def takes_options(function: Function) -> Function:
-    """Shows the fields of Options in the signature of `function(..., **options)`."""
+    """Shows the fields of ScoringOptions in the signature of `function(..., **options)`."""
     signature = inspect.signature(function)
     parameters = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-    parameters += inspect.signature(Options).parameters.values()
+    parameters += inspect.signature(ScoringOptions).parameters.values()
     function.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     return function
 

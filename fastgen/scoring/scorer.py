@@ -23,7 +23,7 @@ from fastgen.scoring.images import Paths, image_folders, image_names, made_by, s
 from fastgen.scoring.judging import asked_file, is_judged
 from fastgen.scoring.labels import breakdowns, label_objects, label_sample
 from fastgen.scoring.networks import EvaluatorNetwork, FeatureNetwork, evaluator_network, inception_network
-from fastgen.scoring.options import Options, PathLike, need, takes_options
+from fastgen.scoring.options import PathLike, ScoringOptions, need, takes_options
 from fastgen.scoring.passes import Seed, one_pass
 from fastgen.scoring.reference import ReferenceImages, Statistics, named_features, read_reference, reference_statistics
 from fastgen.scoring.result import Resized, Score, figure
@@ -54,7 +54,7 @@ class Scorer:
 
     @takes_options
     def __init__(self, **options: Any) -> None:
-        given = Options(**options)
+        given = ScoringOptions(**options)
         for option, module in ((given.features, "torchmetrics"), (given.clip, "transformers")):
             if option is not None:
                 need(module)

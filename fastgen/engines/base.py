@@ -14,6 +14,8 @@ from fastgen.errors import InputError
 from fastgen.signatures import Signature, network_dtype
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from fastgen.artifacts import Artifact, Recipe
 
 Array = Any  # of the engine's namespace: numpy.ndarray or torch.Tensor
@@ -32,9 +34,8 @@ class Engine(abc.ABC):
     install: ClassVar[str]  # the command that installs them
     dtypes: ClassVar[Sequence[str]]  # precisions it can execute, the default first where the hardware has it
     static_shapes: ClassVar[bool] = False  # compiles per batch size: callers pad their last batch
-    built_by: ClassVar[str | None] = (
-        None  # the option of `fastgen export` that builds it; None: built when first needed
-    )
+    # The option of `fastgen export` that builds it beforehand; None: it is ready, or built when it is first needed.
+    built_by: ClassVar[str | None] = None
     reference: ClassVar[bool] = False  # what others are held against: run as its users run it, without graphs
 
     xp: Any  # array namespace of its arrays
@@ -44,6 +45,12 @@ class Engine(abc.ABC):
     decode_pixels: int = 2**16  # per forward of the VAE decoder: more are slower per image on a CPU, and cost memory
     gpu: str | None = None  # its name, where one build runs on different cards: each of them needs a certificate
     capturable: bool = False  # `run` may be recorded into a CUDA graph: current stream, no host synchronisation
+
+    @classmethod
+    def priority(cls, folder: Path, device: str | None) -> int:
+        """Of the engines for bundles the one of the highest priority runs when none was asked for, never one of 0. Looks at
+        what is installed and built, and imports no package of the engine. `device`: the one that was asked for."""
+        return 0
 
     @abc.abstractmethod
     def run(self, network: str, *inputs: Array) -> tuple[Array, ...]:

@@ -20,6 +20,8 @@ from fastgen.errors import FastgenError, InputError
 from fastgen.signatures import network_dtype
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from fastgen.bundle import Bundle
 
 DTYPES = {"cpu": ("fp32",), "cuda": ("fp16", "fp32")}
@@ -66,6 +68,12 @@ class Engine(TorchEngine):
             announce(
                 "engine ort runs in fp32: the bundle has no fp16 graphs; `fastgen export MODEL --dtype fp16` adds them"
             )
+
+    @classmethod
+    def priority(cls, folder: Path, device: str | None) -> int:
+        """The first on a GPU that needs nothing built, the last on a CPU."""
+        on_gpu = device.startswith("cuda") if device else has_distribution("onnxruntime-gpu")
+        return 3 if on_gpu else 1
 
     def _has_fp16(self) -> bool:
         """Whether the bundle was exported with fp16 graphs, the default on a GPU."""

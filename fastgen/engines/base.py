@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from fastgen.artifacts import Artifact, Recipe
+    from fastgen.doctor.diagnosis import Machine, Problem
 
 Array = Any  # of the engine's namespace: numpy.ndarray or torch.Tensor
 
@@ -45,6 +46,22 @@ class Engine(abc.ABC):
     decode_pixels: int = 2**16  # per forward of the VAE decoder: more are slower per image on a CPU, and cost memory
     gpu: str | None = None  # its name, where one build runs on different cards: each of them needs a certificate
     capturable: bool = False  # `run` may be recorded into a CUDA graph: current stream, no host synchronisation
+
+    @classmethod
+    def problems(cls, machine: Machine) -> list[Problem]:
+        """What is in the way of this engine on a machine, and what helps: packages, its libraries, the cache."""
+        from fastgen.doctor.diagnosis import Problem
+        from fastgen.doctor.packages import package_problems
+
+        problems = [*package_problems(cls, machine), *cls.library_problems(machine)]
+        if machine.cache.error and cls.recipe is not Engine.recipe:
+            problems.append(Problem("its compiled networks have no place", machine.cache.error))
+        return list(dict.fromkeys(problems))
+
+    @classmethod
+    def library_problems(cls, machine: Machine) -> Iterator[Problem]:
+        """What is wrong with its libraries, of those that can be imported, and with the tools that it needs."""
+        return iter(())
 
     @classmethod
     def priority(cls, folder: Path, device: str | None) -> int:

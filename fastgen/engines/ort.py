@@ -6,6 +6,7 @@ bf16, for which onnxruntime's CUDA provider lacks operators (Resize, and in olde
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from fastgen.bundle import Bundle
+    from fastgen.doctor.diagnosis import Machine, Problem
 
 DTYPES = {"cpu": ("fp32",), "cuda": ("fp16", "fp32")}
 GPU_PACKAGES = ("torch", "onnxruntime-gpu")
@@ -68,6 +70,12 @@ class Engine(TorchEngine):
             announce(
                 "engine ort runs in fp32: the bundle has no fp16 graphs; `fastgen export MODEL --dtype fp16` adds them"
             )
+
+    @classmethod
+    def library_problems(cls, machine: Machine) -> Iterator[Problem]:
+        from fastgen.doctor.diagnosis import onnxruntime_problems
+
+        return onnxruntime_problems(machine)
 
     @classmethod
     def priority(cls, folder: Path, device: str | None) -> int:

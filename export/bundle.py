@@ -11,8 +11,9 @@ from export.certificate import Certificate, certify
 from export.write import Wanted, write_bundle
 from fastgen.bundle import LOWERED, Bundle, is_bundle, read_bundle
 from fastgen.checkpoint_choice import check_bundle_of
-from fastgen.engines import check_installed, create_engine, engine_class, engine_names, missing_packages
+from fastgen.engines import bundle_engines, check_installed, create_engine, engine_class, no_engine
 from fastgen.engines.base import choose_dtype
+from fastgen.engines.base_trt_product import RTX, TENSORRT
 from fastgen.errors import FastgenError, InputError, unknown
 from fastgen.signatures import network_dtype
 
@@ -85,7 +86,7 @@ def export(
     if trt:
         _build_trt(bundle, dtype, batch_sizes, say)
         generating = [n for n in bundle.spec.signatures if n != "vae_encoder"]
-        add("trt", dtype, generating)
+        add(TENSORRT.engine, dtype, generating)
     if rtx:
         _build_rtx(bundle, dtype, batch_sizes, capabilities, overwrite, say)
     return certificates
@@ -99,10 +100,9 @@ def _check_dtype(dtype: str | None, plans: bool) -> str:
 
 def _check_rtx(capabilities: Sequence[str] | None) -> None:
     """InputError, before anything is exported, where plans of TensorRT for RTX cannot be built as they are asked for."""
-    check_installed("trt-rtx")
+    check_installed(RTX.engine)
     from export.trt_rtx import check_capabilities
     from fastgen.engines.base_trt import open_library
-    from fastgen.engines.base_trt_product import RTX
 
     if capabilities is not None:
         check_capabilities(capabilities)
@@ -125,11 +125,9 @@ def _engines(asked: Sequence[str] | None, model: Path, plans: bool) -> list[tupl
     """(engine, precision or None for its default) to certify: those asked for, if they can be, else all that are installed
     and need nothing built beforehand. `plans`: TensorRT plans are built, so that there may be none."""
     if not asked:
-        classes = {name: engine_class(name) for name in engine_names()}
-        names = [n for n, cls in classes.items() if cls.source_kind == "bundle" and cls.built_by is None]
-        names = [n for n in names if not missing_packages(n)]
+        names = [engine.name for engine in bundle_engines() if engine.built_by is None]
         if not names and not plans:
-            raise InputError(f"no engine for bundles is installed: {engine_class('ort').install}")
+            raise no_engine()
         return [(name, None) for name in names]
     chosen = []
     for text in dict.fromkeys(asked):
@@ -154,7 +152,7 @@ def _open(name: str, dtype: str | None, bundle: Bundle, model: Path, checkpoint:
 
 def _build_trt(bundle: Bundle, dtype: str, batch_sizes: Sequence[int], say: Say) -> None:
     try:
-        check_installed("trt")
+        check_installed(TENSORRT.engine)
         from export.trt import build_engines
 
         sizes = sorted(set(batch_sizes))

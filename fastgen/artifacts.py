@@ -27,10 +27,6 @@ from fastgen.hashes import check_file, record_files
 from fastgen.jsonfiles import read_json, write_json
 
 FORMAT, RECORD = 1, "artifact.json"
-REBUILD = {  # what builds an engine that is not built on demand again
-    "trt": "run `fastgen export BUNDLE --trt` again",
-    "trt-rtx": "run `fastgen export BUNDLE --rtx` again",
-}
 _ADDRESS = re.compile(r"[0-9a-f]{64}|\.[0-9a-f]{64}\.partial")
 Say = Callable[[str], None]
 
@@ -308,7 +304,11 @@ def _root() -> Path:
 
 
 def _help(recipe: Recipe) -> str:
-    return REBUILD.get(recipe.engine, "run `fastgen engines gc --damaged`")
+    """The command that builds an engine again, or deletes one that is built when it is needed."""
+    from fastgen.engines import engine_class, engine_names
+
+    option = engine_class(recipe.engine).built_by if recipe.engine in engine_names() else None
+    return f"run `fastgen export BUNDLE {option}` again" if option else "run `fastgen engines gc --damaged`"
 
 
 def _short(value: Any) -> str:

@@ -7,10 +7,11 @@ import sys
 
 import pytest
 
-from fastgen import choose
+from fastgen import engines
 from fastgen.artifacts import Recipe, obtain
 from fastgen.bundle import read_bundle
 from fastgen.choose import default_engine
+from fastgen.retrieval.indexing import indexing_engine
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +26,7 @@ def gpu_builds(monkeypatch):
     monkeypatch.setattr(
         importlib.metadata, "version", lambda name: "1.31" if name == "onnxruntime-gpu" else version(name)
     )
-    monkeypatch.setattr(choose, "missing_packages", lambda name: [])
+    monkeypatch.setattr(engines, "missing_packages", lambda name: [])
 
 
 def build_plan(bundle, graph="unet/model.onnx"):
@@ -55,6 +56,13 @@ def test_the_device_that_is_asked_for_decides(label_bundle, gpu_builds):
     build_plan(label_bundle)
     assert default_engine(label_bundle, "cuda:1") == "trt"
     assert default_engine(label_bundle, "cpu") == "openvino"
+
+
+def test_an_engine_that_needs_nothing_built_is_taken_in_place_of_plans(label_bundle, gpu_builds):
+    build_plan(label_bundle)
+    assert default_engine(label_bundle) == "trt"
+    assert indexing_engine(label_bundle, None) == "ort"
+    assert indexing_engine(label_bundle, "cpu") == "openvino"
 
 
 def test_a_gpu_that_is_asked_for_is_not_answered_with_an_engine_for_cpus(label_bundle):

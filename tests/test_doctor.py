@@ -315,7 +315,7 @@ def test_missing_packages_and_broken_ones():
 def test_what_torch_compile_needs_beside_torch(monkeypatch):
     monkeypatch.delenv("CXX", raising=False)
     there = machine(compiler=None, headers=False, torch={"triton": False, "toolkit": None})
-    verdict = judge("compile", engine_class("eager"), there)  # of the same packages
+    verdict = judge("compile", engine_class("compile"), there)
     assert verdict.state == "not ready"
     assert list(map(str, verdict.problems)) == [
         "no C++ compiler (g++ is not on the PATH): apt-get install g++, or set CXX to yours",

@@ -7,24 +7,14 @@ import platform
 import shutil
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fastgen import __version__
-from fastgen.doctor.diagnosis import (
-    Cache,
-    Machine,
-    Problem,
-    both_onnxruntimes,
-    compile_problems,
-    onnxruntime_problems,
-    owner,
-    torch_problems,
-)
-from fastgen.doctor.diagnosis_trt import hardware_problem, incomplete, tensorrt_parts, tensorrt_problems
+from fastgen.doctor.diagnosis import Cache, Machine, Problem
+from fastgen.doctor.diagnosis_trt import tensorrt_parts
 from fastgen.doctor.engine_cache import folder_bytes, size_text
 from fastgen.doctor.installed import Library, distributions, libraries
 from fastgen.engines.base import Engine
@@ -118,34 +108,7 @@ def cache() -> Cache:
 
 def judge(name: str, engine: type[Engine], machine: Machine) -> Verdict:
     """What is in the way of an engine on this machine."""
-    problems = [*package_problems(engine, machine)]
-    for package in engine.packages:
-        if machine.library(package).works and package in RULES:
-            problems += RULES[package](machine)
-    if name == "compile":
-        problems += compile_problems(machine)
-    if machine.cache.error and engine.recipe is not Engine.recipe:
-        problems.append(Problem("its compiled networks have no place", machine.cache.error))
-    for product in (PRODUCTS[package] for package in engine.packages if package in PRODUCTS):
-        problems = [replace(p, scope="engine") if p.scope == "gpu" else p for p in problems]  # on a GPU or not at all
-        if (problem := hardware_problem(product, machine)) is not None:
-            problems = [problem]
-    return Verdict(name, list(dict.fromkeys(problems)))
-
-
-def package_problems(engine: type[Engine], machine: Machine) -> Iterator[Problem]:
-    """Packages that are missing, and those whose import fails."""
-    found = [machine.library(package) for package in engine.packages]
-    broken = [x for x in found if x.name in PRODUCTS and not x.works]
-    tensorrt = [x for x in broken if tensorrt_parts(PRODUCTS[x.name], machine.distributions)]
-    if missing := [x.name for x in found if x.version is None and x not in tensorrt]:
-        yield Problem(f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed", engine.install)
-    for library in found:
-        if library in tensorrt:
-            yield incomplete(PRODUCTS[library.name], machine, library)
-        elif library.error:
-            yield from both_onnxruntimes(machine, "engine") if library.name == "onnxruntime" else ()
-            yield Problem(library.error, f"pip install --force-reinstall {owner(machine, library.name)}")
+    return Verdict(name, engine.problems(machine))
 
 
 def hardware(machine: Machine) -> Iterator[tuple[str, str]]:
@@ -220,10 +183,3 @@ def _gpu_line(gpu: Gpu) -> str:
         bf16 = version(gpu.compute_capability) >= (8, 0)
         cells += [f"compute capability {gpu.compute_capability}", "bf16 and fp16" if bf16 else "fp16, no bf16"]
     return ", ".join(cells)
-
-
-RULES: dict[str, Callable[[Machine], Iterator[Problem]]] = {
-    "torch": torch_problems,
-    "onnxruntime": onnxruntime_problems,
-    **{module: partial(tensorrt_problems, product) for module, product in PRODUCTS.items()},
-}

@@ -5,13 +5,11 @@ Pure functions of a `Machine`, so that machines we do not have can be judged too
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from fastgen.doctor.installed import Library
-from fastgen.engines.base_compile import MIN_TORCH
 from fastgen.machine import Cpu, Driver, Gpu, version
 
 MIN_DRIVER = {11: "450", 12: "525", 13: "580"}  # by CUDA major, from docs.nvidia.com/deploy/cuda-compatibility
@@ -65,6 +63,8 @@ def torch_problems(machine: Machine) -> Iterator[Problem]:
     """Why torch does not reach the GPU that is here."""
     torch, driver = machine.library("torch"), machine.driver
     facts, name = torch.facts, f"torch {torch.version}"
+    if not torch.works:
+        return
     if facts.get("available"):
         if failure := facts.get("failure"):
             why = _architecture(machine) or failure
@@ -135,6 +135,8 @@ def _wheel(cuda: int) -> str:
 def onnxruntime_problems(machine: Machine) -> Iterator[Problem]:
     """Two builds in one directory; a GPU that this build cannot use."""
     library = machine.library("onnxruntime")
+    if not library.works:
+        return
     useless = machine.gpus and "CUDAExecutionProvider" not in library.facts.get("providers", ())
     both = [*both_onnxruntimes(machine, "gpu" if useless else "warning")]
     yield from both
@@ -157,26 +159,6 @@ def both_onnxruntimes(machine: Machine, scope: str) -> Iterator[Problem]:
         keep = "onnxruntime-gpu" if machine.gpus or "onnxruntime" not in builds else "onnxruntime"
         what = f"{' and '.join(builds)} are installed together and overwrite each other's files"
         yield Problem(what, f"pip uninstall -y {' '.join(builds)} && pip install {keep}", scope)
-
-
-def compile_problems(machine: Machine) -> Iterator[Problem]:
-    """torch.compile writes C++ for CPUs, and launchers of its GPU kernels."""
-    if machine.compiler is None:
-        wanted = os.environ.get("CXX") or "g++"
-        yield Problem(f"no C++ compiler ({wanted} is not on the PATH)", "apt-get install g++, or set CXX to yours")
-    if not machine.headers:
-        yield Problem("no Python headers (Python.h), which compiled kernels include", "apt-get install python3-dev")
-    torch = machine.library("torch")
-    if torch.version and version(torch.version) < MIN_TORCH:
-        yield Problem(
-            f"torch is {torch.version}, {'.'.join(map(str, MIN_TORCH))} or newer is needed", "pip install -U torch"
-        )
-    if machine.gpus and torch.facts.get("available"):
-        if not torch.facts.get("triton"):
-            yield Problem("triton, which compiles GPU kernels, is not installed", "pip install triton", "gpu")
-        if not torch.facts.get("toolkit"):
-            what = "no CUDA toolkit, whose headers compiled networks include"
-            yield Problem(what, "install one, or set CUDA_HOME to yours", "gpu")
 
 
 def owner(machine: Machine, package: str) -> str:

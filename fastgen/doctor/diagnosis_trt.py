@@ -26,6 +26,8 @@ def hardware_problem(product: Product, machine: Machine) -> Problem | None:
 def tensorrt_problems(product: Product, machine: Machine) -> Iterator[Problem]:
     """Mixed builds, mixed versions, a library of another major, a driver too old, libraries that are stubs."""
     library, parts = machine.library(product.module), tensorrt_parts(product, machine.distributions)
+    if not library.works:
+        return
     cudas = sorted({part[0] for part in parts.values() if part[0]})
     name = f"{product.title} {library.version}"
     if version(library.version or "0")[:2] < product.minimum:

@@ -33,6 +33,17 @@ def missing_packages(name: str) -> list[str]:
     return [package for package in engine_class(name).packages if importlib.util.find_spec(package) is None]
 
 
+def bundle_engines() -> list[type[Engine]]:
+    """The engines that run bundles and whose packages are installed."""
+    return [e for e in map(engine_class, engine_names()) if e.source_kind == "bundle" and not missing_packages(e.name)]
+
+
+def no_engine() -> InputError:
+    """That no engine for bundles is installed, with the command that installs those that need nothing built beforehand."""
+    classes = [e for e in map(engine_class, engine_names()) if e.source_kind == "bundle" and e.built_by is None]
+    return InputError(f"no engine for bundles is installed: {classes[0].install}")
+
+
 def has_distribution(name: str) -> bool:
     """Whether a distribution is installed: `onnxruntime-gpu` and `onnxruntime` are imported under one name."""
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -15,7 +15,10 @@ from fastgen.installing import Install
 from fastgen.signatures import Signature, network_dtype
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from fastgen.artifacts import Artifact, Recipe
+    from fastgen.doctor.diagnosis import Machine, Problem
 
 Array = Any  # of the engine's namespace: numpy.ndarray or torch.Tensor
 
@@ -33,9 +36,8 @@ class Engine(abc.ABC):
     install: ClassVar[Install]  # the command that installs them, as text
     dtypes: ClassVar[Sequence[str]]  # precisions it can execute, the default first where the hardware has it
     static_shapes: ClassVar[bool] = False  # compiles per batch size: callers pad their last batch
-    built_by: ClassVar[str | None] = (
-        None  # the option of `fastgen export` that builds it; None: built when first needed
-    )
+    # The option of `fastgen export` that builds it beforehand; None: it is ready, or built when it is first needed.
+    built_by: ClassVar[str | None] = None
     reference: ClassVar[bool] = False  # what others are held against: run as its users run it, without graphs
 
     xp: Any  # array namespace of its arrays
@@ -45,6 +47,28 @@ class Engine(abc.ABC):
     decode_pixels: int = 2**16  # per forward of the VAE decoder: more are slower per image on a CPU, and cost memory
     gpu: str | None = None  # its name, where one build runs on different cards: each of them needs a certificate
     capturable: bool = False  # `run` may be recorded into a CUDA graph: current stream, no host synchronisation
+
+    @classmethod
+    def problems(cls, machine: Machine) -> list[Problem]:
+        """What is in the way of this engine on a machine, and what helps: packages, its libraries, the cache."""
+        from fastgen.doctor.diagnosis import Problem
+        from fastgen.doctor.packages import package_problems
+
+        problems = [*package_problems(cls, machine), *cls.library_problems(machine)]
+        if machine.cache.error and cls.recipe is not Engine.recipe:
+            problems.append(Problem("its compiled networks have no place", machine.cache.error))
+        return list(dict.fromkeys(problems))
+
+    @classmethod
+    def library_problems(cls, machine: Machine) -> Iterator[Problem]:
+        """What is wrong with its libraries, of those that can be imported, and with the tools that it needs."""
+        return iter(())
+
+    @classmethod
+    def priority(cls, folder: Path, device: str | None) -> int:
+        """Of the engines for bundles the one of the highest priority runs when none was asked for, never one of 0. Looks at
+        what is installed and built, and imports no package of the engine. `device`: the one that was asked for."""
+        return 0
 
     @abc.abstractmethod
     def run(self, network: str, *inputs: Array) -> tuple[Array, ...]:

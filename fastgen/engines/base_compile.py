@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,8 @@ from fastgen.errors import InputError
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
+
+    from fastgen.doctor.diagnosis import Machine, Problem
 
 PACKAGE, CONSTANTS = "network.pt2", "constants.safetensors"
 MIN_TORCH = 2, 8  # the first with packages for `cuda:N` and weights that a package uses in place
@@ -91,6 +94,28 @@ def check_tools(on_gpu: bool) -> None:
         raise InputError(
             "engine compile needs CUDA's headers, and no CUDA toolkit was found: install one, or set CUDA_HOME to yours"
         )
+
+
+def tool_problems(there: Machine) -> Iterator[Problem]:
+    """Which tools a machine lacks: torch.compile writes C++ for CPUs, and launchers of its GPU kernels."""
+    from fastgen.doctor.diagnosis import Problem
+
+    if there.compiler is None:
+        wanted = os.environ.get("CXX") or "g++"
+        yield Problem(f"no C++ compiler ({wanted} is not on the PATH)", "apt-get install g++, or set CXX to yours")
+    if not there.headers:
+        yield Problem("no Python headers (Python.h), which compiled kernels include", "apt-get install python3-dev")
+    torch = there.library("torch")
+    if torch.version and machine.version(torch.version) < MIN_TORCH:
+        yield Problem(
+            f"torch is {torch.version}, {'.'.join(map(str, MIN_TORCH))} or newer is needed", "pip install -U torch"
+        )
+    if there.gpus and torch.facts.get("available"):
+        if not torch.facts.get("triton"):
+            yield Problem("triton, which compiles GPU kernels, is not installed", "pip install triton", "gpu")
+        if not torch.facts.get("toolkit"):
+            what = "no CUDA toolkit, whose headers compiled networks include"
+            yield Problem(what, "install one, or set CUDA_HOME to yours", "gpu")
 
 
 def build(module: nn.Module, inputs: Sequence[Tensor], settings: dict[str, Any], folder: Path) -> None:

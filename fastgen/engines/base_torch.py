@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from fastgen.engines import base
 from fastgen.engines.base_fp32 import exact_fp32
 from fastgen.errors import InputError
+
+if TYPE_CHECKING:
+    from fastgen.doctor.diagnosis import Machine, Problem
 
 # What libraries say when memory runs out, through other exceptions than torch's own.
 OUT_OF_MEMORY = (
@@ -26,6 +30,12 @@ class TorchEngine(base.Engine):
     """An engine on torch tensors of one device."""
 
     _library_errors: ClassVar[type[Exception]] = RuntimeError  # what its library raises, whatever is wrong
+
+    @classmethod
+    def library_problems(cls, machine: Machine) -> Iterator[Problem]:
+        from fastgen.doctor.diagnosis import torch_problems
+
+        return torch_problems(machine)
 
     def open_device(self, device: str | None, threads: int | None, kinds: tuple[str, ...] = ("cpu", "cuda")) -> None:
         """Sets `xp` and `device` (by default the GPU if there is one); InputError for a device that is not there."""

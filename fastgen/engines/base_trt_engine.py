@@ -7,8 +7,8 @@ loaded, that is after a first call.
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -21,6 +21,7 @@ from fastgen.signatures import Signature, Tensor
 
 if TYPE_CHECKING:
     from fastgen.bundle import Bundle
+    from fastgen.doctor.diagnosis import Machine, Problem
 
 ALIGNMENT = 256  # bytes, of a context's device memory
 
@@ -59,6 +60,22 @@ class TrtEngine(TorchEngine):
         self._opened: dict[Path, Any] = {}
         self._loaded: dict[tuple[str, int], Loaded] = {}
         self._memory: dict[str, Any] = {}
+
+    @classmethod
+    def problems(cls, machine: Machine) -> list[Problem]:
+        """Without a GPU that can run its plans nothing else matters; it has no CPU to run on."""
+        from fastgen.doctor.diagnosis_trt import hardware_problem
+
+        if problem := hardware_problem(cls.product, machine):
+            return [problem]
+        return [replace(p, scope="engine") if p.scope == "gpu" else p for p in super().problems(machine)]
+
+    @classmethod
+    def library_problems(cls, machine: Machine) -> Iterator[Problem]:
+        from fastgen.doctor.diagnosis_trt import tensorrt_problems
+
+        yield from super().library_problems(machine)
+        yield from tensorrt_problems(cls.product, machine)
 
     @abc.abstractmethod
     def plan(self, network: str, rows: int) -> Artifact:

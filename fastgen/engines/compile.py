@@ -34,6 +34,7 @@ from fastgen.installing import Install
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from fastgen.doctor.diagnosis import Machine, Problem
     from fastgen.engines.base_compile import Package
     from fastgen.networks import Model
 
@@ -69,6 +70,13 @@ class Engine(TorchEngine):
         self._loaded: dict[tuple[str, int], Package] = {}
         self._own: list[Tensor] = []  # weights on a GPU; a package never lets go of those that it has used (torch 2.13)
         weakref.finalize(self, _free, self._own)
+
+    @classmethod
+    def library_problems(cls, machine: Machine) -> Iterator[Problem]:
+        from fastgen.engines.base_compile import tool_problems
+
+        yield from super().library_problems(machine)
+        yield from tool_problems(machine)
 
     def run(self, network: str, *inputs: Any) -> tuple[Any, ...]:
         """One forward of `network`, compiled first where the cache does not hold it for so many rows."""

@@ -87,6 +87,10 @@ class Engine(base.Engine):
         self._bundle, self._version, self._cpu, self._threads = source, openvino.__version__, cpu(), threads
         self._lanes: dict[tuple[str, int, bool], list[Lane]] = {}
 
+    @classmethod
+    def priority(cls, folder: Path, device: str | None) -> int:
+        return 2
+
     def run(self, network: str, *inputs: np.ndarray) -> tuple[np.ndarray, ...]:
         lanes = self._opened(network, self.checked_rows(network, inputs), guided=False)
         parts = [np.split(x, len(lanes)) for x in inputs]

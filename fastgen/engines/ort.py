@@ -6,6 +6,7 @@ bf16, for which onnxruntime's CUDA provider lacks operators (Resize, and in olde
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,7 +22,10 @@ from fastgen.installing import Install, hint
 from fastgen.signatures import network_dtype
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from fastgen.bundle import Bundle
+    from fastgen.doctor.diagnosis import Machine, Problem
 
 DTYPES = {"cpu": ("fp32",), "cuda": ("fp16", "fp32")}
 
@@ -66,6 +70,18 @@ class Engine(TorchEngine):
             announce(
                 "engine ort runs in fp32: the bundle has no fp16 graphs; `fastgen export MODEL --dtype fp16` adds them"
             )
+
+    @classmethod
+    def library_problems(cls, machine: Machine) -> Iterator[Problem]:
+        from fastgen.doctor.diagnosis import onnxruntime_problems
+
+        return onnxruntime_problems(machine)
+
+    @classmethod
+    def priority(cls, folder: Path, device: str | None) -> int:
+        """The first on a GPU that needs nothing built, the last on a CPU."""
+        on_gpu = device.startswith("cuda") if device else has_distribution("onnxruntime-gpu")
+        return 3 if on_gpu else 1
 
     def _has_fp16(self) -> bool:
         """Whether the bundle was exported with fp16 graphs, the default on a GPU."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastgen import artifacts
 from fastgen.artifacts import Artifact
+from fastgen.bundle import read_bundle
 from fastgen.engines.base_trt_engine import TrtEngine
 from fastgen.engines.base_trt_plan import BUILDER, open_context
 from fastgen.engines.base_trt_product import TENSORRT
@@ -19,6 +20,8 @@ from fastgen.installing import Install
 from fastgen.signatures import Signature
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from fastgen.bundle import Bundle
 
 
@@ -34,6 +37,14 @@ class Engine(TrtEngine):
     ) -> None:
         super().__init__(source, device=device, dtype=dtype, threads=threads)
         self._built: dict[str, dict[int, Artifact]] = {}
+
+    @classmethod
+    def priority(cls, folder: Path, device: str | None) -> int:
+        """The first of all where plans were ever built from graphs of this bundle."""
+        if not (device or "cuda").startswith("cuda"):
+            return 0
+        graphs = {file["sha256"] for file in read_bundle(folder).files.values()}
+        return 5 if any(a.recipe.fields.get("graph_sha256") in graphs for a in artifacts.scan(cls.name)[0]) else 0
 
     def batch_sizes(self, network: str) -> Sequence[int]:
         """The numbers of rows that plans were built for. Raises InputError when there are none."""

@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from fastgen import machine
 from fastgen.artifacts import Artifact, Recipe, ranked
+from fastgen.bundle import read_bundle
 from fastgen.engines.base_trt_engine import Loaded, TrtEngine
 from fastgen.engines.base_trt_plan import CAPABILITIES, open_context
 from fastgen.engines.base_trt_product import RTX
@@ -19,6 +21,8 @@ from fastgen.installing import Install
 from fastgen.signatures import Signature
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from fastgen.bundle import Bundle
 
 # Fields of a recipe: the fewest rows that a plan takes, and those that it is tuned for.
@@ -43,6 +47,13 @@ class Engine(TrtEngine):
         self.gpu = self._platform.gpu.name
         self._runtime_cache = RuntimeCache(self._platform)
         self._plans: dict[str, Artifact] = {}
+
+    @classmethod
+    def priority(cls, folder: Path, device: str | None) -> int:
+        """The first but for `trt` where the bundle holds plans, and a card is here that plans can be built for."""
+        if not (device or "cuda").startswith("cuda") or not read_bundle(folder).artifacts(cls.name):
+            return 0
+        return 4 if any(gpu.compute_capability in RTX.capabilities for gpu in machine.gpus()[0]) else 0
 
     def compiled(self) -> Sequence[Artifact]:
         """The plans in the bundle, for whatever card and version."""

@@ -129,9 +129,8 @@ def chosen_examples(dataset: Dataset, options: Options) -> Dataset:
 
 
 def indexing_engine(folder: Path, device: str | None) -> str:
-    """The engine to build an index with: the default one, but `ort` for TensorRT, whose plans leave out the VAE's encoder."""
-    name = default_engine(folder, device)
-    return "ort" if name in ("trt", "trt-rtx") else name
+    """The engine to build an index with: the default one of those that need no plans, which leave out the VAE's encoder."""
+    return default_engine(folder, device, built=False)
 
 
 def default_folder(model: Path) -> Path:

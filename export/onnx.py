@@ -17,7 +17,7 @@ from torch import nn
 
 from export.rewrite import attention, fuse_attention, subpixel_upsampling
 from export.shapes import fix_shapes
-from fastgen.engines.ort import fused_name
+from fastgen.engines.base_ort import fused_name
 from fastgen.errors import FastgenError
 from fastgen.precision import lowered
 from fastgen.signatures import BATCH, Signature

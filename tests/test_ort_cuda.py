@@ -16,7 +16,6 @@ from wrong_inputs import refuses_wrong_inputs  # noqa: E402
 from fastgen import streams  # noqa: E402
 from fastgen.bundle import read_bundle  # noqa: E402
 from fastgen.engines import base_ort_cuda, create_engine  # noqa: E402
-from fastgen.engines import ort as engine_ort  # noqa: E402
 from fastgen.engines.base_ort_cuda import PROVIDER, Runner, open_session, provider_options  # noqa: E402
 from fastgen.errors import FastgenError, InputError  # noqa: E402
 
@@ -127,7 +126,7 @@ def test_nodes_on_the_cpu_are_an_error(label_bundle, whole, words):
     ],
 )
 def test_cuda_without_its_packages_is_one_line_with_the_command(label_bundle, monkeypatch, installed, words):
-    monkeypatch.setattr(engine_ort, "has_distribution", installed.__contains__)
+    monkeypatch.setattr(base_ort_cuda, "has_distribution", installed.__contains__)
     monkeypatch.setattr(ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
     with pytest.raises(InputError) as error:
         create_engine("ort", read_bundle(label_bundle), device="cuda")
@@ -164,8 +163,8 @@ def cuda_engine(monkeypatch, text_bundle):
             super().__init__("stream", [])
 
     def make(bundle, dtype=None):
-        monkeypatch.setattr(engine_ort, "open_session", open_on_cpu)
-        monkeypatch.setattr(engine_ort, "_check_gpu_build", lambda: None)
+        monkeypatch.setattr(base_ort_cuda, "open_session", open_on_cpu)
+        monkeypatch.setattr(base_ort_cuda, "_check_gpu_build", lambda: None)
         monkeypatch.setattr(torch.cuda, "Stream", CpuStream)
         monkeypatch.setattr(torch.cuda, "current_stream", CpuStream)
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
@@ -173,7 +172,7 @@ def cuda_engine(monkeypatch, text_bundle):
         def open_device(self, device, threads, kinds):
             self._torch, self.xp, self.device = torch, torch, "cpu"
 
-        monkeypatch.setattr(engine_ort.Engine, "open_device", open_device)
+        monkeypatch.setattr(base_ort_cuda.CudaEngine, "open_device", open_device)
         return create_engine("ort", bundle, device="cuda", dtype=dtype), opened
 
     streams._streams.cache_clear()

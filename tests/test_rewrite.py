@@ -18,7 +18,7 @@ from torch import nn
 
 from export.onnx import export_onnx
 from export.rewrite import SubpixelUpsample, subpixel_upsampling
-from fastgen.engines.ort import FUSED
+from fastgen.engines.base_ort import FUSED
 from fastgen.signatures import Signature, Tensor
 
 

@@ -70,4 +70,4 @@ def create_engine(
     check_installed(name)
     if threads is not None and threads < 1:
         raise InputError(f"threads is {threads}, expected at least 1")
-    return engine_class(name)(source, device=device, dtype=dtype, threads=threads)  # type: ignore[call-arg]
+    return engine_class(name).open(source, device=device, dtype=dtype, threads=threads)

@@ -49,6 +49,12 @@ class Engine(abc.ABC):
     capturable: bool = False  # `run` may be recorded into a CUDA graph: current stream, no host synchronisation
 
     @classmethod
+    def open(cls, source: Any, *, device: str | None, dtype: str | None, threads: int | None) -> Engine:
+        """An engine over a model folder or bundle: of this class or, where a name stands for several, of the device's.
+        Raises InputError for a precision or device that it does not have."""
+        return cls(source, device=device, dtype=dtype, threads=threads)  # type: ignore[call-arg]
+
+    @classmethod
     def problems(cls, machine: Machine) -> list[Problem]:
         """What is in the way of this engine on a machine, and what helps: packages, its libraries, the cache."""
         from fastgen.doctor.diagnosis import Problem

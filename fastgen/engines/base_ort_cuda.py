@@ -1,4 +1,7 @@
-"""onnxruntime's CUDA provider: each network replayed as CUDA graphs, one per number of rows, between buffers that stay put.
+"""Engine ort on CUDA: each network replayed as CUDA graphs, one per number of rows, between buffers that stay put.
+
+In fp16 (the default where the bundle has it) or fp32, not in bf16, for which onnxruntime's CUDA provider lacks operators
+(Resize, and in older releases convolutions).
 
 onnxruntime records its graphs itself, on a stream of the network's own. That stream and torch's wait for each other, the host
 for neither (releases before mid-2026 still make it wait at the end of a replay).
@@ -8,14 +11,72 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastgen.errors import FastgenError
-from fastgen.signatures import Signature, Tensor
+from fastgen import streams
+from fastgen.bundle import graph_name
+from fastgen.engines import has_distribution
+from fastgen.engines.base import announce
+from fastgen.engines.base_ort import OrtEngine
+from fastgen.engines.base_torch import TorchEngine
+from fastgen.errors import FastgenError, InputError
+from fastgen.installing import hint
+from fastgen.signatures import Signature, Tensor, network_dtype
+
+if TYPE_CHECKING:
+    from fastgen.bundle import Bundle
 
 PROVIDER = "CUDAExecutionProvider"
+
+
+class CudaEngine(OrtEngine, TorchEngine):
+    """On a GPU, on torch tensors."""
+
+    dtypes = ("fp16", "fp32")
+    static_shapes = True  # a graph is recorded per number of rows
+    _library_errors = Exception  # onnxruntime's share no base class
+
+    def __init__(
+        self, source: Bundle, *, device: str | None = None, dtype: str | None = None, threads: int | None = None
+    ) -> None:
+        _check_gpu_build()
+        self.open_device(device or "cuda", threads, ("cuda",))
+        self.set_source(source, threads)
+        if dtype not in (None, *self.dtypes):
+            raise InputError(f"engine ort executes {', '.join(self.dtypes)} on cuda, not {dtype}")
+        self.dtype = dtype or ("fp16" if self._has_fp16() else "fp32")
+        if dtype is None and self.dtype == "fp32":
+            announce(
+                "engine ort runs in fp32: the bundle has no fp16 graphs; `fastgen export MODEL --dtype fp16` adds them"
+            )
+        self._runners: dict[str, Runner] = {}
+
+    def run(self, network: str, *inputs: Any) -> tuple[Any, ...]:
+        self.checked_rows(network, inputs)
+        if network not in self._runners:
+            self._runners[network] = self._runner(network)
+        return self._runners[network].run(*inputs)
+
+    def release_memory(self) -> None:
+        """onnxruntime's arenas go with their sessions, which are opened again when they are needed."""
+        self._torch.cuda.synchronize(self.device)
+        self._runners.clear()
+        super().release_memory()
+
+    def _has_fp16(self) -> bool:
+        """Whether the bundle was exported with fp16 graphs."""
+        graphs = {n: graph_name(n, d) for n in self.signatures if (d := network_dtype(n, "fp16")) != "fp32"}
+        return all(graph in self._bundle.files for graph in graphs.values())
+
+    def _runner(self, network: str) -> Runner:
+        """The text encoder finds its end tokens on the host: it is not recorded, which matters little once per prompt."""
+        torch, device = self._torch, self._torch.device(self.device)
+        stream, whole = streams.stream(self.device, streams.onnxruntime(network)), network != "text_encoder"
+        provider = provider_options(device.index or 0, stream.cuda_stream, graphs=whole)
+        session = open_session(self.graph(network), self.session_options(), provider, whole=whole)
+        return Runner(session, self.signatures[network], self.device, stream, lambda: torch.cuda.current_stream(device))
 
 
 def provider_options(device_id: int, stream: int, graphs: bool) -> dict[str, str]:
@@ -111,3 +172,21 @@ class Runner:
         import torch
 
         return torch.zeros(tensor.with_batch(rows), dtype=getattr(torch, tensor.dtype), device=self._device)
+
+
+def _check_gpu_build() -> None:
+    """InputError, with the commands that help, when onnxruntime here has no CUDA provider, or torch is missing."""
+    import onnxruntime as ort
+
+    if not has_distribution("torch"):
+        raise InputError(f"engine ort on CUDA needs torch, not installed here: {hint('cuda')}")
+    if PROVIDER in getattr(ort, "get_available_providers", list)():
+        return
+    if has_distribution("onnxruntime") and has_distribution("onnxruntime-gpu"):
+        raise InputError(
+            "onnxruntime and onnxruntime-gpu are both installed and share one folder, so that CUDA is lost: "
+            "pip uninstall -y onnxruntime onnxruntime-gpu && pip install onnxruntime-gpu"
+        )
+    raise InputError(
+        "this onnxruntime is built for the CPU alone: pip uninstall -y onnxruntime && pip install onnxruntime-gpu"
+    )

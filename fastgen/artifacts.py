@@ -20,6 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fastgen.bundle import COMPILED, Bundle
 from fastgen.cachedir import cache_dir, check_private
 from fastgen.errors import InputError
 from fastgen.folders import new_folder
@@ -277,6 +278,15 @@ def write_record(folder: Path, recipe: Recipe, build_seconds: float) -> None:
         "built": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     write_json(folder / RECORD, record)
+
+
+def bundled(bundle: Bundle, engine: str = COMPILED) -> list[Artifact]:
+    """The compiled engines of `engine` that lie in a bundle, their records verified; `Artifact.file` verifies the rest.
+
+    Raises InputError for a record that is missing, altered or malformed.
+    """
+    records = [name for name in bundle.files if name.startswith(f"{engine}/") and name.endswith(f"/{RECORD}")]
+    return [read_record(bundle.file(name).parent) for name in records]
 
 
 def read_record(folder: Path) -> Artifact:

@@ -14,7 +14,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastgen.artifacts import RECORD, Artifact, read_record
 from fastgen.config import Sampling
 from fastgen.errors import InputError
 from fastgen.hashes import check_file
@@ -80,14 +79,6 @@ class Bundle:
                 ("vae_encoder/", "reference.", f"{COMPILED}/")
             ):
                 self.file(name)
-
-    def artifacts(self, engine: str = COMPILED) -> list[Artifact]:
-        """The compiled engines of `engine` that lie in this bundle, their records verified; `Artifact.file` verifies the rest.
-
-        Raises InputError for a record that is missing, altered or malformed.
-        """
-        records = [name for name in self.files if name.startswith(f"{engine}/") and name.endswith(f"/{RECORD}")]
-        return [read_record(self.file(name).parent) for name in records]
 
     def prompt_tokenizer(self) -> Tokenizer:
         for name in self.files:

@@ -16,6 +16,7 @@ from tensorrt_double import CALLS, ExecutionContextAllocationStrategy, called
 from trt_helpers import inputs
 
 from export.trt_rtx import build_plans
+from fastgen.artifacts import bundled
 from fastgen.bundle import Bundle, read_bundle
 from fastgen.engines import base_trt, create_engine, engine_class, engine_names, missing_packages
 from fastgen.engines.base_trt_plan import PLAN
@@ -232,7 +233,7 @@ def test_without_a_gpu_the_reason_is_named(rtx_card, labels, monkeypatch):
 
 @pytest.mark.parametrize("name", [PLAN, "artifact.json"])
 def test_a_damaged_plan_never_reaches_tensorrt(bundle, name):
-    file = bundle.artifacts()[0].folder / name
+    file = bundled(bundle)[0].folder / name
     file.write_bytes(file.read_bytes()[:-1] + b" ")
     with pytest.raises(InputError, match=rf"{name}: .*(altered|damaged)"):
         create_engine("trt-rtx", read_bundle(bundle.folder), dtype="fp32").run("unet", *inputs(bundle, "unet", 2))

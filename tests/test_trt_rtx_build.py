@@ -17,6 +17,7 @@ import tensorrt_rtx_double as double
 from tensorrt_double import BEHAVIOUR, BuilderFlag, called
 
 from export.trt_rtx import DEFAULT_CAPABILITIES, build_plans
+from fastgen.artifacts import bundled
 from fastgen.bundle import COMPILED, Bundle, read_bundle
 from fastgen.engines import engine_class
 from fastgen.engines.base_trt_plan import CAPABILITIES, PLAN
@@ -42,7 +43,7 @@ def build(bundle: Path, **options: Any) -> Bundle:
 
 def plans(bundle: Path) -> list[tuple[Any, ...]]:
     """(network, dtype, most rows, capabilities) of every plan, sorted."""
-    fields = [a.recipe.fields for a in read_bundle(bundle).artifacts()]
+    fields = [a.recipe.fields for a in bundled(read_bundle(bundle))]
     return sorted((f["network"], f["dtype"], f["batch"], f[CAPABILITIES]) for f in fields)
 
 
@@ -52,7 +53,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_a_plan_lies_in_the_bundle_with_what_it_depends_on(bundle):
     held = build(bundle)
-    (artifact,) = held.artifacts()
+    (artifact,) = bundled(held)
     assert artifact.folder == bundle / COMPILED / artifact.recipe.digest
     assert {f"{COMPILED}/{artifact.recipe.digest}/{name}" for name in (PLAN, "artifact.json")} <= set(held.files)
     fields = artifact.recipe.fields
@@ -78,7 +79,7 @@ def test_a_build_is_strongly_typed_without_tf32_for_every_card_and_any_number_of
 
 
 def test_verifying_a_bundle_for_another_engine_does_not_read_plans(bundle):
-    (artifact,) = build(bundle).artifacts()
+    (artifact,) = bundled(build(bundle))
     (artifact.folder / PLAN).write_bytes(b"damaged")
     read_bundle(bundle).verify("fp16")
 
@@ -94,7 +95,7 @@ def test_what_the_bundle_holds_is_not_built_again(bundle):
 
 
 def test_other_batch_sizes_take_the_place_of_the_plan_and_of_its_files(bundle):
-    old = build(bundle).artifacts()[0].folder
+    old = bundled(build(bundle))[0].folder
     build(bundle, batch_sizes=[8])
     assert plans(bundle) == [("unet", "fp16", 16, "8.0 8.6 8.9 12.0")]
     assert not old.exists()
@@ -118,7 +119,7 @@ def test_another_version_replaces_the_plan(bundle, monkeypatch):
     build(bundle)
     monkeypatch.setattr(sys.modules["tensorrt_rtx"], "__version__", "1.8.0.1")
     build(bundle)
-    (artifact,) = read_bundle(bundle).artifacts()
+    (artifact,) = bundled(read_bundle(bundle))
     assert artifact.recipe.fields["tensorrt_rtx"] == "1.8.0.1"
 
 
@@ -127,24 +128,24 @@ def test_overwrite_builds_again(bundle):
     build(bundle, overwrite=True)
     assert len(called("Builder.build_serialized_network")) == 2
     assert len(plans(bundle)) == 1
-    read_bundle(bundle).artifacts()[0].verify()
+    bundled(read_bundle(bundle))[0].verify()
 
 
 @pytest.mark.parametrize("name", [PLAN, "artifact.json"])
 def test_a_damaged_plan_is_announced_and_built_again(bundle, name):
     lines: list[str] = []
-    (artifact,) = build(bundle).artifacts()
+    (artifact,) = bundled(build(bundle))
     (artifact.folder / name).write_bytes((artifact.folder / name).read_bytes()[:-1] + b" ")
     build(bundle, say=lines.append)
     assert "sha256 differs" in lines[0]
     assert lines[0].endswith("; the plan is built again")
-    (again,) = read_bundle(bundle).artifacts()
+    (again,) = bundled(read_bundle(bundle))
     again.verify()
 
 
 def test_a_damaged_plan_that_is_not_asked_for_is_taken_out(bundle):
     lines: list[str] = []
-    (other,) = build(bundle, capabilities=["12.1"]).artifacts()
+    (other,) = bundled(build(bundle, capabilities=["12.1"]))
     build(bundle, capabilities=["8.6"])
     (other.folder / PLAN).write_bytes(b"short")
     build(bundle, capabilities=["8.6"], say=lines.append)
@@ -170,7 +171,7 @@ def test_the_text_family_gets_its_encoder_at_one_size_and_an_exact_decoder(rtx_c
         ("vae_decoder", "fp16", 4),
         ("vae_decoder", "fp32", 4),
     ]
-    least = {a.recipe.fields["network"]: a.recipe.fields["least_rows"] for a in read_bundle(folder).artifacts()}
+    least = {a.recipe.fields["network"]: a.recipe.fields["least_rows"] for a in bundled(read_bundle(folder))}
     assert least == {"text_encoder": 16, "unet": 1, "vae_decoder": 1}
 
 
@@ -204,10 +205,10 @@ def test_whenever_it_is_killed_the_bundle_is_whole_and_the_next_export_completes
         patch.setattr(os, "replace", killed)
         with pytest.raises(KilledError):
             build(bundle, batch_sizes=sizes, overwrite=overwrite)
-    for artifact in read_bundle(bundle).artifacts():
+    for artifact in bundled(read_bundle(bundle)):
         artifact.verify()
     build(bundle, batch_sizes=sizes)
-    (artifact,) = read_bundle(bundle).artifacts()
+    (artifact,) = bundled(read_bundle(bundle))
     artifact.verify()
     listed = {name for name in read_bundle(bundle).files if name.startswith(COMPILED)}
     assert {name for name in contents(bundle) if name.startswith(COMPILED)} == listed

@@ -17,6 +17,7 @@ from small_presets import SMALL
 
 from export.trt_build import Rows, build_plan
 from export.trt_rtx import DEFAULT_CAPABILITIES, _targets, build_plans
+from fastgen.artifacts import bundled
 from fastgen.bundle import read_bundle
 from fastgen.config import load_preset
 from fastgen.engines.base_trt import open_library
@@ -62,7 +63,7 @@ def small_unet(name: str) -> tuple[Any, Signature]:
 
 def test_the_real_builder_puts_a_plan_for_every_card_into_the_bundle_and_prints_nothing(half_copy, capfd):
     held = build_plans(read_bundle(half_copy), batch_sizes=[1, 4])
-    (artifact,) = held.artifacts()
+    (artifact,) = bundled(held)
     artifact.verify()
     assert artifact.recipe.fields["tensorrt_rtx"] == open_library(RTX).version
     assert artifact.recipe.fields[CAPABILITIES] == "8.0 8.6 8.9 12.0"
@@ -115,7 +116,7 @@ def test_ctrl_c_stops_the_real_builder(half_copy, monkeypatch):
     monkeypatch.setattr(Progress, "step", interrupt)
     with pytest.raises(KeyboardInterrupt):
         build_plans(read_bundle(half_copy), batch_sizes=[4])
-    assert read_bundle(half_copy).artifacts() == []
+    assert bundled(read_bundle(half_copy)) == []
 
 
 @pytest.mark.slow
@@ -128,7 +129,7 @@ def test_bundles_of_both_families_build_in_every_precision(kind, dtype, exports,
     held = build_plans(read_bundle(folder), dtype=dtype, batch_sizes=[1, 4])
     decoders = [("vae_decoder", each) for each in sorted({dtype, "fp32"})]
     text = [("text_encoder", "fp32"), *decoders] if kind == "text" else []
-    found = [(a.recipe.fields["network"], a.recipe.fields["dtype"]) for a in held.artifacts()]
+    found = [(a.recipe.fields["network"], a.recipe.fields["dtype"]) for a in bundled(held)]
     assert sorted(found) == sorted([("unet", dtype), *text])
     assert capfd.readouterr() == ("", "")
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastgen import machine
-from fastgen.artifacts import Artifact, Recipe, ranked
+from fastgen.artifacts import Artifact, Recipe, bundled, ranked
 from fastgen.bundle import read_bundle
 from fastgen.engines.base_trt_engine import Loaded, TrtEngine
 from fastgen.engines.base_trt_plan import CAPABILITIES, open_context
@@ -40,7 +40,7 @@ class Engine(TrtEngine):
         self, source: Bundle, *, device: str | None = None, dtype: str | None = None, threads: int | None = None
     ) -> None:
         built = {
-            str(a.recipe.fields["dtype"]) for a in source.artifacts(self.name) if a.recipe.fields["network"] == "unet"
+            str(a.recipe.fields["dtype"]) for a in bundled(source, self.name) if a.recipe.fields["network"] == "unet"
         }
         there = [name for name in self.dtypes if name in built]
         super().__init__(source, device=device, dtype=dtype or next(iter(there), None), threads=threads)
@@ -51,13 +51,13 @@ class Engine(TrtEngine):
     @classmethod
     def priority(cls, folder: Path, device: str | None) -> int:
         """The first but for `trt` where the bundle holds plans, and a card is here that plans can be built for."""
-        if not (device or "cuda").startswith("cuda") or not read_bundle(folder).artifacts(cls.name):
+        if not (device or "cuda").startswith("cuda") or not bundled(read_bundle(folder), cls.name):
             return 0
         return 4 if any(gpu.compute_capability in RTX.capabilities for gpu in machine.gpus()[0]) else 0
 
     def compiled(self) -> Sequence[Artifact]:
         """The plans in the bundle, for whatever card and version."""
-        return self._bundle.artifacts(self.name)
+        return bundled(self._bundle, self.name)
 
     def batch_sizes(self, network: str) -> range:
         """Every number of rows that the network's plan takes. Raises InputError when there is none for this card."""

@@ -14,7 +14,7 @@ import click
 
 from fastgen.bundle import CERTIFICATES, read_bundle
 from fastgen.errors import FastgenError, InputError
-from fastgen.jsonfiles import read_json
+from fastgen.files.jsonfiles import read_json
 
 IMAGES = "images"
 COLUMNS: tuple[str, ...] = ("model", "engine", "device", "networks", "furthest off", "relative error", "cosine")

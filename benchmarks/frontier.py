@@ -22,9 +22,9 @@ from fastgen.attributes import FILE, read_attributes
 from fastgen.cli.score import scoring_options
 from fastgen.cli.sweep import SCORING, SOME
 from fastgen.errors import FastgenError, InputError
+from fastgen.files.folders import make_folder
+from fastgen.files.jsonfiles import read_json, write_bytes, write_json
 from fastgen.find import find_model
-from fastgen.folders import make_folder
-from fastgen.jsonfiles import read_json, write_bytes, write_json
 from fastgen.requests import read_requests
 from fastgen.scoring import Scorer
 from fastgen.scoring.result import or_none

@@ -17,8 +17,8 @@ import click
 from benchmarks.frontier_search import COARSE, FINE
 from benchmarks.report import RESULTS
 from fastgen.errors import FastgenError, InputError
-from fastgen.installing import hint
-from fastgen.jsonfiles import read_json, write_bytes
+from fastgen.files.installing import hint
+from fastgen.files.jsonfiles import read_json, write_bytes
 
 Record = dict[str, Any]
 SIZE, DPI = (10.0, 5.6), 100  # 1000 px wide

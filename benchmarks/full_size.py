@@ -85,7 +85,7 @@ def _task(preset: Preset, device: Any) -> Any:
     """The preset's UNet as training begins with it, on random data of the right shape."""
     from diffusers import UNet2DConditionModel
 
-    from fastgen.names import ICLEVR_OBJECTS
+    from fastgen.files.names import ICLEVR_OBJECTS
     from fastgen.networks.labels import LabelConditioner, LabelUNet, unet_class
     from fastgen.networks.text import TextUNet
     from fastgen.training.diffusion import DiffusionTask

@@ -13,7 +13,7 @@ import click
 from benchmarks.models import prepared
 from benchmarks.prompts import conditions
 from benchmarks.report import RESULTS, report, spread, timed
-from fastgen.cachedir import cache_dir
+from fastgen.files.cachedir import cache_dir
 from fastgen.pipeline import Pipeline, load
 
 

@@ -17,8 +17,8 @@ from benchmarks.report import RESULTS, save
 from benchmarks.rows import UNITS
 from benchmarks.sides import Side, default_sides
 from benchmarks.table import markdown
-from fastgen.cachedir import cache_dir
 from fastgen.errors import FastgenError
+from fastgen.files.cachedir import cache_dir
 
 FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
 

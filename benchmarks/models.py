@@ -15,8 +15,8 @@ import torch
 from benchmarks.prompts import prompts
 from fastgen.config import Network, Preset, Training, load_preset, preset_names
 from fastgen.errors import unknown
-from fastgen.jsonfiles import write_json
-from fastgen.names import ICLEVR_OBJECTS
+from fastgen.files.jsonfiles import write_json
+from fastgen.files.names import ICLEVR_OBJECTS
 from fastgen.networks import Model, save_model
 from fastgen.networks.labels import LabelConditioner, conditioner_dim, unet_class
 from fastgen.training.modules import build_text_encoder

@@ -16,7 +16,7 @@ from benchmarks.models import architecture, random_model
 from benchmarks.report import RESULTS
 from benchmarks.sides import default_sides
 from benchmarks.table import markdown
-from fastgen.cachedir import cache_dir
+from fastgen.files.cachedir import cache_dir
 
 
 @click.command()

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from fastgen.errors import InputError
-from fastgen.installing import hint
+from fastgen.files.installing import hint
 
 Row = dict[str, Any]
 SIZE, DPI = (11.0, 4.6), 130

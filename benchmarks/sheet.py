@@ -9,9 +9,9 @@ import click
 from PIL import Image
 
 from fastgen.errors import InputError
-from fastgen.images import image_grid, read_pixels
+from fastgen.files.images import image_grid, read_pixels
+from fastgen.files.jsonfiles import read_jsonl
 from fastgen.jobs.folder import MANIFEST
-from fastgen.jsonfiles import read_jsonl
 
 FOLDER = click.Path(path_type=Path)
 

@@ -19,7 +19,7 @@ from benchmarks.models import prepared
 from benchmarks.prompts import conditions
 from benchmarks.report import RESULTS, report, spread
 from fastgen.bundle import read_bundle
-from fastgen.cachedir import cache_dir
+from fastgen.files.cachedir import cache_dir
 
 HEAVY = ("torch", "diffusers", "transformers", "onnxruntime")
 STACK = "import torch, diffusers, transformers"

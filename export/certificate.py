@@ -26,7 +26,7 @@ from export.reference import (
 from fastgen.bundle import CERTIFICATES, REFERENCE, Bundle
 from fastgen.engines.base import Engine
 from fastgen.errors import FastgenError
-from fastgen.jsonfiles import read_json, write_json
+from fastgen.files.jsonfiles import read_json, write_json
 from fastgen.pipeline import Pipeline
 
 MIN_PSNR_DB = 30.0

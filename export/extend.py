@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from fastgen.bundle import CERTIFICATES, COMPILED, MANIFEST, Bundle, read_bundle
-from fastgen.folders import sync_tree
-from fastgen.hashes import record_files
-from fastgen.jsonfiles import read_json, write_json
+from fastgen.files.folders import sync_tree
+from fastgen.files.hashes import record_files
+from fastgen.files.jsonfiles import read_json, write_json
 
 
 def add_files(held: Bundle, partial: Path, dropped: Collection[str] = ()) -> None:

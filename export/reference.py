@@ -14,7 +14,7 @@ import numpy as np
 
 from fastgen.bundle import REFERENCE, Bundle
 from fastgen.errors import FastgenError, InputError
-from fastgen.jsonfiles import read_json, write_bytes, write_json
+from fastgen.files.jsonfiles import read_json, write_bytes, write_json
 from fastgen.machine import usable_cores
 from fastgen.pipeline import Pipeline
 from fastgen.quantise import problem

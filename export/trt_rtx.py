@@ -21,7 +21,7 @@ from fastgen.engines.base_trt import Library, open_library
 from fastgen.engines.base_trt_plan import CAPABILITIES, PLAN, make_recipe
 from fastgen.engines.base_trt_product import RTX
 from fastgen.errors import InputError
-from fastgen.folders import scratch_folder
+from fastgen.files.folders import scratch_folder
 
 if TYPE_CHECKING:
     from fastgen.bundle import Bundle

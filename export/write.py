@@ -25,9 +25,9 @@ from fastgen.bundle import (
     read_bundle,
 )
 from fastgen.errors import InputError
-from fastgen.folders import new_folder, scratch_folder
-from fastgen.hashes import record_files, sha256_file
-from fastgen.jsonfiles import infinity_as_text, read_json, write_json
+from fastgen.files.folders import new_folder, scratch_folder
+from fastgen.files.hashes import record_files, sha256_file
+from fastgen.files.jsonfiles import infinity_as_text, read_json, write_json
 from fastgen.settings import late_steps
 from fastgen.signatures import network_dtype
 from fastgen.spec import Spec

@@ -10,8 +10,8 @@ from typing import Any
 
 from fastgen.data.dataset import Dataset, note
 from fastgen.errors import InputError, unknown
-from fastgen.jsonfiles import brief, located, read_json
-from fastgen.names import check_text
+from fastgen.files.jsonfiles import brief, located, read_json
+from fastgen.files.names import check_text
 
 FILE = "attributes.json"
 MEAN = "attributes"  # the metric that is the mean over all of them

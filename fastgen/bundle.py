@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from fastgen.config import Sampling
 from fastgen.errors import InputError
-from fastgen.hashes import check_file
-from fastgen.jsonfiles import infinity_from_text, located, read_json
+from fastgen.files.hashes import check_file
+from fastgen.files.jsonfiles import infinity_from_text, located, read_json
 from fastgen.prompts import Tokenizer
 from fastgen.signatures import Signature
 from fastgen.spec import Spec

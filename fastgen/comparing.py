@@ -14,9 +14,9 @@ import numpy as np
 from PIL import Image
 
 from fastgen.errors import InputError
-from fastgen.images import METADATA_KEY, in_rows, save_image, sheet
-from fastgen.jsonfiles import write_json
-from fastgen.names import SHEETS, STRIP_FOLDER
+from fastgen.files.images import METADATA_KEY, in_rows, save_image, sheet
+from fastgen.files.jsonfiles import write_json
+from fastgen.files.names import SHEETS, STRIP_FOLDER
 from fastgen.scoring.images import read_image
 
 PICTURED, COLUMNS = 16, 8

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from fastgen.attributes import Attributes, check_attributes
 from fastgen.errors import FastgenError, InputError
-from fastgen.jsonfiles import located, read_json, write_bytes, write_json
-from fastgen.names import check_objects
+from fastgen.files.jsonfiles import located, read_json, write_bytes, write_json
+from fastgen.files.names import check_objects
 from fastgen.weights import PICKLES, load_state, read_state
 
 IMAGE_SIZE = 64

@@ -10,8 +10,8 @@ from pathlib import Path
 from fastgen.bundle import MANIFEST, Bundle, is_bundle, read_bundle
 from fastgen.checkpoint_choice import model_parts
 from fastgen.errors import InputError
-from fastgen.jsonfiles import located, read_json
-from fastgen.names import read_objects
+from fastgen.files.jsonfiles import located, read_json
+from fastgen.files.names import read_objects
 from fastgen.runs import LATEST, latest_model, latest_run
 
 MODELS = Path(__file__).with_name("models")

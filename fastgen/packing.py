@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastgen.errors import InputError, unknown
-from fastgen.folders import new_folder
-from fastgen.jsonfiles import brief, located, read_json, read_jsonl, write_bytes
-from fastgen.names import check_relative
+from fastgen.files.folders import new_folder
+from fastgen.files.jsonfiles import brief, located, read_json, read_jsonl, write_bytes
+from fastgen.files.names import check_relative
 
 if TYPE_CHECKING:
     from torch import Tensor

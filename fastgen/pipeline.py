@@ -13,8 +13,8 @@ from fastgen.choose import default_engine
 from fastgen.device_loop import DeviceLoop
 from fastgen.engines import check_installed, create_engine, engine_class
 from fastgen.errors import InputError
+from fastgen.files.names import check_labels
 from fastgen.find import ModelFolder, find_model, name_of
-from fastgen.names import check_labels
 from fastgen.pictures import Decoder
 from fastgen.requests import Request
 from fastgen.run import Run

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fastgen.errors import InputError
-from fastgen.jsonfiles import read_json
+from fastgen.files.jsonfiles import read_json
 
 
 class Tokenizer:

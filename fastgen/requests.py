@@ -13,8 +13,8 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 
 from fastgen.errors import InputError
-from fastgen.jsonfiles import brief, located, read_json, read_jsonl
-from fastgen.names import (
+from fastgen.files.jsonfiles import brief, located, read_json, read_jsonl
+from fastgen.files.names import (
     CONTACT_SHEET,
     ICLEVR_OBJECTS,
     check_image_name,

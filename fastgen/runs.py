@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fastgen.bundle import is_bundle
 from fastgen.errors import InputError
-from fastgen.jsonfiles import read_json
+from fastgen.files.jsonfiles import read_json
 
 RUNS = Path("runs")
 LATEST = RUNS / "latest"

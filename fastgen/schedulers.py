@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastgen.errors import InputError, unknown
-from fastgen.installing import hint
+from fastgen.files.installing import hint
 
 SOLVERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddpm": ("DDPMScheduler", {}),

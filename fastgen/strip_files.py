@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from fastgen.images import read_metadata, read_pixels, save_image, sheet
-from fastgen.names import STRIP_FOLDER
+from fastgen.files.images import read_metadata, read_pixels, save_image, sheet
+from fastgen.files.names import STRIP_FOLDER
 from fastgen.strips import PADDING, StripPlan
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastgen.errors import InputError
-from fastgen.images import image_grid
+from fastgen.files.images import image_grid
 from fastgen.pictures import Pictures
 from fastgen.tables import SolverTable
 

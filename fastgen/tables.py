@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from fastgen.errors import InputError
-from fastgen.installing import hint
+from fastgen.files.installing import hint
 
 FORMAT = 1
 COLUMNS = ("timesteps", "scale", "p", "q", "r", "x0_p", "x0_q", "a", "d", "c", "streams")

@@ -118,7 +118,7 @@ def label_model(tmp_path_factory) -> Path:
     from diffusers import UNet2DModel
 
     from fastgen.config import Sampling
-    from fastgen.names import ICLEVR_OBJECTS
+    from fastgen.files.names import ICLEVR_OBJECTS
     from fastgen.networks import LabelConditioner, Model, save_model
 
     torch.set_num_threads(1)
@@ -262,7 +262,7 @@ def fastgen(capfd, monkeypatch) -> Callable[..., tuple[int, str, str]]:
 @pytest.fixture(scope="session")
 def rehash() -> Callable[[Path], None]:
     """Make bundle.json agree with the files again, after they were changed on purpose."""
-    from fastgen.hashes import sha256_file
+    from fastgen.files.hashes import sha256_file
 
     def run(bundle: Path) -> None:
         manifest = json.loads((bundle / "bundle.json").read_text())

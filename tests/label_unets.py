@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastgen.names import ICLEVR_OBJECTS
+from fastgen.files.names import ICLEVR_OBJECTS
 from fastgen.networks import load_model
 from fastgen.precision import lowered
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fastgen.images import png_bytes
-from fastgen.names import ICLEVR_OBJECTS
+from fastgen.files.images import png_bytes
+from fastgen.files.names import ICLEVR_OBJECTS
 
 ATTRIBUTES = {"body": ("cat", "slime"), "colour": ("blue", "green", "red")}
 PROMPTS = ["a red dragon with wings", "a small blue slime", "green robot with a sword", "purple insect with many legs"]

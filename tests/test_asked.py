@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from fastgen.errors import InputError
-from fastgen.images import read_metadata
+from fastgen.files.images import read_metadata
 from fastgen.jobs.asked import asked_for
 from fastgen.requests import typed_requests
 

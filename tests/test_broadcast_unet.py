@@ -12,7 +12,7 @@ from label_unets import LABELS, check_bf16, check_onnx_graph, inputs
 
 from fastgen.config import Sampling
 from fastgen.errors import InputError
-from fastgen.names import ICLEVR_OBJECTS
+from fastgen.files.names import ICLEVR_OBJECTS
 from fastgen.networks import LabelConditioner, LabelUNet, Model, load_model, save_model
 from fastgen.networks.broadcast_unet import BroadcastUNet
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastgen.cachedir import cache_dir
 from fastgen.data.cache import cached, read_array, write_array
 from fastgen.errors import FastgenError, InputError
+from fastgen.files.cachedir import cache_dir
 
 
 @pytest.fixture(autouse=True)

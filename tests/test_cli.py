@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from fastgen.cli import cli
-from fastgen.installing import hint
+from fastgen.files.installing import hint
 
 HEAVY = ["torch", "diffusers", "transformers", "onnx", "onnxruntime", "openvino", "tokenizers", "safetensors"]
 TRAINING = ["torch", "diffusers", "transformers", "onnx", "onnxscript", "accelerate", "scipy"]

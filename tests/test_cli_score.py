@@ -7,7 +7,7 @@ import json
 import pytest
 from scoring_helpers import PROMPTS, make_clip, make_evaluator, make_images
 
-from fastgen.installing import hint
+from fastgen.files.installing import hint
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("torchmetrics")

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from fastgen.comparing import compare
-from fastgen.images import png_bytes
+from fastgen.files.images import png_bytes
 
 METADATA = {"seed": 1, "prompt": "a dragon", "engine": "ort", "scheduler": "ddim"}
 

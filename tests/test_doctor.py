@@ -16,7 +16,7 @@ from fastgen.doctor import Report, installed, judge
 from fastgen.doctor.diagnosis import Cache, Machine, driver_too_old
 from fastgen.doctor.installed import Library, inspect, loaded_nvinfer, read_answer
 from fastgen.engines import engine_class, engine_names
-from fastgen.installing import hint
+from fastgen.files.installing import hint
 from fastgen.machine import Cpu, Driver, Gpu, cpu, gpus, version
 
 RTX_4090 = Gpu("NVIDIA GeForce RTX 4090", 24564, "8.9")

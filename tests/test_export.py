@@ -24,7 +24,7 @@ from conftest import TABLE_STEPS  # noqa: E402
 import fastgen.bundle  # noqa: E402
 from export.bundle import export  # noqa: E402
 from fastgen.errors import FastgenError, InputError  # noqa: E402
-from fastgen.jsonfiles import read_json, write_json  # noqa: E402
+from fastgen.files.jsonfiles import read_json, write_json  # noqa: E402
 
 EXPORT_FEW = f"""
 import fastgen.solver

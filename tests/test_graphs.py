@@ -20,8 +20,8 @@ import cuda_double  # noqa: E402
 
 from fastgen import streams  # noqa: E402
 from fastgen.device_loop import DeviceLoop  # noqa: E402
+from fastgen.files.images import read_pixels  # noqa: E402
 from fastgen.graphs import Graph  # noqa: E402
-from fastgen.images import read_pixels  # noqa: E402
 from fastgen.jobs.job import run_job  # noqa: E402
 from fastgen.pictures import Decoder  # noqa: E402
 from fastgen.pipeline import load  # noqa: E402

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fastgen.errors import InputError
+from fastgen.files.names import ICLEVR_OBJECTS
 from fastgen.importing import MismatchError, import_model
-from fastgen.names import ICLEVR_OBJECTS
 from fastgen.networks import load_model
 
 LABELS = 24

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from fastgen.installing import DISTRIBUTION, Install, hint
+from fastgen.files.installing import DISTRIBUTION, Install, hint
 
 REPO = Path(__file__).parents[1]
 PROJECT = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]

@@ -6,7 +6,7 @@ import pytest
 
 onnx = pytest.importorskip("onnx")
 
-from fastgen.jsonfiles import read_json  # noqa: E402
+from fastgen.files.jsonfiles import read_json  # noqa: E402
 
 # What optimum's ORTStableDiffusionPipeline feeds and reads, by folder.
 NAMES = {

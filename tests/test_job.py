@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from fastgen.errors import FastgenError, InputError
-from fastgen.images import read_metadata
+from fastgen.files.images import read_metadata
 from fastgen.jobs.job import run_job
 from fastgen.pipeline import load
 from fastgen.requests import Request, read_requests

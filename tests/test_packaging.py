@@ -7,6 +7,7 @@ import sys
 import tomllib
 import venv
 import zipfile
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -23,8 +24,11 @@ def packages() -> set[str]:
     return {".".join(folder.relative_to(ROOT).parts) for folder in folders}
 
 
-def test_every_package_is_listed():
-    assert set(PROJECT["tool"]["setuptools"]["packages"]) == packages()
+def test_every_folder_of_code_is_a_package_that_setuptools_finds():
+    patterns = PROJECT["tool"]["setuptools"]["packages"]["find"]["include"]
+    code = {f.parent for name in ("fastgen", "export") for f in (ROOT / name).rglob("*.py")}
+    assert {".".join(folder.relative_to(ROOT).parts) for folder in code} == packages()
+    assert [p for p in packages() if not any(fnmatch(p, pattern) for pattern in patterns)] == []
 
 
 def test_the_base_install_needs_none_of_the_heavy_packages():

@@ -12,7 +12,7 @@ import pytest
 from fastgen import evaluator
 from fastgen.config import load_preset, preset_names
 from fastgen.errors import InputError
-from fastgen.jsonfiles import write_json
+from fastgen.files.jsonfiles import write_json
 from fastgen.networks import load_model
 from fastgen.packing import pack, thinned, without_empty
 from fastgen.training.job import open_job

@@ -12,7 +12,7 @@ from diffusers import UNet2DModel
 from label_unets import LABELS, check_bf16, check_onnx_graph, inputs
 
 from fastgen.config import Sampling
-from fastgen.names import ICLEVR_OBJECTS
+from fastgen.files.names import ICLEVR_OBJECTS
 from fastgen.networks import LabelConditioner, Model, load_model, save_model
 from fastgen.networks.patch_unet import PatchUNet
 from fastgen.training.modules import build_module

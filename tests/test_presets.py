@@ -21,7 +21,7 @@ from small_presets import SHORT, SMALL
 from torch import nn
 
 from fastgen.config import Preset, load_preset, preset_names
-from fastgen.names import ICLEVR_OBJECTS
+from fastgen.files.names import ICLEVR_OBJECTS
 from fastgen.networks.broadcast_unet import BroadcastUNet
 from fastgen.networks.labels import LabelConditioner, LabelUNet, conditioner_dim, unet_class
 from fastgen.training.diffusion import NoiseSchedule

@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from fastgen import images
 from fastgen.config import Network, Preset, Sampling, Training, load_preset
 from fastgen.errors import InputError
-from fastgen.names import ICLEVR_OBJECTS
+from fastgen.files import images
+from fastgen.files.names import ICLEVR_OBJECTS
 from fastgen.solver import TableCompiler
 from fastgen.training.precision import choose
 from fastgen.training.previews import (

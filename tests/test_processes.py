@@ -11,7 +11,7 @@ import torch
 from test_train import LABEL_PRESET, labelled, weights  # noqa: F401
 from torch import nn
 
-from fastgen.jsonfiles import read_jsonl
+from fastgen.files.jsonfiles import read_jsonl
 from fastgen.training.processes import Processes
 
 ROOT = Path(__file__).parents[1]

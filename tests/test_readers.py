@@ -21,7 +21,7 @@ from PIL import Image
 from fastgen.data import Dataset, Example, find_dataset, read_dataset, split
 from fastgen.data.images import load_image, load_images
 from fastgen.errors import InputError
-from fastgen.names import ICLEVR_OBJECTS
+from fastgen.files.names import ICLEVR_OBJECTS
 
 REAL = Path(__file__).parents[2] / "shared" / "data"
 real_files = pytest.mark.skipif(not REAL.is_dir(), reason="the tasks' own files are not here")

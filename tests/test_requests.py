@@ -14,8 +14,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from fastgen.errors import FastgenError, InputError
-from fastgen.jsonfiles import read_json, read_jsonl, write_bytes, write_json
-from fastgen.names import ICLEVR_OBJECTS, check_image_name
+from fastgen.files.jsonfiles import read_json, read_jsonl, write_bytes, write_json
+from fastgen.files.names import ICLEVR_OBJECTS, check_image_name
 from fastgen.requests import Request, multi_hot, read_requests, resolve_seed, safe_path
 
 REAL = Path(__file__).parents[2] / "shared" / "data"

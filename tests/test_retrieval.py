@@ -12,7 +12,7 @@ from PIL import Image
 from fastgen.buckets import Batch
 from fastgen.conditions import pooled_states
 from fastgen.errors import InputError
-from fastgen.images import read_metadata
+from fastgen.files.images import read_metadata
 from fastgen.jobs.job import estimate_job, run_job
 from fastgen.jobs.shards import Shard
 from fastgen.pipeline import load

@@ -15,7 +15,7 @@ diffusers = pytest.importorskip("diffusers")
 
 from fastgen.bundle import read_bundle  # noqa: E402
 from fastgen.errors import InputError  # noqa: E402
-from fastgen.jsonfiles import infinity_as_text, infinity_from_text, read_json, write_json  # noqa: E402
+from fastgen.files.jsonfiles import infinity_as_text, infinity_from_text, read_json, write_json  # noqa: E402
 from fastgen.networks import load_model, save_model  # noqa: E402
 from fastgen.pipeline import load  # noqa: E402
 

@@ -230,7 +230,7 @@ def test_without_requests_every_png_but_the_contact_sheet_is_scored(judge, refer
 
 
 def test_how_the_images_were_made_is_told_where_all_agree(judge, requests, tmp_path):
-    from fastgen.images import png_bytes
+    from fastgen.files.images import png_bytes
 
     folder = tmp_path / "out"
     folder.mkdir()

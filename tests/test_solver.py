@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import fastgen.solver as solver
 from fastgen.errors import InputError
-from fastgen.installing import hint
+from fastgen.files.installing import hint
 from fastgen.noise import normal
 from fastgen.sampling import step, table_rows
 from fastgen.schedulers import SOLVERS, default_name, make_scheduler

@@ -12,7 +12,7 @@ from diffusers_loop import run_diffusers
 from PIL import Image
 
 from fastgen.errors import InputError
-from fastgen.images import image_grid, read_metadata, read_pixels
+from fastgen.files.images import image_grid, read_metadata, read_pixels
 from fastgen.jobs.job import run_job
 from fastgen.networks import load_model
 from fastgen.noise import normal

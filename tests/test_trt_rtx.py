@@ -21,7 +21,7 @@ from fastgen.bundle import Bundle, read_bundle
 from fastgen.engines import base_trt, create_engine, engine_class, engine_names, missing_packages
 from fastgen.engines.base_trt_plan import PLAN
 from fastgen.errors import InputError
-from fastgen.jsonfiles import read_json, write_json
+from fastgen.files.jsonfiles import read_json, write_json
 from fastgen.machine import Gpu
 
 torch = pytest.importorskip("torch")

@@ -22,7 +22,7 @@ from fastgen.bundle import COMPILED, Bundle, read_bundle
 from fastgen.engines import engine_class
 from fastgen.engines.base_trt_plan import CAPABILITIES, PLAN
 from fastgen.errors import FastgenError
-from fastgen.jsonfiles import read_json, write_json
+from fastgen.files.jsonfiles import read_json, write_json
 
 torch = pytest.importorskip("torch")
 pytest_plugins = ("trt_fixtures",)

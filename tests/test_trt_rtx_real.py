@@ -24,7 +24,7 @@ from fastgen.engines.base_trt import open_library
 from fastgen.engines.base_trt_plan import CAPABILITIES, PLAN
 from fastgen.engines.base_trt_product import RTX
 from fastgen.errors import FastgenError
-from fastgen.names import ICLEVR_OBJECTS
+from fastgen.files.names import ICLEVR_OBJECTS
 from fastgen.signatures import Signature, label_signatures, text_signatures
 
 pytest.importorskip("torch")

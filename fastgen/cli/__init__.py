@@ -22,7 +22,7 @@ from fastgen.cli.score import score
 from fastgen.cli.sweep import sweep
 from fastgen.cli.train import train
 from fastgen.errors import FastgenError
-from fastgen.installing import hint
+from fastgen.files.installing import hint
 
 
 class Commands(click.Group):

@@ -24,7 +24,7 @@ def ensure_certified(pipeline: Pipeline) -> None:
         return
     from export.certificate import certify, is_certified
     from fastgen.bundle import CERTIFICATES, Bundle
-    from fastgen.cachedir import cache_dir
+    from fastgen.files.cachedir import cache_dir
 
     assert isinstance(bundle, Bundle)
     folders = bundle.folder / CERTIFICATES, cache_dir() / CERTIFICATES / bundle.sha256

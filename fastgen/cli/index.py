@@ -66,7 +66,7 @@ def index(
 @click.option("--data", type=FOLDER, help="The data folder that was indexed, for --sheet.")
 def copies(images: Sequence[Path], index_folder: Path, out: Path | None, sheet: Path | None, data: Path | None) -> None:
     """Nearest training image of each generated one in the folders IMAGES, and the share of near copies."""
-    from fastgen.jsonfiles import write_json
+    from fastgen.files.jsonfiles import write_json
     from fastgen.retrieval import open_index
     from fastgen.retrieval.copies import check_copies, save_sheet
 

@@ -62,7 +62,7 @@ def score(
 ) -> None:
     """Label or attribute accuracy, FID, KID, CLIP-T, CLIP-I of images; several IMAGES folders count as several seeds."""
     from fastgen.checkpoint_choice import check_made_from
-    from fastgen.jsonfiles import write_json
+    from fastgen.files.jsonfiles import write_json
     from fastgen.scoring import compare
     from fastgen.scoring.images import image_folders
     from fastgen.scoring.options import ScoringOptions, need

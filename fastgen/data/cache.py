@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from fastgen.cachedir import cache_dir
 from fastgen.data.dataset import Dataset
 from fastgen.data.images import Mode, Remarks, load_images
 from fastgen.errors import FastgenError
-from fastgen.folders import new_folder
-from fastgen.jsonfiles import read_json, write_json
+from fastgen.files.cachedir import cache_dir
+from fastgen.files.folders import new_folder
+from fastgen.files.jsonfiles import read_json, write_json
 
 FOLDER = "training"
 LAYOUT = 1  # raised when the meaning of an entry changes

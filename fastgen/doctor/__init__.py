@@ -93,8 +93,8 @@ def probe(names: list[str]) -> Machine:
 def cache() -> Cache:
     """Where the cache is, whether it can be used, and what it holds."""
     from fastgen.artifacts import scan
-    from fastgen.cachedir import cache_dir
     from fastgen.errors import InputError
+    from fastgen.files.cachedir import cache_dir
 
     try:
         folder = cache_dir()

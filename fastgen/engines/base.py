@@ -11,7 +11,7 @@ import numpy as np
 
 from fastgen.buckets import cut
 from fastgen.errors import InputError
-from fastgen.installing import Install
+from fastgen.files.installing import Install
 from fastgen.signatures import Signature, network_dtype
 
 if TYPE_CHECKING:

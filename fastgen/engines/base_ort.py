@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from fastgen.engines import base, has_distribution
-from fastgen.installing import Install
+from fastgen.files.installing import Install
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -22,7 +22,7 @@ from fastgen.engines.base import announce
 from fastgen.engines.base_ort import OrtEngine
 from fastgen.engines.base_torch import TorchEngine
 from fastgen.errors import FastgenError, InputError
-from fastgen.installing import hint
+from fastgen.files.installing import hint
 from fastgen.signatures import Signature, Tensor, network_dtype
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from fastgen.cachedir import cache_dir, check_private
-from fastgen.jsonfiles import write_bytes
+from fastgen.files.cachedir import cache_dir, check_private
+from fastgen.files.jsonfiles import write_bytes
 
 DIGEST_BYTES = 32
 

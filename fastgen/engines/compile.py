@@ -29,7 +29,7 @@ from fastgen.engines import base
 from fastgen.engines.base import announce
 from fastgen.engines.base_torch import TorchEngine
 from fastgen.errors import FastgenError, InputError, first_line
-from fastgen.installing import Install
+from fastgen.files.installing import Install
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastgen.engines import base
 from fastgen.engines.base_torch import TorchEngine
-from fastgen.installing import Install
+from fastgen.files.installing import Install
 
 if TYPE_CHECKING:
     from torch import nn

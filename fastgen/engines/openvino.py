@@ -28,7 +28,7 @@ from fastgen.engines.base_openvino import (
     time_embedding,
 )
 from fastgen.errors import FastgenError, InputError
-from fastgen.installing import Install
+from fastgen.files.installing import Install
 from fastgen.machine import cpu
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from fastgen.engines.base_trt_engine import TrtEngine
 from fastgen.engines.base_trt_plan import BUILDER, open_context
 from fastgen.engines.base_trt_product import TENSORRT
 from fastgen.errors import InputError
-from fastgen.installing import Install
+from fastgen.files.installing import Install
 from fastgen.signatures import Signature
 
 if TYPE_CHECKING:

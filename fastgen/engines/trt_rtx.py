@@ -17,7 +17,7 @@ from fastgen.engines.base_trt_plan import CAPABILITIES, open_context
 from fastgen.engines.base_trt_product import RTX
 from fastgen.engines.base_trt_rtx import RuntimeCache
 from fastgen.errors import InputError
-from fastgen.installing import Install
+from fastgen.files.installing import Install
 from fastgen.signatures import Signature
 
 if TYPE_CHECKING:

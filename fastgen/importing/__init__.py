@@ -12,8 +12,8 @@ import torch
 
 from fastgen.config import Preset, Sampling, load_preset
 from fastgen.errors import FastgenError, InputError
-from fastgen.folders import new_folder
-from fastgen.hashes import sha256_file
+from fastgen.files.folders import new_folder
+from fastgen.files.hashes import sha256_file
 from fastgen.importing.architecture import Architecture, decide
 from fastgen.importing.families import Ready, Reference, label_model, text_model
 from fastgen.importing.files import Checkpoint, read_checkpoint

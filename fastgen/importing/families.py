@@ -13,10 +13,10 @@ from torch import Tensor
 
 from fastgen.config import Network, Preset, Sampling
 from fastgen.errors import InputError
+from fastgen.files.names import ICLEVR_OBJECTS, read_objects
 from fastgen.importing.architecture import Architecture, empty_unet, fill
 from fastgen.importing.files import Checkpoint, read_tensors, split_name
 from fastgen.importing.weights import LabelWeights, MismatchError, Parts, find_label_layers, mismatches, split
-from fastgen.names import ICLEVR_OBJECTS, read_objects
 from fastgen.networks import LabelConditioner, Model
 
 Reference = Callable[..., Tensor]  # (sample, timestep, condition) -> prediction, as the checkpoint's author called it

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from fastgen.errors import InputError, unknown
-from fastgen.jsonfiles import read_json
-from fastgen.names import check_relative
+from fastgen.files.jsonfiles import read_json
+from fastgen.files.names import check_relative
 from fastgen.weights import PICKLES, read_safetensors, unpickle
 
 WEIGHTS = "diffusion_pytorch_model"

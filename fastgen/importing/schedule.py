@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fastgen.errors import InputError, unknown
-from fastgen.jsonfiles import read_json
+from fastgen.files.jsonfiles import read_json
 
 SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
 PREDICTIONS = ("epsilon", "v_prediction", "sample")

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from PIL import Image
 
 from fastgen.errors import InputError
-from fastgen.folders import make_folder
-from fastgen.images import image_grid, read_pixels, save_contact_sheet, save_image
+from fastgen.files.folders import make_folder
+from fastgen.files.images import image_grid, read_pixels, save_contact_sheet, save_image
+from fastgen.files.jsonfiles import read_json, write_bytes, write_json, write_new_json
+from fastgen.files.names import CONTACT_SHEET, GRID, STRIP_SHEET, safe_path
 from fastgen.jobs.shards import remove_parts
-from fastgen.jsonfiles import read_json, write_bytes, write_json, write_new_json
-from fastgen.names import CONTACT_SHEET, GRID, STRIP_SHEET, safe_path
 from fastgen.strip_files import StripFiles, save_strip_sheet
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastgen import __version__
-from fastgen.hashes import sha256_json
+from fastgen.files.hashes import sha256_json
 from fastgen.requests import Request, resolve_seed
 from fastgen.run import Run
 from fastgen.start import NO_START

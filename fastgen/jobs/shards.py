@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from fastgen.errors import FastgenError, InputError
-from fastgen.jsonfiles import read_json, write_json
+from fastgen.files.jsonfiles import read_json, write_json
 
 MERGE_LOCK = ".merge.lock"
 T = TypeVar("T")

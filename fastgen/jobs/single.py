@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from fastgen.errors import FastgenError
-from fastgen.folders import make_folder
-from fastgen.images import png_bytes
+from fastgen.files.folders import make_folder
+from fastgen.files.images import png_bytes
+from fastgen.files.jsonfiles import write_bytes
 from fastgen.jobs.record import job_identity, manifest_line
-from fastgen.jsonfiles import write_bytes
 from fastgen.run import Run
 
 

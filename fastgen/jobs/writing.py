@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from fastgen.folders import make_folder
-from fastgen.images import png_bytes
+from fastgen.files.folders import make_folder
+from fastgen.files.images import png_bytes
+from fastgen.files.jsonfiles import write_bytes
 from fastgen.jobs.shards import Shard
-from fastgen.jsonfiles import write_bytes
 
 UNWRITTEN = 512  # images that may wait for the writers
 

@@ -19,9 +19,9 @@ from torch import nn
 from fastgen.checkpoint_choice import Chosen, choose_checkpoint, model_parts
 from fastgen.config import Sampling
 from fastgen.errors import InputError
-from fastgen.hashes import sha256_file, sha256_names
-from fastgen.jsonfiles import brief, read_json, write_json
-from fastgen.names import read_objects
+from fastgen.files.hashes import sha256_file, sha256_names
+from fastgen.files.jsonfiles import brief, read_json, write_json
+from fastgen.files.names import read_objects
 from fastgen.networks.labels import (
     LabelConditioner,
     LabelUNet,

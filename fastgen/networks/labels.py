@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgen.errors import InputError, unknown
-from fastgen.jsonfiles import read_json, write_json
+from fastgen.files.jsonfiles import read_json, write_json
 
 
 class LabelConditioner(nn.Module):

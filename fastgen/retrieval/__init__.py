@@ -18,8 +18,8 @@ import numpy as np
 
 from fastgen.conditions import pooled_states
 from fastgen.errors import InputError
-from fastgen.hashes import check_file, sha256_json
-from fastgen.jsonfiles import read_json
+from fastgen.files.hashes import check_file, sha256_json
+from fastgen.files.jsonfiles import read_json
 from fastgen.requests import Request, resolve_seed
 from fastgen.retrieval.nearest import nearest_rows, unit
 

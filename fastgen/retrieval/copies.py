@@ -20,10 +20,10 @@ from PIL import Image
 
 from fastgen.data.images import load_image
 from fastgen.errors import InputError
-from fastgen.images import in_rows, save_image, sheet
+from fastgen.files.images import in_rows, save_image, sheet
+from fastgen.files.jsonfiles import read_jsonl
+from fastgen.files.names import SHEETS, check_image_name
 from fastgen.jobs.folder import MANIFEST
-from fastgen.jsonfiles import read_jsonl
-from fastgen.names import SHEETS, check_image_name
 
 if TYPE_CHECKING:
     from fastgen.retrieval import Index

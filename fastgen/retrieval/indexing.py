@@ -20,10 +20,10 @@ from fastgen.conditions import pooled_states
 from fastgen.data import Dataset, Example, read_dataset
 from fastgen.data.images import Mode, load_images
 from fastgen.errors import FastgenError, InputError, unknown
+from fastgen.files.folders import new_folder
+from fastgen.files.hashes import record_files
+from fastgen.files.jsonfiles import write_bytes, write_json
 from fastgen.find import made_from
-from fastgen.folders import new_folder
-from fastgen.hashes import record_files
-from fastgen.jsonfiles import write_bytes, write_json
 from fastgen.retrieval import (
     EMBEDDINGS,
     FORMAT_VERSION,

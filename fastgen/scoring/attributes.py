@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from fastgen.attributes import MEAN, Attributes, check_complete, labels_of, outputs, read_attributes
-from fastgen.jsonfiles import brief, located
+from fastgen.files.jsonfiles import brief, located
 from fastgen.metrics import Share, attribute_hits
 from fastgen.requests import Request
 from fastgen.scoring.samples import Mean, Sample

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from fastgen.errors import InputError, first_line
-from fastgen.jsonfiles import read_json
+from fastgen.files.jsonfiles import read_json
 from fastgen.scoring.networks import float32_convolutions
 from fastgen.weights import pretrained, pretrained_tokenizer, quiet_transformers, weights_hash
 

@@ -11,8 +11,8 @@ import numpy as np
 from fastgen import metrics
 from fastgen.errors import InputError
 from fastgen.evaluator import Evaluator
+from fastgen.files.names import ICLEVR_OBJECTS, check_objects, read_objects
 from fastgen.metrics import Share
-from fastgen.names import ICLEVR_OBJECTS, check_objects, read_objects
 from fastgen.scoring.options import PathLike
 from fastgen.scoring.samples import Ratio
 

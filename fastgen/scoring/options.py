@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from fastgen.errors import FastgenError, InputError
-from fastgen.installing import hint
+from fastgen.files.installing import hint
 
 MEASURES = (
     "--evaluator E (label accuracy, attributes), --reference DIR --features inception.pth|evaluator (FID, KID), "

@@ -16,9 +16,9 @@ from fastgen.data.dataset import files_in
 from fastgen.data.images import open_image
 from fastgen.data.readers import FORMATS, read_dataset
 from fastgen.errors import InputError
-from fastgen.hashes import sha256_file, sha256_names
-from fastgen.jsonfiles import read_json, write_json
-from fastgen.names import CONTACT_SHEET
+from fastgen.files.hashes import sha256_file, sha256_names
+from fastgen.files.jsonfiles import read_json, write_json
+from fastgen.files.names import CONTACT_SHEET
 
 if TYPE_CHECKING:
     from fastgen.scoring.networks import FeatureNetwork

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from fastgen.attributes import FILE as ATTRIBUTES
 from fastgen.errors import InputError
-from fastgen.folders import make_folder
+from fastgen.files.folders import make_folder
+from fastgen.files.jsonfiles import read_json, write_bytes, write_json
 from fastgen.jobs.folder import JOB, MANIFEST, recorded_runs
 from fastgen.jobs.job import run_job
-from fastgen.jsonfiles import read_json, write_bytes, write_json
 from fastgen.pipeline import Pipeline
 from fastgen.requests import Request
 from fastgen.scoring.options import PathLike

@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastgen.errors import FastgenError, InputError
-from fastgen.folders import new_folder
-from fastgen.hashes import sha256_file
-from fastgen.jsonfiles import read_json, write_json
+from fastgen.files.folders import new_folder
+from fastgen.files.hashes import sha256_file
+from fastgen.files.jsonfiles import read_json, write_json
 
 STATE, BEST = "state.json", "best"
 _NAME = re.compile(r"step-(\d{6,})")

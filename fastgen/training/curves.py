@@ -6,7 +6,7 @@ import importlib.util
 import io
 from pathlib import Path
 
-from fastgen.jsonfiles import write_bytes
+from fastgen.files.jsonfiles import write_bytes
 from fastgen.training.logs import TrainingLog
 
 FILE = "loss.png"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from fastgen.jsonfiles import read_jsonl, write_bytes
+from fastgen.files.jsonfiles import read_jsonl, write_bytes
 from fastgen.training.processes import is_main
 
 Tracker = Callable[[Mapping[str, float], int], None]

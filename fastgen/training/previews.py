@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from fastgen.config import Preset, Sampling
 from fastgen.errors import InputError
-from fastgen.images import in_rows, sheet
-from fastgen.jsonfiles import brief, located
-from fastgen.names import check_known, check_labels, check_text
+from fastgen.files.images import in_rows, sheet
+from fastgen.files.jsonfiles import brief, located
+from fastgen.files.names import check_known, check_labels, check_text
 from fastgen.sampling import initial_latents, sample
 from fastgen.solver import TableCompiler
 from fastgen.tables import SolverTable, format_key

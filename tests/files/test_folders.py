@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fastgen.errors import FastgenError
-from fastgen.folders import new_folder
+from fastgen.files.folders import new_folder
 
 
 def contents(folder: Path) -> dict[str, str]:

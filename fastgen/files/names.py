@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 
 from fastgen.errors import InputError, unknown
-from fastgen.jsonfiles import brief, located, read_json
+from fastgen.files.jsonfiles import brief, located, read_json
 
 CONTACT_SHEET = "contact_sheet.png"  # written beside the images, as are:
 GRID, STRIP_SHEET = "grid.png", "strips.png"  # where they are asked for

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
-from fastgen.jsonfiles import write_bytes
+from fastgen.files.jsonfiles import write_bytes
 
 METADATA_KEY = "fastgen"  # the PNG text chunk that holds an image's manifest line
 PAD = 6  # px between the images of a sheet

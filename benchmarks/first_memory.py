@@ -71,9 +71,9 @@ def nothing_waits(run: Run, model: str) -> Iterator[Fact]:
     """A loop that is queued without waiting for the device once, and gives what the pipeline gives."""
     import torch
 
-    from fastgen.device_loop import DeviceLoop
     from fastgen.run import Run as Generation
-    from fastgen.sampling import initial_latents
+    from fastgen.sampling.device_loop import DeviceLoop
+    from fastgen.sampling.loop import initial_latents
 
     pipe = pipeline(model, run.device, "fp32", True)
     settings, given = pipe.settings(scheduler="ddpm", num_inference_steps=STEPS), requests(pipe, COUNT)

@@ -26,11 +26,11 @@ from fastgen.files.folders import make_folder
 from fastgen.files.jsonfiles import read_json, write_bytes, write_json
 from fastgen.find import find_model
 from fastgen.requests import read_requests
+from fastgen.sampling.tables import parse_key
 from fastgen.scoring import Scorer
 from fastgen.scoring.result import or_none
 from fastgen.sweep import Point, ScoredPoint, requests_json
 from fastgen.sweep.grid import integer
-from fastgen.tables import parse_key
 
 FOLDER = click.Path(path_type=Path)
 SOLVERS = "ddim,dpmpp-2m,dpmpp-3m,unipc,deis,euler,heun,pndm"

@@ -24,9 +24,9 @@ from benchmarks.rows import Case, Taken, shorter
 from benchmarks.sides import FOREIGN, REFERENCE, Side, missing
 from benchmarks.worker import Local, Process
 from fastgen.errors import FastgenError, first_line
-from fastgen.noise import normal
-from fastgen.schedulers import default_name
-from fastgen.solver import TableCompiler
+from fastgen.sampling.compile import TableCompiler
+from fastgen.sampling.noise import normal
+from fastgen.sampling.schedulers import default_name
 from fastgen.spec import Spec
 
 PARITY_IMAGES = 4

@@ -28,10 +28,10 @@ from fastgen.errors import InputError
 from fastgen.files.folders import new_folder, scratch_folder
 from fastgen.files.hashes import record_files, sha256_file
 from fastgen.files.jsonfiles import infinity_as_text, read_json, write_json
+from fastgen.sampling.tables import format_key, parse_key
 from fastgen.settings import late_steps
 from fastgen.signatures import network_dtype
 from fastgen.spec import Spec
-from fastgen.tables import format_key, parse_key
 
 if TYPE_CHECKING:
     from fastgen.config import Sampling
@@ -174,8 +174,8 @@ def _config_files(model: Model) -> dict[str, Path]:
 
 
 def _write_tables(model: Model, path: Path, solvers: Sequence[str], say: Say) -> None:
-    from fastgen.solver import TableCompiler
-    from fastgen.tables import save_tables
+    from fastgen.sampling.compile import TableCompiler
+    from fastgen.sampling.tables import save_tables
 
     config: Any = model.scheduler_config
     skipped: list[str] = []

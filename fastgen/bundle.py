@@ -23,7 +23,7 @@ from fastgen.signatures import Signature
 from fastgen.spec import Spec
 
 if TYPE_CHECKING:
-    from fastgen.tables import SolverTable, TableStore
+    from fastgen.sampling.tables import SolverTable, TableStore
 
 FORMAT_VERSION = 1
 MANIFEST = "bundle.json"
@@ -89,7 +89,7 @@ class Bundle:
 
     @cached_property
     def _tables(self) -> TableStore:
-        from fastgen.tables import TableStore
+        from fastgen.sampling.tables import TableStore
 
         return TableStore(self.file(TABLES))
 
@@ -104,7 +104,7 @@ class Bundle:
         """
         if key in self._tables or importlib.util.find_spec("diffusers") is None:
             return self._tables.get(key)
-        from fastgen.solver import TableCompiler
+        from fastgen.sampling.compile import TableCompiler
 
         return TableCompiler(self.spec.scheduler_config).table(key)
 

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fastgen import streams
 from fastgen.buckets import cut
 from fastgen.errors import FastgenError, first_line
 from fastgen.quantise import ImageProblem, problem_of, quantised
+from fastgen.sampling import streams
 
 if TYPE_CHECKING:
     from fastgen.engines.base import Array, Engine

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from fastgen.checkpoint_choice import check_bundle_of
 from fastgen.choose import default_engine
-from fastgen.device_loop import DeviceLoop
 from fastgen.engines import check_installed, create_engine, engine_class
 from fastgen.errors import InputError
 from fastgen.files.names import check_labels
@@ -18,9 +17,10 @@ from fastgen.find import ModelFolder, find_model, name_of
 from fastgen.pictures import Decoder
 from fastgen.requests import Request
 from fastgen.run import Run
+from fastgen.sampling.device_loop import DeviceLoop
+from fastgen.sampling.tables import SolverTable
 from fastgen.settings import Settings
 from fastgen.start import StartSource, late_start
-from fastgen.tables import SolverTable
 
 if TYPE_CHECKING:
     from PIL import Image

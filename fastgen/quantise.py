@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastgen.arrays import array_namespace
+from fastgen.sampling.arrays import array_namespace
 
 NORMALIZE = ("clamp", "min-max")  # how values become pixels
 

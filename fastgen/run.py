@@ -14,7 +14,7 @@ from fastgen.conditions import conditions_for
 from fastgen.errors import InputError
 from fastgen.pictures import Pictures
 from fastgen.requests import Request, resolve_seed
-from fastgen.sampling import guided_rows, initial_latents, sample_steps
+from fastgen.sampling.loop import guided_rows, initial_latents, sample_steps
 from fastgen.settings import Settings
 from fastgen.start import Start
 from fastgen.strips import Frames, StripPlan

@@ -12,7 +12,7 @@ from fastgen.signatures import Signature
 
 if TYPE_CHECKING:
     from fastgen.prompts import Tokenizer
-    from fastgen.tables import SolverTable
+    from fastgen.sampling.tables import SolverTable
 
 
 @dataclass(frozen=True)

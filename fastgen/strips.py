@@ -12,7 +12,7 @@ import numpy as np
 from fastgen.errors import InputError
 from fastgen.files.images import image_grid
 from fastgen.pictures import Pictures
-from fastgen.tables import SolverTable
+from fastgen.sampling.tables import SolverTable
 
 if TYPE_CHECKING:
     from fastgen.engines.base import Array

@@ -159,7 +159,7 @@ def export_few(tmp_path_factory) -> Callable[..., Any]:
     logging.getLogger("torch.__trace").propagate = False  # pages of it would be shown beside a failed test
 
     def run(model: Path, out: Path, **options: Any) -> Any:
-        with mock.patch("fastgen.solver.COMMON_STEPS", TABLE_STEPS):
+        with mock.patch("fastgen.sampling.compile.COMMON_STEPS", TABLE_STEPS):
             return export(model, out, **options)
 
     return run

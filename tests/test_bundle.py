@@ -12,7 +12,7 @@ import pytest
 from fastgen.bundle import is_bundle, read_bundle
 from fastgen.errors import InputError
 from fastgen.pipeline import load
-from fastgen.solver import TableCompiler
+from fastgen.sampling.compile import TableCompiler
 
 FILES = ["unet/model.onnx", "text_encoder/model.onnx", "vae_decoder/model.onnx"]
 FILES += ["scheduler/tables.npz", "tokenizer/tokenizer.json", "model_index.json"]

@@ -12,8 +12,8 @@ from wrong_inputs import refuses_wrong_inputs
 from fastgen.bundle import read_bundle
 from fastgen.engines import create_engine, engine_class, engine_names, missing_packages
 from fastgen.errors import InputError
-from fastgen.noise import normal
 from fastgen.pipeline import load
+from fastgen.sampling.noise import normal
 
 torch = pytest.importorskip("torch")
 
@@ -49,7 +49,7 @@ def relative(found, expected):
 def test_a_guided_run_equals_diffusers_own_pipeline(text_model, scheduler):
     from diffusers import StableDiffusionPipeline
 
-    from fastgen.schedulers import make_scheduler
+    from fastgen.sampling.schedulers import make_scheduler
 
     ours = load(text_model)
     settings = ours.settings(scheduler=scheduler, num_inference_steps=6, guidance_scale=4.0)

@@ -27,8 +27,8 @@ from fastgen.errors import FastgenError, InputError  # noqa: E402
 from fastgen.files.jsonfiles import read_json, write_json  # noqa: E402
 
 EXPORT_FEW = f"""
-import fastgen.solver
-fastgen.solver.COMMON_STEPS = {TABLE_STEPS}
+import fastgen.sampling.compile
+fastgen.sampling.compile.COMMON_STEPS = {TABLE_STEPS}
 from fastgen.cli import main
 main()
 """

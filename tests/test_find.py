@@ -158,7 +158,7 @@ def test_an_index_without_a_model_takes_the_shipped_one_for_prompts(fastgen, her
 
 def test_a_named_model_generates_exports_and_stays_as_it_was(fastgen, here, stand_ins, export_few, monkeypatch):
     before = sorted(stand_ins.rglob("*"))
-    monkeypatch.setattr("fastgen.solver.COMMON_STEPS", (2,))
+    monkeypatch.setattr("fastgen.sampling.compile.COMMON_STEPS", (2,))
     code, out, _ = fastgen("export", "iclevr-64", "--engine", "ort")
     assert code == 0
     assert out.splitlines()[-1] == "bundle: iclevr-64-bundle"

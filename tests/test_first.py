@@ -146,7 +146,7 @@ def test_overlapped_batches_are_compared_with_sequential_ones(run, text_model, m
 
 def test_the_loop_is_the_pipeline_s_and_a_loop_that_differs_is_noticed(run, label_model, monkeypatch):
     assert failed(first_memory.nothing_waits(run, str(label_model))) == []
-    from fastgen.device_loop import DeviceLoop
+    from fastgen.sampling.device_loop import DeviceLoop
 
     whole = DeviceLoop.run
     monkeypatch.setattr(DeviceLoop, "run", lambda self, x, *given, **options: whole(self, x + 0.1, *given, **options))
@@ -317,7 +317,7 @@ def test_pytest_that_does_not_end_in_its_time_is_ended_and_says_where(run, tmp_p
 
 
 def test_the_files_with_tests_for_a_gpu_are_found_without_collecting_them():
-    assert {"test_device_loop.py", "test_trt_gpu.py", "test_compile.py"} <= set(gpu_tests.test_files())
+    assert {"sampling/test_device_loop.py", "test_trt_gpu.py", "test_compile.py"} <= set(gpu_tests.test_files())
     assert "test_first.py" not in gpu_tests.test_files()
 
 

@@ -22,7 +22,7 @@ import cuda_double  # noqa: E402
 import fastgen  # noqa: E402
 from benchmarks import first, first_facts, first_memory, first_speed  # noqa: E402
 from benchmarks.parts import Fact, Run  # noqa: E402
-from fastgen import streams  # noqa: E402
+from fastgen.sampling import streams  # noqa: E402
 
 MIB = 2**20
 TOTAL, WANTED = 1000 * MIB, 100 * MIB
@@ -132,7 +132,7 @@ def test_the_loop_is_queued_where_waiting_is_an_error(card, run, label_model):
 
 
 def test_a_loop_that_waits_is_noticed(card, run, label_model, monkeypatch):
-    from fastgen.device_loop import DeviceLoop
+    from fastgen.sampling.device_loop import DeviceLoop
 
     queue = DeviceLoop.run
 

@@ -364,7 +364,7 @@ def test_schedules_say_what_diffusers_does(tmp_path):
     from diffusers import DDPMScheduler
 
     from fastgen.importing.schedule import choose_schedule
-    from fastgen.schedulers import make_scheduler
+    from fastgen.sampling.schedulers import make_scheduler
 
     DDPMScheduler(beta_schedule="sigmoid", num_train_timesteps=2000).save_pretrained(tmp_path / "scheduler")
     for named, arguments in [

@@ -156,7 +156,7 @@ def test_text_presets_train_on_the_noise_that_they_are_sampled_with(name: str) -
     """Stable Diffusion's schedule, and the latents of its autoencoder with the factor that its config leaves out."""
     from diffusers import AutoencoderKL
 
-    from fastgen.schedulers import make_scheduler
+    from fastgen.sampling.schedulers import make_scheduler
 
     preset = load_preset(name)
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
@@ -318,7 +318,7 @@ def test_a_preset_at_small_size_trains_resumes_exports_generates_and_scores(
     assert "continues at step 2 of 4" in err
     assert list((tmp_path / "model" / "previews").glob("*.png"))
 
-    monkeypatch.setattr("fastgen.solver.COMMON_STEPS", (1, 2, 3, 20))
+    monkeypatch.setattr("fastgen.sampling.compile.COMMON_STEPS", (1, 2, 3, 20))
     logging.getLogger("torch.__trace").propagate = False  # pages of it would be shown beside a failed test
     bundle, images = tmp_path / "bundle", tmp_path / "images"
     code, out, err = fastgen("export", tmp_path / "model", "--out", bundle, "--engine", "ort")

@@ -14,7 +14,7 @@ from fastgen.config import Network, Preset, Sampling, Training, load_preset
 from fastgen.errors import InputError
 from fastgen.files import images
 from fastgen.files.names import ICLEVR_OBJECTS
-from fastgen.solver import TableCompiler
+from fastgen.sampling.compile import TableCompiler
 from fastgen.training.precision import choose
 from fastgen.training.previews import (
     COUNT,

@@ -231,8 +231,8 @@ def test_a_bundle_that_does_not_record_its_networks_is_known_by_the_whole_model(
 def test_start_latents_are_diffusers_add_noise_at_the_first_timestep(eager, index, requests, name, steps, noise_steps):
     import torch
 
-    from fastgen.noise import normal
-    from fastgen.schedulers import make_scheduler
+    from fastgen.sampling.noise import normal
+    from fastgen.sampling.schedulers import make_scheduler
 
     late = run_of(eager, requests, index, scheduler=name, num_inference_steps=steps, noise_steps=noise_steps)
     _, x = next(late.steps(Batch(0, len(requests), len(requests))))

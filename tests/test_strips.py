@@ -15,13 +15,13 @@ from fastgen.errors import InputError
 from fastgen.files.images import image_grid, read_metadata, read_pixels
 from fastgen.jobs.job import run_job
 from fastgen.networks import load_model
-from fastgen.noise import normal
 from fastgen.pipeline import load
 from fastgen.quantise import quantised
 from fastgen.requests import read_requests
 from fastgen.run import Run
-from fastgen.schedulers import make_scheduler
-from fastgen.solver import TableCompiler
+from fastgen.sampling.compile import TableCompiler
+from fastgen.sampling.noise import normal
+from fastgen.sampling.schedulers import make_scheduler
 from fastgen.strips import StripPlan, parse_timesteps
 
 SCHEDULE = {"_class_name": "DDPMScheduler", "num_train_timesteps": 1000, "beta_schedule": "linear"}

@@ -10,7 +10,7 @@ import pytest
 import tensorrt_double as double
 from tensorrt_double import BEHAVIOUR
 
-import fastgen.streams
+import fastgen.sampling.streams
 from fastgen.engines import base_trt, missing_packages
 from fastgen.engines.base_trt import Gpu, open_gpu, open_platform
 from fastgen.errors import InputError
@@ -115,12 +115,12 @@ class Stream:
 def streams(monkeypatch):
     """A function that sets the handle of the current stream, and the list of who waited for whom."""
     log: list[tuple[int, int]] = []
-    fastgen.streams._streams.cache_clear()
+    fastgen.sampling.streams._streams.cache_clear()
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream(99, log))
     yield lambda handle: monkeypatch.setattr(torch.cuda, "current_stream", lambda: Stream(handle, log)), log
-    fastgen.streams._streams.cache_clear()
+    fastgen.sampling.streams._streams.cache_clear()
 
 
 def test_work_is_queued_on_the_current_stream(streams):

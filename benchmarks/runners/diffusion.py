@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from fastgen.precision import TORCH_DTYPES
-from fastgen.schedulers import default_name, make_scheduler
+from fastgen.sampling.schedulers import default_name, make_scheduler
 
 
 class _Runner:

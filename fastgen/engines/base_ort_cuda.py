@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastgen import streams
 from fastgen.bundle import graph_name
 from fastgen.engines import has_distribution
 from fastgen.engines.base import announce
@@ -23,6 +22,7 @@ from fastgen.engines.base_ort import OrtEngine
 from fastgen.engines.base_torch import TorchEngine
 from fastgen.errors import FastgenError, InputError
 from fastgen.files.installing import hint
+from fastgen.sampling import streams
 from fastgen.signatures import Signature, Tensor, network_dtype
 
 if TYPE_CHECKING:

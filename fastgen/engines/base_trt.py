@@ -18,9 +18,9 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from fastgen import streams
 from fastgen.engines.base_trt_product import TENSORRT, Product
 from fastgen.errors import FastgenError, InputError
+from fastgen.sampling import streams
 
 
 class DeviceMemoryError(FastgenError, MemoryError):

@@ -20,7 +20,7 @@ from fastgen.importing.files import Checkpoint, read_checkpoint
 from fastgen.importing.schedule import choose_schedule, describe
 from fastgen.importing.weights import MismatchError
 from fastgen.networks import Model, load_model, save_model
-from fastgen.schedulers import default_name
+from fastgen.sampling.schedulers import default_name
 
 __all__ = ["Imported", "MismatchError", "import_model"]
 
@@ -129,7 +129,7 @@ def _refuse(architecture: Architecture, **options: Any) -> None:
 
 def _sampling(preset: Preset | None, scheduler_config: dict[str, Any], family: str) -> Sampling:
     """The preset's defaults; else what the noise schedule's own class does in 50 steps. Raises InputError if that fails."""
-    from fastgen.solver import TableCompiler
+    from fastgen.sampling.compile import TableCompiler
 
     guidance = 7.5 if family == "text" else 1.0
     sampling = preset.sampling if preset else Sampling(default_name(scheduler_config), 50, guidance)

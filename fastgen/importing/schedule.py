@@ -51,7 +51,7 @@ def choose_schedule(
 
 def describe(config: Mapping[str, Any]) -> str:
     """One line: `DDPMScheduler, linear betas 0.0001 to 0.02, 1000 timesteps, epsilon`."""
-    from fastgen.schedulers import make_scheduler
+    from fastgen.sampling.schedulers import make_scheduler
 
     found = make_scheduler(str(config["_class_name"]), config).config
     name, betas = found.get("beta_schedule"), ""
@@ -104,7 +104,7 @@ def _pairs(text: str) -> dict[str, Any]:
     """`KEY=VALUE,...` -> arguments of DDPMScheduler."""
     import inspect
 
-    from fastgen.schedulers import import_diffusers
+    from fastgen.sampling.schedulers import import_diffusers
 
     known = set(inspect.signature(import_diffusers().DDPMScheduler.__init__).parameters) - {"self"}
     values: dict[str, Any] = {}

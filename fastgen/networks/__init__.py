@@ -32,11 +32,11 @@ from fastgen.networks.labels import (
 )
 from fastgen.networks.text import TextEncoder, TextUNet, VaeDecoder, VaeEncoder
 from fastgen.prompts import Tokenizer
-from fastgen.schedulers import default_name
+from fastgen.sampling.compile import TableCompiler
+from fastgen.sampling.schedulers import default_name
+from fastgen.sampling.tables import SolverTable
 from fastgen.signatures import Signature, label_signatures, text_signatures
-from fastgen.solver import TableCompiler
 from fastgen.spec import Spec
-from fastgen.tables import SolverTable
 from fastgen.weights import load_state, pretrained, pretrained_tokenizer, quiet_transformers
 
 COMPONENTS = ("text_encoder", "vae")  # each has a hash in the spec: an index depends on them, not on the UNet

@@ -21,12 +21,12 @@ from fastgen.pipeline import Pipeline, load
 from fastgen.requests import Request, read_requests
 from fastgen.retrieval import Index, open_index
 from fastgen.run import Run
-from fastgen.sampling import guided_rows
+from fastgen.sampling.loop import guided_rows
+from fastgen.sampling.tables import SolverTable
 from fastgen.settings import Settings
 from fastgen.start import late_start
 from fastgen.sweep.choice import BEST, Rule
 from fastgen.sweep.grid import Grid, Point, Points, Problems
-from fastgen.tables import SolverTable
 
 if TYPE_CHECKING:
     from fastgen.scoring import Scorer

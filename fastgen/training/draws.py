@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastgen.noise import normal
+from fastgen.sampling.noise import normal
 
 VALIDATION = -1  # the step number of all validations, so that they use the same noise
 

@@ -17,9 +17,9 @@ from fastgen.errors import InputError
 from fastgen.files.images import in_rows, sheet
 from fastgen.files.jsonfiles import brief, located
 from fastgen.files.names import check_known, check_labels, check_text
-from fastgen.sampling import initial_latents, sample
-from fastgen.solver import TableCompiler
-from fastgen.tables import SolverTable, format_key
+from fastgen.sampling.compile import TableCompiler
+from fastgen.sampling.loop import initial_latents, sample
+from fastgen.sampling.tables import SolverTable, format_key
 from fastgen.training.diffusion import Preview
 from fastgen.training.precision import Precision
 from fastgen.training.sources import ConditionSource, Space

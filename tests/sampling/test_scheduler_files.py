@@ -80,7 +80,7 @@ def test_every_scheduler_class_is_read_as_diffusers_reads_it(tmp_path):
 
 
 def test_a_folder_with_dpm_solver_generates_what_diffusers_own_pipeline_does(dpm_model):
-    from fastgen.noise import normal
+    from fastgen.sampling.noise import normal
 
     pipeline = load(dpm_model, "eager")
     assert pipeline.spec.sampling.scheduler == "dpmpp-2m"

@@ -1,4 +1,4 @@
-"""The loop of sampling.py for a GPU: its state stays in fixed buffers there, and the host only replays a recorded row.
+"""The loop of sampling/loop.py for a GPU: its state stays in fixed buffers there, and the host only replays a recorded row.
 
 A row looks up its coefficients by a counter on the device, scales the state, runs the network, guides, draws noise, steps
 and increments the counter: one CUDA graph, or two around an engine that records its own. Nothing waits for the host, so
@@ -12,11 +12,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
-from fastgen import streams
-from fastgen.graphs import Graph
-from fastgen.noise import normal
-from fastgen.sampling import Row, guide, guided_rows, pack_rows, step, take_rows, unconditional_first
-from fastgen.tables import SolverTable
+from fastgen.sampling import streams
+from fastgen.sampling.graphs import Graph
+from fastgen.sampling.loop import Row, guide, guided_rows, pack_rows, step, take_rows, unconditional_first
+from fastgen.sampling.noise import normal
+from fastgen.sampling.tables import SolverTable
 
 Tensor = Any  # torch.Tensor
 
@@ -42,7 +42,7 @@ class _Prepared(NamedTuple):
 
 
 class DeviceLoop:
-    """Runs one solver table at one batch size on a torch engine, as `sampling.sample` does.
+    """Runs one solver table at one batch size on a torch engine, as `loop.sample` does.
 
     `shape` (B, C, h, w) of the state, `cond_shape` (B, ...) of the conditions. With `graphs`, rows are recorded as CUDA
     graphs when they are first needed: guided ones and others apart, as others cost B rows of the network, not 2B. `pool`: that
@@ -102,7 +102,7 @@ class DeviceLoop:
         uncond: Tensor | None = None,
         guidance_interval: tuple[int, int] | None = None,
     ) -> Iterator[tuple[int, Tensor]]:
-        """As `sampling.sample_steps`, with `seeds` (B,) int64 on the device. All states but the last are one buffer, which the
+        """As `loop.sample_steps`, with `seeds` (B,) int64 on the device. All states but the last are one buffer, which the
         next row overwrites. A row is queued, not finished, when its state is yielded. Raises InputError."""
         first, last = guided_rows(self._table, guidance_scale, uncond is not None, guidance_interval)
         rows = [first <= i < last for i in range(len(self._table))]

@@ -9,12 +9,12 @@ from diffusers_loop import Denoiser, config, run_diffusers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import fastgen.sampling as sampling
+import fastgen.sampling.loop as sampling
 from fastgen.errors import InputError
-from fastgen.noise import normal
-from fastgen.sampling import guide, initial_latents, pack_rows, sample, sample_steps, step, table_rows, take_rows
-from fastgen.schedulers import make_scheduler
-from fastgen.solver import TableCompiler, compile_table
+from fastgen.sampling.compile import TableCompiler, compile_table
+from fastgen.sampling.loop import guide, initial_latents, pack_rows, sample, sample_steps, step, table_rows, take_rows
+from fastgen.sampling.noise import normal
+from fastgen.sampling.schedulers import make_scheduler
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
 SCALED_LINEAR = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}

@@ -18,17 +18,17 @@ torch = pytest.importorskip("torch")
 
 import cuda_double  # noqa: E402
 
-from fastgen import streams  # noqa: E402
-from fastgen.device_loop import DeviceLoop  # noqa: E402
 from fastgen.files.images import read_pixels  # noqa: E402
-from fastgen.graphs import Graph  # noqa: E402
 from fastgen.jobs.job import run_job  # noqa: E402
 from fastgen.pictures import Decoder  # noqa: E402
 from fastgen.pipeline import load  # noqa: E402
 from fastgen.requests import Request  # noqa: E402
 from fastgen.run import Run  # noqa: E402
-from fastgen.sampling import initial_latents, sample  # noqa: E402
-from fastgen.solver import TableCompiler  # noqa: E402
+from fastgen.sampling import streams  # noqa: E402
+from fastgen.sampling.compile import TableCompiler  # noqa: E402
+from fastgen.sampling.device_loop import DeviceLoop  # noqa: E402
+from fastgen.sampling.graphs import Graph  # noqa: E402
+from fastgen.sampling.loop import initial_latents, sample  # noqa: E402
 
 SCHEDULE = {"_class_name": "DDIMScheduler", "beta_schedule": "squaredcos_cap_v2", "clip_sample": True}
 SOLVERS = ["ddim:6", "ddpm:6", "pndm:6", "dpmpp-2m:6", "dpmpp-2m-sde:6", "unipc:6", "heun:4", "ddpm:6:3"]
@@ -201,8 +201,8 @@ def test_memory_that_runs_out_beside_the_network_is_known_too(cuda, engine, monk
         return original(*arguments)
 
     name = {"noise": "normal", "step": "step"}[part]
-    original = getattr(__import__("fastgen.device_loop", fromlist=[name]), name)
-    monkeypatch.setattr(f"fastgen.device_loop.{name}", fails)
+    original = getattr(__import__("fastgen.sampling.device_loop", fromlist=[name]), name)
+    monkeypatch.setattr(f"fastgen.sampling.device_loop.{name}", fails)
     with pytest.raises(torch.OutOfMemoryError):
         run(loop, table)
     assert cuda.current == cuda.default

@@ -10,11 +10,11 @@ torch = pytest.importorskip("torch")
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 
-from fastgen.device_loop import DeviceLoop  # noqa: E402
 from fastgen.errors import InputError  # noqa: E402
 from fastgen.pipeline import load  # noqa: E402
-from fastgen.sampling import initial_latents, sample, sample_steps  # noqa: E402
-from fastgen.solver import TableCompiler  # noqa: E402
+from fastgen.sampling.compile import TableCompiler  # noqa: E402
+from fastgen.sampling.device_loop import DeviceLoop  # noqa: E402
+from fastgen.sampling.loop import initial_latents, sample, sample_steps  # noqa: E402
 
 SCHEDULE = {"_class_name": "DDIMScheduler", "beta_schedule": "squaredcos_cap_v2", "clip_sample": True}
 SOLVERS = ["ddim:6", "ddpm:6", "pndm:6", "pndm-prk:5", "dpmpp-2m:6", "dpmpp-2m-sde:6", "unipc:6", "heun:4", "ddpm:6:3"]

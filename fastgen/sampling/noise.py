@@ -21,8 +21,8 @@ from typing import Any
 import array_api_compat
 import numpy
 
-from fastgen.arrays import array_namespace
 from fastgen.errors import InputError
+from fastgen.sampling.arrays import array_namespace
 
 Array = Any  # an array of any array-API library
 WORD = 0xFFFFFFFF

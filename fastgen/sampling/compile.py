@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from fastgen.errors import InputError
-from fastgen.probe import CHECK, FIT, LENGTH, ZERO, Start, Trace, run_probe, start_run
-from fastgen.schedulers import default_name, make_scheduler
-from fastgen.tables import SolverTable, format_key, parse_key
+from fastgen.sampling.probe import CHECK, FIT, LENGTH, ZERO, Start, Trace, run_probe, start_run
+from fastgen.sampling.schedulers import default_name, make_scheduler
+from fastgen.sampling.tables import SolverTable, format_key, parse_key
 
 MAX_DEPTH = 16
 TOLERANCE = 1e-9  # relative residual of a fit: below 1e-12 as a rule, 1e-10 where x0 is 20,000 times the state

@@ -13,14 +13,14 @@ from diffusers_loop import config, run_diffusers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import fastgen.solver as solver
+import fastgen.sampling.compile as solver
 from fastgen.errors import InputError
 from fastgen.files.installing import hint
-from fastgen.noise import normal
-from fastgen.sampling import step, table_rows
-from fastgen.schedulers import SOLVERS, default_name, make_scheduler
-from fastgen.solver import TableCompiler, compile_table
-from fastgen.tables import TableStore, format_key, nearest_key, parse_key, save_tables
+from fastgen.sampling.compile import TableCompiler, compile_table
+from fastgen.sampling.loop import step, table_rows
+from fastgen.sampling.noise import normal
+from fastgen.sampling.schedulers import SOLVERS, default_name, make_scheduler
+from fastgen.sampling.tables import TableStore, format_key, nearest_key, parse_key, save_tables
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning", "ignore:.*algorithm_type:FutureWarning")
 SCALED_LINEAR = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
@@ -392,9 +392,9 @@ class Missing:
             raise ImportError(name + " is not installed")
 sys.meta_path.insert(0, Missing())
 import numpy as np
-from fastgen.sampling import initial_latents, sample
-from fastgen.solver import TableCompiler
-from fastgen.tables import TableStore
+from fastgen.sampling.loop import initial_latents, sample
+from fastgen.sampling.compile import TableCompiler
+from fastgen.sampling.tables import TableStore
 table = TableStore({str(stored[0])!r}).get("ddpm:12")
 x = initial_latents(table, [1, 2], (3, 8, 8))
 x = sample(lambda x, t, c: x, table, x, np.zeros((2, 1), np.float32), seeds=[1, 2])

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from fastgen import streams
+from fastgen.sampling import streams
 
 WARM_UP = 3  # calls before the recording: libraries choose their algorithms and allocate their workspaces there
 _recording = threading.Lock()  # work that another thread queues on the recording's stream would be recorded too

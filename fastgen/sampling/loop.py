@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import array_api_compat
 import numpy
 
-from fastgen.arrays import array_namespace
 from fastgen.errors import InputError
-from fastgen.noise import normal, seed_array
-from fastgen.tables import SolverTable
+from fastgen.sampling.arrays import array_namespace
+from fastgen.sampling.noise import normal, seed_array
+from fastgen.sampling.tables import SolverTable
 
 Array = Any  # an array of any array-API library
 # (sample (N, ...), timestep (N,) float32, cond (N, ...)) -> prediction like sample

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from fastgen.errors import InputError
-from fastgen.noise import normal, philox4x32, seed_array
+from fastgen.sampling.noise import normal, philox4x32, seed_array
 
 ONES = 0xFFFFFFFF
 # Random123's kat_vectors: counter, key, output of philox4x32-10

@@ -21,7 +21,7 @@ import numpy as np
 from benchmarks.memory import Meter
 from benchmarks.models import ARCHITECTURES, architecture
 from benchmarks.report import RESULTS, report, save, timed
-from fastgen.config import Preset, Training
+from fastgen.presets import Preset, Training
 
 EXAMPLES = 4
 PRESETS = (*(name for name in ARCHITECTURES if name != "medium"), "iclevr-small", "iclevr-broadcast")

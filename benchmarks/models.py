@@ -13,12 +13,12 @@ import numpy as np
 import torch
 
 from benchmarks.prompts import prompts
-from fastgen.config import Network, Preset, Training, load_preset, preset_names
 from fastgen.errors import unknown
 from fastgen.files.jsonfiles import write_json
 from fastgen.files.names import ICLEVR_OBJECTS
 from fastgen.networks import Model, save_model
 from fastgen.networks.labels import LabelConditioner, conditioner_dim, unet_class
+from fastgen.presets import Network, Preset, Training, load_preset, preset_names
 from fastgen.training.modules import build_text_encoder
 from fastgen.training.tokenizer import train_tokenizer
 

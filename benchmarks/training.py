@@ -24,12 +24,12 @@ from torch.nn import functional
 from benchmarks.memory import Meter
 from benchmarks.models import architecture, build
 from benchmarks.report import RESULTS, report, spread, timed
-from fastgen.config import Preset
 from fastgen.data import Dataset, read_dataset
 from fastgen.data.cache import cached_pixels
 from fastgen.data.synthetic import write_monsters
 from fastgen.networks import TextUNet
-from fastgen.recipes import Training
+from fastgen.presets import Preset
+from fastgen.presets.recipe import Training
 from fastgen.training.diffusion import DiffusionTask
 from fastgen.training.draws import Draws
 from fastgen.training.encode import cached_moments, cached_states, tokenize

@@ -34,8 +34,8 @@ from fastgen.signatures import network_dtype
 from fastgen.spec import Spec
 
 if TYPE_CHECKING:
-    from fastgen.config import Sampling
     from fastgen.networks import Model
+    from fastgen.presets import Sampling
 
 Say = Callable[[str], None]
 PACKAGES = ("torch", "diffusers", "transformers", "onnx", "onnxscript")

@@ -14,10 +14,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastgen.config import Sampling
 from fastgen.errors import InputError
 from fastgen.files.hashes import check_file
 from fastgen.files.jsonfiles import infinity_from_text, located, read_json
+from fastgen.presets import Sampling
 from fastgen.prompts import Tokenizer
 from fastgen.signatures import Signature
 from fastgen.spec import Spec

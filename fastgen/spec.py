@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from fastgen.config import Sampling
+from fastgen.presets import Sampling
 from fastgen.signatures import Signature
 
 if TYPE_CHECKING:

@@ -53,8 +53,8 @@ def text_model(tmp_path_factory) -> Path:
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    from fastgen.config import Sampling
     from fastgen.networks import Model, save_model
+    from fastgen.presets import Sampling
     from fastgen.training.tokenizer import train_tokenizer
 
     torch.set_num_threads(1)
@@ -117,9 +117,9 @@ def label_model(tmp_path_factory) -> Path:
     pytest.importorskip("diffusers")
     from diffusers import UNet2DModel
 
-    from fastgen.config import Sampling
     from fastgen.files.names import ICLEVR_OBJECTS
     from fastgen.networks import LabelConditioner, Model, save_model
+    from fastgen.presets import Sampling
 
     torch.set_num_threads(1)
     torch.manual_seed(1)

@@ -283,7 +283,7 @@ def test_full_size_presets_take_a_real_optimiser_step_and_an_evaluation(monkeypa
     from dataclasses import replace
 
     from benchmarks import full_size
-    from fastgen.config import load_preset
+    from fastgen.presets import load_preset
 
     small = load_preset("iclevr-small", ["unet.config.block_out_channels=[32, 32, 32]", "conditioner.dim=128"])
     monkeypatch.setattr(full_size, "architecture", lambda name: replace(small, name=name))

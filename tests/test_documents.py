@@ -185,8 +185,8 @@ def arguments(words: list[str]) -> list[tuple[str, str]]:
 
 def needed_kind(words: list[str], before: str, word: str) -> str | None:
     """What a dataset to learn from, named after `before`, must hold, or a file of requests; None for everything else."""
-    from fastgen.config import load_preset
     from fastgen.find import find_folder, model_kind
+    from fastgen.presets import load_preset
 
     command = words[1] if words[0] == "fastgen" else ""
     if command == "train" and before == "--data":
@@ -231,7 +231,7 @@ def shortened(words: list[str]) -> list[str]:
 
 def small(name: str) -> list[str]:
     """Overrides with which a preset trains for seconds."""
-    from fastgen.config import load_preset
+    from fastgen.presets import load_preset
 
     preset = load_preset(name)
     found = [*SMALL[name], "sampling.num_inference_steps=4"] if name in SMALL else []

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastgen.config import Training
 from fastgen.errors import FastgenError, InputError
+from fastgen.presets import Training
 from fastgen.training.diffusion import DiffusionTask, NoiseSchedule
 from fastgen.training.draws import VALIDATION, Draws
 from fastgen.training.encode import cached_moments

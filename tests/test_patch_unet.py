@@ -11,10 +11,10 @@ import torch
 from diffusers import UNet2DModel
 from label_unets import LABELS, check_bf16, check_onnx_graph, inputs
 
-from fastgen.config import Sampling
 from fastgen.files.names import ICLEVR_OBJECTS
 from fastgen.networks import LabelConditioner, Model, load_model, save_model
 from fastgen.networks.patch_unet import PatchUNet
+from fastgen.presets import Sampling
 from fastgen.training.modules import build_module
 
 SCHEDULE = {"_class_name": "DDPMScheduler", "num_train_timesteps": 1000, "beta_schedule": "squaredcos_cap_v2"}

@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from fastgen.config import Network, Preset, Sampling, Training, load_preset
 from fastgen.errors import InputError
 from fastgen.files import images
 from fastgen.files.names import ICLEVR_OBJECTS
+from fastgen.presets import Network, Preset, Sampling, Training, load_preset
 from fastgen.sampling.compile import TableCompiler
 from fastgen.training.precision import choose
 from fastgen.training.previews import (

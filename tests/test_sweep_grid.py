@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastgen.config import Sampling
 from fastgen.errors import InputError
+from fastgen.presets import Sampling
 from fastgen.settings import Settings
 from fastgen.sweep.grid import Grid, Point, Points, RefusedError, parse_grid
 

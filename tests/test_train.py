@@ -16,9 +16,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from fastgen.config import Network, Preset, Training, load_preset
 from fastgen.errors import InputError
 from fastgen.networks import load_model
+from fastgen.presets import Network, Preset, Training, load_preset
 from fastgen.training import train
 
 LABEL_PRESET = """
@@ -220,7 +220,7 @@ def test_a_job_killed_at_any_moment_continues_to_the_same_weights(labelled: Path
     whole = train(preset, labelled, tmp_path / "whole", progress=False)
     killed = tmp_path / "killed"
     code = (
-        "import sys, torch; from pathlib import Path; from fastgen.config import load_preset;"
+        "import sys, torch; from pathlib import Path; from fastgen.presets import load_preset;"
         "from fastgen.training import train; torch.set_num_threads(1);"
         "train(load_preset(sys.argv[1], sys.argv[4:]), Path(sys.argv[2]), Path(sys.argv[3]), progress=False)"
     )

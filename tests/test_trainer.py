@@ -12,8 +12,8 @@ from PIL import Image
 from scipy import stats
 from torch import Tensor, nn
 
-from fastgen.config import Training
 from fastgen.errors import FastgenError, InputError
+from fastgen.presets import Training
 from fastgen.training import checkpoints
 from fastgen.training.contrastive import ContrastiveTask
 from fastgen.training.diffusion import DiffusionTask, NoiseSchedule

@@ -19,12 +19,12 @@ from export.trt_build import Rows, build_plan
 from export.trt_rtx import DEFAULT_CAPABILITIES, _targets, build_plans
 from fastgen.artifacts import bundled
 from fastgen.bundle import read_bundle
-from fastgen.config import load_preset
 from fastgen.engines.base_trt import open_library
 from fastgen.engines.base_trt_plan import CAPABILITIES, PLAN
 from fastgen.engines.base_trt_product import RTX
 from fastgen.errors import FastgenError
 from fastgen.files.names import ICLEVR_OBJECTS
+from fastgen.presets import load_preset
 from fastgen.signatures import Signature, label_signatures, text_signatures
 
 pytest.importorskip("torch")

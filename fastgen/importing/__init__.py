@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastgen.config import Preset, Sampling, load_preset
 from fastgen.errors import FastgenError, InputError
 from fastgen.files.folders import new_folder
 from fastgen.files.hashes import sha256_file
@@ -20,6 +19,7 @@ from fastgen.importing.files import Checkpoint, read_checkpoint
 from fastgen.importing.schedule import choose_schedule, describe
 from fastgen.importing.weights import MismatchError
 from fastgen.networks import Model, load_model, save_model
+from fastgen.presets import Preset, Sampling, load_preset
 from fastgen.sampling.schedulers import default_name
 
 __all__ = ["Imported", "MismatchError", "import_model"]

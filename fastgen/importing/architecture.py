@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from fastgen.config import Preset
 from fastgen.errors import InputError
+from fastgen.presets import Preset
 
 CLASSES = {"text": "UNet2DConditionModel", "labels": "UNet2DModel"}
 KINDS = ("class_embed", "concat")  # label conditioners of a plain UNet2DModel

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgen.config import Network, Preset, Sampling
 from fastgen.errors import InputError
 from fastgen.files.names import ICLEVR_OBJECTS, read_objects
 from fastgen.importing.architecture import Architecture, empty_unet, fill
 from fastgen.importing.files import Checkpoint, read_tensors, split_name
 from fastgen.importing.weights import LabelWeights, MismatchError, Parts, find_label_layers, mismatches, split
 from fastgen.networks import LabelConditioner, Model
+from fastgen.presets import Network, Preset, Sampling
 
 Reference = Callable[..., Tensor]  # (sample, timestep, condition) -> prediction, as the checkpoint's author called it
 

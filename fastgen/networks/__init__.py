@@ -17,7 +17,6 @@ from typing import Any
 from torch import nn
 
 from fastgen.checkpoint_choice import Chosen, choose_checkpoint, model_parts
-from fastgen.config import Sampling
 from fastgen.errors import InputError
 from fastgen.files.hashes import sha256_file, sha256_names
 from fastgen.files.jsonfiles import brief, read_json, write_json
@@ -31,6 +30,7 @@ from fastgen.networks.labels import (
     save_conditioner,
 )
 from fastgen.networks.text import TextEncoder, TextUNet, VaeDecoder, VaeEncoder
+from fastgen.presets import Sampling
 from fastgen.prompts import Tokenizer
 from fastgen.sampling.compile import TableCompiler
 from fastgen.sampling.schedulers import default_name

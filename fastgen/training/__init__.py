@@ -6,9 +6,9 @@ import dataclasses
 from pathlib import Path
 
 from fastgen.attributes import labelled
-from fastgen.config import Preset
 from fastgen.data import read_dataset
 from fastgen.errors import InputError
+from fastgen.presets import Preset
 from fastgen.training.examples import load_examples
 from fastgen.training.families import train_evaluator, train_labels, train_text
 from fastgen.training.job import flat, open_job

@@ -8,11 +8,11 @@ from typing import cast
 
 import numpy as np
 
-from fastgen.config import Preset, Training
 from fastgen.data import Dataset, split
 from fastgen.data.cache import cached_pixels
 from fastgen.data.images import Mode
 from fastgen.errors import InputError
+from fastgen.presets import Preset, Training
 from fastgen.requests import multi_hot
 from fastgen.training.logs import say
 

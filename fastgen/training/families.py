@@ -8,11 +8,11 @@ import numpy as np
 import torch
 
 from fastgen import evaluator
-from fastgen.config import Network, Preset, Training
 from fastgen.errors import InputError
 from fastgen.networks import Model, save_model
 from fastgen.networks.labels import LabelConditioner, LabelUNet, conditioner_dim, unet_class
 from fastgen.networks.text import TextUNet
+from fastgen.presets import Network, Preset, Training
 from fastgen.requests import Request, multi_hot
 from fastgen.training.classifier import AttributeTask, ClassifierTask
 from fastgen.training.contrastive import ContrastiveTask

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from fastgen.checkpoint_choice import OUTLINE
-from fastgen.config import Preset
 from fastgen.errors import InputError
 from fastgen.files.folders import new_folder, scratch_folder, sync_tree
 from fastgen.files.jsonfiles import read_json, write_json
+from fastgen.presets import Preset
 from fastgen.training import checkpoints
 from fastgen.training.checkpoints import Checkpoint
 from fastgen.training.logs import Tracker, TrainingLog, say

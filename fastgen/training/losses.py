@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fastgen.config import Training
 from fastgen.errors import FastgenError, InputError
+from fastgen.presets import Training
 from fastgen.training.tasks import loss_weights
 
 # Loss term -> its weight unless the preset says otherwise.

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastgen.config import Network
 from fastgen.errors import InputError, first_line, unknown
+from fastgen.presets import Network
 from fastgen.weights import pretrained, pretrained_tokenizer
 
 # Weights that a whole CLIP has beside its text encoder.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastgen.engines.base_torch import is_out_of_memory
 from fastgen.errors import FastgenError, first_line
-from fastgen.recipes import Training
+from fastgen.presets.recipe import Training
 from fastgen.training.draws import Draws, batch_rows
 from fastgen.training.logs import say
 from fastgen.training.precision import Precision

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgen.config import Training
+from fastgen.presets import Training
 
 
 def build_optimizer(module: nn.Module, recipe: Training, fast: torch.dtype) -> torch.optim.Optimizer:

@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from fastgen.config import Preset, Sampling
 from fastgen.errors import InputError
 from fastgen.files.images import in_rows, sheet
 from fastgen.files.jsonfiles import brief, located
 from fastgen.files.names import check_known, check_labels, check_text
+from fastgen.presets import Preset, Sampling
 from fastgen.sampling.compile import TableCompiler
 from fastgen.sampling.loop import initial_latents, sample
 from fastgen.sampling.tables import SolverTable, format_key

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgen.recipes import Training
+from fastgen.presets.recipe import Training
 from fastgen.training import checkpoints
 from fastgen.training.attention import attend_on_cpu
 from fastgen.training.checkpoints import Checkpoint

@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from fastgen.errors import FastgenError, InputError
-from fastgen.recipes import Training
+from fastgen.presets.recipe import Training
 from fastgen.training import checkpoints
 from fastgen.training.checkpoints import Checkpoint
 from fastgen.training.curves import plot_losses

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from fastgen.config import Network, Preset, Training, load_preset, preset_names
 from fastgen.errors import InputError
+from fastgen.presets import Network, Preset, Training, load_preset, preset_names
 
 LABELS = """
 family = "labels"

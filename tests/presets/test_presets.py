@@ -20,15 +20,15 @@ from PIL import Image
 from small_presets import SHORT, SMALL
 from torch import nn
 
-from fastgen.config import Preset, load_preset, preset_names
 from fastgen.files.names import ICLEVR_OBJECTS
 from fastgen.networks.broadcast_unet import BroadcastUNet
 from fastgen.networks.labels import LabelConditioner, LabelUNet, conditioner_dim, unet_class
+from fastgen.presets import Preset, load_preset, preset_names
 from fastgen.training.diffusion import NoiseSchedule
 from fastgen.training.previews import default_table
 
-PRESETS = Path(__file__).parents[1] / "fastgen" / "presets"
-DOCS = Path(__file__).parents[1] / "docs" / "presets.md"
+PRESETS = Path(__file__).parents[2] / "fastgen" / "presets"
+DOCS = Path(__file__).parents[2] / "docs" / "presets.md"
 # name -> parameters that are trained, evaluations of the network by the sampling default
 SYSTEMS = {
     "monsters-pndm-rag": (846_230_244, 79),

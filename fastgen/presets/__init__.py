@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fastgen.errors import InputError, unknown
-from fastgen.recipes import Training, check, choice
+from fastgen.presets.recipe import Training, check, choice
 
 FAMILIES = ("text", "labels", "evaluator")
 IMAGE_MODES = ("stretch", "pad", "crop", "figure")

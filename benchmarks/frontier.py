@@ -18,9 +18,9 @@ import click
 
 from benchmarks.frontier_search import COARSE, FINE, Bench, Effort, OutOfTimeError, Search, Space, chosen, search
 from benchmarks.report import RESULTS, save, table
-from fastgen.attributes import FILE, read_attributes
 from fastgen.cli.score import scoring_options
 from fastgen.cli.sweep import SCORING, SOME
+from fastgen.data.attributes import FILE, read_attributes
 from fastgen.errors import FastgenError, InputError
 from fastgen.files.folders import make_folder
 from fastgen.files.jsonfiles import read_json, write_bytes, write_json

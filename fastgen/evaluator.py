@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastgen.attributes import Attributes, check_attributes
+from fastgen.data.attributes import Attributes, check_attributes
 from fastgen.errors import FastgenError, InputError
 from fastgen.files.jsonfiles import located, read_json, write_bytes, write_json
 from fastgen.files.names import check_objects

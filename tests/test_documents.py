@@ -78,7 +78,7 @@ def judge(tmp_path_factory) -> Path:
 def judge_of_monsters(described, tmp_path_factory) -> Path:
     """An evaluator of attributes that was never trained."""
     from fastgen import evaluator
-    from fastgen.attributes import outputs
+    from fastgen.data.attributes import outputs
     from fastgen.data.synthetic.traits import ACTIONS, VALUES
 
     attributes = {**{name: tuple(values) for name, values in VALUES.items()}, "action": tuple(ACTIONS)}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastgen.attributes import MEAN, Attributes, check_complete, labels_of, outputs, read_attributes
+from fastgen.data.attributes import MEAN, Attributes, check_complete, labels_of, outputs, read_attributes
 from fastgen.files.jsonfiles import brief, located
 from fastgen.metrics import Share, attribute_hits
 from fastgen.requests import Request

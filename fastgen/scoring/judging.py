@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastgen.attributes import FILE, Attributes
+from fastgen.data.attributes import FILE, Attributes
 from fastgen.errors import InputError
 from fastgen.requests import Request
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from fastgen import __version__
-from fastgen.attributes import MEAN, read_attributes
+from fastgen.data.attributes import MEAN, read_attributes
 from fastgen.errors import InputError
 from fastgen.metrics import Share
 from fastgen.precision import device_of

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastgen.attributes import FILE as ATTRIBUTES
+from fastgen.data.attributes import FILE as ATTRIBUTES
 from fastgen.errors import InputError
 from fastgen.files.folders import make_folder
 from fastgen.files.jsonfiles import read_json, write_bytes, write_json

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from fastgen.attributes import labelled
 from fastgen.data import read_dataset
+from fastgen.data.attributes import labelled
 from fastgen.errors import InputError
 from fastgen.presets import Preset
 from fastgen.training.examples import load_examples

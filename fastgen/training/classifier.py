@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fastgen.attributes import Attributes
+from fastgen.data.attributes import Attributes
 from fastgen.metrics import attribute_hits, label_accuracy
 from fastgen.training.draws import Draws
 from fastgen.training.sources import NOISE, flip_some, to_signed

@@ -14,8 +14,8 @@ from scoring_helpers import ATTRIBUTES, make_attribute_evaluator, make_clip, mak
 torch = pytest.importorskip("torch")
 torch.set_num_threads(1)
 
-from fastgen.attributes import labelled, outputs, read_attributes  # noqa: E402
 from fastgen.data import read_dataset, split  # noqa: E402
+from fastgen.data.attributes import labelled, outputs, read_attributes  # noqa: E402
 from fastgen.errors import InputError  # noqa: E402
 from fastgen.evaluator import ResNet18, load, save  # noqa: E402
 from fastgen.metrics import attribute_hits  # noqa: E402

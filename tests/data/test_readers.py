@@ -23,7 +23,7 @@ from fastgen.data.images import load_image, load_images
 from fastgen.errors import InputError
 from fastgen.files.names import ICLEVR_OBJECTS
 
-REAL = Path(__file__).parents[2] / "shared" / "data"
+REAL = Path(__file__).parents[3] / "shared" / "data"
 real_files = pytest.mark.skipif(not REAL.is_dir(), reason="the tasks' own files are not here")
 fuzz = settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 json_values = st.recursive(

@@ -25,7 +25,7 @@ from fastgen.data.synthetic.scenes import COLOURS, HALF_VIEW, SHAPES, camera_axe
 from fastgen.data.synthetic.traits import ACTIONS, VALUES, Look, Traits
 from fastgen.errors import FastgenError, InputError
 
-REAL = Path(__file__).parents[2] / "shared" / "data"
+REAL = Path(__file__).parents[3] / "shared" / "data"
 PLAIN_LOOK = Look(1.0, 1.0, (0.0, 0.0, 0.0), (52, 120, 200))
 
 

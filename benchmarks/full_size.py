@@ -86,10 +86,10 @@ def _task(preset: Preset, device: Any) -> Any:
     from diffusers import UNet2DConditionModel
 
     from fastgen.files.names import ICLEVR_OBJECTS
-    from fastgen.networks.labels import LabelConditioner, LabelUNet, unet_class
-    from fastgen.networks.text import TextUNet
+    from fastgen.models.build import build_module
+    from fastgen.models.networks.labels import LabelConditioner, LabelUNet, unet_class
+    from fastgen.models.networks.text import TextUNet
     from fastgen.training.diffusion import DiffusionTask
-    from fastgen.training.modules import build_module
     from fastgen.training.sources import CaptionSource, LabelSource, PixelSpace
 
     rng, examples = np.random.default_rng(0), np.arange(EXAMPLES)

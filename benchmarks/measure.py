@@ -24,10 +24,10 @@ from benchmarks.rows import Case, Taken, shorter
 from benchmarks.sides import FOREIGN, REFERENCE, Side, missing
 from benchmarks.worker import Local, Process
 from fastgen.errors import FastgenError, first_line
+from fastgen.models.spec import Spec
 from fastgen.sampling.compile import TableCompiler
 from fastgen.sampling.noise import normal
 from fastgen.sampling.schedulers import default_name
-from fastgen.spec import Spec
 
 PARITY_IMAGES = 4
 LATE = "not measured: the time was used up"
@@ -68,7 +68,7 @@ class Opened:
 
 @functools.cache
 def model_spec(folder: Path) -> Spec:
-    from fastgen.networks import load_model
+    from fastgen.models.folder import load_model
 
     return load_model(folder).spec
 

@@ -27,13 +27,13 @@ from benchmarks.report import RESULTS, report, spread, timed
 from fastgen.data import Dataset, read_dataset
 from fastgen.data.cache import cached_pixels
 from fastgen.data.synthetic import write_monsters
-from fastgen.networks import TextUNet
+from fastgen.models.build import build_text_encoder
+from fastgen.models.folder import TextUNet
 from fastgen.presets import Preset
 from fastgen.presets.recipe import Training
 from fastgen.training.diffusion import DiffusionTask
 from fastgen.training.draws import Draws
 from fastgen.training.encode import cached_moments, cached_states, tokenize
-from fastgen.training.modules import build_text_encoder
 from fastgen.training.optimise import optimise
 from fastgen.training.precision import Precision, choose
 from fastgen.training.processes import Processes

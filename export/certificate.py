@@ -23,10 +23,10 @@ from export.reference import (
     relative_l2,
     run_network,
 )
-from fastgen.bundle import CERTIFICATES, REFERENCE, Bundle
 from fastgen.engines.base import Engine
 from fastgen.errors import FastgenError
 from fastgen.files.jsonfiles import read_json, write_json
+from fastgen.models.bundle import CERTIFICATES, REFERENCE, Bundle
 from fastgen.pipeline import Pipeline
 
 MIN_PSNR_DB = 30.0

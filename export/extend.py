@@ -6,10 +6,10 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fastgen.bundle import CERTIFICATES, COMPILED, MANIFEST, Bundle, read_bundle
 from fastgen.files.folders import sync_tree
 from fastgen.files.hashes import record_files
 from fastgen.files.jsonfiles import read_json, write_json
+from fastgen.models.bundle import CERTIFICATES, COMPILED, MANIFEST, Bundle, read_bundle
 
 
 def add_files(held: Bundle, partial: Path, dropped: Collection[str] = ()) -> None:

@@ -12,20 +12,20 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fastgen.bundle import REFERENCE, Bundle
 from fastgen.errors import FastgenError, InputError
 from fastgen.files.jsonfiles import read_json, write_bytes, write_json
 from fastgen.machine import usable_cores
+from fastgen.models.bundle import REFERENCE, Bundle
+from fastgen.models.signatures import Signature
 from fastgen.pipeline import Pipeline
 from fastgen.quantise import problem
 from fastgen.requests import Request
 from fastgen.run import Run
 from fastgen.settings import Settings
-from fastgen.signatures import Signature
 
 if TYPE_CHECKING:
     from fastgen.engines.base import Engine
-    from fastgen.networks import Model
+    from fastgen.models.folder import Model
 
 TIMESTEPS, SEEDS = 8, 4  # network inputs: every timestep with every seed
 IMAGES, IMAGE_STEPS = 8, 20

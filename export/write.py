@@ -13,7 +13,11 @@ from typing import TYPE_CHECKING, Any
 from export.extend import add_files, sweep
 from export.reference import IMAGE_STEPS, distances_name, write_distances, write_reference
 from fastgen import __version__
-from fastgen.bundle import (
+from fastgen.errors import InputError
+from fastgen.files.folders import new_folder, scratch_folder
+from fastgen.files.hashes import record_files, sha256_file
+from fastgen.files.jsonfiles import infinity_as_text, read_json, write_json
+from fastgen.models.bundle import (
     FORMAT_VERSION,
     LOWERED,
     MANIFEST,
@@ -24,17 +28,13 @@ from fastgen.bundle import (
     is_bundle,
     read_bundle,
 )
-from fastgen.errors import InputError
-from fastgen.files.folders import new_folder, scratch_folder
-from fastgen.files.hashes import record_files, sha256_file
-from fastgen.files.jsonfiles import infinity_as_text, read_json, write_json
+from fastgen.models.signatures import network_dtype
+from fastgen.models.spec import Spec
 from fastgen.sampling.tables import format_key, parse_key
 from fastgen.settings import late_steps
-from fastgen.signatures import network_dtype
-from fastgen.spec import Spec
 
 if TYPE_CHECKING:
-    from fastgen.networks import Model
+    from fastgen.models.folder import Model
     from fastgen.presets import Sampling
 
 Say = Callable[[str], None]
@@ -62,7 +62,7 @@ def write_bundle(
     model_folder: Path, out: Path, wanted: Wanted, overwrite: bool, say: Say, checkpoint: str | None = None
 ) -> None:
     """Make `out` the bundle of this model folder: written anew, extended by what it lacks, or left as it is."""
-    from fastgen.networks import load_model
+    from fastgen.models.folder import load_model
 
     for key in wanted.solvers:
         parse_key(key)

@@ -20,12 +20,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fastgen.bundle import COMPILED, Bundle
 from fastgen.errors import InputError
 from fastgen.files.cachedir import cache_dir, check_private
 from fastgen.files.folders import new_folder
 from fastgen.files.hashes import check_file, record_files
 from fastgen.files.jsonfiles import read_json, write_json
+from fastgen.models.bundle import COMPILED, Bundle
 
 FORMAT, RECORD = 1, "artifact.json"
 _ADDRESS = re.compile(r"[0-9a-f]{64}|\.[0-9a-f]{64}\.partial")

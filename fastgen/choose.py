@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fastgen.bundle import is_bundle
 from fastgen.engines import bundle_engines, engine_class, engine_names, no_engine
 from fastgen.engines.base import Engine
+from fastgen.models.bundle import is_bundle
 
 
 def default_engine(folder: Path, device: str | None = None, *, built: bool = True) -> str:

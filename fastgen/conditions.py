@@ -14,7 +14,7 @@ from fastgen.requests import Request, multi_hot
 
 if TYPE_CHECKING:
     from fastgen.engines.base import Array, Engine
-    from fastgen.spec import Spec
+    from fastgen.models.spec import Spec
 
 ENCODE_BATCH = 16  # prompts per forward of the text encoder
 HELD_BYTES = 2**28  # 1,700 prompts of 77 tokens, 512 wide: ten batches of a large job

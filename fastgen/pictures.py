@@ -16,7 +16,7 @@ from fastgen.sampling import streams
 
 if TYPE_CHECKING:
     from fastgen.engines.base import Array, Engine
-    from fastgen.spec import Spec
+    from fastgen.models.spec import Spec
 
 
 @dataclass(frozen=True)

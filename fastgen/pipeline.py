@@ -8,12 +8,12 @@ import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from fastgen.checkpoint_choice import check_bundle_of
 from fastgen.choose import default_engine
 from fastgen.engines import check_installed, create_engine, engine_class
 from fastgen.errors import InputError
 from fastgen.files.names import check_labels
-from fastgen.find import ModelFolder, find_model, name_of
+from fastgen.models.checkpoint_choice import check_bundle_of
+from fastgen.models.find import ModelFolder, find_model, name_of
 from fastgen.pictures import Decoder
 from fastgen.requests import Request
 from fastgen.run import Run
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from fastgen.engines.base import Array, Engine
     from fastgen.engines.base_memory import Memory
-    from fastgen.spec import Source
+    from fastgen.models.spec import Source
 
 
 class Pipeline:
@@ -198,7 +198,7 @@ def load(
 
     def open_source() -> Source:
         if model.bundle is None:
-            from fastgen.networks import load_model
+            from fastgen.models.folder import load_model
 
             return load_model(model.folder, checkpoint)
         check_bundle_of(model.folder, model.bundle.spec.checkpoint, checkpoint)

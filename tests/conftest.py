@@ -53,7 +53,7 @@ def text_model(tmp_path_factory) -> Path:
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    from fastgen.networks import Model, save_model
+    from fastgen.models.folder import Model, save_model
     from fastgen.presets import Sampling
     from fastgen.training.tokenizer import train_tokenizer
 
@@ -118,7 +118,7 @@ def label_model(tmp_path_factory) -> Path:
     from diffusers import UNet2DModel
 
     from fastgen.files.names import ICLEVR_OBJECTS
-    from fastgen.networks import LabelConditioner, Model, save_model
+    from fastgen.models.folder import LabelConditioner, Model, save_model
     from fastgen.presets import Sampling
 
     torch.set_num_threads(1)

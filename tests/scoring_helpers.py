@@ -30,7 +30,7 @@ def make_images(folder, seed=0, size=(64, 64), count=5, tint=0, metadata=None):
 def make_evaluator(folder: Path, seed: int = 0) -> Path:
     import torch
 
-    from fastgen import evaluator
+    from fastgen.models import evaluator
 
     torch.manual_seed(seed)
     evaluator.save(evaluator.ResNet18().eval(), folder, ICLEVR_OBJECTS, {})
@@ -40,7 +40,7 @@ def make_evaluator(folder: Path, seed: int = 0) -> Path:
 def make_attribute_evaluator(folder: Path, seed: int = 0) -> Path:
     import torch
 
-    from fastgen import evaluator
+    from fastgen.models import evaluator
 
     torch.manual_seed(seed)
     evaluator.save(evaluator.ResNet18(5, width=8).eval(), folder, ATTRIBUTES, {})

@@ -159,7 +159,7 @@ def test_devices_hand_the_model_that_was_found_to_every_process(fastgen, label_m
     ran = []
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("fastgen.jobs.shards.subprocess.Popen", lambda line: ran.append(line) or Done())
-    monkeypatch.setattr("fastgen.find.MODELS", label_model.parent)
+    monkeypatch.setattr("fastgen.models.find.MODELS", label_model.parent)
     assert fastgen("generate", "--labels", "red cube", "--count", 2, "--devices", "0,1")[0] == 0
     assert [words[words.index("--model") + 1] for words in ran] == [str(label_model)] * 2
 

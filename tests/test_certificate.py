@@ -15,9 +15,9 @@ pytest.importorskip("onnxruntime")
 
 from export.certificate import certify
 from export.reference import write_reference
-from fastgen.bundle import REFERENCE, read_bundle
 from fastgen.engines import create_engine
 from fastgen.errors import FastgenError
+from fastgen.models.bundle import REFERENCE, read_bundle
 
 ROWS = {"text": ["text_encoder", "unet", "vae_decoder", "vae_encoder", "images"], "labels": ["unet", "images"]}
 
@@ -144,7 +144,7 @@ def test_values_that_are_not_finite_are_named_and_withdraw_an_earlier_certificat
 def test_a_model_that_is_broken_itself_is_named_before_any_engine_is_blamed(label_model, tmp_path, value, words):
     import torch
 
-    from fastgen.networks import load_model
+    from fastgen.models.folder import load_model
 
     model = load_model(label_model)
     if value == 0.0:  # the clean sample it predicts is constant
@@ -177,7 +177,7 @@ def test_eager_s_own_distance_in_fp16_is_the_same_whatever_the_number_of_cores(
     kind, exports, text_model, label_model, tmp_path, monkeypatch
 ):
     from export.reference import write_distances
-    from fastgen.networks import load_model
+    from fastgen.models.folder import load_model
 
     model, reference = load_model(text_model if kind == "text" else label_model), exports(kind)[0] / REFERENCE
     found = []

@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import load_file
 from test_train import LABEL_PRESET, labelled, preset_of, small  # noqa: F401
 
-from fastgen.bundle import read_bundle
-from fastgen.checkpoint_choice import check_made_from, is_called
 from fastgen.errors import InputError
-from fastgen.find import find_model
 from fastgen.jobs.job import run_job
-from fastgen.networks import load_model
+from fastgen.models.bundle import read_bundle
+from fastgen.models.checkpoint_choice import check_made_from, is_called
+from fastgen.models.find import find_model
+from fastgen.models.folder import load_model
 from fastgen.pipeline import load
 from fastgen.requests import read_requests
 from fastgen.run import Run

@@ -9,8 +9,8 @@ import pytest
 
 from fastgen import engines
 from fastgen.artifacts import Recipe, obtain
-from fastgen.bundle import read_bundle
 from fastgen.choose import default_engine
+from fastgen.models.bundle import read_bundle
 from fastgen.retrieval.indexing import indexing_engine
 
 

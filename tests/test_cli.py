@@ -265,7 +265,7 @@ def test_cuda_on_a_machine_without_it(refused, label_model, requests_files):
 
 def test_no_model_and_no_runs_says_how_to_train(fastgen, requests_files, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("fastgen.find.MODELS", tmp_path / "none")
+    monkeypatch.setattr("fastgen.models.find.MODELS", tmp_path / "none")
     line = one_line(fastgen("generate", requests_files["labels"]))
     assert line.startswith(
         "no model given, and no runs/latest here: this build of fastgen comes without a model for labels"

@@ -20,7 +20,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 
 from fastgen.engines import base_compile  # noqa: E402
-from fastgen.networks import load_model  # noqa: E402
+from fastgen.models.folder import load_model  # noqa: E402
 
 NO_COMPILER = "/nowhere/g++"
 

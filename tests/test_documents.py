@@ -22,7 +22,7 @@ from click.testing import CliRunner
 from documents import DOCUMENTS, REPO, Step, check_words, inline, links, steps, unmarked
 from small_presets import SMALL
 
-from fastgen.find import MODELS as SHIPPED
+from fastgen.models.find import MODELS as SHIPPED
 
 pytest.importorskip("torch")
 
@@ -34,7 +34,7 @@ NOT_RUN = {  # pattern of a command -> why it is parsed only
     r"^bin/(test|setup)": "is what started these tests",
     r"^bin/(demo|train-models)": "tests/test_scripts.py runs it",
     r"^bin/bench|^python -m benchmarks\.(?!engines)": "takes half an hour; tests/test_benchmarks.py runs it on tiny models",
-    r"^fastgen import OLD": "needs the checkpoint of somebody's full-size network; see tests/test_importing.py",
+    r"^fastgen import OLD": "needs the checkpoint of somebody's full-size network; see tests/models/test_importing.py",
     r"--features inception\.pth": "needs the weights of FID's Inception; see tests/test_inception.py",
     r"--checkpoint 500,1000,best,last": "needs a run of 1000 steps; see tests/test_sweep.py",
 }
@@ -77,9 +77,9 @@ def judge(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def judge_of_monsters(described, tmp_path_factory) -> Path:
     """An evaluator of attributes that was never trained."""
-    from fastgen import evaluator
     from fastgen.data.attributes import outputs
     from fastgen.data.synthetic.traits import ACTIONS, VALUES
+    from fastgen.models import evaluator
 
     attributes = {**{name: tuple(values) for name, values in VALUES.items()}, "action": tuple(ACTIONS)}
     folder = tmp_path_factory.mktemp("lent") / "evaluator-monsters"
@@ -95,7 +95,7 @@ def shipped(label_model, text_model, judge, judge_of_monsters, tmp_path_factory,
     folder = tmp_path_factory.mktemp("models")
     for name, source in models.items():
         (folder / name).symlink_to(source)
-    monkeypatch.setattr("fastgen.find.MODELS", folder)
+    monkeypatch.setattr("fastgen.models.find.MODELS", folder)
 
 
 class Reader:
@@ -185,7 +185,7 @@ def arguments(words: list[str]) -> list[tuple[str, str]]:
 
 def needed_kind(words: list[str], before: str, word: str) -> str | None:
     """What a dataset to learn from, named after `before`, must hold, or a file of requests; None for everything else."""
-    from fastgen.find import find_folder, model_kind
+    from fastgen.models.find import find_folder, model_kind
     from fastgen.presets import load_preset
 
     command = words[1] if words[0] == "fastgen" else ""
@@ -287,7 +287,7 @@ def test_commands_that_a_document_mentions_exist_with_their_options(document):
             pytest.fail(f"{document}: `{command}`: {error.format_message()}", pytrace=False)
 
 
-@pytest.mark.parametrize("document", [*DOCUMENTS, *(f"fastgen/models/{card}/README.md" for card in CARDS)])
+@pytest.mark.parametrize("document", [*DOCUMENTS, *(f"fastgen/models/shipped/{card}/README.md" for card in CARDS)])
 def test_pictures_and_files_that_a_document_links_to_are_there(document):
     assert [t for t in links(document) if not (REPO / document).parent.joinpath(t).exists()] == []
     assert "docs/measured.md" in links("README.md")

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from wrong_inputs import refuses_wrong_inputs
 
-from fastgen.bundle import read_bundle
 from fastgen.engines import create_engine, engine_class, engine_names, missing_packages
 from fastgen.errors import InputError
+from fastgen.models.bundle import read_bundle
 from fastgen.pipeline import load
 from fastgen.sampling.noise import normal
 

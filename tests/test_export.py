@@ -21,7 +21,7 @@ onnxruntime = pytest.importorskip("onnxruntime")
 
 from conftest import TABLE_STEPS  # noqa: E402
 
-import fastgen.bundle  # noqa: E402
+import fastgen.models.bundle  # noqa: E402
 from export.bundle import export  # noqa: E402
 from fastgen.errors import FastgenError, InputError  # noqa: E402
 from fastgen.files.jsonfiles import read_json, write_json  # noqa: E402
@@ -166,8 +166,10 @@ def test_a_bundle_is_no_model_folder_for_another_bundle(bundle, tmp_path):
 
 
 def test_every_file_of_a_bundle_is_verified_once_for_all_engines(bundle, monkeypatch):
-    verify, verified = fastgen.bundle._verify, []
-    monkeypatch.setattr(fastgen.bundle, "_verify", lambda path, file: (verified.append(path), verify(path, file)))
+    verify, verified = fastgen.models.bundle._verify, []
+    monkeypatch.setattr(
+        fastgen.models.bundle, "_verify", lambda path, file: (verified.append(path), verify(path, file))
+    )
     assert len(export(bundle, bundle, engines=["ort", "openvino"])) == 2
     assert {"model.onnx", "reference.safetensors"} < {path.name for path in verified}
     assert len(verified) == len(set(verified))
@@ -228,8 +230,8 @@ def test_a_tokenizer_without_tokenizer_json_gets_one(text_model, tmp_path, monke
     from transformers import CLIPTokenizer
 
     from export import write
-    from fastgen.networks import load_model
-    from fastgen.prompts import Tokenizer
+    from fastgen.models.folder import load_model
+    from fastgen.models.tokenizer import Tokenizer
 
     folder = shutil.copytree(text_model, tmp_path / "model")
     (folder / "tokenizer" / "tokenizer.json").unlink()
@@ -248,8 +250,8 @@ def test_a_concatenating_label_model_exports_too(tmp_path):
     from diffusers import UNet2DModel
 
     from export.onnx import export_onnx
-    from fastgen.networks import LabelConditioner, LabelUNet
-    from fastgen.signatures import label_signatures
+    from fastgen.models.folder import LabelConditioner, LabelUNet
+    from fastgen.models.signatures import label_signatures
 
     torch.manual_seed(0)
     unet: Any = UNet2DModel(

@@ -22,10 +22,10 @@ from test_export import EXPORT_FEW, contents  # noqa: E402
 
 from export.bundle import export  # noqa: E402
 from export.certificate import certify  # noqa: E402
-from fastgen.bundle import read_bundle  # noqa: E402
 from fastgen.engines import create_engine, missing_packages  # noqa: E402
 from fastgen.errors import FastgenError, InputError  # noqa: E402
 from fastgen.files.jsonfiles import read_json, write_json  # noqa: E402
+from fastgen.models.bundle import read_bundle  # noqa: E402
 
 ADDED = {"unet/model.fp16.onnx", "unet/model.fp16.onnx.data", "reference.fp16.json"}
 

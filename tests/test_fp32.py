@@ -10,7 +10,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from fastgen.engines.base_fp32 import exact_fp32  # noqa: E402
-from fastgen.networks import load_model  # noqa: E402
+from fastgen.models.folder import load_model  # noqa: E402
 from fastgen.pipeline import load  # noqa: E402
 
 EXACT = {"cudnn": False, "precision": "highest", "matmul": False}

@@ -19,10 +19,10 @@ from test_rewrite import Attention
 from torch import nn
 
 from export.onnx import export_onnx
-from fastgen.bundle import read_bundle
-from fastgen.networks import load_model
-from fastgen.precision import lowered
-from fastgen.signatures import Signature, Tensor, network_dtype
+from fastgen.models.bundle import read_bundle
+from fastgen.models.folder import load_model
+from fastgen.models.precision import lowered
+from fastgen.models.signatures import Signature, Tensor, network_dtype
 
 CASES = [("text", "fp16"), ("labels", "bf16")]
 IR_DTYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}

@@ -16,8 +16,8 @@ from export.rewrite import SubpixelUpsample  # noqa: E402
 from fastgen.artifacts import artifacts  # noqa: E402
 from fastgen.engines import base, base_openvino  # noqa: E402
 from fastgen.engines import openvino as module  # noqa: E402
+from fastgen.models.signatures import Signature, Tensor  # noqa: E402
 from fastgen.pipeline import load  # noqa: E402
-from fastgen.signatures import Signature, Tensor  # noqa: E402
 
 HALF = 64  # height and width of the images that are normalised channels last
 

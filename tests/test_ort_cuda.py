@@ -13,10 +13,10 @@ ort = pytest.importorskip("onnxruntime")
 
 from wrong_inputs import refuses_wrong_inputs  # noqa: E402
 
-from fastgen.bundle import read_bundle  # noqa: E402
 from fastgen.engines import base_ort_cuda, create_engine  # noqa: E402
 from fastgen.engines.base_ort_cuda import PROVIDER, Runner, open_session, provider_options  # noqa: E402
 from fastgen.errors import FastgenError, InputError  # noqa: E402
+from fastgen.models.bundle import read_bundle  # noqa: E402
 from fastgen.sampling import streams  # noqa: E402
 
 OWN, CALLER = "network's", "caller's"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from fastgen.find import shipped_names
+from fastgen.models.find import shipped_names
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -51,8 +51,10 @@ def test_the_wheel_runs_in_a_clean_environment(tmp_path):
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {f"{package.replace('.', '/')}/__init__.py" for package in packages()} <= names
     assert {f"fastgen/presets/{f.name}" for f in (ROOT / "fastgen" / "presets").glob("*.toml")} <= names
-    models = [f.relative_to(ROOT).as_posix() for f in (ROOT / "fastgen" / "models").rglob("*") if f.is_file()]
-    assert set(models) == {name for name in names if name.startswith("fastgen/models/")}
+    models = [
+        f.relative_to(ROOT).as_posix() for f in (ROOT / "fastgen" / "models" / "shipped").rglob("*") if f.is_file()
+    ]
+    assert set(models) == {name for name in names if name.startswith("fastgen/models/shipped/")}
     assert "fastgen/data/synthetic/held_out.txt" in names
     assert not any(name.startswith(("tests/", "benchmarks/", "bin/")) for name in names)
 
@@ -61,7 +63,7 @@ def test_the_wheel_runs_in_a_clean_environment(tmp_path):
     subprocess.run([python, "-m", "pip", "install", "--quiet", wheel], check=True)
     script = tmp_path / "env" / "bin" / "fastgen"
     listed = subprocess.run(
-        [python, "-c", "from fastgen.find import *; print(MODELS.parent, *shipped_names())"],
+        [python, "-c", "from fastgen.models.find import *; print(MODELS.parent, *shipped_names())"],
         cwd=tmp_path,
         capture_output=True,
         text=True,

@@ -11,7 +11,7 @@ import pytest
 
 import fastgen
 from fastgen.errors import InputError
-from fastgen.find import find_model
+from fastgen.models.find import find_model
 from fastgen.pipeline import load
 from fastgen.settings import Settings
 

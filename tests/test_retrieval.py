@@ -522,8 +522,8 @@ def test_a_foreign_or_malformed_index_json_is_one_line(index, tmp_path, change, 
 
 def test_images_are_made_square_as_in_training(text_model, text_bundle, tmp_path):
     from export.write import _manifest
-    from fastgen.bundle import read_bundle
-    from fastgen.networks import load_model
+    from fastgen.models.bundle import read_bundle
+    from fastgen.models.folder import load_model
 
     assert trained_mode(load_model(text_model).spec) is trained_mode(read_bundle(text_bundle).spec) is None
     model = shutil.copytree(text_model, tmp_path / "model")

@@ -19,7 +19,7 @@ from torch import nn
 from export.onnx import export_onnx
 from export.rewrite import SubpixelUpsample, subpixel_upsampling
 from fastgen.engines.base_ort import FUSED
-from fastgen.signatures import Signature, Tensor
+from fastgen.models.signatures import Signature, Tensor
 
 
 @pytest.mark.parametrize("size", [(1, 1), (5, 8)])

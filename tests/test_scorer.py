@@ -67,7 +67,7 @@ def calls(monkeypatch):
 
 
 def embed(judge, folder, count):
-    from fastgen import evaluator
+    from fastgen.models import evaluator
 
     pixels = np.stack([np.asarray(Image.open(folder / f"{i}.png"), np.float32) for i in range(count)])
     return evaluator.load(judge).features((pixels.transpose(0, 3, 1, 2) / 127.5 - 1).astype(np.float32))

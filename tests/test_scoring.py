@@ -15,11 +15,11 @@ from PIL import Image, PngImagePlugin
 torch = pytest.importorskip("torch")
 torch.set_num_threads(1)
 
-from fastgen import evaluator as evaluators  # noqa: E402
 from fastgen.errors import FastgenError, InputError  # noqa: E402
 from fastgen.files.images import METADATA_KEY, png_bytes  # noqa: E402
 from fastgen.files.installing import hint  # noqa: E402
 from fastgen.files.names import ICLEVR_OBJECTS  # noqa: E402
+from fastgen.models import evaluator as evaluators  # noqa: E402
 from fastgen.scoring import score  # noqa: E402
 from fastgen.scoring.networks import to_input  # noqa: E402
 
@@ -304,7 +304,9 @@ def test_folders_that_are_none_or_given_twice_are_refused(judge, requests, tmp_p
 def test_without_torch_the_error_says_what_to_install(judge, requests, tmp_path, monkeypatch):
     images = make_images(tmp_path / "out")
     for name in [
-        n for n in sys.modules if n.startswith("fastgen.scoring.") or n in ("fastgen.evaluator", "fastgen.weights")
+        n
+        for n in sys.modules
+        if n.startswith("fastgen.scoring.") or n in ("fastgen.models.evaluator", "fastgen.models.weights")
     ]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "torch", None)

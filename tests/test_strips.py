@@ -14,7 +14,7 @@ from PIL import Image
 from fastgen.errors import InputError
 from fastgen.files.images import image_grid, read_metadata, read_pixels
 from fastgen.jobs.job import run_job
-from fastgen.networks import load_model
+from fastgen.models.folder import load_model
 from fastgen.pipeline import load
 from fastgen.quantise import quantised
 from fastgen.requests import read_requests

@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from fastgen.errors import InputError
-from fastgen.networks import load_model
+from fastgen.models.folder import load_model
 from fastgen.presets import Network, Preset, Training, load_preset
 from fastgen.training import train
 
@@ -374,7 +374,7 @@ def test_a_path_that_holds_no_network_is_one_line(described: Path, tmp_path: Pat
 
 
 def test_an_evaluator_is_trained_saved_and_loaded(labelled: Path, tmp_path: Path) -> None:
-    from fastgen import evaluator
+    from fastgen.models import evaluator
 
     recipe = Training(steps=3, batch_size=4, precision="fp32", validation_fraction=0.25)
     preset = Preset("tiny", "evaluator", 64, "stretch", evaluator=Network({"width": 8}, train=recipe))
@@ -388,7 +388,7 @@ def test_an_evaluator_is_trained_saved_and_loaded(labelled: Path, tmp_path: Path
 
 
 def test_an_evaluator_of_attributes_is_trained_saved_and_loaded(described: Path, tmp_path: Path) -> None:
-    from fastgen import evaluator
+    from fastgen.models import evaluator
 
     keys = [f"{i}_{action}" for i in range(6) for action in ("main", "attack1")]
     entries = {key: {"colour": list(COLOURS)[int(key[0]) % 3], "action": key[2:]} for key in keys}

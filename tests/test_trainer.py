@@ -13,8 +13,8 @@ from scipy import stats
 from torch import Tensor, nn
 
 from fastgen.errors import FastgenError, InputError
+from fastgen.models import checkpoints
 from fastgen.presets import Training
-from fastgen.training import checkpoints
 from fastgen.training.contrastive import ContrastiveTask
 from fastgen.training.diffusion import DiffusionTask, NoiseSchedule
 from fastgen.training.draws import Draws, batch_rows

@@ -14,10 +14,10 @@ from tensorrt_double import BEHAVIOUR, CALLS, called
 from trt_helpers import STREAM, build, inputs
 from wrong_inputs import refuses_wrong_inputs
 
-from fastgen.bundle import read_bundle
 from fastgen.engines import base_trt, create_engine
 from fastgen.engines.base_trt_plan import PLAN
 from fastgen.errors import FastgenError, InputError
+from fastgen.models.bundle import read_bundle
 
 torch = pytest.importorskip("torch")
 pytest_plugins = ("trt_fixtures",)

@@ -19,10 +19,10 @@ from trt_helpers import build, inputs
 from export.trt_build import network_rows
 from export.trt_layers import check_layers
 from fastgen import artifacts
-from fastgen.bundle import read_bundle
 from fastgen.engines import base_trt, create_engine
 from fastgen.engines.base_trt_plan import LAYERS, PLAN
 from fastgen.errors import FastgenError, InputError
+from fastgen.models.bundle import read_bundle
 
 torch = pytest.importorskip("torch")
 pytest_plugins = ("trt_fixtures",)

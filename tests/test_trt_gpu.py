@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from trt_helpers import build, inputs
 
-from fastgen.bundle import read_bundle
 from fastgen.engines import create_engine
+from fastgen.models.bundle import read_bundle
 
 torch = pytest.importorskip("torch")
 pytest_plugins = ("trt_fixtures",)

@@ -17,12 +17,12 @@ from trt_helpers import inputs
 
 from export.trt_rtx import build_plans
 from fastgen.artifacts import bundled
-from fastgen.bundle import Bundle, read_bundle
 from fastgen.engines import base_trt, create_engine, engine_class, engine_names, missing_packages
 from fastgen.engines.base_trt_plan import PLAN
 from fastgen.errors import InputError
 from fastgen.files.jsonfiles import read_json, write_json
 from fastgen.machine import Gpu
+from fastgen.models.bundle import Bundle, read_bundle
 
 torch = pytest.importorskip("torch")
 pytest_plugins = ("trt_fixtures",)

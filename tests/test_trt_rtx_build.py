@@ -18,11 +18,11 @@ from tensorrt_double import BEHAVIOUR, BuilderFlag, called
 
 from export.trt_rtx import DEFAULT_CAPABILITIES, build_plans
 from fastgen.artifacts import bundled
-from fastgen.bundle import COMPILED, Bundle, read_bundle
 from fastgen.engines import engine_class
 from fastgen.engines.base_trt_plan import CAPABILITIES, PLAN
 from fastgen.errors import FastgenError
 from fastgen.files.jsonfiles import read_json, write_json
+from fastgen.models.bundle import COMPILED, Bundle, read_bundle
 
 torch = pytest.importorskip("torch")
 pytest_plugins = ("trt_fixtures",)

@@ -14,8 +14,8 @@ from test_trt_gpu import (  # noqa: F401  (run here with this module's engine)
     test_run_waits_for_nothing,
 )
 
-from fastgen.bundle import read_bundle
 from fastgen.engines import create_engine
+from fastgen.models.bundle import read_bundle
 
 torch = pytest.importorskip("torch")
 pytest_plugins = ("trt_fixtures",)

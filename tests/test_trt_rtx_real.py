@@ -18,14 +18,14 @@ from small_presets import SMALL
 from export.trt_build import Rows, build_plan
 from export.trt_rtx import DEFAULT_CAPABILITIES, _targets, build_plans
 from fastgen.artifacts import bundled
-from fastgen.bundle import read_bundle
 from fastgen.engines.base_trt import open_library
 from fastgen.engines.base_trt_plan import CAPABILITIES, PLAN
 from fastgen.engines.base_trt_product import RTX
 from fastgen.errors import FastgenError
 from fastgen.files.names import ICLEVR_OBJECTS
+from fastgen.models.bundle import read_bundle
+from fastgen.models.signatures import Signature, label_signatures, text_signatures
 from fastgen.presets import load_preset
-from fastgen.signatures import Signature, label_signatures, text_signatures
 
 pytest.importorskip("torch")
 pytest.importorskip("tensorrt_rtx")
@@ -45,8 +45,8 @@ def small_unet(name: str) -> tuple[Any, Signature]:
     """The UNet of a preset at small widths, weights random, and its signature."""
     from diffusers import UNet2DConditionModel
 
-    from fastgen.networks.labels import LabelConditioner, LabelUNet, unet_class
-    from fastgen.networks.text import TextUNet
+    from fastgen.models.networks.labels import LabelConditioner, LabelUNet, unet_class
+    from fastgen.models.networks.text import TextUNet
 
     preset = load_preset(name, SMALL[name])
     assert preset.unet is not None

@@ -11,9 +11,9 @@ import tensorrt_double as double
 import tensorrt_rtx_double as rtx_double
 from trt_helpers import CpuGpu
 
-from fastgen.bundle import Bundle, read_bundle
 from fastgen.engines import base_trt, base_trt_rtx
 from fastgen.machine import Driver
+from fastgen.models.bundle import Bundle, read_bundle
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from fastgen.artifacts import Artifact
-from fastgen.bundle import Bundle
 from fastgen.engines import base_trt
+from fastgen.models.bundle import Bundle
 
 STREAM = 4711
 

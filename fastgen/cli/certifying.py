@@ -23,8 +23,8 @@ def ensure_certified(pipeline: Pipeline) -> None:
     if engine.gpu is None:
         return
     from export.certificate import certify, is_certified
-    from fastgen.bundle import CERTIFICATES, Bundle
     from fastgen.files.cachedir import cache_dir
+    from fastgen.models.bundle import CERTIFICATES, Bundle
 
     assert isinstance(bundle, Bundle)
     folders = bundle.folder / CERTIFICATES, cache_dir() / CERTIFICATES / bundle.sha256

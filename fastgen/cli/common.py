@@ -13,7 +13,7 @@ class ModelPath(click.Path):
     """A folder, or the name of a model or evaluator that comes with fastgen; a folder of that name wins."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        from fastgen.find import find_folder
+        from fastgen.models.find import find_folder
 
         return find_folder(os.fsdecode(super().convert(value, param, ctx)))
 
@@ -31,7 +31,7 @@ def say(line: str) -> None:
 def model_for(kind: str, engine: str | None) -> Path:
     """The model that generates requests of this kind, "text" or "labels", when none is named; said on stderr. Raises InputError
     as `find.default_model` does."""
-    from fastgen.find import default_model
+    from fastgen.models.find import default_model
 
     default = default_model(kind, engine)
     say(f"model: {default}")

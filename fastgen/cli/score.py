@@ -61,8 +61,8 @@ def score(
     **options: Any,
 ) -> None:
     """Label or attribute accuracy, FID, KID, CLIP-T, CLIP-I of images; several IMAGES folders count as several seeds."""
-    from fastgen.checkpoint_choice import check_made_from
     from fastgen.files.jsonfiles import write_json
+    from fastgen.models.checkpoint_choice import check_made_from
     from fastgen.scoring import compare
     from fastgen.scoring.images import image_folders
     from fastgen.scoring.options import ScoringOptions, need

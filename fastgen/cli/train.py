@@ -40,8 +40,8 @@ def train(preset: str, data_folder: Path | None, out: Path | None, overrides: Se
     `accelerate launch -m fastgen train ...` trains on several GPUs.
     """
     from fastgen.data import find_dataset
+    from fastgen.models.runs import new_run, set_latest
     from fastgen.presets import load_preset
-    from fastgen.runs import new_run, set_latest
 
     chosen = load_preset(preset, overrides)
     folder = data_folder or find_dataset(Path())

@@ -16,7 +16,7 @@ from fastgen.errors import InputError, unknown
 
 if TYPE_CHECKING:
     from fastgen.engines.base import Engine
-    from fastgen.spec import Spec
+    from fastgen.models.spec import Spec
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from fastgen.errors import InputError, unknown
 
 if TYPE_CHECKING:
     from fastgen.engines.base import Engine
-    from fastgen.spec import Source
+    from fastgen.models.spec import Source
 
 
 def engine_names() -> list[str]:

@@ -12,7 +12,7 @@ import numpy as np
 from fastgen.buckets import cut
 from fastgen.errors import InputError
 from fastgen.files.installing import Install
-from fastgen.signatures import Signature, network_dtype
+from fastgen.models.signatures import Signature, network_dtype
 
 if TYPE_CHECKING:
     from pathlib import Path

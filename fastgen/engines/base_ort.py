@@ -11,8 +11,8 @@ from fastgen.files.installing import Install
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from fastgen.bundle import Bundle
     from fastgen.doctor.diagnosis import Machine, Problem
+    from fastgen.models.bundle import Bundle
 
 
 def fused_name(graph: str) -> str:

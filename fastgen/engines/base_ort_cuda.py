@@ -15,18 +15,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastgen.bundle import graph_name
 from fastgen.engines import has_distribution
 from fastgen.engines.base import announce
 from fastgen.engines.base_ort import OrtEngine
 from fastgen.engines.base_torch import TorchEngine
 from fastgen.errors import FastgenError, InputError
 from fastgen.files.installing import hint
+from fastgen.models.bundle import graph_name
+from fastgen.models.signatures import Signature, Tensor, network_dtype
 from fastgen.sampling import streams
-from fastgen.signatures import Signature, Tensor, network_dtype
 
 if TYPE_CHECKING:
-    from fastgen.bundle import Bundle
+    from fastgen.models.bundle import Bundle
 
 PROVIDER = "CUDAExecutionProvider"
 

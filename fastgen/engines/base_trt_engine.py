@@ -17,11 +17,11 @@ from fastgen.engines import base, base_trt
 from fastgen.engines.base_torch import TorchEngine
 from fastgen.engines.base_trt_plan import PLAN, make_recipe, open_engine, read_verified
 from fastgen.engines.base_trt_product import Product
-from fastgen.signatures import Signature, Tensor
+from fastgen.models.signatures import Signature, Tensor
 
 if TYPE_CHECKING:
-    from fastgen.bundle import Bundle
     from fastgen.doctor.diagnosis import Machine, Problem
+    from fastgen.models.bundle import Bundle
 
 ALIGNMENT = 256  # bytes, of a context's device memory
 

@@ -10,10 +10,10 @@ from fastgen.artifacts import Artifact, Recipe
 from fastgen.engines.base_trt import Platform
 from fastgen.engines.base_trt_product import Product
 from fastgen.errors import FastgenError, InputError
-from fastgen.signatures import Signature, network_dtype
+from fastgen.models.signatures import Signature, network_dtype
 
 if TYPE_CHECKING:
-    from fastgen.bundle import Bundle
+    from fastgen.models.bundle import Bundle
 
 FORMAT = 1  # of what the builder does: raise it when plans change although no field of the recipe does
 PLAN, LAYERS = "engine.plan", "layers.json"

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from fastgen.doctor.diagnosis import Machine, Problem
     from fastgen.engines.base_compile import Package
-    from fastgen.networks import Model
+    from fastgen.models.folder import Model
 
 FORMAT = 2  # of what is compiled: raise it when packages change although no field of the recipe does
 COMPILED = "unet", "vae_decoder"  # the others run once per prompt or picture: compiling pays after thousands of them
@@ -148,7 +148,7 @@ class Engine(TorchEngine):
     def _module(self, network: str) -> nn.Module:
         """The network in the precision that it is executed in, on the device."""
         from fastgen.engines.base_compile import named_weights
-        from fastgen.precision import lowered
+        from fastgen.models.precision import lowered
 
         if network not in self._modules:
             with self._torch.inference_mode(False):  # weights are ordinary tensors, whoever asks for them first

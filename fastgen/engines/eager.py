@@ -12,7 +12,7 @@ from fastgen.files.installing import Install
 if TYPE_CHECKING:
     from torch import nn
 
-    from fastgen.networks import Model
+    from fastgen.models.folder import Model
 
 
 class Engine(TorchEngine):
@@ -26,7 +26,7 @@ class Engine(TorchEngine):
     def __init__(
         self, source: Model, *, device: str | None = None, dtype: str | None = None, threads: int | None = None
     ) -> None:
-        from fastgen.precision import TORCH_DTYPES
+        from fastgen.models.precision import TORCH_DTYPES
 
         self.open_device(device, threads)
         self.dtype = base.choose_dtype(Engine, dtype, "fp32")

@@ -32,7 +32,7 @@ from fastgen.files.installing import Install
 from fastgen.machine import cpu
 
 if TYPE_CHECKING:
-    from fastgen.bundle import Bundle
+    from fastgen.models.bundle import Bundle
 
 _HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
 NETWORK, EMBEDDING = "network.blob", "time_embedding.blob"  # files of a compiled network

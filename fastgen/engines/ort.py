@@ -12,7 +12,7 @@ from fastgen.engines.base_ort_cuda import PROVIDER, CudaEngine
 from fastgen.errors import FastgenError, InputError
 
 if TYPE_CHECKING:
-    from fastgen.bundle import Bundle
+    from fastgen.models.bundle import Bundle
 
 
 class Engine(OrtEngine):

@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 from fastgen import artifacts
 from fastgen.artifacts import Artifact
-from fastgen.bundle import read_bundle
 from fastgen.engines.base_trt_engine import TrtEngine
 from fastgen.engines.base_trt_plan import BUILDER, open_context
 from fastgen.engines.base_trt_product import TENSORRT
 from fastgen.errors import InputError
 from fastgen.files.installing import Install
-from fastgen.signatures import Signature
+from fastgen.models.bundle import read_bundle
+from fastgen.models.signatures import Signature
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from fastgen.bundle import Bundle
+    from fastgen.models.bundle import Bundle
 
 
 class Engine(TrtEngine):

@@ -11,19 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 from fastgen import machine
 from fastgen.artifacts import Artifact, Recipe, bundled, ranked
-from fastgen.bundle import read_bundle
 from fastgen.engines.base_trt_engine import Loaded, TrtEngine
 from fastgen.engines.base_trt_plan import CAPABILITIES, open_context
 from fastgen.engines.base_trt_product import RTX
 from fastgen.engines.base_trt_rtx import RuntimeCache
 from fastgen.errors import InputError
 from fastgen.files.installing import Install
-from fastgen.signatures import Signature
+from fastgen.models.bundle import read_bundle
+from fastgen.models.signatures import Signature
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from fastgen.bundle import Bundle
+    from fastgen.models.bundle import Bundle
 
 # Fields of a recipe: the fewest rows that a plan takes, and those that it is tuned for.
 PROFILE = ("least_rows", "best_rows")

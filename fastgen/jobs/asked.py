@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastgen.errors import InputError
-from fastgen.find import ModelFolder, default_model, find_model
+from fastgen.models.find import ModelFolder, default_model, find_model
 from fastgen.requests import Request, Requests, parse_requests, typed_requests
 
 GENERATED = Path("generated")

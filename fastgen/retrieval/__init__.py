@@ -24,8 +24,8 @@ from fastgen.requests import Request, resolve_seed
 from fastgen.retrieval.nearest import nearest_rows, unit
 
 if TYPE_CHECKING:
+    from fastgen.models.spec import Spec
     from fastgen.pipeline import Pipeline
-    from fastgen.spec import Spec
 
 FORMAT_VERSION = 1
 MANIFEST = "index.json"

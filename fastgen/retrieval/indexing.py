@@ -14,7 +14,6 @@ import numpy as np
 
 from fastgen import __version__
 from fastgen.buckets import cut
-from fastgen.bundle import is_bundle
 from fastgen.choose import default_engine
 from fastgen.conditions import pooled_states
 from fastgen.data import Dataset, Example, read_dataset
@@ -23,7 +22,9 @@ from fastgen.errors import FastgenError, InputError, unknown
 from fastgen.files.folders import new_folder
 from fastgen.files.hashes import record_files
 from fastgen.files.jsonfiles import write_bytes, write_json
-from fastgen.find import made_from
+from fastgen.models.bundle import is_bundle
+from fastgen.models.find import made_from
+from fastgen.models.spec import Spec
 from fastgen.retrieval import (
     EMBEDDINGS,
     FORMAT_VERSION,
@@ -42,7 +43,6 @@ from fastgen.retrieval import (
 )
 from fastgen.retrieval.copies import calibrate, subjects, thumbnails
 from fastgen.retrieval.nearest import unit
-from fastgen.spec import Spec
 
 if TYPE_CHECKING:
     from fastgen.engines.base import Engine

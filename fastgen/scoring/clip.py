@@ -15,8 +15,8 @@ from PIL import Image
 
 from fastgen.errors import InputError, first_line
 from fastgen.files.jsonfiles import read_json
+from fastgen.models.weights import pretrained, pretrained_tokenizer, quiet_transformers, weights_hash
 from fastgen.scoring.networks import float32_convolutions
-from fastgen.weights import pretrained, pretrained_tokenizer, quiet_transformers, weights_hash
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of OpenAI's models
 CONFIG, PREPROCESSOR, PROCESSOR = "config.json", "preprocessor_config.json", "processor_config.json"

@@ -15,11 +15,11 @@ from PIL import Image
 from torch import Tensor
 
 from fastgen.errors import FastgenError
-from fastgen.evaluator import IMAGE_SIZE as EVALUATOR_SIZE
-from fastgen.evaluator import Evaluator
-from fastgen.evaluator import load as load_evaluator
+from fastgen.models.evaluator import IMAGE_SIZE as EVALUATOR_SIZE
+from fastgen.models.evaluator import Evaluator
+from fastgen.models.evaluator import load as load_evaluator
+from fastgen.models.weights import weights_hash
 from fastgen.scoring import inception
-from fastgen.weights import weights_hash
 
 
 class FeatureNetwork(Protocol):

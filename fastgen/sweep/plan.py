@@ -8,15 +8,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastgen.bundle import is_bundle, read_bundle
-from fastgen.checkpoint_choice import check_bundle_of, choose_checkpoint
 from fastgen.conditions import check_kind
 from fastgen.errors import InputError, unknown
 from fastgen.files.jsonfiles import located
-from fastgen.find import find_model
 from fastgen.jobs.folder import check_same_job
 from fastgen.jobs.job import job_limits
 from fastgen.jobs.record import job_identity
+from fastgen.models.bundle import is_bundle, read_bundle
+from fastgen.models.checkpoint_choice import check_bundle_of, choose_checkpoint
+from fastgen.models.find import find_model
 from fastgen.pipeline import Pipeline, load
 from fastgen.requests import Request, read_requests
 from fastgen.retrieval import Index, open_index

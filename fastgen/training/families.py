@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastgen import evaluator
 from fastgen.errors import InputError
-from fastgen.networks import Model, save_model
-from fastgen.networks.labels import LabelConditioner, LabelUNet, conditioner_dim, unet_class
-from fastgen.networks.text import TextUNet
+from fastgen.models import evaluator
+from fastgen.models.build import build_module, build_text_encoder, load_text_encoder, load_vae
+from fastgen.models.folder import Model, save_model
+from fastgen.models.networks.labels import LabelConditioner, LabelUNet, conditioner_dim, unet_class
+from fastgen.models.networks.text import TextUNet
 from fastgen.presets import Network, Preset, Training
 from fastgen.requests import Request, multi_hot
 from fastgen.training.classifier import AttributeTask, ClassifierTask
@@ -21,7 +22,6 @@ from fastgen.training.encode import cached_moments, cached_states, latent_scale,
 from fastgen.training.examples import Examples
 from fastgen.training.job import Job
 from fastgen.training.losses import Objective, objective_of, refuse_unet_keys
-from fastgen.training.modules import build_module, build_text_encoder, load_text_encoder, load_vae
 from fastgen.training.previews import Shown, default_table, fixed_labels, fixed_prompts, sampled_preview, shown_rows
 from fastgen.training.sources import CaptionSource, ConditionSource, LabelSource, LatentSpace, PixelSpace, Space
 from fastgen.training.tokenizer import train_tokenizer

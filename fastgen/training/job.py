@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastgen.checkpoint_choice import OUTLINE
 from fastgen.errors import InputError
 from fastgen.files.folders import new_folder, scratch_folder, sync_tree
 from fastgen.files.jsonfiles import read_json, write_json
+from fastgen.models import checkpoints
+from fastgen.models.checkpoint_choice import OUTLINE
+from fastgen.models.checkpoints import Checkpoint
 from fastgen.presets import Preset
-from fastgen.training import checkpoints
-from fastgen.training.checkpoints import Checkpoint
 from fastgen.training.logs import Tracker, TrainingLog, say
 from fastgen.training.precision import choose
 from fastgen.training.processes import Processes

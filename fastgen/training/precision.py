@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from fastgen.errors import InputError
-from fastgen.precision import TORCH_DTYPES, device_of
+from fastgen.models.precision import TORCH_DTYPES, device_of
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastgen.models import checkpoints
+from fastgen.models.checkpoints import Checkpoint
+from fastgen.models.weights import load_state
 from fastgen.presets.recipe import Training
-from fastgen.training import checkpoints
 from fastgen.training.attention import attend_on_cpu
-from fastgen.training.checkpoints import Checkpoint
 from fastgen.training.ema import Ema
 from fastgen.training.optimizers import build_optimizer
 from fastgen.training.precision import Precision
-from fastgen.weights import load_state
 
 GAIN = 1e-4  # relative; a smaller one is none (torch's ReduceLROnPlateau)
 

@@ -12,9 +12,9 @@ import torch
 from tqdm import tqdm
 
 from fastgen.errors import FastgenError, InputError
+from fastgen.models import checkpoints
+from fastgen.models.checkpoints import Checkpoint
 from fastgen.presets.recipe import Training
-from fastgen.training import checkpoints
-from fastgen.training.checkpoints import Checkpoint
 from fastgen.training.curves import plot_losses
 from fastgen.training.draws import VALIDATION, Draws
 from fastgen.training.logs import TrainingLog, say

@@ -21,8 +21,8 @@ from small_presets import SHORT, SMALL
 from torch import nn
 
 from fastgen.files.names import ICLEVR_OBJECTS
-from fastgen.networks.broadcast_unet import BroadcastUNet
-from fastgen.networks.labels import LabelConditioner, LabelUNet, conditioner_dim, unet_class
+from fastgen.models.networks.broadcast_unet import BroadcastUNet
+from fastgen.models.networks.labels import LabelConditioner, LabelUNet, conditioner_dim, unet_class
 from fastgen.presets import Preset, load_preset, preset_names
 from fastgen.training.diffusion import NoiseSchedule
 from fastgen.training.previews import default_table
@@ -287,7 +287,7 @@ def described(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def judge(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An evaluator that was never trained."""
-    from fastgen import evaluator
+    from fastgen.models import evaluator
 
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("evaluator")
@@ -348,7 +348,7 @@ class StandIn(nn.Module):
 
 
 def interrupt_after_the_first_checkpoint(patch: pytest.MonkeyPatch) -> None:
-    from fastgen.training import checkpoints
+    from fastgen.models import checkpoints
 
     save = checkpoints.save
 

@@ -178,8 +178,8 @@ def test_no_row_needs_a_value_on_the_host_not_even_inside_an_operation(key):
 )
 def test_no_reference_network_needs_a_value_on_the_host(name, dtype):
     from benchmarks.models import architecture, build
-    from fastgen.networks.labels import LabelConditioner, LabelUNet, conditioner_dim
-    from fastgen.networks.text import TextUNet
+    from fastgen.models.networks.labels import LabelConditioner, LabelUNet, conditioner_dim
+    from fastgen.models.networks.text import TextUNet
 
     preset = architecture(name)
     with torch.device("meta"):

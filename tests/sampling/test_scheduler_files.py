@@ -13,10 +13,10 @@ import pytest
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
-from fastgen.bundle import read_bundle  # noqa: E402
 from fastgen.errors import InputError  # noqa: E402
 from fastgen.files.jsonfiles import infinity_as_text, infinity_from_text, read_json, write_json  # noqa: E402
-from fastgen.networks import load_model, save_model  # noqa: E402
+from fastgen.models.bundle import read_bundle  # noqa: E402
+from fastgen.models.folder import load_model, save_model  # noqa: E402
 from fastgen.pipeline import load  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning")
@@ -113,7 +113,7 @@ def test_it_is_saved_again_as_diffusers_reads_it(dpm_model, tmp_path):
 
 
 def test_import_takes_its_schedule(dpm_model, tmp_path):
-    from fastgen.importing.schedule import choose_schedule
+    from fastgen.models.importing.schedule import choose_schedule
 
     found = choose_schedule(str(dpm_model), None, family="text")
     assert found["lambda_min_clipped"] == -math.inf

@@ -12,10 +12,10 @@ from diffusers import UNet2DModel
 from label_unets import LABELS, check_bf16, check_onnx_graph, inputs
 
 from fastgen.files.names import ICLEVR_OBJECTS
-from fastgen.networks import LabelConditioner, Model, load_model, save_model
-from fastgen.networks.patch_unet import PatchUNet
+from fastgen.models.build import build_module
+from fastgen.models.folder import LabelConditioner, Model, load_model, save_model
+from fastgen.models.networks.patch_unet import PatchUNet
 from fastgen.presets import Sampling
-from fastgen.training.modules import build_module
 
 SCHEDULE = {"_class_name": "DDPMScheduler", "num_train_timesteps": 1000, "beta_schedule": "squaredcos_cap_v2"}
 BLOCKS = {

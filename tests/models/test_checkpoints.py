@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastgen.errors import FastgenError
-from fastgen.training import checkpoints
+from fastgen.models import checkpoints
 
 
 def parts(value: float) -> dict[str, dict[str, torch.Tensor]]:

@@ -7,9 +7,9 @@ import re
 import time
 from pathlib import Path
 
-from fastgen.bundle import is_bundle
 from fastgen.errors import InputError
 from fastgen.files.jsonfiles import read_json
+from fastgen.models.bundle import is_bundle
 
 RUNS = Path("runs")
 LATEST = RUNS / "latest"

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from fastgen.errors import InputError, first_line, unknown
+from fastgen.models.weights import pretrained, pretrained_tokenizer
 from fastgen.presets import Network
-from fastgen.weights import pretrained, pretrained_tokenizer
 
 # Weights that a whole CLIP has beside its text encoder.
 WHOLE_CLIP = ("vision_model.", "visual_projection.", "text_projection.", "logit_scale")

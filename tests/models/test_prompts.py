@@ -11,9 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fastgen.errors import InputError
-from fastgen.prompts import Tokenizer
+from fastgen.models.tokenizer import Tokenizer
 
-REAL = Path(__file__).parents[2] / "shared" / "data" / "monsters"
+REAL = Path(__file__).parents[3] / "shared" / "data" / "monsters"
 LENGTH = 77
 ADDED_TOKEN = {
     "__type": "AddedToken",

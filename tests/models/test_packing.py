@@ -9,11 +9,11 @@ import tomllib
 
 import pytest
 
-from fastgen import evaluator
 from fastgen.errors import InputError
 from fastgen.files.jsonfiles import write_json
-from fastgen.networks import load_model
-from fastgen.packing import pack, thinned, without_empty
+from fastgen.models import evaluator
+from fastgen.models.folder import load_model
+from fastgen.models.packing import pack, thinned, without_empty
 from fastgen.presets import load_preset, preset_names
 from fastgen.training.job import open_job
 

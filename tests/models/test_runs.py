@@ -9,7 +9,7 @@ import shutil
 import pytest
 
 from fastgen.errors import InputError
-from fastgen.runs import RUNS, latest_model, latest_run, new_run, set_latest
+from fastgen.models.runs import RUNS, latest_model, latest_run, new_run, set_latest
 
 
 @pytest.fixture(autouse=True)

@@ -16,12 +16,12 @@ from typing import Any
 
 from torch import nn
 
-from fastgen.checkpoint_choice import Chosen, choose_checkpoint, model_parts
 from fastgen.errors import InputError
 from fastgen.files.hashes import sha256_file, sha256_names
 from fastgen.files.jsonfiles import brief, read_json, write_json
 from fastgen.files.names import read_objects
-from fastgen.networks.labels import (
+from fastgen.models.checkpoint_choice import Chosen, choose_checkpoint, model_parts
+from fastgen.models.networks.labels import (
     LabelConditioner,
     LabelUNet,
     class_record,
@@ -29,15 +29,15 @@ from fastgen.networks.labels import (
     load_conditioner,
     save_conditioner,
 )
-from fastgen.networks.text import TextEncoder, TextUNet, VaeDecoder, VaeEncoder
+from fastgen.models.networks.text import TextEncoder, TextUNet, VaeDecoder, VaeEncoder
+from fastgen.models.signatures import Signature, label_signatures, text_signatures
+from fastgen.models.spec import Spec
+from fastgen.models.tokenizer import Tokenizer
+from fastgen.models.weights import load_state, pretrained, pretrained_tokenizer, quiet_transformers
 from fastgen.presets import Sampling
-from fastgen.prompts import Tokenizer
 from fastgen.sampling.compile import TableCompiler
 from fastgen.sampling.schedulers import default_name
 from fastgen.sampling.tables import SolverTable
-from fastgen.signatures import Signature, label_signatures, text_signatures
-from fastgen.spec import Spec
-from fastgen.weights import load_state, pretrained, pretrained_tokenizer, quiet_transformers
 
 COMPONENTS = ("text_encoder", "vae")  # each has a hash in the spec: an index depends on them, not on the UNet
 WEIGHTS = ("unet", "conditioner", *COMPONENTS)  # folders whose weights identify a model

@@ -7,9 +7,9 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from fastgen.networks import load_model  # noqa: E402
-from fastgen.precision import lowered  # noqa: E402
-from fastgen.signatures import network_dtype  # noqa: E402
+from fastgen.models.folder import load_model  # noqa: E402
+from fastgen.models.precision import lowered  # noqa: E402
+from fastgen.models.signatures import network_dtype  # noqa: E402
 
 
 def outputs(module, signature, dtype=None):

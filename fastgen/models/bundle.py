@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 from fastgen.errors import InputError
 from fastgen.files.hashes import check_file
 from fastgen.files.jsonfiles import infinity_from_text, located, read_json
+from fastgen.models.signatures import Signature
+from fastgen.models.spec import Spec
+from fastgen.models.tokenizer import Tokenizer
 from fastgen.presets import Sampling
-from fastgen.prompts import Tokenizer
-from fastgen.signatures import Signature
-from fastgen.spec import Spec
 
 if TYPE_CHECKING:
     from fastgen.sampling.tables import SolverTable, TableStore

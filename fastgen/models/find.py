@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastgen.bundle import MANIFEST, Bundle, is_bundle, read_bundle
-from fastgen.checkpoint_choice import model_parts
 from fastgen.errors import InputError
 from fastgen.files.jsonfiles import located, read_json
 from fastgen.files.names import read_objects
-from fastgen.runs import LATEST, latest_model, latest_run
+from fastgen.models.bundle import MANIFEST, Bundle, is_bundle, read_bundle
+from fastgen.models.checkpoint_choice import model_parts
+from fastgen.models.runs import LATEST, latest_model, latest_run
 
-MODELS = Path(__file__).with_name("models")
+MODELS = Path(__file__).with_name("shipped")
 INDEX, EVALUATOR = "model_index.json", "config.json"
 HELP = "give --model, or train one with `fastgen train PRESET --data DATA`"
 KINDS = {"text": "prompts", "labels": "labels"}  # of requests: what is asked by

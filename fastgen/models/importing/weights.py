@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgen.errors import InputError, unknown
-from fastgen.importing.files import LISTED, UNET_MARK, Checkpoint
+from fastgen.models.importing.files import LISTED, UNET_MARK, Checkpoint
 
 OLD_ATTENTION = re.compile(r"^(.*\battentions\.\d+)\.(query|key|value|proj_attn)\.(weight|bias)$")
 NEW_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -116,7 +116,7 @@ class LabelWeights:
         return self.layers[0]["weight"].shape[0] if len(self.layers) > 1 else 0
 
     def state(self) -> dict[str, Tensor]:
-        """As the state of `fastgen.networks.LabelConditioner`."""
+        """As the state of `fastgen.models.folder.LabelConditioner`."""
         names = ("embed",) if len(self.layers) == 1 else ("embed.0", "embed.2")
         return {f"{name}.{k}": v for name, layer in zip(names, self.layers, strict=True) for k, v in layer.items()}
 

@@ -65,8 +65,8 @@ def label_unet_class(name: str) -> Any:
     """A class of UNet by the name that a model folder gives it. Raises InputError for any other."""
     from diffusers import UNet2DModel
 
-    from fastgen.networks.broadcast_unet import BroadcastUNet
-    from fastgen.networks.patch_unet import PatchUNet
+    from fastgen.models.networks.broadcast_unet import BroadcastUNet
+    from fastgen.models.networks.patch_unet import PatchUNet
 
     classes = {"UNet2DModel": UNet2DModel, "BroadcastUNet": BroadcastUNet, "PatchUNet": PatchUNet}
     if name not in classes:

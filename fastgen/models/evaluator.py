@@ -21,7 +21,7 @@ from fastgen.data.attributes import Attributes, check_attributes
 from fastgen.errors import FastgenError, InputError
 from fastgen.files.jsonfiles import located, read_json, write_bytes, write_json
 from fastgen.files.names import check_objects
-from fastgen.weights import PICKLES, load_state, read_state
+from fastgen.models.weights import PICKLES, load_state, read_state
 
 IMAGE_SIZE = 64
 WIDTH, WIDEST = 64, 256  # channels of the first stage: torchvision's, and the most that are built

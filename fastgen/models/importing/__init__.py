@@ -13,12 +13,12 @@ import torch
 from fastgen.errors import FastgenError, InputError
 from fastgen.files.folders import new_folder
 from fastgen.files.hashes import sha256_file
-from fastgen.importing.architecture import Architecture, decide
-from fastgen.importing.families import Ready, Reference, label_model, text_model
-from fastgen.importing.files import Checkpoint, read_checkpoint
-from fastgen.importing.schedule import choose_schedule, describe
-from fastgen.importing.weights import MismatchError
-from fastgen.networks import Model, load_model, save_model
+from fastgen.models.folder import Model, load_model, save_model
+from fastgen.models.importing.architecture import Architecture, decide
+from fastgen.models.importing.families import Ready, Reference, label_model, text_model
+from fastgen.models.importing.files import Checkpoint, read_checkpoint
+from fastgen.models.importing.schedule import choose_schedule, describe
+from fastgen.models.importing.weights import MismatchError
 from fastgen.presets import Preset, Sampling, load_preset
 from fastgen.sampling.schedulers import default_name
 

@@ -9,8 +9,8 @@ import sys
 import numpy as np
 import pytest
 
-from fastgen.bundle import is_bundle, read_bundle
 from fastgen.errors import InputError
+from fastgen.models.bundle import is_bundle, read_bundle
 from fastgen.pipeline import load
 from fastgen.sampling.compile import TableCompiler
 
@@ -29,7 +29,7 @@ def edit(bundle, **changes):
 
 
 def test_a_bundle_says_what_its_model_folder_says(text_bundle, text_model, label_bundle, label_model):
-    from fastgen.networks import load_model
+    from fastgen.models.folder import load_model
 
     for bundle, model in ((text_bundle, text_model), (label_bundle, label_model)):
         assert is_bundle(bundle)

@@ -14,7 +14,7 @@ from torch import Tensor
 from fastgen.errors import InputError, unknown
 from fastgen.files.jsonfiles import read_json
 from fastgen.files.names import check_relative
-from fastgen.weights import PICKLES, read_safetensors, unpickle
+from fastgen.models.weights import PICKLES, read_safetensors, unpickle
 
 WEIGHTS = "diffusion_pytorch_model"
 FOLDER_FILES = tuple(WEIGHTS + end for end in (".safetensors", ".safetensors.index.json", ".fp16.safetensors", ".bin"))

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from fastgen.errors import InputError
 from fastgen.files.names import ICLEVR_OBJECTS, read_objects
-from fastgen.importing.architecture import Architecture, empty_unet, fill
-from fastgen.importing.files import Checkpoint, read_tensors, split_name
-from fastgen.importing.weights import LabelWeights, MismatchError, Parts, find_label_layers, mismatches, split
-from fastgen.networks import LabelConditioner, Model
+from fastgen.models.folder import LabelConditioner, Model
+from fastgen.models.importing.architecture import Architecture, empty_unet, fill
+from fastgen.models.importing.files import Checkpoint, read_tensors, split_name
+from fastgen.models.importing.weights import LabelWeights, MismatchError, Parts, find_label_layers, mismatches, split
 from fastgen.presets import Network, Preset, Sampling
 
 Reference = Callable[..., Tensor]  # (sample, timestep, condition) -> prediction, as the checkpoint's author called it
@@ -42,7 +42,7 @@ def text_model(
 ) -> Ready:
     """A UNet2DConditionModel's weights, a text encoder and an autoencoder from elsewhere. Raises InputError when one is not
     named, does not load, or does not suit the others."""
-    from fastgen.training.modules import load_text_encoder, load_vae
+    from fastgen.models.build import load_text_encoder, load_vae
 
     where = _network("text_encoder", text_encoder, preset), _network("vae", vae, preset)
     parts = split(checkpoint)

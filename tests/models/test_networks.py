@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fastgen.errors import InputError
-from fastgen.networks import LabelConditioner, LabelUNet, load_model, save_model
+from fastgen.models.folder import LabelConditioner, LabelUNet, load_model, save_model
 
 
 def outputs(model, seed=0):

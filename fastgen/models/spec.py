@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from fastgen.models.signatures import Signature
 from fastgen.presets import Sampling
-from fastgen.signatures import Signature
 
 if TYPE_CHECKING:
-    from fastgen.prompts import Tokenizer
+    from fastgen.models.tokenizer import Tokenizer
     from fastgen.sampling.tables import SolverTable
 
 

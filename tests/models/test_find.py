@@ -11,13 +11,14 @@ import pytest
 from PIL import Image
 from scoring_helpers import make_evaluator
 
-from fastgen import evaluator, find, load
+from fastgen import load
 from fastgen.data.synthetic import write_monsters
 from fastgen.errors import InputError
-from fastgen.find import default_model, find_folder, made_from, model_kind, shipped_model, shipped_names
-from fastgen.networks import load_model
-from fastgen.packing import pack
-from fastgen.runs import RUNS, set_latest
+from fastgen.models import evaluator, find
+from fastgen.models.find import default_model, find_folder, made_from, model_kind, shipped_model, shipped_names
+from fastgen.models.folder import load_model
+from fastgen.models.packing import pack
+from fastgen.models.runs import RUNS, set_latest
 
 PACKAGE = find.MODELS
 NAMES = ["evaluator-iclevr", "evaluator-monsters", "iclevr-64", "monsters-64"]
@@ -40,7 +41,7 @@ def check_models(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def stand_ins(text_model, label_model, tmp_path_factory):
-    """A folder as fastgen/models is to be, with tiny models of random weights."""
+    """A folder as fastgen/models/shipped is to be, with tiny models of random weights."""
     folder = tmp_path_factory.mktemp("package") / "models"
     pack(text_model, folder / "monsters-64")
     pack(label_model, folder / "iclevr-64")
@@ -67,7 +68,7 @@ def latest(model, bundle=None):
     return run.resolve()
 
 
-@pytest.mark.skipif(not PACKAGE.is_dir(), reason="this checkout has no fastgen/models")
+@pytest.mark.skipif(not PACKAGE.is_dir(), reason="this checkout has no fastgen/models/shipped")
 def test_the_models_of_the_package_load_are_small_and_have_cards():
     check_models(PACKAGE)
 

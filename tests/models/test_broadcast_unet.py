@@ -12,8 +12,8 @@ from label_unets import LABELS, check_bf16, check_onnx_graph, inputs
 
 from fastgen.errors import InputError
 from fastgen.files.names import ICLEVR_OBJECTS
-from fastgen.networks import LabelConditioner, LabelUNet, Model, load_model, save_model
-from fastgen.networks.broadcast_unet import BroadcastUNet
+from fastgen.models.folder import LabelConditioner, LabelUNet, Model, load_model, save_model
+from fastgen.models.networks.broadcast_unet import BroadcastUNet
 from fastgen.presets import Sampling
 
 SCHEDULE = {"_class_name": "DDPMScheduler", "num_train_timesteps": 1000, "beta_schedule": "squaredcos_cap_v2"}

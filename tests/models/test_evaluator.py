@@ -14,8 +14,8 @@ torch.set_num_threads(1)
 from safetensors.torch import save_file  # noqa: E402
 
 from fastgen.errors import FastgenError, InputError  # noqa: E402
-from fastgen.evaluator import Evaluator, ResNet18, load, save  # noqa: E402
 from fastgen.files.names import ICLEVR_OBJECTS  # noqa: E402
+from fastgen.models.evaluator import Evaluator, ResNet18, load, save  # noqa: E402
 
 NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 

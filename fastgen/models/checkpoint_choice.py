@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fastgen.errors import InputError
 
 if TYPE_CHECKING:
-    from fastgen.training.checkpoints import Checkpoint
+    from fastgen.models.checkpoints import Checkpoint
 
 CHOICES = "best, last, ema, ema-DECAY or a step such as 500"
 OUTLINE = "model"  # in a run's checkpoints: the model folder without the UNet's weights, until training is finished
@@ -44,7 +44,7 @@ def choose_checkpoint(run: Path, name: str) -> Chosen:
 
     Raises InputError, listing what there is, when the run has no such checkpoint, or it is damaged.
     """
-    from fastgen.training import checkpoints
+    from fastgen.models import checkpoints
 
     parent = run / "checkpoints" / "unet"
     steps = sorted(int(f.name.removeprefix("step-")) for f in parent.glob("step-*") if f.name[5:].isdigit())

@@ -13,8 +13,8 @@ from torch import nn
 
 from fastgen.errors import InputError
 from fastgen.files.names import ICLEVR_OBJECTS
-from fastgen.importing import MismatchError, import_model
-from fastgen.networks import load_model
+from fastgen.models.folder import load_model
+from fastgen.models.importing import MismatchError, import_model
 
 LABELS = 24
 UNET = {
@@ -363,7 +363,7 @@ def test_bad_options_are_one_clear_line(options, word, tmp_path, monkeypatch):
 def test_schedules_say_what_diffusers_does(tmp_path):
     from diffusers import DDPMScheduler
 
-    from fastgen.importing.schedule import choose_schedule
+    from fastgen.models.importing.schedule import choose_schedule
     from fastgen.sampling.schedulers import make_scheduler
 
     DDPMScheduler(beta_schedule="sigmoid", num_train_timesteps=2000).save_pretrained(tmp_path / "scheduler")
@@ -462,7 +462,7 @@ def test_the_command_prints_what_was_made_and_the_model_generates(fastgen, tmp_p
     ],
 )
 def test_presets_of_other_networks_are_refused(preset, word, tmp_path):
-    from fastgen.importing.architecture import decide
+    from fastgen.models.importing.architecture import decide
 
     with pytest.raises(InputError, match=word):
         decide(None, preset, tmp_path)

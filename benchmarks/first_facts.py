@@ -170,7 +170,7 @@ def overlap(run: Run, model: str) -> Iterator[Fact]:
 
 def batches(pipe: Pipeline, settings: Settings, sizes: Sequence[int], queued: int) -> np.ndarray:
     """Pictures of one batch per size, with so many of them queued at a time."""
-    from fastgen.buckets import Batch
+    from fastgen.engines.batches import Batch
     from fastgen.run import Run as Generation
 
     whole = Generation(pipe, requests(pipe, sum(sizes)), settings)

@@ -14,7 +14,7 @@ from benchmarks.parts import Fact, Run
 from benchmarks.prompts import conditions
 from benchmarks.report import spread
 from benchmarks.sides import Side
-from fastgen.engines.base_compile import check_tools
+from fastgen.engines.compile.package import check_tools
 from fastgen.errors import InputError
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ from benchmarks.profiler import kernel_profile
 from benchmarks.prompts import conditions
 from benchmarks.report import parity
 from benchmarks.sides import Side
-from fastgen.buckets import cut
+from fastgen.engines.batches import cut
 from fastgen.errors import FastgenError
 from fastgen.jobs.job import run_job
 from fastgen.jobs.plan import automatic_batch_size

@@ -16,7 +16,7 @@ from benchmarks.parts import REPOSITORY, Fact, Run, failure
 TESTS = REPOSITORY / "tests"
 MARK = "pytest.mark.gpu"
 SPARE = 5.0  # seconds before the part's own limit, to tell which test it was
-COMPILES = "test_compile.py"  # its tests build packages: they take minutes
+COMPILES = "engines/test_compile.py"  # its tests build packages: they take minutes
 
 
 def test_files() -> list[str]:

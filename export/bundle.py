@@ -11,7 +11,7 @@ from export.certificate import Certificate, certify
 from export.write import Wanted, write_bundle
 from fastgen.engines import bundle_engines, check_installed, create_engine, engine_class, no_engine
 from fastgen.engines.base import choose_dtype
-from fastgen.engines.base_trt_product import RTX, TENSORRT
+from fastgen.engines.trt.product import RTX, TENSORRT
 from fastgen.errors import FastgenError, InputError, unknown
 from fastgen.models.bundle import LOWERED, Bundle, is_bundle, read_bundle
 from fastgen.models.checkpoint_choice import check_bundle_of
@@ -102,7 +102,7 @@ def _check_rtx(capabilities: Sequence[str] | None) -> None:
     """InputError, before anything is exported, where plans of TensorRT for RTX cannot be built as they are asked for."""
     check_installed(RTX.engine)
     from export.trt_rtx import check_capabilities
-    from fastgen.engines.base_trt import open_library
+    from fastgen.engines.trt.platform import open_library
 
     if capabilities is not None:
         check_capabilities(capabilities)

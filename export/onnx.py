@@ -17,7 +17,7 @@ from torch import nn
 
 from export.rewrite import attention, fuse_attention, subpixel_upsampling
 from export.shapes import fix_shapes
-from fastgen.engines.base_ort import fused_name
+from fastgen.engines.ort.session import fused_name
 from fastgen.errors import FastgenError
 from fastgen.models.precision import lowered
 from fastgen.models.signatures import BATCH, Signature

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fastgen.engines.machine import usable_cores
 from fastgen.errors import FastgenError, InputError
 from fastgen.files.jsonfiles import read_json, write_bytes, write_json
-from fastgen.machine import usable_cores
 from fastgen.models.bundle import REFERENCE, Bundle
 from fastgen.models.signatures import Signature
 from fastgen.pipeline import Pipeline
@@ -48,7 +48,7 @@ def write_reference(model: Model, path: Path) -> None:
     """
     from safetensors.numpy import save
 
-    from fastgen.engines.eager import Engine as Eager
+    from fastgen.engines.eager.engine import Engine as Eager
 
     eager = Eager(model, device="cpu", dtype="fp32")
     pipeline = Pipeline(model, eager)
@@ -76,7 +76,7 @@ def write_distances(model: Model, reference: Path, dtype: str, path: Path) -> No
     there is one: the yardstick for engines that compute in `dtype`."""
     import torch
 
-    from fastgen.engines.eager import Engine as Eager
+    from fastgen.engines.eager.engine import Engine as Eager
 
     tensors = read_reference(reference)
     eager = Eager(copy.deepcopy(model), device="cuda" if torch.cuda.is_available() else "cpu", dtype=dtype)

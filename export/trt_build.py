@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from export.trt_layers import check_network
 from export.trt_progress import Progress
 from fastgen.conditions import ENCODE_BATCH
-from fastgen.engines.base_trt import Library
+from fastgen.engines.trt.platform import Library
 from fastgen.errors import InputError, unknown
 from fastgen.models.signatures import Signature
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastgen.buckets import Batch, cut, even_size
+from fastgen.engines.batches import Batch, cut, even_size
 from fastgen.errors import InputError
 from fastgen.requests import Request, multi_hot
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fastgen.buckets import cut
+from fastgen.engines.batches import cut
 from fastgen.errors import FastgenError, first_line
 from fastgen.quantise import ImageProblem, problem_of, quantised
 from fastgen.sampling import streams

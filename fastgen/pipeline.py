@@ -8,8 +8,8 @@ import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from fastgen.choose import default_engine
 from fastgen.engines import check_installed, create_engine, engine_class
+from fastgen.engines.choose import default_engine
 from fastgen.errors import InputError
 from fastgen.files.names import check_labels
 from fastgen.models.checkpoint_choice import check_bundle_of
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from fastgen.engines.base import Array, Engine
-    from fastgen.engines.base_memory import Memory
+    from fastgen.engines.memory import Memory
     from fastgen.models.spec import Source
 
 

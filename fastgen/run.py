@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastgen.buckets import Batch, cut
 from fastgen.conditions import conditions_for
+from fastgen.engines.batches import Batch, cut
 from fastgen.errors import InputError
 from fastgen.pictures import Pictures
 from fastgen.requests import Request, resolve_seed
@@ -52,7 +52,7 @@ class Run:
         self.strip = None if strip is None else StripPlan.of(self.table, strip, timesteps)
 
     def batches(self, limit: int) -> list[Batch]:
-        """All requests, in order, in batches of at most `limit` that suit the engine, see `buckets.cut`. Raises InputError."""
+        """All requests, in order, in batches of at most `limit` that suit the engine, see `batches.cut`. Raises InputError."""
         return cut(len(self.requests), limit, self.pipeline.buckets(self.settings))
 
     def begin(

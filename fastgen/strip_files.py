@@ -17,7 +17,7 @@ from fastgen.files.names import STRIP_FOLDER
 from fastgen.strips import PADDING, StripPlan
 
 if TYPE_CHECKING:
-    from fastgen.buckets import Batch
+    from fastgen.engines.batches import Batch
     from fastgen.jobs.writing import Writer
     from fastgen.pictures import Pictures
 

@@ -20,7 +20,7 @@ import torch
 
 from benchmarks import first, first_facts, first_memory, first_speed, gpu_table, gpu_tests
 from benchmarks.parts import REPOSITORY, Run
-from fastgen.engines import compile as engine_compile
+from fastgen.engines.compile import engine as engine_compile
 from fastgen.run import Run as Generation
 
 NEEDS_GPU = first_facts.NEEDS_GPU
@@ -79,7 +79,7 @@ def test_the_parts_are_in_order_and_each_exists_with_its_arguments():
         module, _, name = part.run.partition(":")
         inspect.signature(getattr(importlib.import_module(module), name)).bind(None, **part.arguments)
         assert part.needs < part.limit
-    assert first.NAMES[-1] == "tests, test_compile.py"
+    assert first.NAMES[-1] == "tests, engines/test_compile.py"
 
 
 @pytest.mark.parametrize("kind", ["text", "label"])
@@ -317,7 +317,9 @@ def test_pytest_that_does_not_end_in_its_time_is_ended_and_says_where(run, tmp_p
 
 
 def test_the_files_with_tests_for_a_gpu_are_found_without_collecting_them():
-    assert {"sampling/test_device_loop.py", "test_trt_gpu.py", "test_compile.py"} <= set(gpu_tests.test_files())
+    assert {"sampling/test_device_loop.py", "engines/test_trt_gpu.py", "engines/test_compile.py"} <= set(
+        gpu_tests.test_files()
+    )
     assert "test_first.py" not in gpu_tests.test_files()
 
 

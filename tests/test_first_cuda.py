@@ -164,7 +164,7 @@ def test_memory_that_comes_back_is_told_from_memory_that_does_not(card, run, lab
 @pytest.fixture
 def short_of_memory(card, monkeypatch):
     """An engine that runs out where a batch wants more than the process may have."""
-    from fastgen.engines.eager import Engine
+    from fastgen.engines.eager.engine import Engine
 
     whole = Engine.run
 

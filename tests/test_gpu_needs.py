@@ -68,15 +68,15 @@ def test_tensorrt_for_rtx_needs_a_card_that_it_compiles_for(card, without, monke
 
 
 def test_compilers_are_those_that_the_engine_asks_for(card, monkeypatch):
-    from fastgen.engines import base_compile
+    from fastgen.engines.compile import package
     from fastgen.errors import InputError
 
     def refuse(on_gpu):
         raise InputError("engine compile needs CUDA's headers")
 
-    monkeypatch.setattr(base_compile, "check_tools", refuse)
+    monkeypatch.setattr(package, "check_tools", refuse)
     assert lacking(["compilers"]) == "engine compile needs CUDA's headers"
-    monkeypatch.setattr(base_compile, "check_tools", lambda on_gpu: None)
+    monkeypatch.setattr(package, "check_tools", lambda on_gpu: None)
     assert lacking(["compilers"]) is None
 
 

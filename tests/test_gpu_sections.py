@@ -18,7 +18,7 @@ import fastgen
 from benchmarks import floor, gpu, gpu_sections
 from benchmarks.gpu_targets import checks, judge, targets
 from benchmarks.parts import Run, kept_for_all_parts
-from fastgen.engines import compile as engine_compile
+from fastgen.engines.compile import engine as engine_compile
 
 JOB = {"side": "eager:fp16:graphs", "dtype": "fp16", "batch": 119, "steps": 70, "psnr_db": 40.0, "max_abs_255": 9}
 JOB |= {"job_s": 30.0, "images_per_s": 35.0, "floor_percent": 40.0}

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastgen.buckets import Batch
-from fastgen.engines import base_memory
+from fastgen.engines import memory
+from fastgen.engines.batches import Batch
 from fastgen.errors import FastgenError
 from fastgen.jobs import folder, job, plan
 from fastgen.jobs.folder import JobFolder
@@ -258,7 +258,7 @@ class Card:
 
 @pytest.fixture
 def card(monkeypatch):
-    monkeypatch.setattr(base_memory, "free_memory", lambda engine: engine.free())
+    monkeypatch.setattr(memory, "free_memory", lambda engine: engine.free())
     return Card
 
 
@@ -266,8 +266,8 @@ def card(monkeypatch):
 @pytest.mark.parametrize("fixed", [0, 2 * 10**8])
 def test_what_libraries_take_when_they_are_first_used_is_not_memory_of_the_rows(card, start, fixed):
     engine = card(16 * 10**9, row=10**8, fixed=fixed, start=start)
-    cost = base_memory.measure_memory(engine, "unet")
-    assert cost == base_memory.Memory(fixed, 10**8)
+    cost = memory.measure_memory(engine, "unet")
+    assert cost == memory.Memory(fixed, 10**8)
     rows = cost.rows_in(plan.USABLE * engine.free())
     engine.probe("unet", rows)  # fits
     assert rows == int((0.8 * (16 * 10**9 - start) - fixed) / 10**8)
@@ -276,7 +276,7 @@ def test_what_libraries_take_when_they_are_first_used_is_not_memory_of_the_rows(
 @pytest.mark.parametrize(("total", "rows"), [(9, 9), (7, 2), (3, 2), (1, 1), (0.5, 1)])
 def test_memory_that_runs_out_while_it_is_measured_limits_the_batch(card, total, rows):
     engine = card(int(total * 10**8), row=10**8)
-    found = base_memory.measure_memory(engine, "unet").rows_in(total * 10**8)
+    found = memory.measure_memory(engine, "unet").rows_in(total * 10**8)
     assert found == rows
     assert engine.held == 0
 
@@ -286,18 +286,18 @@ def test_other_errors_while_measuring_are_errors(card):
     engine.is_out_of_memory = lambda error: False
     engine.total = 0
     with pytest.raises(MemoryError):
-        base_memory.measure_memory(engine, "unet")
+        memory.measure_memory(engine, "unet")
 
 
 def on_a_gpu(pipeline, monkeypatch, total, costs):
     """The pipeline as if its engine ran on a GPU of so many free bytes, where networks take `costs`."""
     monkeypatch.setattr(pipeline, "on_gpu", True)
     monkeypatch.setattr(pipeline, "measured", costs)
-    monkeypatch.setattr(base_memory, "free_memory", lambda engine: total)
+    monkeypatch.setattr(memory, "free_memory", lambda engine: total)
 
 
 def test_the_unet_gets_what_the_decoder_that_runs_beside_it_leaves(text, monkeypatch):
-    costs = {"vae_decoder": base_memory.Memory(0, 100.0), "unet": base_memory.Memory(0, 10.0)}
+    costs = {"vae_decoder": memory.Memory(0, 100.0), "unet": memory.Memory(0, 10.0)}
     monkeypatch.setattr(text.engine, "decode_pixels", 16 * text.spec.image_size**2)
     on_a_gpu(text, monkeypatch, 4000, costs)
     assert plan.decode_batch_size(text) == 10  # a quarter of 4000
@@ -312,9 +312,7 @@ def test_the_unet_gets_what_the_decoder_that_runs_beside_it_leaves(text, monkeyp
 def test_a_network_is_measured_once_per_pipeline(text, monkeypatch):
     measured = []
     on_a_gpu(text, monkeypatch, 10**6, {})
-    monkeypatch.setattr(
-        base_memory, "measure_memory", lambda e, name: measured.append(name) or base_memory.Memory(0, 1.0)
-    )
+    monkeypatch.setattr(memory, "measure_memory", lambda e, name: measured.append(name) or memory.Memory(0, 1.0))
     for _ in range(2):
         plan.automatic_batch_size(text, text.settings())
         plan.decode_batch_size(text)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastgen.buckets import Batch
 from fastgen.conditions import pooled_states
+from fastgen.engines.batches import Batch
 from fastgen.errors import InputError
 from fastgen.files.images import read_metadata
 from fastgen.jobs.job import estimate_job, run_job

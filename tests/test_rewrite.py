@@ -18,7 +18,7 @@ from torch import nn
 
 from export.onnx import export_onnx
 from export.rewrite import SubpixelUpsample, subpixel_upsampling
-from fastgen.engines.base_ort import FUSED
+from fastgen.engines.ort.session import FUSED
 from fastgen.models.signatures import Signature, Tensor
 
 

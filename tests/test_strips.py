@@ -70,7 +70,7 @@ def test_frames_are_the_network_inputs_of_diffusers_own_loop(
 ):
     pipeline, model = pipelines[kind], load_model(models[kind])
     monkeypatch.setattr(pipeline, "on_gpu", on_gpu)
-    monkeypatch.setattr("fastgen.engines.base_memory.free_memory", lambda engine: 2**40)
+    monkeypatch.setattr("fastgen.engines.memory.free_memory", lambda engine: 2**40)
     condition = {"prompt": "a red dragon"} if kind == "text" else {"labels": ["red cube"]}
     (tmp_path / "r.json").write_text(json.dumps([{**condition, "seed": seed} for seed in SEEDS]))
     requests = read_requests(tmp_path / "r.json", pipeline.spec.objects)

@@ -171,7 +171,7 @@ def _dotted(node: ast.expr) -> list[str]:
 def used_names(sources: list[Path]) -> set[str]:
     """`X` and `X.Y` wherever a source says `trt.X.Y`, and the members that are looked up by name."""
     from export.trt_layers import PRODUCTS, TYPES
-    from fastgen.engines.base_trt_plan import DTYPES
+    from fastgen.engines.trt.plan import DTYPES
 
     names = {f"DataType.{n}" for n in (*TYPES.values(), *DTYPES.values())} | {f"LayerType.{n}" for n in PRODUCTS}
     for source in sources:

@@ -18,9 +18,10 @@ from trt_helpers import build, inputs
 
 from export.trt_build import network_rows
 from export.trt_layers import check_layers
-from fastgen import artifacts
-from fastgen.engines import base_trt, create_engine
-from fastgen.engines.base_trt_plan import LAYERS, PLAN
+from fastgen.engines import create_engine
+from fastgen.engines.cache import artifacts
+from fastgen.engines.trt import platform
+from fastgen.engines.trt.plan import LAYERS, PLAN
 from fastgen.errors import FastgenError, InputError
 from fastgen.models.bundle import read_bundle
 
@@ -176,7 +177,7 @@ def test_options_out_of_range_are_named(card, labels, options, message):
 
 
 def test_bf16_is_refused_before_the_build_on_a_card_without_it(card, labels, monkeypatch):
-    monkeypatch.setattr(base_trt, "open_gpu", lambda device, product=None: replace(card, compute_capability="7.5"))
+    monkeypatch.setattr(platform, "open_gpu", lambda device, product=None: replace(card, compute_capability="7.5"))
     with pytest.raises(InputError, match=r"7\.5\) has no bf16.*--dtype fp16"):
         build(labels, dtype="bf16")
 

@@ -17,9 +17,9 @@ import tensorrt_rtx_double as double
 from tensorrt_double import BEHAVIOUR, BuilderFlag, called
 
 from export.trt_rtx import DEFAULT_CAPABILITIES, build_plans
-from fastgen.artifacts import bundled
 from fastgen.engines import engine_class
-from fastgen.engines.base_trt_plan import CAPABILITIES, PLAN
+from fastgen.engines.cache.artifacts import bundled
+from fastgen.engines.trt.plan import CAPABILITIES, PLAN
 from fastgen.errors import FastgenError
 from fastgen.files.jsonfiles import read_json, write_json
 from fastgen.models.bundle import COMPILED, Bundle, read_bundle

@@ -17,10 +17,10 @@ from small_presets import SMALL
 
 from export.trt_build import Rows, build_plan
 from export.trt_rtx import DEFAULT_CAPABILITIES, _targets, build_plans
-from fastgen.artifacts import bundled
-from fastgen.engines.base_trt import open_library
-from fastgen.engines.base_trt_plan import CAPABILITIES, PLAN
-from fastgen.engines.base_trt_product import RTX
+from fastgen.engines.cache.artifacts import bundled
+from fastgen.engines.trt.plan import CAPABILITIES, PLAN
+from fastgen.engines.trt.platform import open_library
+from fastgen.engines.trt.product import RTX
 from fastgen.errors import FastgenError
 from fastgen.files.names import ICLEVR_OBJECTS
 from fastgen.models.bundle import read_bundle

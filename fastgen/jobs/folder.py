@@ -20,7 +20,7 @@ from fastgen.jobs.shards import remove_parts
 from fastgen.strip_files import StripFiles, save_strip_sheet
 
 if TYPE_CHECKING:
-    from fastgen.buckets import Batch
+    from fastgen.engines.batches import Batch
     from fastgen.jobs.writing import Writer
     from fastgen.pictures import Pictures
     from fastgen.requests import Request

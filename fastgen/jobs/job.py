@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fastgen.buckets import Batch, halved
+from fastgen.engines.batches import Batch, halved
 from fastgen.errors import FastgenError, InputError, first_line
 from fastgen.jobs.folder import MANIFEST, JobFolder, Limits, recorded_limits
 from fastgen.jobs.plan import Estimate, automatic_batch_size, decode_batch_size, estimate

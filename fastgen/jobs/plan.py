@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastgen.buckets import Batch, waste
-from fastgen.engines import base_memory
+from fastgen.engines import memory as engines_memory
+from fastgen.engines.batches import Batch, waste
 
 if TYPE_CHECKING:
     from fastgen.engines.base import Engine
@@ -60,7 +60,7 @@ def automatic_batch_size(pipeline: Pipeline, settings: Settings) -> int:
         cost = _memory_of(pipeline, "vae_decoder")  # which decodes one batch while the next one is sampled
         taken = cost.fixed + cost.row * _decoded_at_once(pipeline)
     cost = _memory_of(pipeline, "unet")
-    rows = cost.rows_in(USABLE * base_memory.free_memory(engine) - taken)
+    rows = cost.rows_in(USABLE * engines_memory.free_memory(engine) - taken)
     return max(1, min(MAX_BATCH, rows // 2 if settings.guided else rows))
 
 
@@ -75,14 +75,14 @@ def decode_batch_size(pipeline: Pipeline) -> int | None:
 
 
 def _decoded_at_once(pipeline: Pipeline) -> int:
-    room = DECODER_SHARE * base_memory.free_memory(pipeline.engine)
+    room = DECODER_SHARE * engines_memory.free_memory(pipeline.engine)
     return min(pipeline.decoder.most, _memory_of(pipeline, "vae_decoder").rows_in(room))
 
 
-def _memory_of(pipeline: Pipeline, network: str) -> base_memory.Memory:
+def _memory_of(pipeline: Pipeline, network: str) -> engines_memory.Memory:
     """What a network takes, measured once per pipeline."""
     if network not in pipeline.measured:
-        pipeline.measured[network] = base_memory.measure_memory(pipeline.engine, network)
+        pipeline.measured[network] = engines_memory.measure_memory(pipeline.engine, network)
     return pipeline.measured[network]
 
 

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any, cast, get_args
 import numpy as np
 
 from fastgen import __version__
-from fastgen.buckets import cut
-from fastgen.choose import default_engine
 from fastgen.conditions import pooled_states
 from fastgen.data import Dataset, Example, read_dataset
 from fastgen.data.images import Mode, load_images
+from fastgen.engines.batches import cut
+from fastgen.engines.choose import default_engine
 from fastgen.errors import FastgenError, InputError, unknown
 from fastgen.files.folders import new_folder
 from fastgen.files.hashes import record_files

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastgen.engines.base_torch import is_out_of_memory
+from fastgen.engines.torch_base import is_out_of_memory
 from fastgen.errors import FastgenError, first_line
 from fastgen.presets.recipe import Training
 from fastgen.training.draws import Draws, batch_rows

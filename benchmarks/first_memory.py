@@ -16,8 +16,8 @@ from benchmarks.part_worker import raised
 from benchmarks.parts import Fact, Run
 
 if TYPE_CHECKING:
-    from fastgen.jobs.job import Report
-    from fastgen.pipeline import Pipeline
+    from fastgen.generate.job import Report
+    from fastgen.generate.pipeline import Pipeline
 
 MIB = 2**20
 SLACK_MIB = 8.0  # that may stay: the allocator counts in blocks of 2
@@ -71,7 +71,7 @@ def nothing_waits(run: Run, model: str) -> Iterator[Fact]:
     """A loop that is queued without waiting for the device once, and gives what the pipeline gives."""
     import torch
 
-    from fastgen.run import Run as Generation
+    from fastgen.generate.run import Run as Generation
     from fastgen.sampling.device_loop import DeviceLoop
     from fastgen.sampling.loop import initial_latents
 
@@ -162,8 +162,8 @@ def _job(pipe: Pipeline, count: int, said: list[str] | None = None) -> tuple[Rep
     """A job in one batch, as long as memory allows that, and its pictures (count, H, W, 3) uint8."""
     from PIL import Image
 
-    from fastgen.jobs.job import run_job
-    from fastgen.run import Run as Generation
+    from fastgen.generate.job import run_job
+    from fastgen.generate.run import Run as Generation
 
     given = requests(pipe, count)
     with tempfile.TemporaryDirectory() as folder:

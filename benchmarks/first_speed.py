@@ -18,7 +18,7 @@ from fastgen.engines.compile.package import check_tools
 from fastgen.errors import InputError
 
 if TYPE_CHECKING:
-    from fastgen.pipeline import Pipeline
+    from fastgen.generate.pipeline import Pipeline
 
 ROUNDS = 3
 FIGURES: tuple[str, ...] = (

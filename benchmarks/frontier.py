@@ -24,8 +24,8 @@ from fastgen.data.attributes import FILE, read_attributes
 from fastgen.errors import FastgenError, InputError
 from fastgen.files.folders import make_folder
 from fastgen.files.jsonfiles import read_json, write_bytes, write_json
+from fastgen.generate.requests import read_requests
 from fastgen.models.find import find_model
-from fastgen.requests import read_requests
 from fastgen.sampling.tables import parse_key
 from fastgen.scoring import Scorer
 from fastgen.scoring.result import or_none

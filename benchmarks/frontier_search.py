@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fastgen.errors import InputError
-from fastgen.pipeline import load
+from fastgen.generate.pipeline import load
 from fastgen.scoring import Scorer
 from fastgen.sweep import Point, Points, Rule, ScoredPoint, network_evaluations, sweep
 from fastgen.sweep.choice import choose

@@ -27,14 +27,14 @@ from benchmarks.report import parity
 from benchmarks.sides import Side
 from fastgen.engines.batches import cut
 from fastgen.errors import FastgenError
-from fastgen.jobs.job import run_job
-from fastgen.jobs.plan import automatic_batch_size
-from fastgen.run import Run as Generation
+from fastgen.generate.estimate import automatic_batch_size
+from fastgen.generate.job import run_job
+from fastgen.generate.run import Run as Generation
 
 if TYPE_CHECKING:
-    from fastgen.pipeline import Pipeline
-    from fastgen.requests import Request
-    from fastgen.settings import Settings
+    from fastgen.generate.pipeline import Pipeline
+    from fastgen.generate.requests import Request
+    from fastgen.generate.settings import Settings
 
 TEXT, LABELS = ("monsters-pndm-rag", "iclevr-class-embed"), ("monsters-64", "iclevr-64")
 SPARE = 5.0  # seconds of a part's limit that a job which is fitted to it leaves
@@ -128,7 +128,7 @@ def load(run: Run, model: Path, side: str) -> Pipeline:
 
 def job_requests(run: Run) -> list[Request]:
     """The job: the first `run.images` of the given requests, or made-up prompts. Image i comes from seed i, as in all rows."""
-    from fastgen.requests import Request, read_requests
+    from fastgen.generate.requests import Request, read_requests
 
     if run.requests is not None:
         return [replace(r, seed=i) for i, r in enumerate(read_requests(run.requests)[: run.images])]

@@ -14,7 +14,7 @@ from benchmarks.models import prepared
 from benchmarks.prompts import conditions
 from benchmarks.report import RESULTS, report, spread, timed
 from fastgen.files.cachedir import cache_dir
-from fastgen.pipeline import Pipeline, load
+from fastgen.generate.pipeline import Pipeline, load
 
 
 class NetworkClock:

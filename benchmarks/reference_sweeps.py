@@ -19,7 +19,7 @@ from benchmarks.report import cell as text
 from fastgen.cli.score import scoring_options
 from fastgen.errors import FastgenError, InputError
 from fastgen.files.jsonfiles import read_json
-from fastgen.pipeline import load
+from fastgen.generate.pipeline import load
 from fastgen.retrieval import Index, open_index
 from fastgen.retrieval.copies import check_copies
 from fastgen.scoring import Scorer

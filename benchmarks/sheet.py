@@ -11,7 +11,7 @@ from PIL import Image
 from fastgen.errors import InputError
 from fastgen.files.images import image_grid, read_pixels
 from fastgen.files.jsonfiles import read_jsonl
-from fastgen.jobs.folder import MANIFEST
+from fastgen.generate.folder import MANIFEST
 
 FOLDER = click.Path(path_type=Path)
 

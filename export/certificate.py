@@ -26,8 +26,8 @@ from export.reference import (
 from fastgen.engines.base import Engine
 from fastgen.errors import FastgenError
 from fastgen.files.jsonfiles import read_json, write_json
+from fastgen.generate.pipeline import Pipeline
 from fastgen.models.bundle import CERTIFICATES, REFERENCE, Bundle
-from fastgen.pipeline import Pipeline
 
 MIN_PSNR_DB = 30.0
 MAX_GREY_LEVELS = 2.0

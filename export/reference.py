@@ -15,13 +15,13 @@ import numpy as np
 from fastgen.engines.machine import usable_cores
 from fastgen.errors import FastgenError, InputError
 from fastgen.files.jsonfiles import read_json, write_bytes, write_json
+from fastgen.generate.pipeline import Pipeline
+from fastgen.generate.quantise import problem
+from fastgen.generate.requests import Request
+from fastgen.generate.run import Run
+from fastgen.generate.settings import Settings
 from fastgen.models.bundle import REFERENCE, Bundle
 from fastgen.models.signatures import Signature
-from fastgen.pipeline import Pipeline
-from fastgen.quantise import problem
-from fastgen.requests import Request
-from fastgen.run import Run
-from fastgen.settings import Settings
 
 if TYPE_CHECKING:
     from fastgen.engines.base import Engine

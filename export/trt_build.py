@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from export.trt_layers import check_network
 from export.trt_progress import Progress
-from fastgen.conditions import ENCODE_BATCH
 from fastgen.engines.trt.platform import Library
 from fastgen.errors import InputError, unknown
+from fastgen.generate.conditions import ENCODE_BATCH
 from fastgen.models.signatures import Signature
 
 if TYPE_CHECKING:

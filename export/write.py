@@ -17,6 +17,7 @@ from fastgen.errors import InputError
 from fastgen.files.folders import new_folder, scratch_folder
 from fastgen.files.hashes import record_files, sha256_file
 from fastgen.files.jsonfiles import infinity_as_text, read_json, write_json
+from fastgen.generate.settings import late_steps
 from fastgen.models.bundle import (
     FORMAT_VERSION,
     LOWERED,
@@ -31,7 +32,6 @@ from fastgen.models.bundle import (
 from fastgen.models.signatures import network_dtype
 from fastgen.models.spec import Spec
 from fastgen.sampling.tables import format_key, parse_key
-from fastgen.settings import late_steps
 
 if TYPE_CHECKING:
     from fastgen.models.folder import Model

@@ -9,7 +9,7 @@ __all__ = ["build_index", "check_copies", "load", "load_preset", "open_index", "
 _API = {
     "build_index": "fastgen.retrieval.indexing",
     "check_copies": "fastgen.retrieval.copies",
-    "load": "fastgen.pipeline",
+    "load": "fastgen.generate.pipeline",
     "load_preset": "fastgen.presets",
     "open_index": "fastgen.retrieval",
     "score": "fastgen.scoring",

@@ -12,14 +12,14 @@ from safetensors.torch import load_file
 from test_train import LABEL_PRESET, labelled, preset_of, small  # noqa: F401
 
 from fastgen.errors import InputError
-from fastgen.jobs.job import run_job
+from fastgen.generate.job import run_job
+from fastgen.generate.pipeline import load
+from fastgen.generate.requests import read_requests
+from fastgen.generate.run import Run
 from fastgen.models.bundle import read_bundle
 from fastgen.models.checkpoint_choice import check_made_from, is_called
 from fastgen.models.find import find_model
 from fastgen.models.folder import load_model
-from fastgen.pipeline import load
-from fastgen.requests import read_requests
-from fastgen.run import Run
 from fastgen.training import families, train
 
 OVERRIDES = ("unet.train.checkpoint_limit=0", "unet.train.further_ema_decays=[0.5]")

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from fastgen.errors import InputError
-from fastgen.pipeline import load
+from fastgen.generate.pipeline import load
 from fastgen.retrieval.copies import calibrate, check_copies, nearest_images, subjects, thumbnails
 from fastgen.retrieval.indexing import build_index
 

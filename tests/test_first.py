@@ -21,7 +21,7 @@ import torch
 from benchmarks import first, first_facts, first_memory, first_speed, gpu_table, gpu_tests
 from benchmarks.parts import REPOSITORY, Run
 from fastgen.engines.compile import engine as engine_compile
-from fastgen.run import Run as Generation
+from fastgen.generate.run import Run as Generation
 
 NEEDS_GPU = first_facts.NEEDS_GPU
 

@@ -21,8 +21,8 @@ from benchmarks import frontier, frontier_plot
 from benchmarks.frontier import machine_state, pool, record, reference_sampling, toml
 from benchmarks.frontier_search import COARSE, FINE, Bench, Effort, cheaper, climb, finalists, named
 from fastgen.errors import InputError
+from fastgen.generate.requests import read_requests
 from fastgen.presets import Sampling
-from fastgen.requests import read_requests
 from fastgen.scoring import Scorer
 from fastgen.scoring.result import Figure
 from fastgen.sweep import Point, ScoredPoint

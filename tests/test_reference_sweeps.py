@@ -15,7 +15,7 @@ pytest.importorskip("torch")
 pytest.importorskip("onnxruntime")
 
 from benchmarks import reference_sweeps
-from fastgen.pipeline import load
+from fastgen.generate.pipeline import load
 from fastgen.retrieval.indexing import build_index
 
 

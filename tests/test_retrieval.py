@@ -9,18 +9,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastgen.conditions import pooled_states
 from fastgen.engines.batches import Batch
 from fastgen.errors import InputError
 from fastgen.files.images import read_metadata
-from fastgen.jobs.job import estimate_job, run_job
-from fastgen.jobs.shards import Shard
-from fastgen.pipeline import load
-from fastgen.requests import Request, read_requests
+from fastgen.generate.conditions import pooled_states
+from fastgen.generate.job import estimate_job, run_job
+from fastgen.generate.pipeline import load
+from fastgen.generate.requests import Request, read_requests
+from fastgen.generate.run import Run
+from fastgen.generate.shards import Shard
+from fastgen.generate.start import late_start
 from fastgen.retrieval import Index, open_index
 from fastgen.retrieval.indexing import Options, build_index, default_folder, trained_mode
-from fastgen.run import Run
-from fastgen.start import late_start
 
 pytest.importorskip("torch")
 
@@ -247,7 +247,7 @@ def test_start_latents_are_diffusers_add_noise_at_the_first_timestep(eager, inde
 
 
 def seeds_of(requests):
-    from fastgen.requests import resolve_seed
+    from fastgen.generate.requests import resolve_seed
 
     return [resolve_seed(r, 0) for r in requests]
 

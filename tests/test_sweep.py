@@ -19,7 +19,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("onnxruntime")
 pytest.importorskip("torchmetrics")
 
-from fastgen.pipeline import load  # noqa: E402
+from fastgen.generate.pipeline import load  # noqa: E402
 from fastgen.scoring import score  # noqa: E402
 from fastgen.sweep import network_evaluations  # noqa: E402
 
@@ -194,10 +194,10 @@ def test_a_killed_sweep_continues_to_the_same_result_and_keeps_what_is_there(
 def test_a_finished_sweep_generates_and_scores_nothing_again(fastgen, arguments, tmp_path):
     out = tmp_path / "out"
     fastgen(*arguments(out))
-    before, pictures, scores = rows(out), images(out), stamps(out, "score.json")
+    before, decoder, scores = rows(out), images(out), stamps(out, "score.json")
     code, _, err = fastgen(*arguments(out))
     assert code == 0
-    assert (rows(out), images(out), stamps(out, "score.json")) == (before, pictures, scores)
+    assert (rows(out), images(out), stamps(out, "score.json")) == (before, decoder, scores)
     assert all(line.endswith("already there") for line in err.splitlines())
 
 
@@ -215,10 +215,10 @@ def test_another_grid_keeps_the_points_that_it_shares(fastgen, arguments, tmp_pa
 def test_another_scorer_scores_again_and_generates_nothing(fastgen, arguments, tmp_path):
     out = tmp_path / "out"
     fastgen(*arguments(out))
-    before, pictures, scores = rows(out), images(out), stamps(out, "score.json")
+    before, decoder, scores = rows(out), images(out), stamps(out, "score.json")
     code, _, err = fastgen(*arguments(out), "--evaluator", make_evaluator(tmp_path / "other", seed=7))
     assert code == 0, err
-    assert images(out) == pictures
+    assert images(out) == decoder
     assert not set(stamps(out, "score.json").items()) & set(scores.items())
     assert rows(out) != before
 
@@ -349,7 +349,7 @@ def test_a_text_model_is_swept_by_the_attributes_of_its_images(fastgen, text_mod
     assert value["metric"] == "attributes"
     assert [list(row["metrics"]) for row in value["rows"]] == [["attributes", "body", "colour"]] * 2
     assert value["rows"][0]["metrics"]["body"]["over"] == "seeds"
-    pictures, scores = images(out), stamps(out, "score.json")
+    decoder, scores = images(out), stamps(out, "score.json")
     assert fastgen(*sweep)[0] == 0
     assert stamps(out, "score.json") == scores
     (tmp_path / "attributes.json").write_text(json.dumps(asked).replace("cat", "slime"))
@@ -357,13 +357,13 @@ def test_a_text_model_is_swept_by_the_attributes_of_its_images(fastgen, text_mod
     again = json.loads((out / "sweep.json").read_text())
     for row, other in zip(value["rows"], again["rows"], strict=True):
         assert row["metrics"]["body"]["value"] == pytest.approx(1 - other["metrics"]["body"]["value"])
-    assert images(out) == pictures
+    assert images(out) == decoder
 
 
 def test_broken_images_leave_their_point_without_a_score_and_the_others_with_one(
     fastgen, arguments, monkeypatch, tmp_path
 ):
-    from fastgen import pictures
+    from fastgen.generate import decoder
 
     calls = []
 
@@ -371,7 +371,7 @@ def test_broken_images_leave_their_point_without_a_score_and_the_others_with_one
         calls.append(values)
         return "flat: on purpose" if len(calls) == 2 else None
 
-    monkeypatch.setattr(pictures, "problem_of", problem_of)
+    monkeypatch.setattr(decoder, "problem_of", problem_of)
     code, _, err = fastgen(*arguments(tmp_path / "out", "--num-inference-steps", "2,3"))
     assert code == 1
     assert err.splitlines()[-1].startswith(

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastgen.errors import InputError
+from fastgen.generate.settings import Settings
 from fastgen.presets import Sampling
-from fastgen.settings import Settings
 from fastgen.sweep.grid import Grid, Point, Points, RefusedError, parse_grid
 
 DEFAULT = Sampling("ddpm", 7, 1.5)

@@ -10,7 +10,7 @@ from fastgen.cli.common import say
 from fastgen.errors import FastgenError
 
 if TYPE_CHECKING:
-    from fastgen.pipeline import Pipeline
+    from fastgen.generate.pipeline import Pipeline
 
 
 def ensure_certified(pipeline: Pipeline) -> None:

@@ -67,8 +67,8 @@ def why(model: Path | None, engine: str, dtype: str | None, batch_size: int | No
     from fastgen.engines.cache.listing import build_command, check_engine, explain
 
     check_engine(engine)
+    from fastgen.generate.pipeline import load
     from fastgen.models.runs import latest_model
-    from fastgen.pipeline import load
 
     folder = model or latest_model(engine)
     pipeline = load(folder, engine, device=device, dtype=dtype)

@@ -16,8 +16,8 @@ from fastgen.cli.index import rag_options
 from fastgen.errors import FastgenError, InputError
 
 if TYPE_CHECKING:
-    from fastgen.jobs.job import Report
-    from fastgen.jobs.shards import Shard
+    from fastgen.generate.job import Report
+    from fastgen.generate.shards import Shard
 
 
 @click.command()
@@ -110,15 +110,15 @@ def generate(
 
     The same command continues a job that was interrupted.
     """
-    from fastgen.jobs.asked import asked_for, choose_model
-    from fastgen.jobs.job import estimate_job, run_job
-    from fastgen.jobs.shards import Shard, parse_devices, run_on_devices
-    from fastgen.jobs.single import write_image
-    from fastgen.pipeline import load
+    from fastgen.generate.asked import asked_for, choose_model
+    from fastgen.generate.job import estimate_job, run_job
+    from fastgen.generate.pipeline import load
+    from fastgen.generate.run import Run
+    from fastgen.generate.shards import Shard, parse_devices, run_on_devices
+    from fastgen.generate.single import write_image
+    from fastgen.generate.start import late_start
+    from fastgen.generate.strips import parse_timesteps
     from fastgen.retrieval import open_index
-    from fastgen.run import Run
-    from fastgen.start import late_start
-    from fastgen.strips import parse_timesteps
 
     late: dict[str, Any] = {"noise_steps": noise_steps, "strength": strength, "rag_top_k": rag_top_k}
     part = Shard.parse(shard) if shard else None

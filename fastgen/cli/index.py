@@ -44,7 +44,7 @@ def index(
     **options: Any,
 ) -> None:
     """Index the training set DATA by its texts, so that `generate --rag` can start from the nearest training image."""
-    from fastgen.pipeline import load
+    from fastgen.generate.pipeline import load
     from fastgen.retrieval.indexing import Options, build_index, default_folder, indexing_engine
 
     chosen = Options(text, frames, image_mode)  # type: ignore[arg-type]  # it checks them

@@ -129,7 +129,7 @@ def _run(
     options: dict[str, Any],
 ) -> Any:
     """Parse what was typed, all of it before anything is loaded, and sweep."""
-    from fastgen.requests import parse_requests
+    from fastgen.generate.requests import parse_requests
     from fastgen.scoring.options import ScoringOptions, need
     from fastgen.sweep.choice import Rule, parse_within
     from fastgen.sweep.grid import Problems, integer, parse_grid, parse_list

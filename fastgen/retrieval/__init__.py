@@ -16,16 +16,16 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
-from fastgen.conditions import pooled_states
 from fastgen.errors import InputError
 from fastgen.files.hashes import check_file, sha256_json
 from fastgen.files.jsonfiles import read_json
-from fastgen.requests import Request, resolve_seed
+from fastgen.generate.conditions import pooled_states
+from fastgen.generate.requests import Request, resolve_seed
 from fastgen.retrieval.nearest import nearest_rows, unit
 
 if TYPE_CHECKING:
+    from fastgen.generate.pipeline import Pipeline
     from fastgen.models.spec import Spec
-    from fastgen.pipeline import Pipeline
 
 FORMAT_VERSION = 1
 MANIFEST = "index.json"

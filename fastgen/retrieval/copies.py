@@ -23,7 +23,7 @@ from fastgen.errors import InputError
 from fastgen.files.images import in_rows, save_image, sheet
 from fastgen.files.jsonfiles import read_jsonl
 from fastgen.files.names import SHEETS, check_image_name
-from fastgen.jobs.folder import MANIFEST
+from fastgen.generate.folder import MANIFEST
 
 if TYPE_CHECKING:
     from fastgen.retrieval import Index

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, cast, get_args
 import numpy as np
 
 from fastgen import __version__
-from fastgen.conditions import pooled_states
 from fastgen.data import Dataset, Example, read_dataset
 from fastgen.data.images import Mode, load_images
 from fastgen.engines.batches import cut
@@ -22,6 +21,7 @@ from fastgen.errors import FastgenError, InputError, unknown
 from fastgen.files.folders import new_folder
 from fastgen.files.hashes import record_files
 from fastgen.files.jsonfiles import write_bytes, write_json
+from fastgen.generate.conditions import pooled_states
 from fastgen.models.bundle import is_bundle
 from fastgen.models.find import made_from
 from fastgen.models.spec import Spec
@@ -46,7 +46,7 @@ from fastgen.retrieval.nearest import unit
 
 if TYPE_CHECKING:
     from fastgen.engines.base import Engine
-    from fastgen.pipeline import Pipeline
+    from fastgen.generate.pipeline import Pipeline
 
 ENCODE = 16  # images per forward of the VAE's encoder
 LOADED = 8 * ENCODE  # images in memory at a time

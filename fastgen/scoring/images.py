@@ -16,7 +16,7 @@ from fastgen.errors import InputError
 from fastgen.files.images import METADATA_KEY
 from fastgen.files.jsonfiles import brief
 from fastgen.files.names import SHEETS
-from fastgen.requests import Request
+from fastgen.generate.requests import Request
 
 LISTED = 10
 MADE_BY = ("model_sha256", "checkpoint", "engine", "dtype", "scheduler", "num_inference_steps", "guidance_scale")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fastgen.data.attributes import FILE, Attributes
 from fastgen.errors import InputError
-from fastgen.requests import Request
+from fastgen.generate.requests import Request
 
 
 def is_judged(

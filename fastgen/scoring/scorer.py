@@ -13,9 +13,9 @@ import numpy as np
 from fastgen import __version__
 from fastgen.data.attributes import MEAN, read_attributes
 from fastgen.errors import InputError
+from fastgen.generate.requests import Request, multi_hot, read_requests
 from fastgen.metrics import Share
 from fastgen.models.precision import device_of
-from fastgen.requests import Request, multi_hot, read_requests
 from fastgen.scoring.attributes import asked_attributes, attribute_samples, metric_names, value_shares
 from fastgen.scoring.clip import ClipNetwork, cosines, load_clip
 from fastgen.scoring.distances import Frechet, Kernel

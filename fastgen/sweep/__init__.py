@@ -18,10 +18,10 @@ from fastgen.data.attributes import FILE as ATTRIBUTES
 from fastgen.errors import InputError
 from fastgen.files.folders import make_folder
 from fastgen.files.jsonfiles import read_json, write_bytes, write_json
-from fastgen.jobs.folder import JOB, MANIFEST, recorded_runs
-from fastgen.jobs.job import run_job
-from fastgen.pipeline import Pipeline
-from fastgen.requests import Request
+from fastgen.generate.folder import JOB, MANIFEST, recorded_runs
+from fastgen.generate.job import run_job
+from fastgen.generate.pipeline import Pipeline
+from fastgen.generate.requests import Request
 from fastgen.scoring.options import PathLike
 from fastgen.scoring.result import Figure, figure_from_json
 from fastgen.sweep.choice import Rule

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 from fastgen.errors import InputError
-from fastgen.settings import late_steps
+from fastgen.generate.settings import late_steps
 
 if TYPE_CHECKING:
     from fastgen.presets import Sampling

@@ -8,23 +8,23 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastgen.conditions import check_kind
 from fastgen.errors import InputError, unknown
 from fastgen.files.jsonfiles import located
-from fastgen.jobs.folder import check_same_job
-from fastgen.jobs.job import job_limits
-from fastgen.jobs.record import job_identity
+from fastgen.generate.conditions import check_kind
+from fastgen.generate.folder import check_same_job
+from fastgen.generate.job import job_limits
+from fastgen.generate.pipeline import Pipeline, load
+from fastgen.generate.record import job_identity
+from fastgen.generate.requests import Request, read_requests
+from fastgen.generate.run import Run
+from fastgen.generate.settings import Settings
+from fastgen.generate.start import late_start
 from fastgen.models.bundle import is_bundle, read_bundle
 from fastgen.models.checkpoint_choice import check_bundle_of, choose_checkpoint
 from fastgen.models.find import find_model
-from fastgen.pipeline import Pipeline, load
-from fastgen.requests import Request, read_requests
 from fastgen.retrieval import Index, open_index
-from fastgen.run import Run
 from fastgen.sampling.loop import guided_rows
 from fastgen.sampling.tables import SolverTable
-from fastgen.settings import Settings
-from fastgen.start import late_start
 from fastgen.sweep.choice import BEST, Rule
 from fastgen.sweep.grid import Grid, Point, Points, Problems
 

@@ -12,8 +12,8 @@ from fastgen.data import Dataset, split
 from fastgen.data.cache import cached_pixels
 from fastgen.data.images import Mode
 from fastgen.errors import InputError
+from fastgen.generate.requests import multi_hot
 from fastgen.presets import Preset, Training
-from fastgen.requests import multi_hot
 from fastgen.training.logs import say
 
 KINDS = {"text": "text", "labels": "labels", "evaluator": "labels"}  # family -> what its dataset holds

@@ -8,13 +8,13 @@ import numpy as np
 import torch
 
 from fastgen.errors import InputError
+from fastgen.generate.requests import Request, multi_hot
 from fastgen.models import evaluator
 from fastgen.models.build import build_module, build_text_encoder, load_text_encoder, load_vae
 from fastgen.models.folder import Model, save_model
 from fastgen.models.networks.labels import LabelConditioner, LabelUNet, conditioner_dim, unet_class
 from fastgen.models.networks.text import TextUNet
 from fastgen.presets import Network, Preset, Training
-from fastgen.requests import Request, multi_hot
 from fastgen.training.classifier import AttributeTask, ClassifierTask
 from fastgen.training.contrastive import ContrastiveTask
 from fastgen.training.diffusion import DiffusionTask, NoiseSchedule

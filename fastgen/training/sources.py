@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fastgen.quantise import quantised
+from fastgen.generate.quantise import quantised
 from fastgen.training.augment import VARIANT, color_jitter, light_variant
 from fastgen.training.draws import Draws
 

@@ -14,7 +14,7 @@ import pytest
 from fastgen.engines import create_engine, machine
 from fastgen.engines.cache import artifacts
 from fastgen.errors import FastgenError, InputError
-from fastgen.pipeline import load
+from fastgen.generate.pipeline import load
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")

@@ -334,7 +334,7 @@ def test_the_command_names_what_differs_and_what_to_run(fastgen, monkeypatch):
     build(gpu="NVIDIA A100")
     spec = SimpleNamespace(signatures={"unet": None}, sampling=SimpleNamespace(guidance_scale=7.5))
     monkeypatch.setattr(
-        "fastgen.pipeline.load", lambda *arguments, **options: SimpleNamespace(engine=Cached(), spec=spec)
+        "fastgen.generate.pipeline.load", lambda *arguments, **options: SimpleNamespace(engine=Cached(), spec=spec)
     )
     code, out, err = fastgen("engines", "why", "some/bundle", "--engine", "trt", "--batch-size", 4)
     assert code == 1

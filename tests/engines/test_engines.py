@@ -11,8 +11,8 @@ from wrong_inputs import refuses_wrong_inputs
 
 from fastgen.engines import create_engine, engine_class, engine_names, missing_packages
 from fastgen.errors import InputError
+from fastgen.generate.pipeline import load
 from fastgen.models.bundle import read_bundle
-from fastgen.pipeline import load
 from fastgen.sampling.noise import normal
 
 torch = pytest.importorskip("torch")
@@ -53,8 +53,8 @@ def test_a_guided_run_equals_diffusers_own_pipeline(text_model, scheduler):
 
     ours = load(text_model)
     settings = ours.settings(scheduler=scheduler, num_inference_steps=6, guidance_scale=4.0)
-    from fastgen.requests import Request
-    from fastgen.run import Run
+    from fastgen.generate.requests import Request
+    from fastgen.generate.run import Run
 
     requests = [
         Request(str(i), f"{i}.png", prompt=p, seed=s) for i, (p, s) in enumerate(zip(PROMPTS, SEEDS, strict=True))

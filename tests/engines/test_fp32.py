@@ -10,8 +10,8 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from fastgen.engines.fp32 import exact_fp32  # noqa: E402
+from fastgen.generate.pipeline import load  # noqa: E402
 from fastgen.models.folder import load_model  # noqa: E402
-from fastgen.pipeline import load  # noqa: E402
 
 EXACT = {"cudnn": False, "precision": "highest", "matmul": False}
 

@@ -17,8 +17,8 @@ from fastgen.engines import base  # noqa: E402
 from fastgen.engines.cache.artifacts import artifacts  # noqa: E402
 from fastgen.engines.openvino import engine as module  # noqa: E402
 from fastgen.engines.openvino import rewrites  # noqa: E402
+from fastgen.generate.pipeline import load  # noqa: E402
 from fastgen.models.signatures import Signature, Tensor  # noqa: E402
-from fastgen.pipeline import load  # noqa: E402
 
 HALF = 64  # height and width of the images that are normalised channels last
 

@@ -124,7 +124,7 @@ def test_of_plans_built_with_more_and_less_effort_the_better_one_runs(card, labe
 
 @pytest.mark.parametrize("kind", ["text", "labels"])
 def test_whole_pictures_through_the_pipeline_equal_those_of_onnxruntime(card, kind, text_bundle, label_bundle):
-    from fastgen.pipeline import load
+    from fastgen.generate.pipeline import load
 
     folder = text_bundle if kind == "text" else label_bundle
     conditions = (

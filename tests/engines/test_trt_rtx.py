@@ -147,7 +147,7 @@ def test_a_disk_that_refuses_kernels_is_announced_and_pictures_are_made(engine, 
 
 @pytest.mark.parametrize("kind", ["text", "labels"])
 def test_whole_pictures_through_the_pipeline_equal_those_of_onnxruntime(rtx_card, kind, exports, tmp_path):
-    from fastgen.pipeline import load
+    from fastgen.generate.pipeline import load
 
     folder = shutil.copytree(exports(kind)[0], tmp_path / kind)
     conditions = (

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from fastgen.errors import InputError
+from fastgen.generate.pipeline import load
 from fastgen.models.bundle import is_bundle, read_bundle
-from fastgen.pipeline import load
 from fastgen.sampling.compile import TableCompiler
 
 FILES = ["unet/model.onnx", "text_encoder/model.onnx", "vae_decoder/model.onnx"]

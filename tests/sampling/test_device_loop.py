@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 
 from fastgen.errors import InputError  # noqa: E402
-from fastgen.pipeline import load  # noqa: E402
+from fastgen.generate.pipeline import load  # noqa: E402
 from fastgen.sampling.compile import TableCompiler  # noqa: E402
 from fastgen.sampling.device_loop import DeviceLoop  # noqa: E402
 from fastgen.sampling.loop import initial_latents, sample, sample_steps  # noqa: E402

@@ -19,11 +19,11 @@ torch = pytest.importorskip("torch")
 import cuda_double  # noqa: E402
 
 from fastgen.files.images import read_pixels  # noqa: E402
-from fastgen.jobs.job import run_job  # noqa: E402
-from fastgen.pictures import Decoder  # noqa: E402
-from fastgen.pipeline import load  # noqa: E402
-from fastgen.requests import Request  # noqa: E402
-from fastgen.run import Run  # noqa: E402
+from fastgen.generate.decoder import Decoder  # noqa: E402
+from fastgen.generate.job import run_job  # noqa: E402
+from fastgen.generate.pipeline import load  # noqa: E402
+from fastgen.generate.requests import Request  # noqa: E402
+from fastgen.generate.run import Run  # noqa: E402
 from fastgen.sampling import streams  # noqa: E402
 from fastgen.sampling.compile import TableCompiler  # noqa: E402
 from fastgen.sampling.device_loop import DeviceLoop  # noqa: E402

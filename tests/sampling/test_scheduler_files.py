@@ -15,9 +15,9 @@ diffusers = pytest.importorskip("diffusers")
 
 from fastgen.errors import InputError  # noqa: E402
 from fastgen.files.jsonfiles import infinity_as_text, infinity_from_text, read_json, write_json  # noqa: E402
+from fastgen.generate.pipeline import load  # noqa: E402
 from fastgen.models.bundle import read_bundle  # noqa: E402
 from fastgen.models.folder import load_model, save_model  # noqa: E402
-from fastgen.pipeline import load  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning")
 PROMPTS, SEEDS = ["A red dragon with wings.", "A small blue slime."], [0, 5]

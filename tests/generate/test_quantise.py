@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fastgen.quantise import problem, quantised
+from fastgen.generate.quantise import problem, quantised
 
 rng = np.random.default_rng(0)
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from fastgen.errors import InputError
 from fastgen.files.images import image_grid
-from fastgen.pictures import Pictures
+from fastgen.generate.decoder import Pictures
 from fastgen.sampling.tables import SolverTable
 
 if TYPE_CHECKING:

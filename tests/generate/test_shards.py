@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastgen.errors import InputError
-from fastgen.jobs.job import run_job
-from fastgen.jobs.shards import Shard, parse_devices
-from fastgen.pipeline import load
-from fastgen.requests import read_requests
-from fastgen.run import Run
+from fastgen.generate.job import run_job
+from fastgen.generate.pipeline import load
+from fastgen.generate.requests import read_requests
+from fastgen.generate.run import Run
+from fastgen.generate.shards import Shard, parse_devices
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import numpy as np
 from fastgen.files.folders import make_folder
 from fastgen.files.images import png_bytes
 from fastgen.files.jsonfiles import write_bytes
-from fastgen.jobs.shards import Shard
+from fastgen.generate.shards import Shard
 
 UNWRITTEN = 512  # images that may wait for the writers
 

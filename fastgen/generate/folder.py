@@ -16,15 +16,15 @@ from fastgen.files.folders import make_folder
 from fastgen.files.images import image_grid, read_pixels, save_contact_sheet, save_image
 from fastgen.files.jsonfiles import read_json, write_bytes, write_json, write_new_json
 from fastgen.files.names import CONTACT_SHEET, GRID, STRIP_SHEET, safe_path
-from fastgen.jobs.shards import remove_parts
-from fastgen.strip_files import StripFiles, save_strip_sheet
+from fastgen.generate.shards import remove_parts
+from fastgen.generate.strip_files import StripFiles, save_strip_sheet
 
 if TYPE_CHECKING:
     from fastgen.engines.batches import Batch
-    from fastgen.jobs.writing import Writer
-    from fastgen.pictures import Pictures
-    from fastgen.requests import Request
-    from fastgen.run import Run
+    from fastgen.generate.decoder import Pictures
+    from fastgen.generate.requests import Request
+    from fastgen.generate.run import Run
+    from fastgen.generate.writing import Writer
 
 MANIFEST, JOB = "manifest.jsonl", "job.json"
 

@@ -8,9 +8,9 @@ import weakref
 import numpy as np
 import pytest
 
-from fastgen.conditions import ENCODE_BATCH, PromptConditions
-from fastgen.pipeline import load
-from fastgen.requests import Request
+from fastgen.generate.conditions import ENCODE_BATCH, PromptConditions
+from fastgen.generate.pipeline import load
+from fastgen.generate.requests import Request
 
 PROMPTS = [f"a red dragon number {i}" for i in range(10 * ENCODE_BATCH)]
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 
 from fastgen.errors import InputError, unknown
-from fastgen.quantise import NORMALIZE
+from fastgen.generate.quantise import NORMALIZE
 from fastgen.sampling.tables import format_key
 
 # The default share of the steps that a late start runs: the 60 of 70 at which a sweep of 20 to 60 was best.

@@ -10,9 +10,9 @@ from fastgen.errors import InputError
 if TYPE_CHECKING:
     import numpy as np
 
-    from fastgen.pipeline import Pipeline
-    from fastgen.requests import Request
-    from fastgen.settings import Settings
+    from fastgen.generate.pipeline import Pipeline
+    from fastgen.generate.requests import Request
+    from fastgen.generate.settings import Settings
 
 # What job.json says of a start, and a PNG's metadata if there is one.
 NO_START: dict[str, Any] = dict.fromkeys(("rag_sha256", "noise_steps", "rag_top_k", "queries_sha256"))

@@ -13,16 +13,16 @@ from PIL import Image
 
 from fastgen.errors import InputError
 from fastgen.files.images import image_grid, read_metadata, read_pixels
-from fastgen.jobs.job import run_job
+from fastgen.generate.job import run_job
+from fastgen.generate.pipeline import load
+from fastgen.generate.quantise import quantised
+from fastgen.generate.requests import read_requests
+from fastgen.generate.run import Run
+from fastgen.generate.strips import StripPlan, parse_timesteps
 from fastgen.models.folder import load_model
-from fastgen.pipeline import load
-from fastgen.quantise import quantised
-from fastgen.requests import read_requests
-from fastgen.run import Run
 from fastgen.sampling.compile import TableCompiler
 from fastgen.sampling.noise import normal
 from fastgen.sampling.schedulers import make_scheduler
-from fastgen.strips import StripPlan, parse_timesteps
 
 SCHEDULE = {"_class_name": "DDPMScheduler", "num_train_timesteps": 1000, "beta_schedule": "linear"}
 SEEDS = [3, 8]
@@ -209,7 +209,7 @@ def test_the_command_writes_strips_and_a_grid_of_all_images(
 
 
 def test_shards_put_strips_and_grid_together(pipelines, requests_files, tmp_path):
-    from fastgen.jobs.shards import Shard
+    from fastgen.generate.shards import Shard
 
     pipeline, requests = pipelines["labels"], read_requests(requests_files["labels"])
     settings = pipeline.settings(num_inference_steps=2)

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 
 from fastgen.errors import InputError
-from fastgen.pipeline import load
-from fastgen.requests import Request
-from fastgen.run import Run
+from fastgen.generate.pipeline import load
+from fastgen.generate.requests import Request
+from fastgen.generate.run import Run
 
 LABELS = [Request("0", "0.png", labels=("red cube",))]
 

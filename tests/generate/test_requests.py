@@ -1,4 +1,4 @@
-"""What fastgen.requests promises about the user's request files, good and bad."""
+"""What fastgen.generate.requests promises about the user's request files, good and bad."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from fastgen.errors import FastgenError, InputError
 from fastgen.files.jsonfiles import read_json, read_jsonl, write_bytes, write_json
 from fastgen.files.names import ICLEVR_OBJECTS, check_image_name
-from fastgen.requests import Request, multi_hot, read_requests, resolve_seed, safe_path
+from fastgen.generate.requests import Request, multi_hot, read_requests, resolve_seed, safe_path
 
-REAL = Path(__file__).parents[2] / "shared" / "data"
+REAL = Path(__file__).parents[3] / "shared" / "data"
 real_files = pytest.mark.skipif(not REAL.is_dir(), reason="the tasks' own files are not here")
 fuzz = settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastgen.errors import InputError
+from fastgen.generate.requests import Request, Requests, parse_requests, typed_requests
 from fastgen.models.find import ModelFolder, default_model, find_model
-from fastgen.requests import Request, Requests, parse_requests, typed_requests
 
 GENERATED = Path("generated")
 OTHER_FORMATS = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")

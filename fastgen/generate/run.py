@@ -9,19 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastgen.conditions import conditions_for
 from fastgen.engines.batches import Batch, cut
 from fastgen.errors import InputError
-from fastgen.pictures import Pictures
-from fastgen.requests import Request, resolve_seed
+from fastgen.generate.conditions import conditions_for
+from fastgen.generate.decoder import Pictures
+from fastgen.generate.requests import Request, resolve_seed
+from fastgen.generate.settings import Settings
+from fastgen.generate.start import Start
+from fastgen.generate.strips import Frames, StripPlan
 from fastgen.sampling.loop import guided_rows, initial_latents, sample_steps
-from fastgen.settings import Settings
-from fastgen.start import Start
-from fastgen.strips import Frames, StripPlan
 
 if TYPE_CHECKING:
     from fastgen.engines.base import Array
-    from fastgen.pipeline import Pipeline
+    from fastgen.generate.pipeline import Pipeline
 
 
 class Run:

@@ -16,14 +16,14 @@ from PIL import Image
 from fastgen.engines import memory
 from fastgen.engines.batches import Batch
 from fastgen.errors import FastgenError
-from fastgen.jobs import folder, job, plan
-from fastgen.jobs.folder import JobFolder
-from fastgen.jobs.job import estimate_job, run_job
-from fastgen.jobs.shards import Shard
-from fastgen.pictures import Decoder
-from fastgen.pipeline import load
-from fastgen.requests import Request
-from fastgen.run import Run
+from fastgen.generate import estimate, folder, job
+from fastgen.generate.decoder import Decoder
+from fastgen.generate.folder import JobFolder
+from fastgen.generate.job import estimate_job, run_job
+from fastgen.generate.pipeline import load
+from fastgen.generate.requests import Request
+from fastgen.generate.run import Run
+from fastgen.generate.shards import Shard
 
 
 @pytest.fixture
@@ -175,10 +175,10 @@ def test_broken_or_flat_pictures_are_decoded_again_in_fp32(text, value):
 
 
 def test_the_default_batch_is_16_on_a_cpu_or_the_largest_compiled_one(labels, monkeypatch):
-    assert plan.automatic_batch_size(labels, labels.settings()) == 16
+    assert estimate.automatic_batch_size(labels, labels.settings()) == 16
     monkeypatch.setattr(labels.engine, "batch_sizes", lambda network: [2, 4, 16])
-    assert plan.automatic_batch_size(labels, labels.settings()) == 8
-    assert plan.automatic_batch_size(labels, labels.settings(guidance_scale=1.0)) == 16
+    assert estimate.automatic_batch_size(labels, labels.settings()) == 8
+    assert estimate.automatic_batch_size(labels, labels.settings(guidance_scale=1.0)) == 16
     assert labels.buckets(labels.settings(guidance_interval=(0, 1))) == [2]  # 1 and 8 lack unguided rows
     monkeypatch.setattr(labels.engine, "batch_sizes", lambda network: [3, 16])
     with pytest.raises(FastgenError, match="no batch size for both"):
@@ -268,7 +268,7 @@ def test_what_libraries_take_when_they_are_first_used_is_not_memory_of_the_rows(
     engine = card(16 * 10**9, row=10**8, fixed=fixed, start=start)
     cost = memory.measure_memory(engine, "unet")
     assert cost == memory.Memory(fixed, 10**8)
-    rows = cost.rows_in(plan.USABLE * engine.free())
+    rows = cost.rows_in(estimate.USABLE * engine.free())
     engine.probe("unet", rows)  # fits
     assert rows == int((0.8 * (16 * 10**9 - start) - fixed) / 10**8)
 
@@ -300,13 +300,13 @@ def test_the_unet_gets_what_the_decoder_that_runs_beside_it_leaves(text, monkeyp
     costs = {"vae_decoder": memory.Memory(0, 100.0), "unet": memory.Memory(0, 10.0)}
     monkeypatch.setattr(text.engine, "decode_pixels", 16 * text.spec.image_size**2)
     on_a_gpu(text, monkeypatch, 4000, costs)
-    assert plan.decode_batch_size(text) == 10  # a quarter of 4000
-    assert plan.automatic_batch_size(text, text.settings(guidance_scale=1.0)) == 128
-    assert plan.automatic_batch_size(text, text.settings(guidance_scale=2.0)) == (3200 - 1000) // 20
+    assert estimate.decode_batch_size(text) == 10  # a quarter of 4000
+    assert estimate.automatic_batch_size(text, text.settings(guidance_scale=1.0)) == 128
+    assert estimate.automatic_batch_size(text, text.settings(guidance_scale=2.0)) == (3200 - 1000) // 20
     on_a_gpu(text, monkeypatch, 10**6, costs)
-    assert plan.decode_batch_size(text) == 16  # the engine's own
+    assert estimate.decode_batch_size(text) == 16  # the engine's own
     on_a_gpu(text, monkeypatch, 10, costs)
-    assert plan.decode_batch_size(text) == plan.automatic_batch_size(text, text.settings()) == 1
+    assert estimate.decode_batch_size(text) == estimate.automatic_batch_size(text, text.settings()) == 1
 
 
 def test_a_network_is_measured_once_per_pipeline(text, monkeypatch):
@@ -314,8 +314,8 @@ def test_a_network_is_measured_once_per_pipeline(text, monkeypatch):
     on_a_gpu(text, monkeypatch, 10**6, {})
     monkeypatch.setattr(memory, "measure_memory", lambda e, name: measured.append(name) or memory.Memory(0, 1.0))
     for _ in range(2):
-        plan.automatic_batch_size(text, text.settings())
-        plan.decode_batch_size(text)
+        estimate.automatic_batch_size(text, text.settings())
+        estimate.decode_batch_size(text)
     assert measured == ["vae_decoder", "unet"]
 
 
@@ -511,4 +511,4 @@ def test_memory_that_only_the_collector_finds_is_free_for_the_next_batch(labels)
 @pytest.mark.gpu
 def test_a_batch_size_is_found_from_free_memory_and_never_too_large(label_model):
     pipeline = load(label_model, "eager", device="cuda", dtype="fp16")
-    assert 1 <= plan.automatic_batch_size(pipeline, pipeline.settings()) <= plan.MAX_BATCH
+    assert 1 <= estimate.automatic_batch_size(pipeline, pipeline.settings()) <= estimate.MAX_BATCH

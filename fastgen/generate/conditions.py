@@ -10,7 +10,7 @@ import numpy as np
 
 from fastgen.engines.batches import Batch, cut, even_size
 from fastgen.errors import InputError
-from fastgen.requests import Request, multi_hot
+from fastgen.generate.requests import Request, multi_hot
 
 if TYPE_CHECKING:
     from fastgen.engines.base import Array, Engine

@@ -14,9 +14,9 @@ from fastgen.engines.batches import Batch, waste
 
 if TYPE_CHECKING:
     from fastgen.engines.base import Engine
-    from fastgen.pipeline import Pipeline
-    from fastgen.run import Run
-    from fastgen.settings import Settings
+    from fastgen.generate.pipeline import Pipeline
+    from fastgen.generate.run import Run
+    from fastgen.generate.settings import Settings
 
 CPU_BATCH = 16
 MAX_BATCH = 128  # images; beyond it GPUs gain nothing, and a job's last batches grow

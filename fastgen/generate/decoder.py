@@ -11,7 +11,7 @@ import numpy as np
 
 from fastgen.engines.batches import cut
 from fastgen.errors import FastgenError, first_line
-from fastgen.quantise import ImageProblem, problem_of, quantised
+from fastgen.generate.quantise import ImageProblem, problem_of, quantised
 from fastgen.sampling import streams
 
 if TYPE_CHECKING:

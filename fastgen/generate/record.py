@@ -6,9 +6,9 @@ from typing import Any
 
 from fastgen import __version__
 from fastgen.files.hashes import sha256_json
-from fastgen.requests import Request, resolve_seed
-from fastgen.run import Run
-from fastgen.start import NO_START
+from fastgen.generate.requests import Request, resolve_seed
+from fastgen.generate.run import Run
+from fastgen.generate.start import NO_START
 
 
 def job_identity(run: Run, limit: int) -> dict[str, Any]:

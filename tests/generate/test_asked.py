@@ -12,8 +12,8 @@ from PIL import Image
 
 from fastgen.errors import InputError
 from fastgen.files.images import read_metadata
-from fastgen.jobs.asked import asked_for
-from fastgen.requests import typed_requests
+from fastgen.generate.asked import asked_for
+from fastgen.generate.requests import typed_requests
 
 FEW = ("--num-inference-steps", 2)
 
@@ -141,7 +141,7 @@ def test_prompts_work_with_a_bundle_and_a_long_one_is_a_warning(fastgen, text_bu
 )
 def test_what_needs_a_job_is_refused_for_a_single_file_and_works_in_a_folder(generate, option, monkeypatch):
     ran = []
-    monkeypatch.setattr("fastgen.jobs.shards.subprocess.Popen", lambda line: ran.append(line) or Done())
+    monkeypatch.setattr("fastgen.generate.shards.subprocess.Popen", lambda line: ran.append(line) or Done())
     line = refused(generate("--labels", "red cube", "--out", "x.png", *option))
     assert line == f"{option[0]} belongs to a folder of images, and x.png is a file; give --out FOLDER"
     assert generate("--labels", "red cube", "--labels", "gray cube", "--out", "folder", *option)[0] == 0
@@ -158,7 +158,7 @@ class Done:
 def test_devices_hand_the_model_that_was_found_to_every_process(fastgen, label_model, tmp_path, monkeypatch):
     ran = []
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("fastgen.jobs.shards.subprocess.Popen", lambda line: ran.append(line) or Done())
+    monkeypatch.setattr("fastgen.generate.shards.subprocess.Popen", lambda line: ran.append(line) or Done())
     monkeypatch.setattr("fastgen.models.find.MODELS", label_model.parent)
     assert fastgen("generate", "--labels", "red cube", "--count", 2, "--devices", "0,1")[0] == 0
     assert [words[words.index("--model") + 1] for words in ran] == [str(label_model)] * 2

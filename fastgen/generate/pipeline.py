@@ -12,15 +12,15 @@ from fastgen.engines import check_installed, create_engine, engine_class
 from fastgen.engines.choose import default_engine
 from fastgen.errors import InputError
 from fastgen.files.names import check_labels
+from fastgen.generate.decoder import Decoder
+from fastgen.generate.requests import Request
+from fastgen.generate.run import Run
+from fastgen.generate.settings import Settings
+from fastgen.generate.start import StartSource, late_start
 from fastgen.models.checkpoint_choice import check_bundle_of
 from fastgen.models.find import ModelFolder, find_model, name_of
-from fastgen.pictures import Decoder
-from fastgen.requests import Request
-from fastgen.run import Run
 from fastgen.sampling.device_loop import DeviceLoop
 from fastgen.sampling.tables import SolverTable
-from fastgen.settings import Settings
-from fastgen.start import StartSource, late_start
 
 if TYPE_CHECKING:
     from PIL import Image

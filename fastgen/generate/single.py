@@ -8,8 +8,8 @@ from fastgen.errors import FastgenError
 from fastgen.files.folders import make_folder
 from fastgen.files.images import png_bytes
 from fastgen.files.jsonfiles import write_bytes
-from fastgen.jobs.record import job_identity, manifest_line
-from fastgen.run import Run
+from fastgen.generate.record import job_identity, manifest_line
+from fastgen.generate.run import Run
 
 
 def write_image(run: Run, file: Path) -> None:

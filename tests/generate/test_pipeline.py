@@ -11,9 +11,9 @@ import pytest
 
 import fastgen
 from fastgen.errors import InputError
+from fastgen.generate.pipeline import load
+from fastgen.generate.settings import Settings
 from fastgen.models.find import find_model
-from fastgen.pipeline import load
-from fastgen.settings import Settings
 
 PROMPTS = [f"monster number {i}, red, with horns" for i in range(5)]
 LABELS = [["gray cube"], ["red cube", "blue sphere"], ["green cylinder"], ["yellow cube"], ["cyan sphere"]]

@@ -13,14 +13,14 @@ from typing import Any
 
 from fastgen.engines.batches import Batch, halved
 from fastgen.errors import FastgenError, InputError, first_line
-from fastgen.jobs.folder import MANIFEST, JobFolder, Limits, recorded_limits
-from fastgen.jobs.plan import Estimate, automatic_batch_size, decode_batch_size, estimate
-from fastgen.jobs.record import job_identity, manifest_line
-from fastgen.jobs.shards import Shard, save_part, whole_job
-from fastgen.jobs.writing import StepBar, Writer, progress_bar
-from fastgen.pictures import Pictures
-from fastgen.pipeline import Pipeline
-from fastgen.run import Run
+from fastgen.generate.decoder import Pictures
+from fastgen.generate.estimate import Estimate, automatic_batch_size, decode_batch_size, estimate
+from fastgen.generate.folder import MANIFEST, JobFolder, Limits, recorded_limits
+from fastgen.generate.pipeline import Pipeline
+from fastgen.generate.record import job_identity, manifest_line
+from fastgen.generate.run import Run
+from fastgen.generate.shards import Shard, save_part, whole_job
+from fastgen.generate.writing import StepBar, Writer, progress_bar
 
 QUEUED = 2  # batches on a GPU at a time: one is sampled while the one before it is decoded
 

@@ -20,8 +20,8 @@ from fastgen.cli.score import scoring_options
 from fastgen.errors import FastgenError, InputError
 from fastgen.files.jsonfiles import read_json
 from fastgen.generate.pipeline import load
-from fastgen.retrieval import Index, open_index
 from fastgen.retrieval.copies import check_copies
+from fastgen.retrieval.index import Index, open_index
 from fastgen.scoring import Scorer
 from fastgen.sweep import Grid, Rule, Sweep, sweep
 from fastgen.sweep.report import JSON

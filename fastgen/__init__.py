@@ -11,7 +11,7 @@ _API = {
     "check_copies": "fastgen.retrieval.copies",
     "load": "fastgen.generate.pipeline",
     "load_preset": "fastgen.presets",
-    "open_index": "fastgen.retrieval",
+    "open_index": "fastgen.retrieval.index",
     "score": "fastgen.scoring",
     "train": "fastgen.training",
 }

@@ -118,7 +118,7 @@ def generate(
     from fastgen.generate.single import write_image
     from fastgen.generate.start import late_start
     from fastgen.generate.strips import parse_timesteps
-    from fastgen.retrieval import open_index
+    from fastgen.retrieval.index import open_index
 
     late: dict[str, Any] = {"noise_steps": noise_steps, "strength": strength, "rag_top_k": rag_top_k}
     part = Shard.parse(shard) if shard else None

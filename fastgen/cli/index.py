@@ -67,8 +67,8 @@ def index(
 def copies(images: Sequence[Path], index_folder: Path, out: Path | None, sheet: Path | None, data: Path | None) -> None:
     """Nearest training image of each generated one in the folders IMAGES, and the share of near copies."""
     from fastgen.files.jsonfiles import write_json
-    from fastgen.retrieval import open_index
     from fastgen.retrieval.copies import check_copies, save_sheet
+    from fastgen.retrieval.index import open_index
 
     if (sheet is None) != (data is None):
         raise InputError("--sheet shows training images, which are in the data folder: give both --sheet and --data")

@@ -26,7 +26,7 @@ from fastgen.files.names import SHEETS, check_image_name
 from fastgen.generate.folder import MANIFEST
 
 if TYPE_CHECKING:
-    from fastgen.retrieval import Index
+    from fastgen.retrieval.index import Index
 
 SAMPLE = 1000  # training images that the thresholds are calibrated on
 PERCENTILE = 5.0  # a fresh picture passes for a near copy about as often

@@ -1,4 +1,4 @@
-"""Building an index of a training set for retrieval.py: its texts embedded, its images encoded, once."""
+"""Building an index of a training set for retrieval/index.py: its texts embedded, its images encoded, once."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ from fastgen.generate.conditions import pooled_states
 from fastgen.models.bundle import is_bundle
 from fastgen.models.find import made_from
 from fastgen.models.spec import Spec
-from fastgen.retrieval import (
+from fastgen.retrieval.copies import calibrate, subjects, thumbnails
+from fastgen.retrieval.index import (
     EMBEDDINGS,
     FORMAT_VERSION,
     IMAGES,
@@ -41,7 +42,6 @@ from fastgen.retrieval import (
     open_index,
     read_info,
 )
-from fastgen.retrieval.copies import calibrate, subjects, thumbnails
 from fastgen.retrieval.nearest import unit
 
 if TYPE_CHECKING:

@@ -64,8 +64,8 @@ def sweep(
     Writes OUT/points/, sweep.json, sweep.csv, contact_sheet.png, plot.png where matplotlib is installed, and requests.json, the
     requests of this sweep. Existing images are not generated again, and points that the same scorer scored are not scored
     again. A checkpoint's networks are loaded once. `metric`: the metric of `rule`, by default the first that is measured;
-    `rag`: an index, see `fastgen.retrieval`; `options`: further arguments of `fastgen.load`. After `minutes` no further seed
-    of any point begins: points that lack some are `unfinished`, and the same call continues. `check(pipeline)` is called
+    `rag`: an index, see `fastgen.retrieval.index`; `options`: further arguments of `fastgen.load`. After `minutes` no further
+    seed of any point begins: points that lack some are `unfinished`, and the same call continues. `check(pipeline)` is called
     after a pipeline is loaded and before it generates, and may raise.
 
     Raises RefusedError (an InputError) with everything that is wrong, before the first image, and InputError for an `out` that

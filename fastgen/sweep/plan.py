@@ -22,7 +22,7 @@ from fastgen.generate.start import late_start
 from fastgen.models.bundle import is_bundle, read_bundle
 from fastgen.models.checkpoint_choice import check_bundle_of, choose_checkpoint
 from fastgen.models.find import find_model
-from fastgen.retrieval import Index, open_index
+from fastgen.retrieval.index import Index, open_index
 from fastgen.sampling.loop import guided_rows
 from fastgen.sampling.tables import SolverTable
 from fastgen.sweep.choice import BEST, Rule

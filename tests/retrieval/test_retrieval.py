@@ -19,7 +19,7 @@ from fastgen.generate.requests import Request, read_requests
 from fastgen.generate.run import Run
 from fastgen.generate.shards import Shard
 from fastgen.generate.start import late_start
-from fastgen.retrieval import Index, open_index
+from fastgen.retrieval.index import Index, open_index
 from fastgen.retrieval.indexing import Options, build_index, default_folder, trained_mode
 
 pytest.importorskip("torch")

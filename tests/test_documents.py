@@ -35,7 +35,7 @@ NOT_RUN = {  # pattern of a command -> why it is parsed only
     r"^bin/(demo|train-models)": "tests/test_scripts.py runs it",
     r"^bin/bench|^python -m benchmarks\.(?!engines)": "takes half an hour; tests/test_benchmarks.py runs it on tiny models",
     r"^fastgen import OLD": "needs the checkpoint of somebody's full-size network; see tests/models/test_importing.py",
-    r"--features inception\.pth": "needs the weights of FID's Inception; see tests/test_inception.py",
+    r"--features inception\.pth": "needs the weights of FID's Inception; see tests/scoring/test_inception.py",
     r"--checkpoint 500,1000,best,last": "needs a run of 1000 steps; see tests/test_sweep.py",
 }
 CARDS = sorted(folder.parent.name for folder in SHIPPED.glob("*/README.md"))

@@ -10,7 +10,7 @@ import numpy as np
 from fastgen.data.attributes import MEAN, Attributes, check_complete, labels_of, outputs, read_attributes
 from fastgen.files.jsonfiles import brief, located
 from fastgen.generate.requests import Request
-from fastgen.metrics import Share, attribute_hits
+from fastgen.scoring.metrics import Share, attribute_hits
 from fastgen.scoring.samples import Mean, Sample
 
 

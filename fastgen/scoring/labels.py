@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from fastgen import metrics
 from fastgen.errors import InputError
 from fastgen.files.names import ICLEVR_OBJECTS, check_objects, read_objects
-from fastgen.metrics import Share
 from fastgen.models.evaluator import Evaluator
+from fastgen.scoring import metrics
+from fastgen.scoring.metrics import Share
 from fastgen.scoring.options import PathLike
 from fastgen.scoring.samples import Ratio
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from fastgen.metrics import Share
+from fastgen.scoring.metrics import Share
 from fastgen.scoring.samples import Sample, mean_and_error
 
 Better = Literal["higher", "lower"]

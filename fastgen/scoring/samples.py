@@ -15,7 +15,7 @@ from typing import Protocol
 
 import numpy as np
 
-from fastgen.metrics import ratio_standard_error, standard_error
+from fastgen.scoring.metrics import ratio_standard_error, standard_error
 
 RESAMPLES = 1000
 

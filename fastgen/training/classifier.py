@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fastgen.data.attributes import Attributes
-from fastgen.metrics import attribute_hits, label_accuracy
+from fastgen.scoring.metrics import attribute_hits, label_accuracy
 from fastgen.training.draws import Draws
 from fastgen.training.sources import NOISE, flip_some, to_signed
 from fastgen.training.tasks import Task

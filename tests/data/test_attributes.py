@@ -17,9 +17,9 @@ torch.set_num_threads(1)
 from fastgen.data import read_dataset, split  # noqa: E402
 from fastgen.data.attributes import labelled, outputs, read_attributes  # noqa: E402
 from fastgen.errors import InputError  # noqa: E402
-from fastgen.metrics import attribute_hits  # noqa: E402
 from fastgen.models.evaluator import ResNet18, load, save  # noqa: E402
 from fastgen.scoring import Scorer, compare, score  # noqa: E402
+from fastgen.scoring.metrics import attribute_hits  # noqa: E402
 from fastgen.training.classifier import AttributeTask  # noqa: E402
 
 ASKED = [("cat", "red"), ("slime", "red"), ("cat", "blue"), ("cat", "red"), ("slime", "green")]

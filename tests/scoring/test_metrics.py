@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastgen.errors import InputError
-from fastgen.metrics import (
+from fastgen.scoring.metrics import (
     Share,
     accuracy_by_count,
     accuracy_by_object,

@@ -23,7 +23,7 @@ from fastgen.models import evaluator as evaluators  # noqa: E402
 from fastgen.scoring import score  # noqa: E402
 from fastgen.scoring.networks import to_input  # noqa: E402
 
-DATA = Path(__file__).parents[2] / "shared" / "data" / "iclevr"
+DATA = Path(__file__).parents[3] / "shared" / "data" / "iclevr"
 REQUESTS = [
     ["gray cube"],
     ["red cube"],

@@ -28,15 +28,15 @@ pytest.importorskip("torch")
 
 NOT_RUN = {  # pattern of a command -> why it is parsed only
     r"--trt|--engine trt|--devices": "needs an NVIDIA GPU, or two",
-    r"^accelerate ": "needs several GPUs; tests/test_processes.py starts several processes",
+    r"^accelerate ": "needs several GPUs; tests/training/test_processes.py starts several processes",
     r"^pip install": "would change the environment that the tests run in; tests/test_packaging.py installs the wheel",
     r"^(git|python -m (pip|build|twine|venv))( |$)|^CLEAN/bin/": "is done by hand; tests/test_packaging.py runs the wheel",
     r"^bin/(test|setup)": "is what started these tests",
     r"^bin/(demo|train-models)": "tests/test_scripts.py runs it",
-    r"^bin/bench|^python -m benchmarks\.(?!engines)": "takes half an hour; tests/test_benchmarks.py runs it on tiny models",
+    r"^bin/bench|^python -m benchmarks\.(?!engines)": "takes half an hour; see tests/benchmarks/test_benchmarks.py",
     r"^fastgen import OLD": "needs the checkpoint of somebody's full-size network; see tests/models/test_importing.py",
     r"--features inception\.pth": "needs the weights of FID's Inception; see tests/scoring/test_inception.py",
-    r"--checkpoint 500,1000,best,last": "needs a run of 1000 steps; see tests/test_sweep.py",
+    r"--checkpoint 500,1000,best,last": "needs a run of 1000 steps; see tests/sweep/test_sweep.py",
 }
 CARDS = sorted(folder.parent.name for folder in SHIPPED.glob("*/README.md"))
 SLOW = {r"--engine compile": "compiles for a minute", r"export iclevr-64 --rtx": "two exports take half a minute"}

@@ -1,7 +1,8 @@
 """A TensorRT product and a GPU to run it on, or why there is none: what builders (export/trt*.py) and engines start from.
 
 One code path for TensorRT 10.13 and newer, 11.x included, and for TensorRT for RTX: networks are strongly typed, and nothing is
-used that one of them lacks. The names used here and there are checked against the real bindings in tests/test_trt_bindings.py.
+used that one of them lacks. The names used here and there are checked against the real bindings in
+tests/export/test_trt_bindings.py.
 """
 
 from __future__ import annotations

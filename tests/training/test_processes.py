@@ -14,7 +14,7 @@ from torch import nn
 from fastgen.files.jsonfiles import read_jsonl
 from fastgen.training.processes import Processes
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def run(command: list[str], cache: Path) -> str:

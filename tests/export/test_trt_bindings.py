@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 
-REPO = Path(__file__).parents[1]
+REPO = Path(__file__).parents[2]
 VERSIONS, RTX = ("10.13.3.9", "10.16.1.11", "11.4.0.106"), "tensorrt_rtx"
 ALL = [
     *sorted((REPO / "fastgen" / "engines").glob("*trt*.py")),

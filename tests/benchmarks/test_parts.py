@@ -19,7 +19,7 @@ def part(function, needs=0.0, limit=20.0, own=False, **arguments):
 @pytest.fixture
 def facts(tmp_path, monkeypatch):
     """Facts of these parts, which had `seconds` in all."""
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
 
     def run(*parts, seconds=60.0):
         record = Record(tmp_path / "facts.jsonl")

@@ -225,7 +225,7 @@ def test_a_job_killed_at_any_moment_continues_to_the_same_weights(labelled: Path
         "train(load_preset(sys.argv[1], sys.argv[4:]), Path(sys.argv[2]), Path(sys.argv[3]), progress=False)"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "tiny.toml"), str(labelled), str(killed), *overrides]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 60
     while not list(killed.glob("checkpoints/unet/step-*")) and time.monotonic() < deadline:

@@ -32,7 +32,7 @@ def full_size(name: str, *, device: str, threads: int, steps: int) -> dict[str, 
     has two rows where the preset guides. The first of `steps` warms up where there are several."""
     import torch
 
-    from fastgen.training.precision import choose
+    from fastgen.training.autocast import choose
 
     torch.set_num_threads(threads)
     meter = Meter(device)

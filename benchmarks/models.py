@@ -20,7 +20,7 @@ from fastgen.models.build import build_text_encoder
 from fastgen.models.folder import Model, save_model
 from fastgen.models.networks.labels import LabelConditioner, conditioner_dim, unet_class
 from fastgen.presets import Network, Preset, Training, load_preset, preset_names
-from fastgen.training.tokenizer import train_tokenizer
+from fastgen.training.bpe import train_tokenizer
 
 MEDIUM = Path(__file__).with_name("medium.toml")  # for measurements on CPUs
 ARCHITECTURES = (

@@ -31,15 +31,15 @@ from fastgen.models.build import build_text_encoder
 from fastgen.models.folder import TextUNet
 from fastgen.presets import Preset
 from fastgen.presets.recipe import Training
+from fastgen.training.autocast import Precision, choose
+from fastgen.training.bpe import train_tokenizer
 from fastgen.training.diffusion import DiffusionTask
 from fastgen.training.draws import Draws
 from fastgen.training.encode import cached_moments, cached_states, tokenize
 from fastgen.training.optimise import optimise
-from fastgen.training.precision import Precision, choose
 from fastgen.training.processes import Processes
 from fastgen.training.sources import POSTERIOR, CaptionSource, LatentSpace
 from fastgen.training.state import initial
-from fastgen.training.tokenizer import train_tokenizer
 
 Step = Callable[[], None]
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fastgen.engines.trt.files import private_file, read_hashed, write_hashed
+from fastgen.engines.trt.cache_files import private_file, read_hashed, write_hashed
 from fastgen.engines.trt.platform import Platform
 
 

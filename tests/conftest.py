@@ -55,7 +55,7 @@ def text_model(tmp_path_factory) -> Path:
 
     from fastgen.models.folder import Model, save_model
     from fastgen.presets import Sampling
-    from fastgen.training.tokenizer import train_tokenizer
+    from fastgen.training.bpe import train_tokenizer
 
     torch.set_num_threads(1)
     torch.manual_seed(0)

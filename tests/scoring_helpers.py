@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fastgen.files.images import png_bytes
 from fastgen.files.names import ICLEVR_OBJECTS
+from fastgen.files.png import png_bytes
 
 ATTRIBUTES = {"body": ("cat", "slime"), "colour": ("blue", "green", "red")}
 PROMPTS = ["a red dragon with wings", "a small blue slime", "green robot with a sword", "purple insect with many legs"]
@@ -52,7 +52,7 @@ def make_clip(folder: Path, context: int = 32) -> Path:
     import torch
     from transformers import CLIPConfig, CLIPModel
 
-    from fastgen.training.tokenizer import train_tokenizer
+    from fastgen.training.bpe import train_tokenizer
 
     tokenizer = train_tokenizer(PROMPTS * 2, vocab_size=540, length=context)
     tower = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}

@@ -19,7 +19,10 @@ FLOORS = (  # top to bottom; on one floor a package may import those to its righ
     ("errors",),
 )
 ORDER = [package for floor in FLOORS for package in floor]
-ROOT = {"__init__", "__main__"}  # the names of the public API, imported when they are used; anybody may read the version
+ROOT = {
+    "__init__",
+    "__main__",
+}  # the names of the public API, imported when they are used; anybody may read the version
 
 
 def package_of(module: str) -> str | None:

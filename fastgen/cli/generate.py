@@ -110,8 +110,8 @@ def generate(
 
     The same command continues a job that was interrupted.
     """
-    from fastgen.generate.asked import asked_for, choose_model
     from fastgen.generate.job import estimate_job, run_job
+    from fastgen.generate.job_input import asked_for, choose_model
     from fastgen.generate.pipeline import load
     from fastgen.generate.run import Run
     from fastgen.generate.shards import Shard, parse_devices, run_on_devices

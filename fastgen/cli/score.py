@@ -64,7 +64,7 @@ def score(
     from fastgen.files.jsonfiles import write_json
     from fastgen.models.checkpoint_choice import check_made_from
     from fastgen.scoring import compare
-    from fastgen.scoring.images import image_folders
+    from fastgen.scoring.generated_images import image_folders
     from fastgen.scoring.options import ScoringOptions, need
 
     ScoringOptions(**options)

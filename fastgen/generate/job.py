@@ -15,12 +15,12 @@ from fastgen.engines.batches import Batch, halved
 from fastgen.errors import FastgenError, InputError, first_line
 from fastgen.generate.decoder import Pictures
 from fastgen.generate.estimate import Estimate, automatic_batch_size, decode_batch_size, estimate
-from fastgen.generate.folder import MANIFEST, JobFolder, Limits, recorded_limits
+from fastgen.generate.job_folder import MANIFEST, JobFolder, Limits, recorded_limits
 from fastgen.generate.pipeline import Pipeline
 from fastgen.generate.record import job_identity, manifest_line
 from fastgen.generate.run import Run
 from fastgen.generate.shards import Shard, save_part, whole_job
-from fastgen.generate.writing import StepBar, Writer, progress_bar
+from fastgen.generate.writer import StepBar, Writer, progress_bar
 
 QUEUED = 2  # batches on a GPU at a time: one is sampled while the one before it is decoded
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from fastgen.errors import FastgenError
 from fastgen.files.folders import make_folder
-from fastgen.files.images import png_bytes
 from fastgen.files.jsonfiles import write_bytes
+from fastgen.files.png import png_bytes
 from fastgen.generate.record import job_identity, manifest_line
 from fastgen.generate.run import Run
 

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from fastgen.files.images import read_metadata, read_pixels, save_image, sheet
 from fastgen.files.names import STRIP_FOLDER
+from fastgen.files.png import read_metadata, read_pixels, save_image, sheet
 from fastgen.generate.strips import PADDING, StripPlan
 
 if TYPE_CHECKING:
     from fastgen.engines.batches import Batch
     from fastgen.generate.decoder import Pictures
-    from fastgen.generate.writing import Writer
+    from fastgen.generate.writer import Writer
 
 SHEET = 16  # strips in the overview
 

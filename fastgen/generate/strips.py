@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastgen.errors import InputError
-from fastgen.files.images import image_grid
+from fastgen.files.png import image_grid
 from fastgen.generate.decoder import Pictures
 from fastgen.sampling.tables import SolverTable
 

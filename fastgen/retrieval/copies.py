@@ -20,10 +20,10 @@ from PIL import Image
 
 from fastgen.data.images import load_image
 from fastgen.errors import InputError
-from fastgen.files.images import in_rows, save_image, sheet
 from fastgen.files.jsonfiles import read_jsonl
 from fastgen.files.names import SHEETS, check_image_name
-from fastgen.generate.folder import MANIFEST
+from fastgen.files.png import in_rows, save_image, sheet
+from fastgen.generate.job_folder import MANIFEST
 
 if TYPE_CHECKING:
     from fastgen.retrieval.index import Index

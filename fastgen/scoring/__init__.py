@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastgen.scoring.comparison import Comparison, compare
-from fastgen.scoring.images import Paths
+from fastgen.scoring.generated_images import Paths
 from fastgen.scoring.options import PathLike, ScoringOptions, need, takes_options
 from fastgen.scoring.result import Figure, Score
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastgen.scoring.reference import Statistics
+from fastgen.scoring.reference_set import Statistics
 from fastgen.scoring.samples import RESAMPLES, resample_counts, spread
 
 SUBSETS, SUBSET_SIZE = 100, 1000  # of KID, the sizes of its paper

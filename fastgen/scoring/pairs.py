@@ -14,10 +14,10 @@ import numpy as np
 from PIL import Image
 
 from fastgen.errors import InputError
-from fastgen.files.images import METADATA_KEY, in_rows, save_image, sheet
 from fastgen.files.jsonfiles import write_json
 from fastgen.files.names import SHEETS, STRIP_FOLDER
-from fastgen.scoring.images import read_image
+from fastgen.files.png import METADATA_KEY, in_rows, save_image, sheet
+from fastgen.scoring.generated_images import read_image
 
 PICTURED, COLUMNS = 16, 8
 SMALLEST = 96  # px of a pictured image, enlarged by a whole factor

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from fastgen.generate.requests import Request
-from fastgen.scoring.images import check_made_for, metadata_of, read_image
+from fastgen.scoring.generated_images import check_made_for, metadata_of, read_image
 from fastgen.scoring.networks import FeatureNetwork, extract
 
 

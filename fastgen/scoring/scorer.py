@@ -15,17 +15,23 @@ from fastgen.data.attributes import MEAN, read_attributes
 from fastgen.errors import InputError
 from fastgen.generate.requests import Request, multi_hot, read_requests
 from fastgen.models.precision import device_of
-from fastgen.scoring.attributes import asked_attributes, attribute_samples, metric_names, value_shares
+from fastgen.scoring.attribute_accuracy import asked_attributes, attribute_samples, metric_names, value_shares
 from fastgen.scoring.clip import ClipNetwork, cosines, load_clip
 from fastgen.scoring.distances import Frechet, Kernel
-from fastgen.scoring.images import Paths, image_folders, image_names, made_by, saving
-from fastgen.scoring.judging import asked_file, is_judged
-from fastgen.scoring.labels import breakdowns, label_objects, label_sample
+from fastgen.scoring.generated_images import Paths, image_folders, image_names, made_by, saving
+from fastgen.scoring.judge import asked_file, is_judged
+from fastgen.scoring.label_accuracy import breakdowns, label_objects, label_sample
 from fastgen.scoring.metrics import Share
 from fastgen.scoring.networks import EvaluatorNetwork, FeatureNetwork, evaluator_network, inception_network
 from fastgen.scoring.options import PathLike, ScoringOptions, need, takes_options
 from fastgen.scoring.passes import Seed, one_pass
-from fastgen.scoring.reference import ReferenceImages, Statistics, named_features, read_reference, reference_statistics
+from fastgen.scoring.reference_set import (
+    ReferenceImages,
+    Statistics,
+    named_features,
+    read_reference,
+    reference_statistics,
+)
 from fastgen.scoring.result import Resized, Score, figure
 from fastgen.scoring.samples import Mean, Sample
 

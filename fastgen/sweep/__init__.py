@@ -18,15 +18,15 @@ from fastgen.data.attributes import FILE as ATTRIBUTES
 from fastgen.errors import InputError
 from fastgen.files.folders import make_folder
 from fastgen.files.jsonfiles import read_json, write_bytes, write_json
-from fastgen.generate.folder import JOB, MANIFEST, recorded_runs
 from fastgen.generate.job import run_job
+from fastgen.generate.job_folder import JOB, MANIFEST, recorded_runs
 from fastgen.generate.pipeline import Pipeline
 from fastgen.generate.requests import Request
 from fastgen.scoring.options import PathLike
 from fastgen.scoring.result import Figure, figure_from_json
 from fastgen.sweep.choice import Rule
 from fastgen.sweep.grid import Grid, Point, Points
-from fastgen.sweep.pictures import save_pictures
+from fastgen.sweep.overview import save_pictures
 from fastgen.sweep.plan import POINTS, ModelLoader, Plan, network_evaluations, prepare
 from fastgen.sweep.report import CSV, JSON, PLOT, SHEET, ScoredPoint, Sweep
 

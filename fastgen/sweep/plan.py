@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from fastgen.errors import InputError, unknown
 from fastgen.files.jsonfiles import located
 from fastgen.generate.conditions import check_kind
-from fastgen.generate.folder import check_same_job
 from fastgen.generate.job import job_limits
+from fastgen.generate.job_folder import check_same_job
 from fastgen.generate.pipeline import Pipeline, load
 from fastgen.generate.record import job_identity
 from fastgen.generate.requests import Request, read_requests

@@ -9,12 +9,12 @@ from fastgen.data import read_dataset
 from fastgen.data.attributes import labelled
 from fastgen.errors import InputError
 from fastgen.presets import Preset
+from fastgen.training.autocast import choose
 from fastgen.training.examples import load_examples
-from fastgen.training.families import train_evaluator, train_labels, train_text
-from fastgen.training.job import flat, open_job
 from fastgen.training.logs import say
-from fastgen.training.precision import choose
 from fastgen.training.processes import join
+from fastgen.training.run_folder import flat, open_job
+from fastgen.training.stages import train_evaluator, train_labels, train_text
 from fastgen.training.trackers import tracking
 
 __all__ = ["train"]

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from fastgen.engines.torch_base import is_out_of_memory
 from fastgen.errors import FastgenError, first_line
 from fastgen.presets.recipe import Training
+from fastgen.training.autocast import Precision
 from fastgen.training.draws import Draws, batch_rows
 from fastgen.training.logs import say
-from fastgen.training.precision import Precision
 from fastgen.training.processes import Processes
 from fastgen.training.state import State
 from fastgen.training.tasks import Task

@@ -13,15 +13,15 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fastgen.errors import InputError
-from fastgen.files.images import in_rows, sheet
 from fastgen.files.jsonfiles import brief, located
 from fastgen.files.names import check_known, check_labels, check_text
+from fastgen.files.png import in_rows, sheet
 from fastgen.presets import Preset, Sampling
 from fastgen.sampling.compile import TableCompiler
 from fastgen.sampling.loop import initial_latents, sample
 from fastgen.sampling.tables import SolverTable, format_key
+from fastgen.training.autocast import Precision
 from fastgen.training.diffusion import Preview
-from fastgen.training.precision import Precision
 from fastgen.training.sources import ConditionSource, Space
 
 COUNT = 8  # images side by side, and generated at a time

@@ -16,9 +16,9 @@ from fastgen.models.checkpoints import Checkpoint
 from fastgen.models.weights import load_state
 from fastgen.presets.recipe import Training
 from fastgen.training.attention import attend_on_cpu
+from fastgen.training.autocast import Precision
 from fastgen.training.ema import Ema
 from fastgen.training.optimizers import build_optimizer
-from fastgen.training.precision import Precision
 
 GAIN = 1e-4  # relative; a smaller one is none (torch's ReduceLROnPlateau)
 

@@ -15,11 +15,11 @@ from fastgen.errors import FastgenError, InputError
 from fastgen.models import checkpoints
 from fastgen.models.checkpoints import Checkpoint
 from fastgen.presets.recipe import Training
+from fastgen.training.autocast import Precision
 from fastgen.training.curves import plot_losses
 from fastgen.training.draws import VALIDATION, Draws
 from fastgen.training.logs import TrainingLog, say
 from fastgen.training.optimise import learning_rate, optimise
-from fastgen.training.precision import Precision
 from fastgen.training.processes import Processes
 from fastgen.training.state import State, initial, load, save
 from fastgen.training.tasks import Task, check_accumulation

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from fastgen.engines import doctor, engine_class, engine_names
-from fastgen.engines.doctor import Report, installed, judge
+from fastgen.engines.doctor import Report, judge, libraries
 from fastgen.engines.doctor.diagnosis import Cache, Machine, driver_too_old
-from fastgen.engines.doctor.installed import Library, inspect, loaded_nvinfer, read_answer
+from fastgen.engines.doctor.libraries import Library, inspect, loaded_nvinfer, read_answer
 from fastgen.engines.machine import Cpu, Driver, Gpu, cpu, gpus, version
 from fastgen.files.installing import hint
 
@@ -409,7 +409,7 @@ def test_a_library_that_hangs_or_is_not_there(tmp_path, monkeypatch):
     (tmp_path / "hanging.py").write_text("import time; time.sleep(60)")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr(installed, "TIMEOUT", 1.0)
+    monkeypatch.setattr(libraries, "TIMEOUT", 1.0)
     assert inspect("hanging").error == "import hanging hangs: no answer within 1 s"
     assert inspect("not_a_library") == Library("not_a_library")
 
@@ -430,7 +430,7 @@ def test_the_tensorrt_library_that_a_process_has_loaded():
 
 def test_torch_s_facts_agree_with_torch():
     torch = pytest.importorskip("torch")
-    facts = installed.torch_facts(torch)
+    facts = libraries.torch_facts(torch)
     assert (facts["cuda"], facts["available"]) == (torch.version.cuda, torch.cuda.is_available())
     assert len(facts["gpus"]) == torch.cuda.device_count()
     assert facts["failure"] is None
@@ -452,7 +452,7 @@ def test_nvidia_smi_and_torch_see_the_same_gpus_and_torch_can_use_them():
 
 def test_the_model_that_tries_a_provider_runs():
     ort = pytest.importorskip("onnxruntime")
-    session = ort.InferenceSession(installed.IDENTITY, providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(libraries.IDENTITY, providers=["CPUExecutionProvider"])
     (y,) = session.run(None, {"x": np.array([3.0], np.float32)})
     assert y == [3.0]
 

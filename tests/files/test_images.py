@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastgen.files.images import image_grid, png_bytes, read_metadata, save_contact_sheet, sheet
+from fastgen.files.png import image_grid, png_bytes, read_metadata, save_contact_sheet, sheet
 
 rng = np.random.default_rng(0)
 

@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from fastgen.errors import InputError
-from fastgen.files.images import read_metadata
-from fastgen.generate.asked import asked_for
+from fastgen.files.png import read_metadata
+from fastgen.generate.job_input import asked_for
 from fastgen.generate.requests import typed_requests
 
 FEW = ("--num-inference-steps", 2)

@@ -16,10 +16,10 @@ from PIL import Image
 from fastgen.engines import memory
 from fastgen.engines.batches import Batch
 from fastgen.errors import FastgenError
-from fastgen.generate import estimate, folder, job
+from fastgen.generate import estimate, job, job_folder
 from fastgen.generate.decoder import Decoder
-from fastgen.generate.folder import JobFolder
 from fastgen.generate.job import estimate_job, run_job
+from fastgen.generate.job_folder import JobFolder
 from fastgen.generate.pipeline import load
 from fastgen.generate.requests import Request
 from fastgen.generate.run import Run
@@ -384,7 +384,7 @@ def test_shards_that_begin_together_run_the_batches_of_the_one_that_was_first(la
             monkeypatch.setattr(job, "automatic_batch_size", lambda *a: 2)
             monkeypatch.setattr(JobFolder, "claim", claim)
             run_job(Run(labels, requests(7), settings), out, shard=Shard(1, 2))
-            monkeypatch.setattr(folder, "os", MissesIt(out / "job.json"))
+            monkeypatch.setattr(job_folder, "os", MissesIt(out / "job.json"))
             self = replace(self, files=[])  # nor has it seen the other one's files
         return claim(self, *arguments, **options)
 

@@ -12,7 +12,7 @@ from diffusers_loop import run_diffusers
 from PIL import Image
 
 from fastgen.errors import InputError
-from fastgen.files.images import image_grid, read_metadata, read_pixels
+from fastgen.files.png import image_grid, read_metadata, read_pixels
 from fastgen.generate.job import run_job
 from fastgen.generate.pipeline import load
 from fastgen.generate.quantise import quantised

@@ -15,7 +15,7 @@ from fastgen.models import evaluator
 from fastgen.models.folder import load_model
 from fastgen.models.packing import pack, thinned, without_empty
 from fastgen.presets import load_preset, preset_names
-from fastgen.training.job import open_job
+from fastgen.training.run_folder import open_job
 
 torch = pytest.importorskip("torch")
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from fastgen.engines.batches import Batch
 from fastgen.errors import InputError
-from fastgen.files.images import read_metadata
+from fastgen.files.png import read_metadata
 from fastgen.generate.conditions import pooled_states
 from fastgen.generate.job import estimate_job, run_job
 from fastgen.generate.pipeline import load

@@ -18,7 +18,7 @@ torch = pytest.importorskip("torch")
 
 import cuda_double  # noqa: E402
 
-from fastgen.files.images import read_pixels  # noqa: E402
+from fastgen.files.png import read_pixels  # noqa: E402
 from fastgen.generate.decoder import Decoder  # noqa: E402
 from fastgen.generate.job import run_job  # noqa: E402
 from fastgen.generate.pipeline import load  # noqa: E402

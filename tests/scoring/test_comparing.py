@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastgen.files.images import png_bytes
+from fastgen.files.png import png_bytes
 from fastgen.scoring.pairs import compare
 
 METADATA = {"seed": 1, "prompt": "a dragon", "engine": "ort", "scheduler": "ddim"}

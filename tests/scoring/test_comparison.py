@@ -13,7 +13,7 @@ pytest.importorskip("torchmetrics")
 from fastgen.errors import InputError  # noqa: E402
 from fastgen.scoring import compare  # noqa: E402
 from fastgen.scoring.distances import Frechet, Kernel  # noqa: E402
-from fastgen.scoring.reference import Statistics  # noqa: E402
+from fastgen.scoring.reference_set import Statistics  # noqa: E402
 from fastgen.scoring.result import BETTER, Score, figure  # noqa: E402
 from fastgen.scoring.samples import Mean, Ratio  # noqa: E402
 

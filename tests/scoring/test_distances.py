@@ -13,7 +13,7 @@ linalg = pytest.importorskip("scipy.linalg")
 torch.set_num_threads(1)
 
 from fastgen.scoring.distances import Frechet, Kernel, frechet_distance, kernel_distance  # noqa: E402
-from fastgen.scoring.reference import Statistics  # noqa: E402
+from fastgen.scoring.reference_set import Statistics  # noqa: E402
 from fastgen.scoring.samples import resample_counts  # noqa: E402
 
 

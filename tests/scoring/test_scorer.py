@@ -19,7 +19,7 @@ torch.set_num_threads(1)
 from fastgen.errors import InputError  # noqa: E402
 from fastgen.scoring import Scorer, networks, passes, score  # noqa: E402
 from fastgen.scoring.distances import frechet_distance, kernel_distance  # noqa: E402
-from fastgen.scoring.reference import Statistics, read_reference  # noqa: E402
+from fastgen.scoring.reference_set import Statistics, read_reference  # noqa: E402
 
 LABELS = [["gray cube"], ["red cube"], ["gray cube", "blue cube"], ["red cube"], ["yellow cylinder", "red sphere"]]
 
@@ -230,7 +230,7 @@ def test_without_requests_every_png_but_the_contact_sheet_is_scored(judge, refer
 
 
 def test_how_the_images_were_made_is_told_where_all_agree(judge, requests, tmp_path):
-    from fastgen.files.images import png_bytes
+    from fastgen.files.png import png_bytes
 
     folder = tmp_path / "out"
     folder.mkdir()

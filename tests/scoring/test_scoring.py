@@ -16,9 +16,9 @@ torch = pytest.importorskip("torch")
 torch.set_num_threads(1)
 
 from fastgen.errors import FastgenError, InputError  # noqa: E402
-from fastgen.files.images import METADATA_KEY, png_bytes  # noqa: E402
 from fastgen.files.installing import hint  # noqa: E402
 from fastgen.files.names import ICLEVR_OBJECTS  # noqa: E402
+from fastgen.files.png import METADATA_KEY, png_bytes  # noqa: E402
 from fastgen.models import evaluator as evaluators  # noqa: E402
 from fastgen.scoring import score  # noqa: E402
 from fastgen.scoring.networks import to_input  # noqa: E402

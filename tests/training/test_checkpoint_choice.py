@@ -20,7 +20,7 @@ from fastgen.models.bundle import read_bundle
 from fastgen.models.checkpoint_choice import check_made_from, is_called
 from fastgen.models.find import find_model
 from fastgen.models.folder import load_model
-from fastgen.training import families, train
+from fastgen.training import stages, train
 
 OVERRIDES = ("unet.train.checkpoint_limit=0", "unet.train.further_ema_decays=[0.5]")
 
@@ -41,13 +41,13 @@ def unfinished(labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     class StopError(Exception):
         pass
 
-    fit = families.fit
+    fit = stages.fit
 
     def stopped(task: Any, recipe: Any, run: Any) -> None:
         fit(task, replace(recipe, steps=4), run)
         raise StopError
 
-    monkeypatch.setattr(families, "fit", stopped)
+    monkeypatch.setattr(stages, "fit", stopped)
     with pytest.raises(StopError):
         train(preset_of(LABEL_PRESET, tmp_path, OVERRIDES), labelled, tmp_path / "run", progress=False)
     return tmp_path / "run"

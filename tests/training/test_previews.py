@@ -11,11 +11,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fastgen.errors import InputError
-from fastgen.files import images
+from fastgen.files import png
 from fastgen.files.names import ICLEVR_OBJECTS
 from fastgen.presets import Network, Preset, Sampling, Training, load_preset
 from fastgen.sampling.compile import TableCompiler
-from fastgen.training.precision import choose
+from fastgen.training.autocast import choose
 from fastgen.training.previews import (
     COUNT,
     Shown,
@@ -51,9 +51,9 @@ class Painter(nn.Module):
 
 def preview(fixed: Shown | None) -> tuple[np.ndarray, Painter]:
     labels = np.eye(3, dtype=np.float32)
-    images = np.full((3, 8, 8, 3), 128, np.uint8)
-    images[:, :4] = 40
-    sources = PixelSpace(images, CPU), LabelSource(labels, CPU)
+    png = np.full((3, 8, 8, 3), 128, np.uint8)
+    png[:, :4] = 40
+    sources = PixelSpace(png, CPU), LabelSource(labels, CPU)
     painter = Painter()
     draw = sampled_preview(
         *sources, np.arange(3), TEXTS, SCHEDULE, Sampling("ddim", 3, 1.0), choose("fp32", "cpu"), fixed
@@ -65,7 +65,7 @@ def preview(fixed: Shown | None) -> tuple[np.ndarray, Painter]:
 
 def sheet(*rows: list[tuple[Any, str]]) -> np.ndarray:
     pictures = [[Image.fromarray(image) for image, _ in row] for row in rows]
-    return np.asarray(images.sheet(pictures, [[text for _, text in row] for row in rows], cell=96))
+    return np.asarray(png.sheet(pictures, [[text for _, text in row] for row in rows], cell=96))
 
 
 def test_ground_truth_is_above_what_is_generated_for_the_same_conditions_and_the_presets_own_below() -> None:

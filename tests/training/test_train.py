@@ -329,12 +329,12 @@ def test_latents_are_scaled_to_unit_variance(described: Path, tmp_path: Path) ->
 
 
 def test_finished_stages_are_not_repeated(described: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastgen.training import families
+    from fastgen.training import stages
 
     preset = preset_of(TEXT_PRESET, tmp_path)
     whole = train(preset, described, tmp_path / "whole", progress=False)
     with monkeypatch.context() as patch:
-        patch.setattr(families, "_fit_unet", lambda *_: sys.exit("killed"))
+        patch.setattr(stages, "_fit_unet", lambda *_: sys.exit("killed"))
         with pytest.raises(SystemExit):
             train(preset, described, tmp_path / "parts", progress=False)
     steps: list[str] = []

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fastgen.errors import FastgenError, InputError
 from fastgen.models import checkpoints
 from fastgen.presets import Training
+from fastgen.training.autocast import choose
 from fastgen.training.contrastive import ContrastiveTask
 from fastgen.training.diffusion import DiffusionTask, NoiseSchedule
 from fastgen.training.draws import Draws, batch_rows
@@ -22,7 +23,6 @@ from fastgen.training.ema import Ema
 from fastgen.training.logs import TrainingLog
 from fastgen.training.optimise import learning_rate
 from fastgen.training.optimizers import Muon
-from fastgen.training.precision import choose
 from fastgen.training.sources import LabelSource, PixelSpace
 from fastgen.training.trainer import Run, fit
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from fastgen.engines.cache import artifacts
 from fastgen.engines.cache.artifacts import Artifact, Damaged, Recipe
 from fastgen.engines.cache.listing import folder_bytes, library_fields, short_version, size_text
-from fastgen.engines.doctor.installed import distributions
+from fastgen.engines.doctor.libraries import distributions
 from fastgen.errors import InputError
 
 DAY = 86400.0

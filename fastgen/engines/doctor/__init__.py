@@ -17,7 +17,7 @@ from fastgen.engines.base import Engine
 from fastgen.engines.cache.listing import folder_bytes, size_text
 from fastgen.engines.doctor.diagnosis import Cache, Machine, Problem
 from fastgen.engines.doctor.diagnosis_trt import tensorrt_parts
-from fastgen.engines.doctor.installed import Library, distributions, libraries
+from fastgen.engines.doctor.libraries import Library, distributions, libraries
 from fastgen.engines.machine import Gpu, cpu, gpus, version
 from fastgen.engines.trt.platform import driver_cuda
 from fastgen.engines.trt.product import PRODUCTS

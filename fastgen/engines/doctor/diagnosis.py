@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from fastgen.engines.doctor.installed import Library
+from fastgen.engines.doctor.libraries import Library
 from fastgen.engines.machine import Cpu, Driver, Gpu, version
 
 MIN_DRIVER = {11: "450", 12: "525", 13: "580"}  # by CUDA major, from docs.nvidia.com/deploy/cuda-compatibility

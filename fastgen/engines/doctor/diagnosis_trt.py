@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 
 from fastgen.engines.doctor.diagnosis import Machine, Problem, driver_too_old, update_driver
-from fastgen.engines.doctor.installed import Library
+from fastgen.engines.doctor.libraries import Library
 from fastgen.engines.machine import version
 from fastgen.engines.trt.product import TENSORRT, Product
 

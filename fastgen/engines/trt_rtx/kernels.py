@@ -7,7 +7,7 @@ from typing import Any
 
 from fastgen.engines.base import announce
 from fastgen.engines.machine import gpus
-from fastgen.engines.trt.files import private_file, read_hashed, write_hashed
+from fastgen.engines.trt.cache_files import private_file, read_hashed, write_hashed
 from fastgen.engines.trt.platform import Platform, driver_cuda
 from fastgen.errors import FastgenError
 

@@ -15,10 +15,10 @@ from fastgen.files.folders import new_folder
 from fastgen.files.hashes import sha256_file
 from fastgen.models.folder import Model, load_model, save_model
 from fastgen.models.importing.architecture import Architecture, decide
-from fastgen.models.importing.families import Ready, Reference, label_model, text_model
-from fastgen.models.importing.files import Checkpoint, read_checkpoint
+from fastgen.models.importing.assembly import Ready, Reference, label_model, text_model
 from fastgen.models.importing.schedule import choose_schedule, describe
-from fastgen.models.importing.weights import MismatchError
+from fastgen.models.importing.split import MismatchError
+from fastgen.models.importing.weight_files import Checkpoint, read_checkpoint
 from fastgen.presets import Preset, Sampling, load_preset
 from fastgen.sampling.schedulers import default_name
 

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from fastgen.files.folders import make_folder
-from fastgen.files.images import png_bytes
 from fastgen.files.jsonfiles import write_bytes
+from fastgen.files.png import png_bytes
 from fastgen.generate.shards import Shard
 
 UNWRITTEN = 512  # images that may wait for the writers

@@ -19,8 +19,8 @@ from fastgen.models import checkpoints
 from fastgen.models.checkpoint_choice import OUTLINE
 from fastgen.models.checkpoints import Checkpoint
 from fastgen.presets import Preset
+from fastgen.training.autocast import choose
 from fastgen.training.logs import Tracker, TrainingLog, say
-from fastgen.training.precision import choose
 from fastgen.training.processes import Processes
 from fastgen.training.trainer import Run
 

@@ -15,8 +15,8 @@ from fastgen.errors import InputError
 from fastgen.files.names import ICLEVR_OBJECTS, read_objects
 from fastgen.models.folder import LabelConditioner, Model
 from fastgen.models.importing.architecture import Architecture, empty_unet, fill
-from fastgen.models.importing.files import Checkpoint, read_tensors, split_name
-from fastgen.models.importing.weights import LabelWeights, MismatchError, Parts, find_label_layers, mismatches, split
+from fastgen.models.importing.split import LabelWeights, MismatchError, Parts, find_label_layers, mismatches, split
+from fastgen.models.importing.weight_files import Checkpoint, read_tensors, split_name
 from fastgen.presets import Network, Preset, Sampling
 
 Reference = Callable[..., Tensor]  # (sample, timestep, condition) -> prediction, as the checkpoint's author called it

@@ -13,9 +13,9 @@ from PIL import Image
 
 from fastgen.data.dataset import files_in
 from fastgen.errors import InputError
-from fastgen.files.images import METADATA_KEY
 from fastgen.files.jsonfiles import brief
 from fastgen.files.names import SHEETS
+from fastgen.files.png import METADATA_KEY
 from fastgen.generate.requests import Request
 
 LISTED = 10

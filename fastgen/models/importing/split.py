@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgen.errors import InputError, unknown
-from fastgen.models.importing.files import LISTED, UNET_MARK, Checkpoint
+from fastgen.models.importing.weight_files import LISTED, UNET_MARK, Checkpoint
 
 OLD_ATTENTION = re.compile(r"^(.*\battentions\.\d+)\.(query|key|value|proj_attn)\.(weight|bias)$")
 NEW_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}

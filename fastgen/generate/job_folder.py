@@ -13,9 +13,9 @@ from PIL import Image
 
 from fastgen.errors import InputError
 from fastgen.files.folders import make_folder
-from fastgen.files.images import image_grid, read_pixels, save_contact_sheet, save_image
 from fastgen.files.jsonfiles import read_json, write_bytes, write_json, write_new_json
 from fastgen.files.names import CONTACT_SHEET, GRID, STRIP_SHEET, safe_path
+from fastgen.files.png import image_grid, read_pixels, save_contact_sheet, save_image
 from fastgen.generate.shards import remove_parts
 from fastgen.generate.strip_files import StripFiles, save_strip_sheet
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from fastgen.generate.decoder import Pictures
     from fastgen.generate.requests import Request
     from fastgen.generate.run import Run
-    from fastgen.generate.writing import Writer
+    from fastgen.generate.writer import Writer
 
 MANIFEST, JOB = "manifest.jsonl", "job.json"
 

@@ -10,9 +10,9 @@ from typing import Any
 
 from PIL import Image
 
-from fastgen.files.images import TINT, read_pixels, save_image, sheet
 from fastgen.files.installing import hint
 from fastgen.files.jsonfiles import write_bytes
+from fastgen.files.png import TINT, read_pixels, save_image, sheet
 from fastgen.generate.requests import Request, safe_path
 from fastgen.scoring.result import number
 from fastgen.sweep.grid import Point

@@ -15,16 +15,16 @@ from fastgen.models.folder import Model, save_model
 from fastgen.models.networks.labels import LabelConditioner, LabelUNet, conditioner_dim, unet_class
 from fastgen.models.networks.text import TextUNet
 from fastgen.presets import Network, Preset, Training
+from fastgen.training.bpe import train_tokenizer
 from fastgen.training.classifier import AttributeTask, ClassifierTask
 from fastgen.training.contrastive import ContrastiveTask
 from fastgen.training.diffusion import DiffusionTask, NoiseSchedule
 from fastgen.training.encode import cached_moments, cached_states, latent_scale, tokenize
 from fastgen.training.examples import Examples
-from fastgen.training.job import Job
 from fastgen.training.losses import Objective, objective_of, refuse_unet_keys
 from fastgen.training.previews import Shown, default_table, fixed_labels, fixed_prompts, sampled_preview, shown_rows
+from fastgen.training.run_folder import Job
 from fastgen.training.sources import CaptionSource, ConditionSource, LabelSource, LatentSpace, PixelSpace, Space
-from fastgen.training.tokenizer import train_tokenizer
 from fastgen.training.trainer import fit
 from fastgen.training.vae import VaeTask
 

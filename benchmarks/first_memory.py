@@ -16,7 +16,7 @@ from benchmarks.part_worker import raised
 from benchmarks.parts import Fact, Run
 
 if TYPE_CHECKING:
-    from fastgen.generate.job import Report
+    from fastgen.generate.job import JobReport
     from fastgen.generate.pipeline import Pipeline
 
 MIB = 2**20
@@ -158,7 +158,7 @@ def _job_in_less(run: Run, pipe: Pipeline, share: float, wanted: float, expected
     yield {"what": f"{what}: memory afterwards", "passed": passed, "unit": "MiB", "before": before, "after": after}
 
 
-def _job(pipe: Pipeline, count: int, said: list[str] | None = None) -> tuple[Report, np.ndarray]:
+def _job(pipe: Pipeline, count: int, said: list[str] | None = None) -> tuple[JobReport, np.ndarray]:
     """A job in one batch, as long as memory allows that, and its pictures (count, H, W, 3) uint8."""
     from PIL import Image
 

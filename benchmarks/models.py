@@ -19,7 +19,7 @@ from fastgen.files.names import ICLEVR_OBJECTS
 from fastgen.models.build import build_text_encoder
 from fastgen.models.folder import Model, save_model
 from fastgen.models.networks.labels import LabelConditioner, conditioner_dim, unet_class
-from fastgen.presets import Network, Preset, Training, load_preset, preset_names
+from fastgen.presets import NetworkPreset, Preset, Training, load_preset, preset_names
 from fastgen.training.bpe import train_tokenizer
 
 MEDIUM = Path(__file__).with_name("medium.toml")  # for measurements on CPUs
@@ -61,7 +61,7 @@ def architecture(name_or_file: str | Path) -> Preset:
     for part, config in (("text_encoder", TEXT_ENCODER), ("vae", VAE)):
         network = getattr(preset, part)
         if network is not None and network.path is not None:
-            built: Any = {part: Network(config, train=Training(steps=1))}
+            built: Any = {part: NetworkPreset(config, train=Training(steps=1))}
             preset = replace(preset, **built)
     return preset
 

@@ -36,7 +36,7 @@ MIN_COSINE = {"fp16": 0.9999, "bf16": 0.999}
 
 
 @dataclass(frozen=True)
-class Row:
+class ParityRow:
     """One comparison with the reference. `allowed` is in the words of the tolerance that `figure` was held against."""
 
     what: str
@@ -58,7 +58,7 @@ class Certificate:
     device: str
     gpu: str | None
     versions: Mapping[str, str]
-    rows: Sequence[Row]
+    rows: Sequence[ParityRow]
 
     @property
     def passed(self) -> bool:
@@ -120,7 +120,7 @@ def certify(
     return certificate
 
 
-def _network_row(bundle: Bundle, name: str, expected: np.ndarray, found: np.ndarray, dtype: str) -> Row:
+def _network_row(bundle: Bundle, name: str, expected: np.ndarray, found: np.ndarray, dtype: str) -> ParityRow:
     """One network's outputs against the reference, held to the tolerance of the precision that was executed."""
     cosine, relative = _cosine(expected, found), relative_l2(expected, found)
     error = np.abs(expected - found)
@@ -133,10 +133,10 @@ def _network_row(bundle: Bundle, name: str, expected: np.ndarray, found: np.ndar
         own, factor, least = distances[name], FACTORS[dtype], MIN_COSINE[dtype]
         passed = cosine >= least and relative <= factor * own
         allowed = f"cosine >= {least}, relative <= {factor} x eager's {own:.2e} in {dtype} on {device}"
-    return Row(name, float(error.max()), relative, cosine, None, allowed, passed)
+    return ParityRow(name, float(error.max()), relative, cosine, None, allowed, passed)
 
 
-def _image_row(expected: np.ndarray, found: np.ndarray, dtype: str) -> Row:
+def _image_row(expected: np.ndarray, found: np.ndarray, dtype: str) -> ParityRow:
     expected, found = np.clip(expected, -1, 1), np.clip(found, -1, 1)
     levels = float(np.abs(expected - found).max()) * 127.5
     psnr = 10 * math.log10(4 / max(float(np.mean((expected - found) ** 2)), 1e-20))
@@ -145,7 +145,7 @@ def _image_row(expected: np.ndarray, found: np.ndarray, dtype: str) -> Row:
     else:
         allowed, passed = f"PSNR >= {MIN_PSNR_DB:g} dB", psnr >= MIN_PSNR_DB
     flat = expected.reshape(-1), found.reshape(-1)
-    return Row("images", levels / 127.5, relative_l2(*flat), _cosine(*flat), psnr, allowed, passed)
+    return ParityRow("images", levels / 127.5, relative_l2(*flat), _cosine(*flat), psnr, allowed, passed)
 
 
 def _cosine(a: np.ndarray, b: np.ndarray) -> float:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from export.trt_layers import check_network
 from export.trt_progress import Progress
-from fastgen.engines.trt.platform import Library
+from fastgen.engines.trt.platform import TrtLibrary
 from fastgen.errors import InputError, unknown
 from fastgen.generate.conditions import ENCODE_BATCH
 from fastgen.models.signatures import Signature
@@ -39,7 +39,7 @@ class Built(NamedTuple):
 
 
 def build_plan(
-    library: Library,
+    library: TrtLibrary,
     graph: Path,
     signature: Signature,
     dtype: str,
@@ -98,7 +98,7 @@ def check_settings(dtype: str, batch_sizes: Sequence[int]) -> None:
         raise InputError(f"batch sizes are {list(batch_sizes)}, expected at least one, each 1 or more")
 
 
-def _parse(library: Library, network: Any, path: Path) -> Any:
+def _parse(library: TrtLibrary, network: Any, path: Path) -> Any:
     """Read a graph and its weights into the network; returns the parser, which owns them."""
     parser = library.create(library.trt.OnnxParser, "ONNX parser", network)
     if not parser.parse_from_file(str(path)):
@@ -109,7 +109,7 @@ def _parse(library: Library, network: Any, path: Path) -> Any:
     return parser
 
 
-def _add_profile(library: Library, builder: Any, config: Any, signature: Signature, rows: Rows, what: str) -> None:
+def _add_profile(library: TrtLibrary, builder: Any, config: Any, signature: Signature, rows: Rows, what: str) -> None:
     profile = builder.create_optimization_profile()
     for tensor in signature.inputs:
         least, best, most = (tensor.with_batch(count) for count in rows)
@@ -119,7 +119,7 @@ def _add_profile(library: Library, builder: Any, config: Any, signature: Signatu
 
 
 def _build(
-    library: Library,
+    library: TrtLibrary,
     builder: Any,
     network: Any,
     config: Any,

@@ -17,7 +17,7 @@ from export.extend import add_files, sweep
 from export.trt_build import Rows, Say, build_plan, check_networks, check_settings, network_rows
 from fastgen.engines.cache.artifacts import RECORD, Artifact, Recipe, read_record, write_record
 from fastgen.engines.trt.plan import CAPABILITIES, PLAN, make_recipe
-from fastgen.engines.trt.platform import Library, open_library
+from fastgen.engines.trt.platform import TrtLibrary, open_library
 from fastgen.engines.trt.product import RTX
 from fastgen.errors import InputError
 from fastgen.files.folders import scratch_folder
@@ -101,7 +101,7 @@ def check_capabilities(asked: Sequence[str]) -> list[str]:
 
 
 def _order(
-    bundle: Bundle, library: Library, network: str, dtype: str, batch_sizes: Sequence[int], cards: Sequence[str]
+    bundle: Bundle, library: TrtLibrary, network: str, dtype: str, batch_sizes: Sequence[int], cards: Sequence[str]
 ) -> Order:
     """What to build for a network. The text encoder is run with one number of rows only; the rest with any up to the most."""
     most = network_rows(network, batch_sizes, bundle.spec.image_size)[-1]
@@ -134,7 +134,7 @@ def _address(name: str) -> str:
     return name.split("/")[1] if name.startswith(f"{COMPILED}/") else ""
 
 
-def _make(bundle: Bundle, library: Library, order: Order, folder: Path, say: Say) -> None:
+def _make(bundle: Bundle, library: TrtLibrary, order: Order, folder: Path, say: Say) -> None:
     """Build one plan and its record into `folder`."""
     recipe = order.recipe
     say(f"building {RTX.engine}: {recipe}, compute capabilities {recipe.fields[CAPABILITIES]}")
@@ -149,7 +149,7 @@ def _make(bundle: Bundle, library: Library, order: Order, folder: Path, say: Say
     say(f"built {RTX.engine}: {recipe} in {seconds:.1f} s, {size / 1e6:.1f} MB")
 
 
-def _targets(library: Library, cards: Sequence[str], what: str) -> Callable[[Any], None]:
+def _targets(library: TrtLibrary, cards: Sequence[str], what: str) -> Callable[[Any], None]:
     """Tells an IBuilderConfig the compute capabilities to compile for."""
 
     def prepare(config: Any) -> None:

@@ -15,7 +15,7 @@ from fastgen.models.bundle import Bundle
 STREAM = 4711
 
 
-class CpuGpu(platform.Gpu):
+class CpuGpu(platform.TrtDevice):
     """The double's GPU: torch's tensors on the CPU stand for those on the card."""
 
     def active(self) -> Any:

@@ -16,7 +16,7 @@ from fastgen.cli.index import rag_options
 from fastgen.errors import FastgenError, InputError
 
 if TYPE_CHECKING:
-    from fastgen.generate.job import Report
+    from fastgen.generate.job import JobReport
     from fastgen.generate.shards import Shard
 
 
@@ -111,7 +111,7 @@ def generate(
     The same command continues a job that was interrupted.
     """
     from fastgen.generate.job import estimate_job, run_job
-    from fastgen.generate.job_input import asked_for, choose_model
+    from fastgen.generate.job_input import choose_model, read_input
     from fastgen.generate.pipeline import load
     from fastgen.generate.run import Run
     from fastgen.generate.shards import Shard, parse_devices, run_on_devices
@@ -126,7 +126,7 @@ def generate(
     names = parse_devices(devices) if devices else None
     if names and (part or device):
         raise InputError(f"--devices chooses --{'shard' if part else 'device'} itself; give one of them")
-    asked = asked_for(requests_file, prompts, labels, out, seed=seed, count=count)
+    asked = read_input(requests_file, prompts, labels, out, seed=seed, count=count)
     asked.refuse({"--strip": strip, "--grid": grid, "--shard": shard, "--devices": devices})
     folder, requests = choose_model(asked.requests, model, engine, checkpoint)
     if folder.why:
@@ -171,7 +171,7 @@ def _without_devices(words: Sequence[str]) -> list[str]:
     return rest
 
 
-def _tell(report: Report, part: Shard | None) -> None:
+def _tell(report: JobReport, part: Shard | None) -> None:
     """What a job did. Raises FastgenError when an image failed."""
     _warn_of_truncated(report.truncated)
     rate = f", {report.generated / report.seconds:.2f} images/s" if report.generated else ""

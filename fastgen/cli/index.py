@@ -45,9 +45,9 @@ def index(
 ) -> None:
     """Index the training set DATA by its texts, so that `generate --rag` can start from the nearest training image."""
     from fastgen.generate.pipeline import load
-    from fastgen.retrieval.indexing import Options, build_index, default_folder, indexing_engine
+    from fastgen.retrieval.indexing import IndexOptions, build_index, default_folder, indexing_engine
 
-    chosen = Options(text, frames, image_mode)  # type: ignore[arg-type]  # it checks them
+    chosen = IndexOptions(text, frames, image_mode)  # type: ignore[arg-type]  # it checks them
     folder = model or model_for("text", engine)
     pipeline = load(folder, engine or indexing_engine(folder, options["device"]), **options)
     target = out or default_folder(folder)

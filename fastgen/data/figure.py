@@ -12,12 +12,12 @@ OPAQUE = 16  # of 255, the alpha from which on a pixel belongs to the figure
 PLAIN = 0.5  # share of the border's pixels that have the background's colour
 
 
-class Figure(NamedTuple):
+class FigureBox(NamedTuple):
     box: tuple[int, int, int, int]  # left, upper, right, lower, as Pillow counts
     background: tuple[int, int, int]
 
 
-def find_figure(image: Image.Image, white: tuple[int, int, int] = (255, 255, 255)) -> Figure | None:
+def find_figure(image: Image.Image, white: tuple[int, int, int] = (255, 255, 255)) -> FigureBox | None:
     """The smallest box around the figure of an RGB or RGBA image, and the colour around it.
 
     Where something is transparent, that is the background, and `white` its colour; else it is the colour that most of
@@ -40,8 +40,8 @@ def _near(pixels: np.ndarray, colour: np.ndarray) -> np.ndarray:
     return ((pixels >= low) & (pixels <= high)).all(axis=-1)
 
 
-def _boxed(figure: np.ndarray, background: tuple[int, int, int]) -> Figure | None:
+def _boxed(figure: np.ndarray, background: tuple[int, int, int]) -> FigureBox | None:
     rows, columns = np.flatnonzero(figure.any(axis=1)), np.flatnonzero(figure.any(axis=0))
     if not len(rows):
         return None
-    return Figure((int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1), background)
+    return FigureBox((int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1), background)

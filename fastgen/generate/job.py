@@ -26,7 +26,7 @@ QUEUED = 2  # batches on a GPU at a time: one is sampled while the one before it
 
 
 @dataclass(frozen=True)
-class Report:
+class JobReport:
     """What a job did. `errors`: image_name -> why there is no file. `complete`: False while other shards are missing."""
 
     folder: Path
@@ -47,7 +47,7 @@ def run_job(
     shard: Shard | None = None,
     progress: bool = True,
     say: Callable[[str], None] = lambda line: None,
-) -> Report:
+) -> JobReport:
     """Generate every request's image below `out`, skipping batches whose files are all there.
 
     Writes the PNGs, manifest.jsonl, job.json and contact_sheet.png; with a `shard` only that part of the batches, and what
@@ -78,13 +78,13 @@ def run_job(
     )
     if shard is None:
         folder.finish(run.requests, lines, identity, [timing] if timing else [])
-        return Report(out, len(lines), count, seconds, errors, truncated)
+        return JobReport(out, len(lines), count, seconds, errors, truncated)
     positions = [i for batch in part for i in range(batch.start, batch.stop)]
     save_part(out, shard, [(i, lines[i]) for i in positions], timing)
     with whole_job(out, shard) as parts:
         if parts is not None:
             folder.finish(run.requests, [line for _, line in parts.lines], identity, parts.runs)
-    return Report(out, len(positions), count, seconds, errors, truncated, (out / MANIFEST).exists())
+    return JobReport(out, len(positions), count, seconds, errors, truncated, (out / MANIFEST).exists())
 
 
 def estimate_job(run: Run, *, batch_size: int | None = None, shard: Shard | None = None) -> Estimate:

@@ -18,7 +18,7 @@ LONGEST_NAME = 60  # characters of a prompt that name its file
 
 
 @dataclass(frozen=True)
-class Asked:
+class JobInput:
     """Requests, and where their images go: below the folder `out`, or with `single` one image to exactly this file."""
 
     requests: Requests
@@ -32,7 +32,7 @@ class Asked:
                 raise InputError(f"{name} belongs to a folder of images, and {self.out} is a file; give --out FOLDER")
 
 
-def asked_for(
+def read_input(
     file: Path | None,
     prompts: Sequence[str],
     labels: Sequence[str],
@@ -40,7 +40,7 @@ def asked_for(
     *,
     seed: int = 0,
     count: int | None = None,
-) -> Asked:
+) -> JobInput:
     """Read what is asked for in exactly one of the three ways. `count`: images of each prompt or list of labels, with the seeds
     `seed`, `seed` + 1, ... A single one goes to a file, unless `out` names a folder. Raises InputError."""
     given = [bool(file), bool(prompts), bool(labels)]
@@ -50,18 +50,18 @@ def asked_for(
     if file is not None:
         if count is not None:
             raise InputError("--count goes with --prompt and --labels; a file of requests lists every image")
-        return Asked(parse_requests(file), out or GENERATED / file.stem)
+        return JobInput(parse_requests(file), out or GENERATED / file.stem)
     requests = typed_requests(prompts, labels, seed=seed, count=1 if count is None else count)
     images = len(requests.requests)
     if out is None:
         name = re.sub(r"[^a-z0-9]+", "-", (prompts or labels)[0].lower()).strip("-")[:LONGEST_NAME].rstrip("-")
         name = f"{name or 'image'}-{seed}"
-        return Asked(requests, GENERATED / (f"{name}.png" if images == 1 else name), images == 1)
+        return JobInput(requests, GENERATED / (f"{name}.png" if images == 1 else name), images == 1)
     if is_image_file(out):
         if images > 1:
             raise InputError(f"--out {out}: is one file, and there are {images} images; give a folder")
-        return Asked(requests, out, single=True)
-    return Asked(requests, out)
+        return JobInput(requests, out, single=True)
+    return JobInput(requests, out)
 
 
 def is_image_file(out: Path) -> bool:

@@ -54,7 +54,7 @@ def save_part(out: Path, shard: Shard, lines: Sequence[Any], run: dict[str, Any]
     write_json(shard.file(out), {"lines": list(lines), "run": run})
 
 
-class Parts(NamedTuple):
+class JobParts(NamedTuple):
     """All parts of a job together: its manifest's (position, line) pairs in order, and the runs that made it."""
 
     lines: list[Any]
@@ -62,7 +62,7 @@ class Parts(NamedTuple):
 
 
 @contextmanager
-def whole_job(out: Path, shard: Shard) -> Iterator[Parts | None]:
+def whole_job(out: Path, shard: Shard) -> Iterator[JobParts | None]:
     """All parts, for the process that may put them together now; None while some are missing, or when another one did it."""
     from filelock import FileLock
 
@@ -75,7 +75,7 @@ def whole_job(out: Path, shard: Shard) -> Iterator[Parts | None]:
             yield None
         else:
             lines = sorted((line for part in parts for line in part["lines"]), key=lambda pair: pair[0])
-            yield Parts(lines, [part["run"] for part in parts if part["run"]])
+            yield JobParts(lines, [part["run"] for part in parts if part["run"]])
 
 
 def remove_parts(out: Path) -> None:

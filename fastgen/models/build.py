@@ -13,7 +13,7 @@ from torch import nn
 
 from fastgen.errors import InputError, first_line, unknown
 from fastgen.models.weights import pretrained, pretrained_tokenizer
-from fastgen.presets import Network
+from fastgen.presets import NetworkPreset
 
 # Weights that a whole CLIP has beside its text encoder.
 WHOLE_CLIP = ("vision_model.", "visual_projection.", "text_projection.", "logit_scale")
@@ -82,14 +82,14 @@ def build_text_encoder(config: Mapping[str, Any], tokenizer: Any, seed: int) -> 
         raise InputError(f"text_encoder.config: CLIPTextModel refuses it: {first_line(error)}") from None
 
 
-def load_vae(network: Network, *, local_files_only: bool = False) -> Any:
+def load_vae(network: NetworkPreset, *, local_files_only: bool = False) -> Any:
     """A frozen AutoencoderKL, float32, from a folder or hub id, or the `vae` of a whole model folder."""
     from diffusers import AutoencoderKL
 
     return _frozen(AutoencoderKL, network, "vae", local_files_only)
 
 
-def load_text_encoder(network: Network, *, local_files_only: bool = False) -> tuple[Any, Any]:
+def load_text_encoder(network: NetworkPreset, *, local_files_only: bool = False) -> tuple[Any, Any]:
     """(CLIPTextModel, CLIPTokenizer), frozen; the tokenizer lies beside the weights, or in `tokenizer` beside
     `text_encoder` in a whole model folder."""
     from transformers import CLIPTextModel
@@ -103,7 +103,7 @@ def load_text_encoder(network: Network, *, local_files_only: bool = False) -> tu
     )
 
 
-def _frozen(cls: Any, network: Network, name: str, local_files_only: bool) -> Any:
+def _frozen(cls: Any, network: NetworkPreset, name: str, local_files_only: bool) -> Any:
     subfolder = _subfolder(network, name)
     options: dict[str, Any] = {"local_files_only": local_files_only} | ({"subfolder": subfolder} if subfolder else {})
     where = f"{name}.path = {network.path!r}"
@@ -111,7 +111,7 @@ def _frozen(cls: Any, network: Network, name: str, local_files_only: bool) -> An
     return module.requires_grad_(False)
 
 
-def _subfolder(network: Network, name: str) -> str | None:
+def _subfolder(network: NetworkPreset, name: str) -> str | None:
     if network.subfolder is None and network.path and (Path(os.path.expanduser(network.path)) / name).is_dir():
         return name
     return network.subfolder

@@ -18,7 +18,7 @@ OUTLINE = "model"  # in a run's checkpoints: the model folder without the UNet's
 
 
 @dataclass(frozen=True)
-class Chosen:
+class RunWeights:
     """The UNet's weights (in the label family the conditioner's too) in a checkpoint of a run.
 
     `label` names them for good: best@115, last@230, ema@230.
@@ -38,7 +38,7 @@ class Chosen:
         return {k.removeprefix(f"{network}."): v for k, v in found.items() if k.startswith(f"{network}.")}
 
 
-def choose_checkpoint(run: Path, name: str) -> Chosen:
+def choose_checkpoint(run: Path, name: str) -> RunWeights:
     """`name`: best (lowest loss, by the recipe's measure), last (the weights themselves at the newest checkpoint), ema (their
     average there; the weights where the recipe keeps none), ema-DECAY (another average), or a step (ema of that checkpoint).
 
@@ -56,7 +56,7 @@ def choose_checkpoint(run: Path, name: str) -> Chosen:
                 f"{parent}: no validation yet, so no checkpoint {name!r}; there are steps {_listed(steps)}"
             )
         best = checkpoints.read(parent / name)
-        return Chosen(f"best@{best.step}", best, "ema")
+        return RunWeights(f"best@{best.step}", best, "ema")
     average = re.fullmatch(r"ema(-0\.\d+)?", name)
     if not (name == "last" or average or (name.isascii() and name.isdigit())):
         raise InputError(f"checkpoint is {name!r}, expected {CHOICES}")
@@ -70,7 +70,7 @@ def choose_checkpoint(run: Path, name: str) -> Chosen:
     if part not in found.parts:
         kept = ", ".join(sorted(p for p in found.parts if p.startswith("ema"))) or "none"
         raise InputError(f"{found.folder}: holds no average {part!r}; there are: {kept}")
-    return Chosen(f"{'last' if part == 'model' else part}@{step}", found, part)
+    return RunWeights(f"{'last' if part == 'model' else part}@{step}", found, part)
 
 
 def model_parts(folder: Path, checkpoint: str | None) -> Path:

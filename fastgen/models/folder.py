@@ -20,7 +20,7 @@ from fastgen.errors import InputError
 from fastgen.files.hashes import sha256_file, sha256_names
 from fastgen.files.jsonfiles import brief, read_json, write_json
 from fastgen.files.names import read_objects
-from fastgen.models.checkpoint_choice import Chosen, choose_checkpoint, model_parts
+from fastgen.models.checkpoint_choice import RunWeights, choose_checkpoint, model_parts
 from fastgen.models.networks.labels import (
     LabelConditioner,
     LabelUNet,
@@ -59,7 +59,7 @@ class Model:
     tokenizer: Any = None  # transformers' CLIPTokenizer
     vae: nn.Module | None = None
     # The checkpoint that the weights of the UNet and the conditioner come from; None: the folder itself.
-    run_weights: Chosen | None = None
+    run_weights: RunWeights | None = None
 
     def networks(self) -> dict[str, nn.Module]:
         """The modules under the names and interfaces of `signatures`."""
@@ -247,7 +247,7 @@ def _load_labels(
     index: Mapping[str, Any],
     scheduler_config: dict[str, Any],
     sampling: Sampling,
-    run_weights: Chosen | None,
+    run_weights: RunWeights | None,
 ) -> Model:
     try:
         cls = label_unet_class(str(index["unet"][1]))
@@ -263,7 +263,9 @@ def _load_labels(
     )
 
 
-def _load_text(folder: Path, scheduler_config: dict[str, Any], sampling: Sampling, run_weights: Chosen | None) -> Model:
+def _load_text(
+    folder: Path, scheduler_config: dict[str, Any], sampling: Sampling, run_weights: RunWeights | None
+) -> Model:
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextModel
 
@@ -281,7 +283,7 @@ def _load_text(folder: Path, scheduler_config: dict[str, Any], sampling: Samplin
         )
 
 
-def _unet(cls: Any, folder: Path, run_weights: Chosen | None) -> Any:
+def _unet(cls: Any, folder: Path, run_weights: RunWeights | None) -> Any:
     if run_weights is None:
         return _pretrained(cls, folder)
     unet = cls.from_config(cls.load_config(folder))

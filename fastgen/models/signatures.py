@@ -17,7 +17,7 @@ EXACT = ("text_encoder",)  # networks that stay fp32: they run once per prompt, 
 
 
 @dataclass(frozen=True)
-class Tensor:
+class TensorSpec:
     """One input or output. `shape` holds ints and, for the batch axis, the string "batch". Integer tensors are ids in
     [0, `high`)."""
 
@@ -41,22 +41,22 @@ class Tensor:
 class Signature:
     """The interface of one network."""
 
-    inputs: tuple[Tensor, ...]
-    outputs: tuple[Tensor, ...]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
 
     def sample_inputs(self, batch: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
         return {t.name: t.sample(batch, rng) for t in self.inputs}
 
     def to_json(self) -> dict[str, Any]:
-        def rows(tensors: tuple[Tensor, ...]) -> list[dict[str, Any]]:
+        def rows(tensors: tuple[TensorSpec, ...]) -> list[dict[str, Any]]:
             return [{"name": t.name, "dtype": t.dtype, "shape": list(t.shape), "high": t.high} for t in tensors]
 
         return {"inputs": rows(self.inputs), "outputs": rows(self.outputs)}
 
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> Signature:
-        def tensors(rows: list[dict[str, Any]]) -> tuple[Tensor, ...]:
-            return tuple(Tensor(r["name"], r["dtype"], tuple(r["shape"]), r["high"]) for r in rows)
+        def tensors(rows: list[dict[str, Any]]) -> tuple[TensorSpec, ...]:
+            return tuple(TensorSpec(r["name"], r["dtype"], tuple(r["shape"]), r["high"]) for r in rows)
 
         return Signature(tensors(value["inputs"]), tensors(value["outputs"]))
 
@@ -76,20 +76,25 @@ def text_signatures(
     states = (BATCH, tokens, width)
     return {
         "text_encoder": Signature(
-            (Tensor("input_ids", "int64", (BATCH, tokens), vocabulary),),
-            (Tensor("last_hidden_state", "float32", states), Tensor("pooler_output", "float32", (BATCH, pooled))),
+            (TensorSpec("input_ids", "int64", (BATCH, tokens), vocabulary),),
+            (
+                TensorSpec("last_hidden_state", "float32", states),
+                TensorSpec("pooler_output", "float32", (BATCH, pooled)),
+            ),
         ),
         "unet": Signature(
             (
-                Tensor("sample", "float32", latent),
-                Tensor("timestep", "float32", (BATCH,)),
-                Tensor("encoder_hidden_states", "float32", states),
+                TensorSpec("sample", "float32", latent),
+                TensorSpec("timestep", "float32", (BATCH,)),
+                TensorSpec("encoder_hidden_states", "float32", states),
             ),
-            (Tensor("out_sample", "float32", latent),),
+            (TensorSpec("out_sample", "float32", latent),),
         ),
-        "vae_decoder": Signature((Tensor("latent_sample", "float32", latent),), (Tensor("sample", "float32", image),)),
+        "vae_decoder": Signature(
+            (TensorSpec("latent_sample", "float32", latent),), (TensorSpec("sample", "float32", image),)
+        ),
         "vae_encoder": Signature(
-            (Tensor("sample", "float32", image),), (Tensor("latent_parameters", "float32", moments),)
+            (TensorSpec("sample", "float32", image),), (TensorSpec("latent_parameters", "float32", moments),)
         ),
     }
 
@@ -100,10 +105,10 @@ def label_signatures(*, channels: int, image_size: int, num_labels: int) -> dict
     return {
         "unet": Signature(
             (
-                Tensor("sample", "float32", image),
-                Tensor("timestep", "float32", (BATCH,)),
-                Tensor("class_labels", "float32", (BATCH, num_labels)),
+                TensorSpec("sample", "float32", image),
+                TensorSpec("timestep", "float32", (BATCH,)),
+                TensorSpec("class_labels", "float32", (BATCH, num_labels)),
             ),
-            (Tensor("out_sample", "float32", image),),
+            (TensorSpec("out_sample", "float32", image),),
         )
     }

@@ -28,7 +28,7 @@ NETWORKS = ("unet", "text_encoder", "vae", "evaluator")
 
 
 @dataclass(frozen=True)
-class Network:
+class NetworkPreset:
     """A network: either `path` (a local diffusers/transformers folder or a hub id, frozen), or its class's
     own keyword arguments in `config`, trained here by the recipe in `train` (the evaluator's config may be left out)."""
 
@@ -64,15 +64,15 @@ class Preset:
     family: str
     image_size: int
     image_mode: str
-    unet: Network | None = None
+    unet: NetworkPreset | None = None
     scheduler: Mapping[str, Any] = field(default_factory=dict)  # diffusers config: the noise schedule trained on
     sampling: Sampling = field(default_factory=Sampling)
-    text_encoder: Network | None = None
-    vae: Network | None = None
+    text_encoder: NetworkPreset | None = None
+    vae: NetworkPreset | None = None
     conditioner: Mapping[str, Any] | None = (
         None  # {"kind": "class_embed" | "concat" | "broadcast", "dim": int, "hidden": int}
     )
-    evaluator: Network | None = None
+    evaluator: NetworkPreset | None = None
     preview: Mapping[str, Any] = field(default_factory=dict)  # {"prompts": [...]} or {"labels": [[...], ...]}
 
     def __post_init__(self) -> None:
@@ -84,7 +84,7 @@ class Preset:
         wanted = ", ".join(f"[{name}]" for name in needed)
         check(given == set(needed), f"tables of family {self.family!r}", sorted(given), f"exactly {wanted}")
         for name in NETWORKS:
-            part: Network | None = getattr(self, name)
+            part: NetworkPreset | None = getattr(self, name)
             if part is not None and part.path is None:
                 check(part.train is not None, f"{name}.train", None, "a table: the network is trained here")
         if self.conditioner is not None:
@@ -184,12 +184,12 @@ def _toml_value(text: str, where: str) -> Any:
         return text
 
 
-def _network(table: Any, where: str) -> Network:
+def _network(table: Any, where: str) -> NetworkPreset:
     check(isinstance(table, Mapping), where, table, "a table")
     values = dict(table)
     if "train" in values:
         values["train"] = _build(Training, values["train"], f"{where}.train")
-    return _build(Network, values, where)
+    return _build(NetworkPreset, values, where)
 
 
 def _build(cls: type[Any], values: Mapping[str, Any], where: str) -> Any:

@@ -60,7 +60,7 @@ class Match:
 
 
 @dataclass(frozen=True)
-class Report:
+class CopyReport:
     """The copy check of several folders, with the thresholds that it used; None where the data have too few subjects."""
 
     index: str
@@ -112,10 +112,10 @@ def _percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.1f}%"
 
 
-def check_copies(folders: Sequence[Path], index: Index) -> Report:
+def check_copies(folders: Sequence[Path], index: Index) -> CopyReport:
     """The nearest training image of every image in these folders. Raises InputError for a folder without images."""
     found = {str(folder): _check_folder(folder, index) for folder in folders}
-    return Report(str(index.folder), index.sha256, index.info["copies"], found)
+    return CopyReport(str(index.folder), index.sha256, index.info["copies"], found)
 
 
 def _check_folder(folder: Path, index: Index) -> list[Match]:
@@ -238,7 +238,7 @@ def _ratios(per_subject: np.ndarray, subjects: int) -> np.ndarray:
     return per_subject[:, 0] / np.maximum(behind.mean(axis=1), 1e-9)
 
 
-def save_sheet(path: Path, report: Report, data: Path) -> None:
+def save_sheet(path: Path, report: CopyReport, data: Path) -> None:
     """A contact sheet of the closest pairs, each generated image above its training image from the folder `data`."""
     pairs = [(Path(folder) / m.image, m) for folder, matches in report.folders.items() for m in matches]
     pairs = sorted(pairs, key=lambda pair: pair[1].distance)[:SHEET_PAIRS]

@@ -33,8 +33,8 @@ EMBEDDINGS, LATENTS, THUMBNAILS, PAIRS = "embeddings.npy", "latents.npy", "thumb
 IMAGES = "images.jsonl"
 MAPPED = (LATENTS, THUMBNAILS)  # large: their sizes are verified, not their hashes
 COMMAND = "fastgen index DATA --model MODEL --out INDEX"
-Text = Literal["caption", "description"]
-Frames = Literal["all", "first"]
+TextChoice = Literal["caption", "description"]
+FrameChoice = Literal["all", "first"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +54,7 @@ class Index:
         return len(self.latents)
 
     @property
-    def text(self) -> Text:
+    def text(self) -> TextChoice:
         return self.info["text"]
 
     @cached_property
@@ -186,7 +186,7 @@ class Retrieval:
         return int.from_bytes(digest, "big") % count
 
 
-def query(request: Request, text: Text) -> str:
+def query(request: Request, text: TextChoice) -> str:
     """What a request is looked up by: its description alone, if the index holds those and the request has it apart."""
     alone = request.description if text == "description" else None
     return alone or request.prompt or ""
@@ -235,7 +235,7 @@ def open_index(folder: str | os.PathLike[str]) -> Index:
 
 
 def _check_options(folder: Path, info: Mapping[str, Any]) -> None:
-    for field, choices in (("text", get_args(Text)), ("frames", get_args(Frames))):
+    for field, choices in (("text", get_args(TextChoice)), ("frames", get_args(FrameChoice))):
         if info[field] not in choices:
             raise InputError(f"{folder / MANIFEST}: {field} is {info[field]!r}, expected one of {', '.join(choices)}")
     for field, kind in (("component_sha256", dict), ("model_sha256", str), ("scaling_factor", float)):

@@ -34,9 +34,9 @@ from fastgen.retrieval.index import (
     MANIFEST,
     PAIRS,
     THUMBNAILS,
-    Frames,
+    FrameChoice,
     Index,
-    Text,
+    TextChoice,
     foreign_network,
     is_index,
     open_index,
@@ -54,7 +54,7 @@ THUMBNAIL = 16  # px
 
 
 @dataclass(frozen=True)
-class Options:
+class IndexOptions:
     """What goes into an index.
 
     `text`: what is embedded, a caption as the model was trained on it, or the description without the action. Captions are
@@ -65,12 +65,12 @@ class Options:
     default.
     """
 
-    text: Text = "caption"
-    frames: Frames = "all"
+    text: TextChoice = "caption"
+    frames: FrameChoice = "all"
     image_mode: Mode | None = None
 
     def __post_init__(self) -> None:
-        choices = {"text": get_args(Text), "frames": get_args(Frames), "image_mode": (None, *get_args(Mode))}
+        choices = {"text": get_args(TextChoice), "frames": get_args(FrameChoice), "image_mode": (None, *get_args(Mode))}
         for field, allowed in choices.items():
             if getattr(self, field) not in allowed:
                 raise unknown(field, str(getattr(self, field)), [name for name in allowed if name])
@@ -80,7 +80,7 @@ def build_index(
     data: str | os.PathLike[str],
     pipeline: Pipeline,
     out: str | os.PathLike[str],
-    options: Options | None = None,
+    options: IndexOptions | None = None,
     *,
     limit: int | None = None,
     progress: bool = True,
@@ -93,7 +93,7 @@ def build_index(
     Returns the index, and whether it was built now: one of the same data, model and options is kept. Raises InputError for
     data without texts, a label model, bad images, and an `out` that holds something else.
     """
-    options, out = options or Options(), Path(out)
+    options, out = options or IndexOptions(), Path(out)
     if pipeline.spec.family != "text":
         raise InputError("an index needs a text encoder and a VAE; this model takes labels")
     dataset = chosen_examples(read_dataset(data, limit=limit), options)
@@ -114,7 +114,7 @@ def build_index(
     return open_index(out), True
 
 
-def chosen_examples(dataset: Dataset, options: Options) -> Dataset:
+def chosen_examples(dataset: Dataset, options: IndexOptions) -> Dataset:
     """The examples that an index holds. Raises InputError for labels, and for descriptions that the data do not have."""
     if dataset.kind != "text":
         raise InputError(f"{dataset.root}: holds labels; an index needs captions")
@@ -143,7 +143,7 @@ def trained_mode(spec: Spec) -> Mode | None:
     return cast(Mode, spec.image_mode) if spec.image_mode in get_args(Mode) else None
 
 
-def _wanted(pipeline: Pipeline, dataset: Dataset, options: Options) -> dict[str, Any]:
+def _wanted(pipeline: Pipeline, dataset: Dataset, options: IndexOptions) -> dict[str, Any]:
     """Everything an index depends on: two with the same values are one."""
     spec = pipeline.spec
     return {
@@ -199,7 +199,7 @@ def _fill(folder: Path, pipeline: Pipeline, dataset: Dataset, wanted: Mapping[st
     write_json(folder / MANIFEST, info)
 
 
-def _texts(examples: Sequence[Example], text: Text) -> tuple[list[str], np.ndarray]:
+def _texts(examples: Sequence[Example], text: TextChoice) -> tuple[list[str], np.ndarray]:
     """(the distinct texts in the order in which they first occur, (P, 2) int32 sorted pairs of a text and an image)."""
     numbers: dict[str, int] = {}
     pairs = set()

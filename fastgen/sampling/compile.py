@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from fastgen.errors import InputError
-from fastgen.sampling.probe import CHECK, FIT, LENGTH, ZERO, Start, Trace, run_probe, start_run
+from fastgen.sampling.probe import CHECK, FIT, LENGTH, ZERO, ProbeStart, Trace, run_probe, start_run
 from fastgen.sampling.schedulers import default_name, make_scheduler
 from fastgen.sampling.tables import SolverTable, format_key, parse_key
 
@@ -130,7 +130,7 @@ def _check_config(config: Mapping[str, Any]) -> None:
         raise InputError(f"variance_type={config['variance_type']} needs a network that predicts variances")
 
 
-def _streams(start: Start) -> np.ndarray:
+def _streams(start: ProbeStart) -> np.ndarray:
     return 1 + start.skipped_rows + np.arange(len(start.timesteps), dtype=np.int64)
 
 

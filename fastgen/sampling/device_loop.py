@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 
 from fastgen.sampling import streams
 from fastgen.sampling.graphs import Graph
-from fastgen.sampling.loop import Row, guide, guided_rows, pack_rows, step, take_rows, unconditional_first
+from fastgen.sampling.loop import TableRow, guide, guided_rows, pack_rows, step, take_rows, unconditional_first
 from fastgen.sampling.noise import normal
 from fastgen.sampling.tables import SolverTable
 
@@ -35,7 +35,7 @@ class TorchNetworks(Protocol):
 class _Prepared(NamedTuple):
     """What is known of a row before the network runs; `noise` None where the solver draws none."""
 
-    row: Row
+    row: TableRow
     noise: Tensor | None
     sample: Tensor  # (B, C, h, w)
     timestep: Tensor  # (B,)

@@ -19,11 +19,11 @@ from fastgen.sampling.tables import SolverTable
 
 Array = Any  # an array of any array-API library
 # (sample (N, ...), timestep (N,) float32, cond (N, ...)) -> prediction like sample
-Network = Callable[[Array, Array, Array], Array]
+Denoiser = Callable[[Array, Array, Array], Array]
 History = tuple[Array, ...]  # predictions, newest first
 
 
-class Row(NamedTuple):
+class TableRow(NamedTuple):
     """Coefficients of one row, see SolverTable. Floats, or arrays (B, 1, 1, 1) when the images of a batch stand at
     different rows; `b` is a sequence of H of them. `clip` is a float for the whole batch, or None."""
 
@@ -42,14 +42,14 @@ class Row(NamedTuple):
     clip: float | None
 
 
-SCALARS = tuple(name for name in Row._fields if name not in ("stream", "b", "clip"))
-ROW_COLUMNS = ("timesteps", "streams", *Row._fields[2:-1])  # the table's columns, in a Row's order
+SCALARS = tuple(name for name in TableRow._fields if name not in ("stream", "b", "clip"))
+ROW_COLUMNS = ("timesteps", "streams", *TableRow._fields[2:-1])  # the table's columns, in a Row's order
 
 
-def table_rows(table: SolverTable) -> list[Row]:
+def table_rows(table: SolverTable) -> list[TableRow]:
     """The rows as Python numbers: R of them, in order."""
     columns = [getattr(table, name).tolist() for name in ROW_COLUMNS]
-    return [Row._make((*values, table.clip)) for values in zip(*columns, strict=True)]
+    return [TableRow._make((*values, table.clip)) for values in zip(*columns, strict=True)]
 
 
 class PackedRows(NamedTuple):
@@ -69,7 +69,7 @@ def pack_rows(table: SolverTable, xp: Any = numpy, device: Any = None) -> Packed
     return PackedRows(coefficients, xp.asarray(table.streams.tolist(), dtype=xp.int64, device=device), table.clip)
 
 
-def take_rows(packed: PackedRows, index: Array, ndim: int = 4) -> Row:
+def take_rows(packed: PackedRows, index: Array, ndim: int = 4) -> TableRow:
     """The rows number `index` (B,), or (1,) for a whole batch, for a state of `ndim` dimensions: timestep and stream (B,),
     b H times (B, 1, ...), the others (B, 1, ...). Two lookups on the device, the rest are views: nothing waits for the host."""
     xp = array_namespace(index)
@@ -78,10 +78,10 @@ def take_rows(packed: PackedRows, index: Array, ndim: int = 4) -> Row:
     scalars = {name: xp.reshape(values[:, i], shape) for i, name in enumerate(SCALARS)}
     b = [xp.reshape(values[:, i], shape) for i in range(len(SCALARS), values.shape[1])]
     scalars["timestep"] = values[:, 0]
-    return Row(**scalars, stream=xp.take(packed.streams, index, axis=0), b=b, clip=packed.clip)
+    return TableRow(**scalars, stream=xp.take(packed.streams, index, axis=0), b=b, clip=packed.clip)
 
 
-def step(x: Array, history: History, prediction: Array, row: Row, z: Array | None = None) -> tuple[Array, History]:
+def step(x: Array, history: History, prediction: Array, row: TableRow, z: Array | None = None) -> tuple[Array, History]:
     """One step of any solver: the state x (B, ...) and its history after the network said `prediction` at this row.
 
     `history` holds the newest predictions, at most H - 1 are read; start with (). In a graph with static shapes pass
@@ -96,13 +96,13 @@ def step(x: Array, history: History, prediction: Array, row: Row, z: Array | Non
     return x_next, predictions[: len(row.b) - 1]
 
 
-def sample(network: Network, table: SolverTable, x: Array, cond: Array, **options: Any) -> Array:
+def sample(network: Denoiser, table: SolverTable, x: Array, cond: Array, **options: Any) -> Array:
     """The generated sample, shaped like x: the last state of `sample_steps`, which takes the same arguments."""
     return deque(sample_steps(network, table, x, cond, **options), maxlen=1)[0][1]
 
 
 def sample_steps(
-    network: Network,
+    network: Denoiser,
     table: SolverTable,
     x: Array,
     cond: Array,
@@ -111,7 +111,7 @@ def sample_steps(
     guidance_scale: float = 1.0,
     uncond: Array | None = None,
     guidance_interval: tuple[int, int] | None = None,
-    guided: Network | None = None,
+    guided: Denoiser | None = None,
 ) -> Iterator[tuple[int, Array]]:
     """Run a solver table from the state x (B, ...) float32; yields (i, state after row i), the last one the generated sample.
 
@@ -189,7 +189,9 @@ def guided_rows(
     """First guided row, and the one after the last; equal if none is. Raises InputError."""
     lo, hi = interval if interval is not None else (0, len(table))
     if not 0 <= lo < hi <= len(table):
-        raise InputError(f"guidance interval {lo} {hi}, expected 0 <= LO < HI <= {len(table)}, the rows of {table.key}")
+        raise InputError(
+            f"guidance_interval is {lo} {hi}, expected 0 <= LO < HI <= {len(table)}, the rows of {table.key}"
+        )
     if guidance_scale == 1.0:
         return 0, 0
     if not has_uncond:

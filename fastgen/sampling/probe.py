@@ -17,7 +17,7 @@ FIT, ZERO, CHECK = 0, 1, -1  # groups of probe vectors, see Trace
 
 
 @dataclass(frozen=True)
-class Start:
+class ProbeStart:
     """Where a run starts: alpha * clean + sigma * noise, then the rows of `timesteps` (a tensor), the last of the full
     schedule's rows, of which `skipped_rows` come before."""
 
@@ -46,7 +46,7 @@ class Trace:
     converted: np.ndarray | None  # the scheduler's convert_model_output
 
 
-def start_run(scheduler: Any, num_inference_steps: int, noise_steps: int | None) -> Start:
+def start_run(scheduler: Any, num_inference_steps: int, noise_steps: int | None) -> ProbeStart:
     """Set the scheduler's timesteps, for the `noise_steps` least noisy steps if given. Raises InputError."""
     train_steps = scheduler.config.get("num_train_timesteps", 1000)
     if not 1 <= num_inference_steps <= train_steps:
@@ -62,12 +62,12 @@ def start_run(scheduler: Any, num_inference_steps: int, noise_steps: int | None)
         raise InputError("diffusers' trailing spacing ends at timestep -1 here; choose another number of steps nearby")
     if noise_steps is None:
         _set_begin(scheduler, 0)
-        return Start(full, 0, 0.0, float(getattr(scheduler, "init_noise_sigma", 1.0)))
+        return ProbeStart(full, 0, 0.0, float(getattr(scheduler, "init_noise_sigma", 1.0)))
     if type(scheduler).__name__ == "LMSDiscreteScheduler":
         raise InputError("cannot start late: its coefficients presume the steps before")
     late = _late_pndm(scheduler, noise_steps) if pndm else _late(scheduler, noise_steps)
     _set_begin(scheduler, len(full) - len(late))
-    return Start(late, len(full) - len(late), *_noising(scheduler, late[0]))
+    return ProbeStart(late, len(full) - len(late), *_noising(scheduler, late[0]))
 
 
 def _set_begin(scheduler: Any, row: int) -> None:
@@ -114,7 +114,7 @@ def _noising(scheduler: Any, timestep: Any) -> tuple[float, float]:
     return alpha, sigma
 
 
-def run_probe(scheduler: Any, start: Start, step_options: Mapping[str, Any]) -> Trace:
+def run_probe(scheduler: Any, start: ProbeStart, step_options: Mapping[str, Any]) -> Trace:
     """Run the schedule once, with all groups as one batch. Uses the scheduler up; it must be the caller's own copy."""
     import torch
 

@@ -22,7 +22,7 @@ from fastgen.presets import Preset
 from fastgen.training.autocast import choose
 from fastgen.training.logs import Tracker, TrainingLog, say
 from fastgen.training.processes import Processes
-from fastgen.training.trainer import Run
+from fastgen.training.trainer import TrainingRun
 
 FILE = "training.json"
 # Keys of a recipe that do not change the trained weights: they may differ when a job continues.
@@ -56,10 +56,10 @@ class Job:
     def log(self) -> TrainingLog:
         return TrainingLog(self.folder / "log.jsonl", self.tracker)
 
-    def run(self, stage: str, precision: str) -> Run:
+    def run(self, stage: str, precision: str) -> TrainingRun:
         """The folders, the device and the precision for the training of `stage`."""
         text = json.dumps(self.identity, sort_keys=True)
-        return Run(
+        return TrainingRun(
             checkpoints=self.folder / "checkpoints" / stage,
             previews=self.folder / "previews",
             log=self.log,

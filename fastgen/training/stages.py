@@ -14,7 +14,7 @@ from fastgen.models.build import build_module, build_text_encoder, load_text_enc
 from fastgen.models.folder import Model, save_model
 from fastgen.models.networks.labels import LabelConditioner, LabelUNet, conditioner_dim, unet_class
 from fastgen.models.networks.text import TextUNet
-from fastgen.presets import Network, Preset, Training
+from fastgen.presets import NetworkPreset, Preset, Training
 from fastgen.training.bpe import train_tokenizer
 from fastgen.training.classifier import AttributeTask, ClassifierTask
 from fastgen.training.contrastive import ContrastiveTask
@@ -228,12 +228,12 @@ def _fit_unet(
     fit(task, recipe, run)
 
 
-def _network(part: Network | None) -> Network:
+def _network(part: NetworkPreset | None) -> NetworkPreset:
     assert part is not None  # Preset has checked it
     return part
 
 
-def _recipe(part: Network | None, name: str) -> Training:
+def _recipe(part: NetworkPreset | None, name: str) -> Training:
     network = _network(part)
     if network.train is None:
         raise InputError(f"{name}.path: this network is what the preset trains; give {name}.config and {name}.train")

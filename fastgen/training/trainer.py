@@ -29,7 +29,7 @@ PLOT_EVERY_S = 60
 
 
 @dataclass(frozen=True)
-class Run:
+class TrainingRun:
     """The folders, device and precision of one stage of a job. `resume`: another run's checkpoint to begin at."""
 
     checkpoints: Path
@@ -42,7 +42,7 @@ class Run:
     resume: Checkpoint | None = None
 
 
-def fit(task: Task, recipe: Training, run: Run) -> None:
+def fit(task: Task, recipe: Training, run: TrainingRun) -> None:
     """Optimise `task.module` by the recipe, from the newest intact checkpoint on. At the end the module is in eval mode and
     has the averaged weights, the last or the best ones.
 
@@ -85,7 +85,7 @@ def fit(task: Task, recipe: Training, run: Run) -> None:
     state.module.eval().requires_grad_(False)
 
 
-def begin(task: Task, recipe: Training, run: Run) -> State:
+def begin(task: Task, recipe: Training, run: TrainingRun) -> State:
     """The state at the newest intact checkpoint of this stage, else at `run.resume`, or the initial one."""
     state = initial(task.module, recipe, run.precision, len(task.train_rows))
     checkpoint = checkpoints.latest(run.checkpoints, say)
@@ -99,7 +99,7 @@ def begin(task: Task, recipe: Training, run: Run) -> State:
     return state
 
 
-def look(task: Task, state: State, recipe: Training, run: Run) -> dict[str, float]:
+def look(task: Task, state: State, recipe: Training, run: TrainingRun) -> dict[str, float]:
     """A row of the log for the steps since the last one. Raises FastgenError for a loss that is not finite."""
     losses, norms = torch.stack(state.pending).T  # (n,) each
     losses = run.processes.sum(losses.contiguous()).double().cpu().numpy()
@@ -120,7 +120,7 @@ def look(task: Task, state: State, recipe: Training, run: Run) -> dict[str, floa
 
 
 @torch.no_grad()
-def validate(task: Task, state: State, recipe: Training, run: Run) -> dict[str, float]:
+def validate(task: Task, state: State, recipe: Training, run: TrainingRun) -> dict[str, float]:
     """The averaged weights' loss on the validation examples, with the same noise every time; the best weights are kept."""
     with state.ema.swapped_in(state.module):
         loss = _validation_loss(task, state, recipe, run)
@@ -135,7 +135,7 @@ def validate(task: Task, state: State, recipe: Training, run: Run) -> dict[str, 
     return {"validation_loss": loss, **figures}
 
 
-def _validation_loss(task: Task, state: State, recipe: Training, run: Run) -> float:
+def _validation_loss(task: Task, state: State, recipe: Training, run: TrainingRun) -> float:
     rows = task.validation_rows[: recipe.validation_limit]
     mine = run.processes.part(np.arange(len(rows))) if task.splits_batches else np.arange(len(rows))
     total = torch.zeros((), dtype=torch.float64, device=run.precision.device)
@@ -150,7 +150,7 @@ def _validation_loss(task: Task, state: State, recipe: Training, run: Run) -> fl
 
 
 @torch.no_grad()
-def preview(task: Task, state: State, run: Run) -> None:
+def preview(task: Task, state: State, run: TrainingRun) -> None:
     if not run.processes.is_main:
         return
     with state.ema.swapped_in(state.module):
@@ -161,7 +161,7 @@ def preview(task: Task, state: State, run: Run) -> None:
         image.save(run.previews / f"{prefix}{state.step:06d}.png")
 
 
-def final_weights(state: State, recipe: Training, run: Run) -> Mapping[str, torch.Tensor]:
+def final_weights(state: State, recipe: Training, run: TrainingRun) -> Mapping[str, torch.Tensor]:
     """The last averaged weights, or the best ones where the recipe says so."""
     if recipe.final == "last":
         return state.ema.weights

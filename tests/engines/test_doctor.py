@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from fastgen.engines import doctor, engine_class, engine_names
-from fastgen.engines.doctor import Report, judge, libraries
+from fastgen.engines.doctor import MachineReport, judge, libraries
 from fastgen.engines.doctor.diagnosis import Cache, Machine, driver_too_old
 from fastgen.engines.doctor.libraries import Library, inspect, loaded_nvinfer, read_answer
 from fastgen.engines.machine import Cpu, Driver, Gpu, cpu, gpus, version
@@ -68,7 +68,7 @@ def machine(**changes) -> Machine:
 def says(name: str, there: Machine) -> list[str]:
     """The lines about an engine on a machine."""
     verdict = judge(name, engine_class(name), there)
-    lines = Report(there, [verdict]).lines()
+    lines = MachineReport(there, [verdict]).lines()
     return [line.strip() for line in lines[lines.index("") + 1 :]]
 
 
@@ -90,7 +90,7 @@ def test_every_engine_is_ready_where_everything_is_in_order(name):
 
 
 def test_the_screen_of_a_gpu_machine():
-    lines = Report(machine(), [judge("trt", engine_class("trt"), machine())]).lines()
+    lines = MachineReport(machine(), [judge("trt", engine_class("trt"), machine())]).lines()
     assert lines[1:] == [
         "GPU 0         NVIDIA H200, 140.4 GiB, compute capability 9.0, bf16 and fp16",
         "driver        580.95.05, CUDA up to 13.0",
@@ -465,7 +465,7 @@ def test_a_cache_that_others_can_write_to_is_shown(tmp_path, monkeypatch):
     held = doctor.cache()
     assert f"{tmp_path / 'cache'}: other users can write to this cache; run `chmod 700" in str(held.error)
     there = machine(cache=held)
-    lines = Report(there, []).lines()
+    lines = MachineReport(there, []).lines()
     assert f"cache         {held.error}" in lines
 
 

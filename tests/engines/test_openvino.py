@@ -18,14 +18,16 @@ from fastgen.engines.cache.artifacts import artifacts  # noqa: E402
 from fastgen.engines.openvino import engine as module  # noqa: E402
 from fastgen.engines.openvino import rewrites  # noqa: E402
 from fastgen.generate.pipeline import load  # noqa: E402
-from fastgen.models.signatures import Signature, Tensor  # noqa: E402
+from fastgen.models.signatures import Signature, TensorSpec  # noqa: E402
 
 HALF = 64  # height and width of the images that are normalised channels last
 
 
 def exported(network, shape, out, tmp_path):
     """The network on (B, *shape) -> (B, *out) as an OpenVINO graph of one row."""
-    signature = Signature((Tensor("x", "float32", ("batch", *shape)),), (Tensor("y", "float32", ("batch", *out)),))
+    signature = Signature(
+        (TensorSpec("x", "float32", ("batch", *shape)),), (TensorSpec("y", "float32", ("batch", *out)),)
+    )
     export_onnx(network.eval(), signature, tmp_path / "model.onnx")
     model = openvino.Core().read_model(tmp_path / "model.onnx")
     model.reshape([1, *shape])

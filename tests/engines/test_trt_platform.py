@@ -13,7 +13,7 @@ from tensorrt_double import BEHAVIOUR
 import fastgen.sampling.streams
 from fastgen.engines import missing_packages
 from fastgen.engines.trt import platform
-from fastgen.engines.trt.platform import Gpu, open_gpu, open_platform
+from fastgen.engines.trt.platform import TrtDevice, open_gpu, open_platform
 from fastgen.errors import InputError
 
 torch = pytest.importorskip("torch")
@@ -127,7 +127,7 @@ def streams(monkeypatch):
 def test_work_is_queued_on_the_current_stream(streams):
     set_current, log = streams
     set_current(5)
-    with Gpu("cuda", "", "", 0).stream() as handle:
+    with TrtDevice("cuda", "", "", 0).stream() as handle:
         assert handle == 5
     assert log == []
 
@@ -135,10 +135,10 @@ def test_work_is_queued_on_the_current_stream(streams):
 def test_on_the_default_stream_a_stream_of_its_own_runs_in_its_place(streams):
     set_current, log = streams
     set_current(0)
-    with Gpu("cuda", "", "", 0).stream() as handle:
+    with TrtDevice("cuda", "", "", 0).stream() as handle:
         assert (handle, log) == (99, [(99, 0)])  # after what is queued
     assert log == [(99, 0), (0, 99)]  # before what comes
     log.clear()
-    with pytest.raises(ValueError, match="inside"), Gpu("cuda", "", "", 0).stream():
+    with pytest.raises(ValueError, match="inside"), TrtDevice("cuda", "", "", 0).stream():
         raise ValueError("inside")
     assert log == [(99, 0), (0, 99)]

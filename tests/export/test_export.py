@@ -166,9 +166,9 @@ def test_a_bundle_is_no_model_folder_for_another_bundle(bundle, tmp_path):
 
 
 def test_every_file_of_a_bundle_is_verified_once_for_all_engines(bundle, monkeypatch):
-    verify, verified = fastgen.models.bundle._verify, []
+    check, verified = fastgen.models.bundle.check_file, []
     monkeypatch.setattr(
-        fastgen.models.bundle, "_verify", lambda path, file: (verified.append(path), verify(path, file))
+        fastgen.models.bundle, "check_file", lambda path, *rest: (verified.append(path), check(path, *rest))
     )
     assert len(export(bundle, bundle, engines=["ort", "openvino"])) == 2
     assert {"model.onnx", "reference.safetensors"} < {path.name for path in verified}

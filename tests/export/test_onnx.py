@@ -22,7 +22,7 @@ from export.onnx import export_onnx
 from fastgen.models.bundle import read_bundle
 from fastgen.models.folder import load_model
 from fastgen.models.precision import lowered
-from fastgen.models.signatures import Signature, Tensor, network_dtype
+from fastgen.models.signatures import Signature, TensorSpec, network_dtype
 
 CASES = [("text", "fp16"), ("labels", "bf16")]
 IR_DTYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
@@ -118,7 +118,7 @@ def test_both_rewrites_work_in_lowered_graphs(dtype, tmp_path):
     """onnx's own reference evaluator runs them; onnxruntime's CPU has no convolution in bf16."""
     module = Small().eval()
     signature = Signature(
-        (Tensor("x", "float32", ("batch", 3, 4, 4)),), (Tensor("out", "float32", ("batch", 128, 8, 8)),)
+        (TensorSpec("x", "float32", ("batch", 3, 4, 4)),), (TensorSpec("out", "float32", ("batch", 128, 8, 8)),)
     )
     export_onnx(module, signature, tmp_path / "model.onnx", dtype)
     operators = [node.op_type for node in ir.load(tmp_path / "model.onnx").graph]

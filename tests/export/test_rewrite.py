@@ -19,7 +19,7 @@ from torch import nn
 from export.onnx import export_onnx
 from export.rewrite import SubpixelUpsample, subpixel_upsampling
 from fastgen.engines.ort.session import FUSED
-from fastgen.models.signatures import Signature, Tensor
+from fastgen.models.signatures import Signature, TensorSpec
 
 
 @pytest.mark.parametrize("size", [(1, 1), (5, 8)])
@@ -77,7 +77,7 @@ class Attention(nn.Module):
 def test_exported_attention_is_torchs_and_fused_where_it_has_no_mask(options, fused, tmp_path):
     module = Attention(**options).eval()
     signature = Signature(
-        (Tensor("states", "float32", ("batch", 11, 32)),), (Tensor("out", "float32", ("batch", 11, 32)),)
+        (TensorSpec("states", "float32", ("batch", 11, 32)),), (TensorSpec("out", "float32", ("batch", 11, 32)),)
     )
     export_onnx(module, signature, tmp_path / "model.onnx")
     assert (tmp_path / FUSED).exists() == fused

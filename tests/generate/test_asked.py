@@ -12,7 +12,7 @@ from PIL import Image
 
 from fastgen.errors import InputError
 from fastgen.files.png import read_metadata
-from fastgen.generate.job_input import asked_for
+from fastgen.generate.job_input import read_input
 from fastgen.generate.requests import typed_requests
 
 FEW = ("--num-inference-steps", 2)
@@ -56,17 +56,17 @@ def test_typed_requests_depend_on_nothing_but_what_is_typed():
 def test_what_cannot_be_meant_is_refused(options, words):
     given = {"file": None, "prompts": [], "labels": [], "out": None} | options
     with pytest.raises(InputError) as error:
-        asked_for(**given)
+        read_input(**given)
     assert words in str(error.value)
 
 
 def test_without_out_the_name_comes_from_the_words_and_the_seed():
     name = "A small, purple monster: with ÄÖÜ and one big eye, wielding an axe, moving"
-    asked = asked_for(None, [name], [], None, seed=7)
+    asked = read_input(None, [name], [], None, seed=7)
     assert asked.single
     assert asked.out == Path("generated/a-small-purple-monster-with-and-one-big-eye-wielding-an-axe-7.png")
-    assert asked_for(None, ["猫"], [], None).out == Path("generated/image-0.png")
-    several = asked_for(None, [], ["red cube"], None, count=3)
+    assert read_input(None, ["猫"], [], None).out == Path("generated/image-0.png")
+    several = read_input(None, [], ["red cube"], None, count=3)
     assert (several.out, several.single) == (Path("generated/red-cube-0"), False)
 
 

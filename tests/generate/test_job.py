@@ -236,7 +236,7 @@ def test_an_output_folder_may_be_a_symlink_but_nothing_below_it(pipelines, reque
 
 @pytest.mark.parametrize(
     ("settings", "words"),
-    [({"guidance_interval": (3, 2)}, "guidance interval 3 2"), ({"scheduler": "nope"}, "unknown scheduler 'nope'")],
+    [({"guidance_interval": (3, 2)}, "guidance_interval is 3 2"), ({"scheduler": "nope"}, "unknown scheduler 'nope'")],
 )
 def test_a_refused_job_leaves_no_folder(pipelines, requests_files, tmp_path, settings, words):
     with pytest.raises(InputError, match=words):

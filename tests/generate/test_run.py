@@ -21,7 +21,7 @@ def labels(label_bundle):
 
 @pytest.mark.parametrize("scale", [1.0, 2.0])
 def test_generate_refuses_a_guidance_interval_outside_the_solver_s_rows(labels, scale):
-    with pytest.raises(InputError, match="guidance interval 2 9, expected 0 <= LO < HI <= 4, the rows of ddim:4"):
+    with pytest.raises(InputError, match="guidance_interval is 2 9, expected 0 <= LO < HI <= 4, the rows of ddim:4"):
         labels.generate(
             labels=[["red cube"]],
             scheduler="ddim",

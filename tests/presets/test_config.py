@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from fastgen.errors import InputError
-from fastgen.presets import Network, Preset, Training, load_preset, preset_names
+from fastgen.presets import NetworkPreset, Preset, Training, load_preset, preset_names
 
 LABELS = """
 family = "labels"
@@ -116,13 +116,13 @@ def test_an_unknown_preset_names_the_nearest_one() -> None:
 
 def test_a_network_is_either_loaded_or_trained() -> None:
     with pytest.raises(InputError, match="either a path"):
-        Network(path="folder", config={"a": 1})
+        NetworkPreset(path="folder", config={"a": 1})
     with pytest.raises(InputError, match="either a path"):
-        Network()
+        NetworkPreset()
 
 
 def test_the_text_family_needs_its_three_networks() -> None:
-    trained = Network(config={"a": 1}, train=Training(steps=1))
+    trained = NetworkPreset(config={"a": 1}, train=Training(steps=1))
     with pytest.raises(InputError, match=r"\[text_encoder\], \[vae\], \[unet\], \[scheduler\]"):
         Preset("x", "text", 64, "pad", unet=trained, scheduler={"_class_name": "DDPMScheduler"})
 

@@ -20,7 +20,7 @@ from fastgen.generate.run import Run
 from fastgen.generate.shards import Shard
 from fastgen.generate.start import late_start
 from fastgen.retrieval.index import Index, open_index
-from fastgen.retrieval.indexing import Options, build_index, default_folder, trained_mode
+from fastgen.retrieval.indexing import IndexOptions, build_index, default_folder, trained_mode
 
 pytest.importorskip("torch")
 
@@ -132,7 +132,7 @@ def test_latents_are_the_scaled_mean_of_diffusers_vae(monsters_data, eager, text
 
     from fastgen.data.images import load_image
 
-    index, _ = build_index(monsters_data, eager, tmp_path / "index", Options(image_mode=mode))
+    index, _ = build_index(monsters_data, eager, tmp_path / "index", IndexOptions(image_mode=mode))
     vae = AutoencoderKL.from_pretrained(text_model / "vae").eval()
     images = np.stack([np.asarray(load_image(monsters_data / i["id"], 32, mode=mode)) for i in index.images])
     x = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -143,17 +143,17 @@ def test_latents_are_the_scaled_mean_of_diffusers_vae(monsters_data, eager, text
 
 
 def test_an_index_holds_every_frame_or_the_first_and_each_distinct_text_once(monsters_data, index, ort, tmp_path):
-    first, _ = build_index(monsters_data, ort, tmp_path / "first", Options(frames="first"))
+    first, _ = build_index(monsters_data, ort, tmp_path / "first", IndexOptions(frames="first"))
     assert (len(index), len(first)) == (16, 8)
     assert all_rows(first) == [row for row in all_rows(index) if row[0].endswith("_0.png")]
     assert len(index.embeddings) == len(first.embeddings) == 16
-    alone, _ = build_index(monsters_data, ort, tmp_path / "alone", Options(text="description"))
+    alone, _ = build_index(monsters_data, ort, tmp_path / "alone", IndexOptions(text="description"))
     assert len(alone.embeddings) == 8
 
 
 @pytest.mark.parametrize("text", ["caption", "description"])
 def test_a_text_finds_the_first_image_that_it_describes(monsters_data, ort, tmp_path, text):
-    index, _ = build_index(monsters_data, ort, tmp_path / "index", Options(text=text))
+    index, _ = build_index(monsters_data, ort, tmp_path / "index", IndexOptions(text=text))
     words = "Green robot with a sword, drawn."
     queries = pooled_states(ort.engine, ort.tokenizer, [words, f"{words} The monster is dying."])
     rows, similarities = index.nearest(queries, 1)
@@ -318,7 +318,7 @@ def test_the_seed_chooses_among_the_k_nearest(ort, index):
 
 
 def test_an_index_of_descriptions_is_asked_by_the_description(monsters_data, ort, tmp_path, requests):
-    index, _ = build_index(monsters_data, ort, tmp_path / "index", Options(text="description"))
+    index, _ = build_index(monsters_data, ort, tmp_path / "index", IndexOptions(text="description"))
     start = index.start(ort, requests, seed=0)
     assert all(similarity == pytest.approx(1, abs=1e-6) for _, similarity in start.nearest.values())
     bare = [Request(r.id, r.image_name, prompt=r.prompt) for r in requests]
@@ -352,7 +352,7 @@ def test_the_python_api_takes_an_index_or_its_folder_and_gives_the_job_s_pixels(
 
 
 def test_another_question_of_the_index_is_another_job(monsters_data, ort, requests, tmp_path):
-    index, _ = build_index(monsters_data, ort, tmp_path / "index", Options(text="description"))
+    index, _ = build_index(monsters_data, ort, tmp_path / "index", IndexOptions(text="description"))
     run(ort, requests, tmp_path / "out", index)
     bare = [Request(r.id, r.image_name, prompt=r.prompt) for r in requests]
     with pytest.raises(InputError, match="holds another job: queries_sha256 is"):
@@ -366,7 +366,7 @@ def test_another_start_is_another_job(monsters_data, ort, index, requests, tmp_p
     if change == "plain":
         other, options, change = None, {}, "rag_sha256"
     elif change == "rag_sha256":
-        other, _ = build_index(monsters_data, ort, tmp_path / "other", Options(frames="first"))
+        other, _ = build_index(monsters_data, ort, tmp_path / "other", IndexOptions(frames="first"))
     else:
         options[change] = 2
     with pytest.raises(InputError, match=f"holds another job: {change} is"):

@@ -286,7 +286,7 @@ def test_a_guidance_interval_limits_guidance_to_its_rows():
 @pytest.mark.parametrize("interval", [(3, 3), (4, 2), (-1, 3), (0, 7)])
 def test_an_impossible_guidance_interval_is_an_input_error(interval):
     table = TableCompiler(config()).table("ddim:6")
-    with pytest.raises(InputError, match=r"guidance interval .*expected 0 <= LO < HI <= 6"):
+    with pytest.raises(InputError, match=r"guidance_interval is .*expected 0 <= LO < HI <= 6"):
         fastgen_run(table, Denoiser([0.5] * 1000), guidance_interval=interval)
 
 

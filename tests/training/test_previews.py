@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastgen.errors import InputError
 from fastgen.files import png
 from fastgen.files.names import ICLEVR_OBJECTS
-from fastgen.presets import Network, Preset, Sampling, Training, load_preset
+from fastgen.presets import NetworkPreset, Preset, Sampling, Training, load_preset
 from fastgen.sampling.compile import TableCompiler
 from fastgen.training.autocast import choose
 from fastgen.training.previews import (
@@ -99,7 +99,7 @@ def test_a_preview_samples_with_the_table_that_generate_compiles_also_at_every_t
 
 
 def preset(**preview: Any) -> Preset:
-    network, schedule = Network(config={"a": 1}, train=Training(steps=1)), {"_class_name": "DDPMScheduler"}
+    network, schedule = NetworkPreset(config={"a": 1}, train=Training(steps=1)), {"_class_name": "DDPMScheduler"}
     if "labels" in preview:
         return Preset("p", "labels", 8, "pad", network, schedule, conditioner={"kind": "concat"}, preview=preview)
     parts = {"text_encoder": network, "vae": network}

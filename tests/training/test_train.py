@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from fastgen.errors import InputError
 from fastgen.models.folder import load_model
-from fastgen.presets import Network, Preset, Training, load_preset
+from fastgen.presets import NetworkPreset, Preset, Training, load_preset
 from fastgen.training import train
 
 LABEL_PRESET = """
@@ -354,8 +354,8 @@ def test_networks_with_a_path_are_loaded_frozen(described: Path, tmp_path: Path)
     first = train(preset_of(TEXT_PRESET, tmp_path), described, tmp_path / "first", progress=False)
     preset = replace(
         preset_of(TEXT_PRESET, tmp_path, ("unet.train.steps=3",)),
-        vae=Network(path=str(first)),
-        text_encoder=Network(path=str(first), subfolder="text_encoder"),
+        vae=NetworkPreset(path=str(first)),
+        text_encoder=NetworkPreset(path=str(first), subfolder="text_encoder"),
     )
     second = train(preset, described, tmp_path / "second", progress=False)
     a, b = weights(first), weights(second)
@@ -367,7 +367,7 @@ def test_networks_with_a_path_are_loaded_frozen(described: Path, tmp_path: Path)
 
 
 def test_a_path_that_holds_no_network_is_one_line(described: Path, tmp_path: Path) -> None:
-    preset = replace(preset_of(TEXT_PRESET, tmp_path), vae=Network(path=str(tmp_path)))
+    preset = replace(preset_of(TEXT_PRESET, tmp_path), vae=NetworkPreset(path=str(tmp_path)))
     with pytest.raises(InputError, match=r"vae\.path = ") as raised:
         train(preset, described, tmp_path / "model", progress=False)
     assert "\n" not in str(raised.value)
@@ -377,7 +377,7 @@ def test_an_evaluator_is_trained_saved_and_loaded(labelled: Path, tmp_path: Path
     from fastgen.models import evaluator
 
     recipe = Training(steps=3, batch_size=4, precision="fp32", validation_fraction=0.25)
-    preset = Preset("tiny", "evaluator", 64, "stretch", evaluator=Network({"width": 8}, train=recipe))
+    preset = Preset("tiny", "evaluator", 64, "stretch", evaluator=NetworkPreset({"width": 8}, train=recipe))
     out = train(preset, labelled, tmp_path / "evaluator", progress=False)
     loaded = evaluator.load(out)
     assert loaded.objects == {"red cube": 0, "green cube": 1, "blue cube": 2}
@@ -394,7 +394,7 @@ def test_an_evaluator_of_attributes_is_trained_saved_and_loaded(described: Path,
     entries = {key: {"colour": list(COLOURS)[int(key[0]) % 3], "action": key[2:]} for key in keys}
     (described / "attributes.json").write_text(json.dumps(entries))
     recipe = Training(steps=3, batch_size=4, precision="fp32", validation_fraction=0.25)
-    preset = Preset("tiny", "evaluator", 64, "stretch", evaluator=Network({"width": 8}, train=recipe))
+    preset = Preset("tiny", "evaluator", 64, "stretch", evaluator=NetworkPreset({"width": 8}, train=recipe))
     out = train(preset, described, tmp_path / "evaluator", progress=False)
     loaded = evaluator.load(out)
     assert loaded.attributes == {"colour": ("blue", "green", "red"), "action": ("attack1", "main")}

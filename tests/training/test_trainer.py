@@ -24,7 +24,7 @@ from fastgen.training.logs import TrainingLog
 from fastgen.training.optimise import learning_rate
 from fastgen.training.optimizers import Muon
 from fastgen.training.sources import LabelSource, PixelSpace
-from fastgen.training.trainer import Run, fit
+from fastgen.training.trainer import TrainingRun, fit
 
 CPU = torch.device("cpu")
 RECIPE = Training(
@@ -75,8 +75,8 @@ def diffusion_task(dropout_layer: float = 0.1) -> DiffusionTask:
     return DiffusionTask(module, *sources, SCHEDULE, rows, dropout=0.2, flip=True)
 
 
-def run_in(folder: Path, job: str = "a") -> Run:
-    return Run(
+def run_in(folder: Path, job: str = "a") -> TrainingRun:
+    return TrainingRun(
         folder / "checkpoints",
         folder / "previews",
         TrainingLog(folder / "log.jsonl"),

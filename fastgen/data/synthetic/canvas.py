@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
-Points = NDArray[np.float64]  # (N, 2)
+Polygon = NDArray[np.float64]  # (N, 2)
 RGB = tuple[int, int, int]
 
 BACKGROUND: RGB = (250, 250, 250)
@@ -38,7 +38,7 @@ class Ink:
 class Shape:
     """Polygons that are filled as one; `framed` shapes must lie inside the picture."""
 
-    polygons: tuple[Points, ...]
+    polygons: tuple[Polygon, ...]
     ink: Ink
     framed: bool = True
 
@@ -46,7 +46,7 @@ class Shape:
 class Pen:
     """Appends shapes to a list in a coordinate system of its own (an affine map to the picture's)."""
 
-    def __init__(self, shapes: list[Shape], matrix: Points | None = None) -> None:
+    def __init__(self, shapes: list[Shape], matrix: Polygon | None = None) -> None:
         self.shapes = shapes
         self.matrix = np.eye(3) if matrix is None else matrix
 
@@ -72,13 +72,13 @@ class Pen:
         self.polygon(ribbon(np.asarray(path, float), widths), ink=ink, framed=framed)
 
 
-def oval(x: float, y: float, rx: float, ry: float | None = None, points: int = 40) -> Points:
+def oval(x: float, y: float, rx: float, ry: float | None = None, points: int = 40) -> Polygon:
     """An ellipse as a polygon (points, 2)."""
     turn = np.linspace(0, 2 * np.pi, points, endpoint=False)
     return np.stack([x + rx * np.cos(turn), y + (rx if ry is None else ry) * np.sin(turn)], -1)
 
 
-def smooth(points: Points, closed: bool = False) -> Points:
+def smooth(points: Polygon, closed: bool = False) -> Polygon:
     """A uniform Catmull-Rom curve through the points, CURVE_STEPS per segment."""
     ring = (
         np.concatenate([points[-1:], points, points[:2]])
@@ -92,7 +92,7 @@ def smooth(points: Points, closed: bool = False) -> Points:
     return curve if closed else np.concatenate([curve, points[-1:]])
 
 
-def ribbon(path: Points, widths: Sequence[float]) -> Points:
+def ribbon(path: Polygon, widths: Sequence[float]) -> Polygon:
     """The outline of a smooth line whose full width runs through `widths`, with round ends."""
     line = smooth(path)
     half = np.interp(np.linspace(0, 1, len(line)), np.linspace(0, 1, len(widths)), widths)[:, None] / 2
@@ -126,7 +126,7 @@ def paint(shapes: Sequence[Shape], box: NDArray[np.float64], size: int, margin: 
     return image.reduce(factor)
 
 
-def _paint_shape(image: Image.Image, polygons: list[Points], ink: Ink, scale: float, thinnest: float) -> None:
+def _paint_shape(image: Image.Image, polygons: list[Polygon], ink: Ink, scale: float, thinnest: float) -> None:
     line = max(ink.outline * scale, thinnest) if ink.outline else 0.0
     blur = ink.soft * scale
     pad = int(line + 3 * blur) + 2

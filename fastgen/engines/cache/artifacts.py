@@ -136,7 +136,7 @@ def obtain(
         return _build(recipe, make, say if say_built else lambda line: None)
 
 
-class Difference(NamedTuple):
+class FieldDifference(NamedTuple):
     """A field in which an artifact (`there`) is not what a recipe asks for (`here`)."""
 
     field: str
@@ -148,14 +148,14 @@ class Difference(NamedTuple):
         return f"{self.field} is {_short(self.there)} there, {_short(self.here)} here"
 
 
-def differences(there: Recipe, here: Recipe) -> list[Difference]:
+def differences(there: Recipe, here: Recipe) -> list[FieldDifference]:
     """The fields in which two recipes differ. A field that is None in `here` may have any value there."""
     names = [name for name in dict.fromkeys([*here.fields, *there.fields]) if here.fields.get(name, "") is not None]
-    pairs = [Difference(name, there.fields.get(name), here.fields.get(name)) for name in names]
+    pairs = [FieldDifference(name, there.fields.get(name), here.fields.get(name)) for name in names]
     return [pair for pair in pairs if pair.there != pair.here]
 
 
-def ranked(recipe: Recipe, among: Iterable[Artifact]) -> list[tuple[Artifact, list[Difference]]]:
+def ranked(recipe: Recipe, among: Iterable[Artifact]) -> list[tuple[Artifact, list[FieldDifference]]]:
     """The artifacts of a recipe's network and how each differs from the recipe, the nearest first: it differs in the fewest
     fields."""
     network = recipe.fields.get("network")

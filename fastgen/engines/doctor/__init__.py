@@ -45,7 +45,7 @@ class Verdict:
 
 
 @dataclass(frozen=True)
-class Report:
+class MachineReport:
     """What `fastgen doctor` found."""
 
     machine: Machine
@@ -66,14 +66,14 @@ class Report:
         return {"fastgen": __version__, **asdict(self.machine), "engines": engines}
 
 
-def examine() -> Report:
+def examine() -> MachineReport:
     """Probe this machine and judge every engine. Takes about as long as importing torch and diffusers."""
     from fastgen.engines import engine_class, engine_names
 
     classes = {name: engine_class(name) for name in engine_names()}
     needed = [package for engine in classes.values() for package in engine.packages]
     machine = probe(list(dict.fromkeys([*KNOWN, *needed])))
-    return Report(machine, [judge(name, engine, machine) for name, engine in classes.items()])
+    return MachineReport(machine, [judge(name, engine, machine) for name, engine in classes.items()])
 
 
 def probe(names: list[str]) -> Machine:

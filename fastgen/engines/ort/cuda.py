@@ -22,7 +22,7 @@ from fastgen.engines.torch_base import TorchEngine
 from fastgen.errors import FastgenError, InputError
 from fastgen.files.installing import hint
 from fastgen.models.bundle import graph_name
-from fastgen.models.signatures import Signature, Tensor, network_dtype
+from fastgen.models.signatures import Signature, TensorSpec, network_dtype
 from fastgen.sampling import streams
 
 if TYPE_CHECKING:
@@ -168,7 +168,7 @@ class Runner:
         options.add_run_config_entry("disable_synchronize_execution_providers", "1")
         return _Bound(inputs, outputs, binding, options)
 
-    def _buffer(self, tensor: Tensor, rows: int) -> Any:
+    def _buffer(self, tensor: TensorSpec, rows: int) -> Any:
         import torch
 
         return torch.zeros(tensor.with_batch(rows), dtype=getattr(torch, tensor.dtype), device=self._device)

@@ -18,7 +18,7 @@ from fastgen.engines.torch_base import TorchEngine
 from fastgen.engines.trt import platform
 from fastgen.engines.trt.plan import PLAN, make_recipe, open_engine, read_verified
 from fastgen.engines.trt.product import Product
-from fastgen.models.signatures import Signature, Tensor
+from fastgen.models.signatures import Signature, TensorSpec
 
 if TYPE_CHECKING:
     from fastgen.engines.doctor.diagnosis import Machine, Problem
@@ -150,6 +150,6 @@ class TrtEngine(TorchEngine):
                 raise self._platform.failure(f"engine {self.name}: {name} cannot be bound")
             plan.addresses[name] = address
 
-    def _empty(self, tensor: Tensor, rows: int) -> Any:
+    def _empty(self, tensor: TensorSpec, rows: int) -> Any:
         dtype = getattr(self._torch, tensor.dtype)
         return self._torch.empty(tensor.with_batch(rows), dtype=dtype, device=self.device)

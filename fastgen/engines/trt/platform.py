@@ -29,7 +29,7 @@ class DeviceMemoryError(FastgenError, MemoryError):
 
 
 @dataclass(frozen=True)
-class Gpu:
+class TrtDevice:
     """A CUDA device as torch names it; `memory` in bytes."""
 
     device: str
@@ -65,7 +65,7 @@ class Gpu:
 
 
 @dataclass(frozen=True)
-class Library:
+class TrtLibrary:
     """A TensorRT product's module; `log` collects what it reports as errors."""
 
     product: Product
@@ -98,11 +98,11 @@ class Library:
 
 
 @dataclass(frozen=True)
-class Platform(Library):
+class Platform(TrtLibrary):
     """A product's module and runtime on a GPU."""
 
     runtime: Any
-    gpu: Gpu
+    gpu: TrtDevice
 
     @property
     def fields(self) -> dict[str, str]:
@@ -115,10 +115,10 @@ class Platform(Library):
         }
 
 
-def open_library(product: Product) -> Library:
+def open_library(product: Product) -> TrtLibrary:
     """Import a product; InputError, with what helps, when it is missing, cannot be loaded, or is too old."""
     trt = import_module(product)
-    return Library(product, trt, _make_log(trt))
+    return TrtLibrary(product, trt, _make_log(trt))
 
 
 def open_platform(device: str | None = None, product: Product = TENSORRT) -> Platform:
@@ -141,7 +141,7 @@ def open_platform(device: str | None = None, product: Product = TENSORRT) -> Pla
     return Platform(product, library.trt, library.log, runtime, gpu)
 
 
-def open_gpu(device: str | None, product: Product = TENSORRT) -> Gpu:
+def open_gpu(device: str | None, product: Product = TENSORRT) -> TrtDevice:
     """The CUDA device `cuda` or `cuda:N` (default: the current one); InputError that says why there is none."""
     import torch
 
@@ -151,7 +151,7 @@ def open_gpu(device: str | None, product: Product = TENSORRT) -> Gpu:
         raise InputError(f"engine {product.engine} needs an NVIDIA GPU: {_no_gpu(torch)}")
     name = check_device(product.engine, device or "cuda", ("cuda",))
     found = torch.cuda.get_device_properties(name)
-    return Gpu(name, found.name, f"{found.major}.{found.minor}", found.total_memory)
+    return TrtDevice(name, found.name, f"{found.major}.{found.minor}", found.total_memory)
 
 
 def import_module(product: Product) -> Any:

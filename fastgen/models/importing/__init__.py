@@ -18,7 +18,7 @@ from fastgen.models.importing.architecture import Architecture, decide
 from fastgen.models.importing.assembly import Ready, Reference, label_model, text_model
 from fastgen.models.importing.schedule import choose_schedule, describe
 from fastgen.models.importing.split import MismatchError
-from fastgen.models.importing.weight_files import Checkpoint, read_checkpoint
+from fastgen.models.importing.weight_files import WeightFile, read_checkpoint
 from fastgen.presets import Preset, Sampling, load_preset
 from fastgen.sampling.schedulers import default_name
 
@@ -138,7 +138,7 @@ def _sampling(preset: Preset | None, scheduler_config: dict[str, Any], family: s
 
 
 def _record(
-    checkpoint: Checkpoint, architecture: Architecture, preset: Preset | None, notes: list[str]
+    checkpoint: WeightFile, architecture: Architecture, preset: Preset | None, notes: list[str]
 ) -> dict[str, Any]:
     """Where the model came from, for whoever finds its folder."""
     return {

@@ -15,9 +15,16 @@ from fastgen.errors import InputError
 from fastgen.files.names import ICLEVR_OBJECTS, read_objects
 from fastgen.models.folder import LabelConditioner, Model
 from fastgen.models.importing.architecture import Architecture, empty_unet, fill
-from fastgen.models.importing.split import LabelWeights, MismatchError, Parts, find_label_layers, mismatches, split
-from fastgen.models.importing.weight_files import Checkpoint, read_tensors, split_name
-from fastgen.presets import Network, Preset, Sampling
+from fastgen.models.importing.split import (
+    LabelWeights,
+    MismatchError,
+    SplitWeights,
+    find_label_layers,
+    mismatches,
+    split,
+)
+from fastgen.models.importing.weight_files import WeightFile, read_tensors, split_name
+from fastgen.presets import NetworkPreset, Preset, Sampling
 
 Reference = Callable[..., Tensor]  # (sample, timestep, condition) -> prediction, as the checkpoint's author called it
 
@@ -32,7 +39,7 @@ class Ready:
 
 
 def text_model(
-    checkpoint: Checkpoint,
+    checkpoint: WeightFile,
     architecture: Architecture,
     preset: Preset | None,
     *,
@@ -67,7 +74,7 @@ def text_model(
 
 
 def label_model(
-    checkpoint: Checkpoint,
+    checkpoint: WeightFile,
     architecture: Architecture,
     preset: Preset | None,
     *,
@@ -113,7 +120,7 @@ def label_model(
     return Ready(Model(None, "labels", unet, {}, Sampling(), ours.eval(), names), reference, notes)
 
 
-def _check_unet(parts: Parts, unet: Any, path: Path, rest: Mapping[str, Tensor] | None = None) -> None:
+def _check_unet(parts: SplitWeights, unet: Any, path: Path, rest: Mapping[str, Tensor] | None = None) -> None:
     wrong = mismatches(unet.state_dict(), parts.unet, parts.prefix) + mismatches({}, rest or {})
     if wrong:
         raise MismatchError(f"{path}: {type(unet).__name__} of {unet.num_parameters() / 1e6:.1f} M parameters", wrong)
@@ -157,7 +164,7 @@ def _asked_for(kind: str, dim: int, path: Path) -> str:
     )
 
 
-def _announce(layers: LabelWeights, kind: str, patched: Mapping[str, Tensor], checkpoint: Checkpoint) -> list[str]:
+def _announce(layers: LabelWeights, kind: str, patched: Mapping[str, Tensor], checkpoint: WeightFile) -> list[str]:
     shape = tuple(layers.layers[0]["weight"].shape)
     if patched and checkpoint.config is not None and not checkpoint.config.get("class_embed_type"):
         name = next(k for k in patched if k.endswith("weight"))
@@ -182,12 +189,12 @@ def _objects(path: Path | None, num_labels: int) -> dict[str, int]:
     return names
 
 
-def _network(name: str, given: str | None, preset: Preset | None) -> Network:
+def _network(name: str, given: str | None, preset: Preset | None) -> NetworkPreset:
     """Where a frozen network comes from: the option, else the preset."""
     if given is not None:
         path, subfolder = split_name(given)
-        return Network(path=path, subfolder=subfolder)
-    network: Network | None = getattr(preset, name) if preset else None
+        return NetworkPreset(path=path, subfolder=subfolder)
+    network: NetworkPreset | None = getattr(preset, name) if preset else None
     if network is None or network.path is None:
         option = "--" + name.replace("_", "-")
         trained = f": preset {preset.name} trains its own" if network and preset else ""
@@ -196,7 +203,7 @@ def _network(name: str, given: str | None, preset: Preset | None) -> Network:
 
 
 @contextmanager
-def _named(option: str, network: Network, download: bool) -> Iterator[None]:
+def _named(option: str, network: NetworkPreset, download: bool) -> Iterator[None]:
     """Adds to an InputError what helps where an id was not found on this machine."""
     try:
         yield

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgen.errors import InputError, unknown
-from fastgen.models.importing.weight_files import LISTED, UNET_MARK, Checkpoint
+from fastgen.models.importing.weight_files import LISTED, UNET_MARK, WeightFile
 
 OLD_ATTENTION = re.compile(r"^(.*\battentions\.\d+)\.(query|key|value|proj_attn)\.(weight|bias)$")
 NEW_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -32,7 +32,7 @@ class MismatchError(InputError):
 
 
 @dataclass(frozen=True)
-class Parts:
+class SplitWeights:
     """`unet`: without `prefix`. `rest`: what lies beside the UNet, under its own keys."""
 
     unet: dict[str, Tensor]
@@ -41,7 +41,7 @@ class Parts:
     notes: tuple[str, ...]
 
 
-def split(checkpoint: Checkpoint) -> Parts:
+def split(checkpoint: WeightFile) -> SplitWeights:
     """Find the UNet in a state dict by its keys, whatever module it was an attribute of, and rename those of old diffusers.
 
     Raises InputError when there is none, or several and `key` names none of them.
@@ -62,7 +62,7 @@ def split(checkpoint: Checkpoint) -> Parts:
     notes = [f"the UNet lies below {prefix}*"] if prefix else []
     if renamed:
         notes.append(f"{renamed} attention keys of old diffusers renamed (query, key, value, proj_attn)")
-    return Parts(unet, rest, prefix, tuple(notes))
+    return SplitWeights(unet, rest, prefix, tuple(notes))
 
 
 def mismatches(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], prefix: str = "") -> list[str]:
@@ -85,7 +85,7 @@ def _renamed(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], int]:
     return renamed, sum(OLD_ATTENTION.match(key) is not None for key in state)
 
 
-def _foreign(checkpoint: Checkpoint) -> InputError:
+def _foreign(checkpoint: WeightFile) -> InputError:
     keys = [f"unexpected {k} {tuple(v.shape)}" for k, v in checkpoint.state.items()]
     hint = ""
     if any(".input_blocks." in f".{k}" for k in checkpoint.state):

@@ -24,7 +24,7 @@ LISTED = 20
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class WeightFile:
     """A checkpoint in memory. `config`: of the folder it lay in. `key`: what the caller chose and no state dict was named."""
 
     path: Path
@@ -35,7 +35,7 @@ class Checkpoint:
     notes: tuple[str, ...]
 
 
-def read_checkpoint(path: Path, *, key: str | None = None, allow_pickle: bool = False) -> Checkpoint:
+def read_checkpoint(path: Path, *, key: str | None = None, allow_pickle: bool = False) -> WeightFile:
     """Read a folder that save_pretrained wrote, a .safetensors file, or a PyTorch pickle (with `allow_pickle`, and then nothing
     but tensors and plain containers). `key` names the state dict, where a pickle holds several.
 
@@ -53,7 +53,7 @@ def read_checkpoint(path: Path, *, key: str | None = None, allow_pickle: bool = 
     for file in files:
         found, key = _read_file(file, key, allow_pickle, notes)
         state |= found
-    return Checkpoint(path, files, _plain(state, path, notes), config, key, tuple(notes))
+    return WeightFile(path, files, _plain(state, path, notes), config, key, tuple(notes))
 
 
 def read_tensors(text: str, allow_pickle: bool = False) -> dict[str, Tensor]:

@@ -14,8 +14,10 @@ from torch import nn  # noqa: E402
 from export.onnx import export_onnx  # noqa: E402
 from export.rewrite import SubpixelUpsample  # noqa: E402
 from fastgen.artifacts import artifacts  # noqa: E402
+from fastgen.bundle import read_bundle  # noqa: E402
 from fastgen.engines import base, base_openvino  # noqa: E402
 from fastgen.engines import openvino as module  # noqa: E402
+from fastgen.networks import load_model  # noqa: E402
 from fastgen.pipeline import load  # noqa: E402
 from fastgen.signatures import Signature, Tensor  # noqa: E402
 
@@ -84,6 +86,21 @@ def test_group_norms_of_small_images_stay_as_they_are(tmp_path):
     model = exported(Normalised(), (3, 16, 16), (4, 16, 16), tmp_path)
     base_openvino.normalise_channels_last(model)
     assert "MVN" in operators(model)
+
+
+@pytest.mark.parametrize("network", ["unet", "vae_decoder"])
+def test_every_group_norm_of_an_exported_network_is_recognised(text_model, text_bundle, network):
+    """What the rewrites match is what export writes: an exporter that writes something else must not pass unnoticed."""
+    signature = read_bundle(text_bundle).spec.signatures[network]
+    model = openvino.Core().read_model(text_bundle / network / "model.onnx")
+    model.reshape({t.name: t.with_batch(2) for t in signature.inputs})
+    modules = load_model(text_model).networks()[network].named_modules()
+    norms = [name for name, one in modules if isinstance(one, nn.GroupNorm) and ".encoder." not in name]
+    of_pixels = [
+        name for name in norms if not name.endswith(".group_norm")
+    ]  # the VAE's attention has its own on (B, C, N)
+    assert len(of_pixels) > 3
+    assert len(list(base_openvino._group_norms(model))) == len(of_pixels)
 
 
 def test_subpixel_upsampling_interleaves_whole_pixels(tmp_path):

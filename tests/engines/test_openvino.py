@@ -18,6 +18,8 @@ from fastgen.engines.cache.artifacts import artifacts  # noqa: E402
 from fastgen.engines.openvino import engine as module  # noqa: E402
 from fastgen.engines.openvino import rewrites  # noqa: E402
 from fastgen.generate.pipeline import load  # noqa: E402
+from fastgen.models.bundle import read_bundle  # noqa: E402
+from fastgen.models.folder import load_model  # noqa: E402
 from fastgen.models.signatures import Signature, TensorSpec  # noqa: E402
 
 HALF = 64  # height and width of the images that are normalised channels last
@@ -87,6 +89,21 @@ def test_group_norms_of_small_images_stay_as_they_are(tmp_path):
     model = exported(Normalised(), (3, 16, 16), (4, 16, 16), tmp_path)
     rewrites.normalise_channels_last(model)
     assert "MVN" in operators(model)
+
+
+@pytest.mark.parametrize("network", ["unet", "vae_decoder"])
+def test_every_group_norm_of_an_exported_network_is_recognised(text_model, text_bundle, network):
+    """What the rewrites match is what export writes: an exporter that writes something else must not pass unnoticed."""
+    signature = read_bundle(text_bundle).spec.signatures[network]
+    model = openvino.Core().read_model(text_bundle / network / "model.onnx")
+    model.reshape({t.name: t.with_batch(2) for t in signature.inputs})
+    modules = load_model(text_model).networks()[network].named_modules()
+    norms = [name for name, one in modules if isinstance(one, nn.GroupNorm) and ".encoder." not in name]
+    of_pixels = [
+        name for name in norms if not name.endswith(".group_norm")
+    ]  # the VAE's attention has its own on (B, C, N)
+    assert len(of_pixels) > 3
+    assert len(list(rewrites._group_norms(model))) == len(of_pixels)
 
 
 def test_subpixel_upsampling_interleaves_whole_pixels(tmp_path):

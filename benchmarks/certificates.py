@@ -12,9 +12,9 @@ from typing import Any
 
 import click
 
-from fastgen.bundle import CERTIFICATES, read_bundle
 from fastgen.errors import FastgenError, InputError
-from fastgen.jsonfiles import read_json
+from fastgen.files.jsonfiles import read_json
+from fastgen.models.bundle import CERTIFICATES, read_bundle
 
 IMAGES = "images"
 COLUMNS: tuple[str, ...] = ("model", "engine", "device", "networks", "furthest off", "relative error", "cosine")

@@ -22,7 +22,7 @@ FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
 @click.option("--steps", type=int, help="[default: the model's]")
 @click.option("--threads", type=int, help="[default: the engines']")
 @click.option("--rounds", default=5, show_default=True)
-@click.option("--seconds", default=45.0, show_default=True, help="No round begins later than this.")
+@click.option("--seconds", default=45.0, show_default=True, help="No further round begins later; each engine has one.")
 @click.option("--out", type=click.Path(path_type=Path), default=RESULTS / "engines-cpu.json", show_default=True)
 def main(
     model: Path,

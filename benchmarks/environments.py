@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from fastgen.cachedir import cache_dir
+from fastgen.files.cachedir import cache_dir
 
 PEERS = {
     "optimum-onnx": ["optimum-onnx[onnxruntime]==0.1.0", "transformers==4.57.*", "diffusers==0.35.*", "accelerate"],

@@ -23,7 +23,7 @@ from benchmarks.gpu_tests import COMPILES, test_files
 from benchmarks.machine import environment
 from benchmarks.parts import Fact, Part, Record, Run, kept_for_all_parts, run_parts
 from benchmarks.report import cell, table
-from fastgen.cachedir import cache_dir
+from fastgen.files.cachedir import cache_dir
 
 MODELS = "iclevr-64", "monsters-64"
 SLOWER = 3  # times the limits on a CPU, which others may use too

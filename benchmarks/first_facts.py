@@ -16,9 +16,9 @@ from benchmarks.prompts import conditions
 from benchmarks.report import parity
 
 if TYPE_CHECKING:
-    from fastgen.pipeline import Pipeline
-    from fastgen.requests import Request
-    from fastgen.settings import Settings
+    from fastgen.generate.pipeline import Pipeline
+    from fastgen.generate.requests import Request
+    from fastgen.generate.settings import Settings
 
 MODELS = "iclevr-64", "monsters-64"
 COUNT, STEPS = 4, 8  # images, and solver steps, of every comparison
@@ -51,7 +51,7 @@ def images(pipe: Pipeline, count: int = COUNT, **settings: Any) -> np.ndarray:
 
 def requests(pipe: Pipeline, count: int) -> list[Request]:
     """The same as requests."""
-    from fastgen.requests import Request
+    from fastgen.generate.requests import Request
 
     given = conditions(pipe.spec.family, count)
     if "prompts" in given:
@@ -170,12 +170,14 @@ def overlap(run: Run, model: str) -> Iterator[Fact]:
 
 def batches(pipe: Pipeline, settings: Settings, sizes: Sequence[int], queued: int) -> np.ndarray:
     """Pictures of one batch per size, with so many of them queued at a time."""
-    given = requests(pipe, sum(sizes))
-    encoder, table = pipe.encoder(given, settings.guided), pipe.source.table(settings.solver)
-    found, waiting = [], []
+    from fastgen.engines.batches import Batch
+    from fastgen.generate.run import Run as Generation
+
+    whole = Generation(pipe, requests(pipe, sum(sizes)), settings)
+    found, waiting, start = [], [], 0
     for size in sizes:
-        rows, given = given[:size], given[size:]
-        waiting.append(pipe.start_batch(rows, encoder, table, settings, bucket=size))
+        waiting.append(whole.begin(Batch(start, start + size, size)))
+        start += size
         if len(waiting) == queued:
             found.append(waiting.pop(0)().pixels.copy())
     return np.concatenate([*found, *(wait().pixels.copy() for wait in waiting)])

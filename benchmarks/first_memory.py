@@ -16,8 +16,8 @@ from benchmarks.part_worker import raised
 from benchmarks.parts import Fact, Run
 
 if TYPE_CHECKING:
-    from fastgen.jobs.job import Report
-    from fastgen.pipeline import Pipeline
+    from fastgen.generate.job import Report
+    from fastgen.generate.pipeline import Pipeline
 
 MIB = 2**20
 SLACK_MIB = 8.0  # that may stay: the allocator counts in blocks of 2
@@ -71,18 +71,20 @@ def nothing_waits(run: Run, model: str) -> Iterator[Fact]:
     """A loop that is queued without waiting for the device once, and gives what the pipeline gives."""
     import torch
 
-    from fastgen.device_loop import DeviceLoop
-    from fastgen.sampling import initial_latents
+    from fastgen.generate.run import Run as Generation
+    from fastgen.sampling.device_loop import DeviceLoop
+    from fastgen.sampling.loop import initial_latents
 
     pipe = pipeline(model, run.device, "fp32", True)
     settings, given = pipe.settings(scheduler="ddpm", num_inference_steps=STEPS), requests(pipe, COUNT)
-    encoder, table = pipe.encoder(given, True), pipe.source.table(settings.solver)
+    whole = Generation(pipe, given, settings)
+    table, conditions = whole.table, whole.conditions
     seeds = pipe.engine.array(np.arange(COUNT, dtype=np.int64))
-    x, cond = initial_latents(table, seeds, pipe.spec.latent_shape), encoder(given)
+    x, cond = initial_latents(table, seeds, pipe.spec.latent_shape), conditions(given)
     options: dict[str, Any] = {
         "seeds": seeds,
         "guidance_scale": settings.guidance_scale,
-        "uncond": encoder.uncond(),
+        "uncond": conditions.uncond(),
     }
     loop = DeviceLoop(pipe.engine, table, x.shape, cond.shape, graphs=run.cuda)
     loop.run(x, cond, **options)  # records
@@ -95,8 +97,9 @@ def nothing_waits(run: Run, model: str) -> Iterator[Fact]:
             yield raised("the loop waits for nothing", error)
     else:
         yield {"what": "the loop waits for nothing", "skipped": NEEDS_GPU}
+    (batch,) = whole.batches(COUNT)
     found = loop.run(x, cond, **options)
-    distance = float((found - pipe.latents(given, encoder, table, settings)).abs().max())
+    distance = float((found - whole.latents(batch)).abs().max())
     finite = bool(torch.isfinite(found).all())
     yield {"what": "the loop's latents are the pipeline's", "passed": finite and distance <= 1e-3, "max_abs": distance}
 
@@ -159,13 +162,14 @@ def _job(pipe: Pipeline, count: int, said: list[str] | None = None) -> tuple[Rep
     """A job in one batch, as long as memory allows that, and its pictures (count, H, W, 3) uint8."""
     from PIL import Image
 
-    from fastgen.jobs.job import run_job
+    from fastgen.generate.job import run_job
+    from fastgen.generate.run import Run as Generation
 
-    given, settings = requests(pipe, count), pipe.settings()
+    given = requests(pipe, count)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
         say = (lambda line: None) if said is None else said.append
-        report = run_job(pipe, given, out, settings, batch_size=count, progress=False, say=say)
+        report = run_job(Generation(pipe, given, pipe.settings()), out, batch_size=count, progress=False, say=say)
         return report, np.stack([np.asarray(Image.open(out / r.image_name)) for r in given])
 
 

@@ -14,11 +14,11 @@ from benchmarks.parts import Fact, Run
 from benchmarks.prompts import conditions
 from benchmarks.report import spread
 from benchmarks.sides import Side
-from fastgen.engines.base_compile import check_tools
+from fastgen.engines.compile.package import check_tools
 from fastgen.errors import InputError
 
 if TYPE_CHECKING:
-    from fastgen.pipeline import Pipeline
+    from fastgen.generate.pipeline import Pipeline
 
 ROUNDS = 3
 FIGURES: tuple[str, ...] = (

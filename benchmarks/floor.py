@@ -38,7 +38,7 @@ def count(model: Path) -> Work:
     import torch
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
-    from fastgen.networks.labels import label_unet_class
+    from fastgen.models.networks.labels import label_unet_class
 
     config = json.loads((model / "unet" / "config.json").read_text())
     vae = model / "vae" if (model / "vae").is_dir() else model / "vae_decoder"
@@ -83,7 +83,7 @@ def measure(device: str, dtype: str, *, threads: int | None = None, seconds: flo
     """The best of repeated matrix products and copies of random data; sizes that fill the device."""
     import torch
 
-    from fastgen.precision import TORCH_DTYPES
+    from fastgen.models.precision import TORCH_DTYPES
 
     if threads:
         torch.set_num_threads(threads)

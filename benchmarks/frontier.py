@@ -18,19 +18,19 @@ import click
 
 from benchmarks.frontier_search import COARSE, FINE, Bench, Effort, OutOfTimeError, Search, Space, chosen, search
 from benchmarks.report import RESULTS, save, table
-from fastgen.attributes import FILE, read_attributes
 from fastgen.cli.score import scoring_options
 from fastgen.cli.sweep import SCORING, SOME
+from fastgen.data.attributes import FILE, read_attributes
 from fastgen.errors import FastgenError, InputError
-from fastgen.folders import make_folder
-from fastgen.jsonfiles import read_json, write_bytes, write_json
-from fastgen.pipeline import model_objects
-from fastgen.requests import read_requests
+from fastgen.files.folders import make_folder
+from fastgen.files.jsonfiles import read_json, write_bytes, write_json
+from fastgen.generate.requests import read_requests
+from fastgen.models.find import find_model
+from fastgen.sampling.tables import parse_key
 from fastgen.scoring import Scorer
 from fastgen.scoring.result import or_none
-from fastgen.sweep import Point, Row, requests_json
+from fastgen.sweep import Point, ScoredPoint, requests_json
 from fastgen.sweep.grid import integer
-from fastgen.tables import parse_key
 
 FOLDER = click.Path(path_type=Path)
 SOLVERS = "ddim,dpmpp-2m,dpmpp-3m,unipc,deis,euler,heun,pndm"
@@ -81,7 +81,7 @@ def reference_sampling(bench: Bench, asked: str | None) -> tuple[tuple[str, int]
     return ("ddim", PNDM_STEPS), bench.skipped[f"pndm-prk:{PNDM_STEPS}"]
 
 
-def record(stage: str, row: Row, metric: str, attributes: Collection[str]) -> Record:
+def record(stage: str, row: ScoredPoint, metric: str, attributes: Collection[str]) -> Record:
     """A measured point as JSON; of the `attributes` that the evaluator judges the lowest score too."""
     figures, found = row.figures, row.figures.get(metric)
     out: Record = {
@@ -201,7 +201,7 @@ def main(
     found, title = Search(), name or model.name
     try:
         space, effort = space_and_effort(given)
-        pooled = pool(requests, work / "requests", model_objects(model), limit)
+        pooled = pool(requests, work / "requests", find_model(model).objects, limit)
         scorer = Scorer(**{key: given[key] for key in SCORING})
         bench = Bench(model, pooled, work, scorer, effort, minutes=minutes, **{key: given[key] for key in ENGINE})
         reference, reason = reference_sampling(bench, reference_solver)

@@ -17,7 +17,8 @@ import click
 from benchmarks.frontier_search import COARSE, FINE
 from benchmarks.report import RESULTS
 from fastgen.errors import FastgenError, InputError
-from fastgen.jsonfiles import read_json, write_bytes
+from fastgen.files.installing import hint
+from fastgen.files.jsonfiles import read_json, write_bytes
 
 Record = dict[str, Any]
 SIZE, DPI = (10.0, 5.6), 100  # 1000 px wide
@@ -130,7 +131,7 @@ def main(files: Sequence[Path], out: Path) -> None:
         try:
             from matplotlib.figure import Figure
         except ImportError:
-            raise InputError('plots need matplotlib: pip install "fastgen-diffusion[bench]"') from None
+            raise InputError(f"plots need matplotlib: {hint('bench')}") from None
         buffer = io.BytesIO()
         draw(values, Figure(figsize=SIZE, layout="constrained")).savefig(buffer, dpi=DPI, format="png")
         write_bytes(out, buffer.getvalue())

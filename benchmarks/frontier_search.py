@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from fastgen.errors import InputError
-from fastgen.pipeline import load
+from fastgen.generate.pipeline import load
 from fastgen.scoring import Scorer
-from fastgen.sweep import Point, Points, Row, Rule, network_evaluations, sweep
+from fastgen.sweep import Point, Points, Rule, ScoredPoint, network_evaluations, sweep
 from fastgen.sweep.choice import choose
 
 COARSE, FINE = "coarse", "fine"
@@ -83,7 +83,7 @@ class Bench:
         self.engine = {"engine": engine.name, "dtype": engine.dtype, "device": engine.device}
         self.family = self._pipeline.spec.family
         self.training_steps = int(self._pipeline.spec.scheduler_config.get("num_train_timesteps", 1000))
-        self.rows: dict[str, dict[Point, Row]] = {COARSE: {}, FINE: {}}
+        self.rows: dict[str, dict[Point, ScoredPoint]] = {COARSE: {}, FINE: {}}
         self.skipped: dict[str, str] = {}
         self._evaluations: dict[Point, int] = {}
 
@@ -99,7 +99,7 @@ class Bench:
             self._evaluations[point] = network_evaluations(table, settings)
         return self._evaluations[point]
 
-    def measure(self, stage: str, points: Iterable[Point]) -> list[Row]:
+    def measure(self, stage: str, points: Iterable[Point]) -> list[ScoredPoint]:
         """The rows of the points that the model can have, the cheapest first. Raises OutOfTimeError where some are missing."""
         wanted = {p: n for p in dict.fromkeys(points) if (n := self.evaluations(p)) is not None}
         order = sorted(wanted, key=lambda p: wanted[p])
@@ -125,7 +125,7 @@ class Bench:
                 raise OutOfTimeError
         return [held[p] for p in order]
 
-    def loss(self, row: Row) -> float:
+    def loss(self, row: ScoredPoint) -> float:
         """The score, so that less is better; infinite where there is none."""
         figure = row.figures.get(self.metric)
         if figure is None or math.isnan(figure.value):
@@ -237,7 +237,7 @@ def chosen(bench: Bench, reference: Point) -> Point | None:
     return named(bench.rows[FINE], bench.metric, reference, bench.effort.standard_errors)
 
 
-def named(rows: Mapping[Point, Row], metric: str, reference: Point, standard_errors: float) -> Point | None:
+def named(rows: Mapping[Point, ScoredPoint], metric: str, reference: Point, standard_errors: float) -> Point | None:
     """The point of `rows` that the rule names; None where the reference has no score."""
     points = list(rows)
     rule = Rule("fewest", standard_errors, "se", reference.name)

@@ -21,7 +21,7 @@ import numpy as np
 from benchmarks.memory import Meter
 from benchmarks.models import ARCHITECTURES, architecture
 from benchmarks.report import RESULTS, report, save, timed
-from fastgen.config import Preset, Training
+from fastgen.presets import Preset, Training
 
 EXAMPLES = 4
 PRESETS = (*(name for name in ARCHITECTURES if name != "medium"), "iclevr-small", "iclevr-broadcast")
@@ -32,7 +32,7 @@ def full_size(name: str, *, device: str, threads: int, steps: int) -> dict[str, 
     has two rows where the preset guides. The first of `steps` warms up where there are several."""
     import torch
 
-    from fastgen.training.precision import choose
+    from fastgen.training.autocast import choose
 
     torch.set_num_threads(threads)
     meter = Meter(device)
@@ -85,12 +85,12 @@ def _task(preset: Preset, device: Any) -> Any:
     """The preset's UNet as training begins with it, on random data of the right shape."""
     from diffusers import UNet2DConditionModel
 
-    from fastgen.names import ICLEVR_OBJECTS
-    from fastgen.networks.labels import LabelConditioner, LabelUNet, unet_class
-    from fastgen.networks.text import TextUNet
+    from fastgen.files.names import ICLEVR_OBJECTS
+    from fastgen.models.build import build_module
+    from fastgen.models.networks.labels import LabelConditioner, LabelUNet, unet_class
+    from fastgen.models.networks.text import TextUNet
     from fastgen.training.diffusion import DiffusionTask
-    from fastgen.training.modules import build_module
-    from fastgen.training.sources import Captions, Labels, Pixels
+    from fastgen.training.sources import CaptionSource, LabelSource, PixelSpace
 
     rng, examples = np.random.default_rng(0), np.arange(EXAMPLES)
     assert preset.unet is not None
@@ -102,22 +102,22 @@ def _task(preset: Preset, device: Any) -> Any:
         module: Any = TextUNet(build_module(UNet2DConditionModel, config, "unet", recipe.seed))
         space = _random_latents((config["in_channels"], config["sample_size"], config["sample_size"]), device)
         states = rng.standard_normal((EXAMPLES, 77, config["cross_attention_dim"])).astype(np.float16)
-        conditions = Captions(states, list(examples[:, None]), device)
+        conditions = CaptionSource(states, list(examples[:, None]), device)
     else:
         unet = build_module(unet_class(preset.conditioner["kind"], config), config, "unet", recipe.seed)
         module = LabelUNet(unet, LabelConditioner(num_labels=len(ICLEVR_OBJECTS), **preset.conditioner))
         images = rng.integers(0, 256, (EXAMPLES, preset.image_size, preset.image_size, 3), np.uint8)
-        space = Pixels(images, device)
-        conditions = Labels(np.eye(EXAMPLES, len(ICLEVR_OBJECTS), dtype=np.float32), device)
+        space = PixelSpace(images, device)
+        conditions = LabelSource(np.eye(EXAMPLES, len(ICLEVR_OBJECTS), dtype=np.float32), device)
     rows, dropout = (examples, examples), recipe.condition_dropout
     return DiffusionTask(module, space, conditions, preset.scheduler, rows, dropout=dropout, flip=recipe.flip)
 
 
 def _random_latents(shape: tuple[int, int, int], device: Any) -> Any:
     """A space of Gaussian samples, which no autoencoder has to encode."""
-    from fastgen.training.sources import POSTERIOR, Latents
+    from fastgen.training.sources import POSTERIOR, LatentSpace
 
-    class RandomLatents(Latents):
+    class RandomLatents(LatentSpace):
         def __init__(self) -> None:
             self.shape, self.device, self.vae, self.scaling_factor = shape, device, None, 1.0
 

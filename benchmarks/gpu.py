@@ -23,7 +23,7 @@ from benchmarks.matrix import default_device, line
 from benchmarks.parts import Fact, Part, Run, kept_for_all_parts, run_parts
 from benchmarks.report import table
 from benchmarks.rows import UNITS
-from fastgen.cachedir import cache_dir
+from fastgen.files.cachedir import cache_dir
 
 
 def _section(name: str, needs: float, limit: float, function: str | None = None, **arguments: Any) -> Part:

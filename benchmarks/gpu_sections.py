@@ -25,15 +25,16 @@ from benchmarks.profiler import kernel_profile
 from benchmarks.prompts import conditions
 from benchmarks.report import parity
 from benchmarks.sides import Side
-from fastgen.buckets import cut
+from fastgen.engines.batches import cut
 from fastgen.errors import FastgenError
-from fastgen.jobs.job import run_job
-from fastgen.jobs.plan import automatic_batch_size
+from fastgen.generate.estimate import automatic_batch_size
+from fastgen.generate.job import run_job
+from fastgen.generate.run import Run as Generation
 
 if TYPE_CHECKING:
-    from fastgen.pipeline import Pipeline
-    from fastgen.requests import Request
-    from fastgen.settings import Settings
+    from fastgen.generate.pipeline import Pipeline
+    from fastgen.generate.requests import Request
+    from fastgen.generate.settings import Settings
 
 TEXT, LABELS = ("monsters-pndm-rag", "iclevr-class-embed"), ("monsters-64", "iclevr-64")
 SPARE = 5.0  # seconds of a part's limit that a job which is fitted to it leaves
@@ -91,6 +92,7 @@ def _plan(run: Run, model: Path, **options: Any) -> Plan:
     whole: dict[str, Any] = {
         "processes": False,
         "seconds": run.left,
+        "strict": True,
         "job": run.images,
         "requests": requests,
         **options,
@@ -126,7 +128,7 @@ def load(run: Run, model: Path, side: str) -> Pipeline:
 
 def job_requests(run: Run) -> list[Request]:
     """The job: the first `run.images` of the given requests, or made-up prompts. Image i comes from seed i, as in all rows."""
-    from fastgen.requests import Request, read_requests
+    from fastgen.generate.requests import Request, read_requests
 
     if run.requests is not None:
         return [replace(r, seed=i) for i, r in enumerate(read_requests(run.requests)[: run.images])]
@@ -173,7 +175,8 @@ def _run_job(
     """Seconds of a job, and its first images, as many as the reference has; FastgenError where an image failed."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
-        report = run_job(pipeline, requests, out, settings, batch_size=batch_size, progress=False, say=print)
+        whole = Generation(pipeline, requests, settings)
+        report = run_job(whole, out, batch_size=batch_size, progress=False, say=print)
         if report.errors:
             first = next(iter(report.errors.values()))
             raise FastgenError(f"{len(report.errors)} of {len(requests)} images failed: {first}")

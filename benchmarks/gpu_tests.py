@@ -16,13 +16,13 @@ from benchmarks.parts import REPOSITORY, Fact, Run, failure
 TESTS = REPOSITORY / "tests"
 MARK = "pytest.mark.gpu"
 SPARE = 5.0  # seconds before the part's own limit, to tell which test it was
-COMPILES = "test_compile.py"  # its tests build packages: they take minutes
+COMPILES = "engines/test_compile.py"  # its tests build packages: they take minutes
 
 
 def test_files() -> list[str]:
-    """Names of the files that hold tests for a GPU: collecting all of tests/ would take a minute. What compiles comes last."""
-    found = [file.name for file in TESTS.glob("test_*.py") if MARK in file.read_text(encoding="utf-8")]
-    return sorted(found, key=lambda name: (name == COMPILES, name))
+    """The files in tests/ that hold tests for a GPU: collecting all of tests/ would take a minute. What compiles comes last."""
+    found = [file for file in TESTS.rglob("test_*.py") if MARK in file.read_text(encoding="utf-8")]
+    return sorted((f.relative_to(TESTS).as_posix() for f in found), key=lambda name: (name == COMPILES, name))
 
 
 def tests(run: Run, file: str) -> Iterator[Fact]:

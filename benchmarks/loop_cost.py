@@ -13,8 +13,8 @@ import click
 from benchmarks.models import prepared
 from benchmarks.prompts import conditions
 from benchmarks.report import RESULTS, report, spread, timed
-from fastgen.cachedir import cache_dir
-from fastgen.pipeline import Pipeline, load
+from fastgen.files.cachedir import cache_dir
+from fastgen.generate.pipeline import Pipeline, load
 
 
 class NetworkClock:

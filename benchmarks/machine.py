@@ -9,7 +9,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from fastgen.machine import cpu
+from fastgen.engines.machine import cpu
 
 REPOSITORY = Path(__file__).parents[1]
 PACKAGES = (

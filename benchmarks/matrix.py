@@ -17,8 +17,8 @@ from benchmarks.report import RESULTS, save
 from benchmarks.rows import UNITS
 from benchmarks.sides import Side, default_sides
 from benchmarks.table import markdown
-from fastgen.cachedir import cache_dir
 from fastgen.errors import FastgenError
+from fastgen.files.cachedir import cache_dir
 
 FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
 
@@ -68,7 +68,9 @@ def line(row: dict[str, Any]) -> str:
 @click.option("--requests", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="[default: made up]")
 @click.option("--threads", type=click.IntRange(1), help="[default: the engines']")
 @click.option("--rounds", default=2, show_default=True, type=click.IntRange(1))
-@click.option("--seconds", default=1500.0, show_default=True, help="No first batch and no round begins later.")
+@click.option(
+    "--seconds", default=1500.0, show_default=True, help="No further round, batch size or step count begins later."
+)
 @click.option("--work", type=click.Path(path_type=Path), help="Models and exports, kept.  [default: in the cache]")
 @click.option("--out", type=click.Path(path_type=Path), help="[default: benchmarks/results/matrix-MODEL-DEVICE.json]")
 def main(

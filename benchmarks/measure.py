@@ -23,11 +23,11 @@ from benchmarks.prompts import conditions
 from benchmarks.rows import Case, Taken, shorter
 from benchmarks.sides import FOREIGN, REFERENCE, Side, missing
 from benchmarks.worker import Local, Process
-from fastgen.errors import FastgenError
-from fastgen.noise import normal
-from fastgen.schedulers import default_name
-from fastgen.solver import compile_key
-from fastgen.spec import Spec
+from fastgen.errors import FastgenError, first_line
+from fastgen.models.spec import Spec
+from fastgen.sampling.compile import TableCompiler
+from fastgen.sampling.noise import normal
+from fastgen.sampling.schedulers import default_name
 
 PARITY_IMAGES = 4
 LATE = "not measured: the time was used up"
@@ -45,7 +45,10 @@ class Plan:
     images: int = 1  # per timed round, at least a batch
     job: int = 1063  # images of the job that end-to-end times are for
     rounds: int = 3
-    seconds: float = float("inf")  # no first batch and no round begins later
+    seconds: float = float(
+        "inf"
+    )  # no further round, batch size or number of steps begins later; each side is measured once
+    strict: bool = False  # this process is ended after `seconds`: not even a side's first batch begins later
     threads: int | None = None
     together: int = 5  # sides that are in memory at the same time, the first side among them
     processes: bool = True
@@ -65,7 +68,7 @@ class Opened:
 
 @functools.cache
 def model_spec(folder: Path) -> Spec:
-    from fastgen.networks import load_model
+    from fastgen.models.folder import load_model
 
     return load_model(folder).spec
 
@@ -89,7 +92,7 @@ class Matrix:
         self.steps = plan.steps or (self.sampling.num_inference_steps,)
         lengths = {*self.steps, *map(shorter, self.steps)}
         config = self.spec.scheduler_config
-        self.tables = {s: compile_key(f"{self.sampling.scheduler}:{s}", config) for s in lengths}
+        self.tables = {s: TableCompiler(config).table(f"{self.sampling.scheduler}:{s}") for s in lengths}
         self.work = floor.count(plan.model)
         self._known = frozenset(rates or {})
         self.rates: dict[str, floor.Rates] = dict(rates or {})
@@ -155,7 +158,7 @@ class Matrix:
         with _Sides(self, [Side.parse(REFERENCE)]) as (opened,):
             for steps in steps_wanted:
                 taken = Taken(opened.side, Case(PARITY_IMAGES, steps, PARITY_IMAGES), opened.facts)
-                self._first_batch(opened, taken)
+                self._first_batch(opened, taken, first_case=True)
                 if taken.pixels is None:
                     raise FastgenError(f"{REFERENCE}, the reference of parity: {taken.note}")
                 self.expected[steps] = taken.pixels
@@ -164,30 +167,36 @@ class Matrix:
         """Sides that are in memory together, in turns; ratios are to the first."""
         self._measure_rates({side.dtype for side in sides})
         with _Sides(self, sides) as opened:
-            for batch, steps in itertools.product(sorted(self.plan.batches), self.steps):
+            for case, (batch, steps) in enumerate(itertools.product(sorted(self.plan.batches), self.steps)):
                 here = [o for o in opened if o.side.batch is None or batch == min(self.plan.batches)]
                 taken = [Taken(o.side, self._case(o.side.batch or batch, steps), o.facts) for o in here]
-                self._measure(here, taken)
+                self._measure(here, taken, first_case=case == 0)
                 yield from (self._row(one, taken[0]) for one in taken)
 
     def _case(self, batch: int, steps: int) -> Case:
         return Case(batch, steps, max(self.plan.images, batch))
 
-    def _measure(self, opened: Sequence[Opened], taken: Sequence[Taken]) -> None:
+    def _measure(self, opened: Sequence[Opened], taken: Sequence[Taken], first_case: bool) -> None:
         """A first batch of each, the rounds in turn, then a batch of each with fewer steps."""
         pairs = list(zip(opened, taken, strict=True))
         for side, one in pairs:
-            self._first_batch(side, one)
+            self._first_batch(side, one, first_case)
         for done in range(self.plan.rounds):
-            if done and time.perf_counter() > self._deadline:
+            if done and self._is_late():
+                for _, one in pairs:
+                    one.note = one.note or f"{done} of {self.plan.rounds} rounds: the time was used up"
                 break
             for side, one in pairs:
                 self._round(side, one)
         for side, one in pairs:
             self._short(side, one)
 
-    def _first_batch(self, side: Opened, one: Taken) -> None:
-        if side.error is not None or time.perf_counter() > self._deadline:
+    def _is_late(self) -> bool:
+        return time.perf_counter() > self._deadline
+
+    def _first_batch(self, side: Opened, one: Taken, first_case: bool) -> None:
+        may_begin = (first_case and not self.plan.strict) or not self._is_late()
+        if side.error is not None or not may_begin:
             one.fail(side.error or LATE)
             return
         out = self._scratch / "images.npy"
@@ -210,7 +219,7 @@ class Matrix:
     def _short(self, side: Opened, one: Taken) -> None:
         """One batch with fewer steps, after one for warming up where graphs are recorded per number of steps."""
         batch, steps = one.case.batch, shorter(one.case.steps)
-        if one.failed or steps == one.case.steps or time.perf_counter() > self._deadline:
+        if one.failed or steps == one.case.steps or self._is_late():
             return
         if self.plan.device.startswith("cuda"):
             self._generate(side, batch, batch, steps)
@@ -232,7 +241,7 @@ class Matrix:
             row["step_ms"] = 1000 * (one.batch_s - one.short_s) / evaluations
         row["floor_percent"] = 100 * self._floor_s(one.case, row["dtype"]) / (one.case.images / row["images_per_s"])
         if one.side.is_peer and bool(np.any(self.tables[steps].c)):
-            row["note"] = "draws its own noise: images not comparable"
+            row["note"] = "; ".join(filter(None, [one.note, "draws its own noise: images not comparable"]))
             return row
         return row | one.parity(self.expected[steps])
 
@@ -292,7 +301,7 @@ class Matrix:
         try:
             return self.plan.bundle or bundled(self.plan.model, self.plan.work)
         except Exception as error:  # a model that cannot be exported is the failure of the sides that need it
-            return f"export failed: {type(error).__name__}: {str(error).splitlines()[0]}"
+            return f"export failed: {type(error).__name__}: {first_line(error)}"
 
 
 class _Sides:

@@ -13,14 +13,14 @@ import numpy as np
 import torch
 
 from benchmarks.prompts import prompts
-from fastgen.config import Network, Preset, Training, load_preset, preset_names
 from fastgen.errors import unknown
-from fastgen.jsonfiles import write_json
-from fastgen.names import ICLEVR_OBJECTS
-from fastgen.networks import Model, save_model
-from fastgen.networks.labels import LabelConditioner, conditioner_dim, unet_class
-from fastgen.training.modules import build_text_encoder
-from fastgen.training.tokenizer import train_tokenizer
+from fastgen.files.jsonfiles import write_json
+from fastgen.files.names import ICLEVR_OBJECTS
+from fastgen.models.build import build_text_encoder
+from fastgen.models.folder import Model, save_model
+from fastgen.models.networks.labels import LabelConditioner, conditioner_dim, unet_class
+from fastgen.presets import Network, Preset, Training, load_preset, preset_names
+from fastgen.training.bpe import train_tokenizer
 
 MEDIUM = Path(__file__).with_name("medium.toml")  # for measurements on CPUs
 ARCHITECTURES = (
@@ -137,7 +137,7 @@ def prepared(name_or_file: str | Path, work: Path) -> tuple[Path, Path]:
 def bundled(model: Path, work: Path) -> Path:
     """The bundle of a model folder below `work`, exported once."""
     from export import export
-    from fastgen.bundle import is_bundle
+    from fastgen.models.bundle import is_bundle
 
     bundle = work / f"{model.name}-bundle"
     if not is_bundle(bundle):

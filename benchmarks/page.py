@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import html
 import json
+import re
 from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import click
 
-from benchmarks.table import cells
+from benchmarks.table import cells, notes
 
+TASKS = "monsters", "iclevr"  # the order on the page; names of other tasks come behind, sorted
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1000px; margin: 2rem auto; padding: 0 1rem; color: #222 }
 img { max-width: 100%; border: 1px solid #ddd } table { border-collapse: collapse; margin: .5rem 0 1.5rem }
 td, th { padding: .2rem .8rem; border-bottom: 1px solid #ddd; text-align: right }
 td:first-child, th:first-child { text-align: left } .miss { color: #b00; font-weight: bold }
+summary { cursor: pointer; margin: .5rem 0 }
 """
 
 
@@ -63,31 +67,60 @@ def figures(score: dict[str, Any]) -> Iterator[dict[str, Any]]:
         }
 
 
+def files(folder: Path, pattern: str) -> list[Path]:
+    """The files of a demo by task, then by name; numbers in names by their value: seed 2 stands before seed 10."""
+
+    def order(file: Path) -> tuple[int, list[str | int]]:
+        name = file.relative_to(folder).as_posix()
+        task = next((i for i, task in enumerate(TASKS) if task in name), len(TASKS))
+        return task, [int(part) if part.isdigit() else part for part in re.split(r"([0-9]+)", name)]
+
+    return sorted(folder.glob(pattern), key=order)
+
+
+def sheet(file: Path, folder: Path) -> str:
+    """A run's contact sheet below its name, its size and what made it."""
+    job = json.loads((file.parent / "job.json").read_text())
+    settings, runs = job["job"], job["runs"]
+    seconds, count = sum(r["seconds"] for r in runs), sum(r["images"] for r in runs)
+    return (
+        f"<h2>{html.escape(file.parent.name)}</h2>\n"
+        f"<p>{count} images in {seconds:.1f} s: {settings['engine']} {settings['dtype']}, {settings['scheduler']} "
+        f"{settings['num_inference_steps']} steps, guidance {settings['guidance_scale']}</p>\n"
+        f'<img src="{file.relative_to(folder).as_posix()}">'
+    )
+
+
+def sheets(folder: Path) -> Iterator[str]:
+    """For each task the contact sheet of its first run; those of its other runs, which differ in the seed, behind a fold."""
+    runs = files(folder, "generated/*/contact_sheet.png")
+    for task, of_task in groupby(runs, lambda file: file.parent.name.rpartition("-")[0]):
+        first, *others = of_task
+        yield sheet(first, folder)
+        if others:
+            seeds = "1 other seed" if len(others) == 1 else f"{len(others)} other seeds"
+            inside = "\n".join(sheet(file, folder) for file in others)
+            yield f"<details><summary>{html.escape(task)}: {seeds}</summary>\n{inside}\n</details>"
+
+
 def sections(folder: Path) -> Iterator[str]:
     """The page's parts for whatever the folder holds."""
-    for image in sorted(folder.glob("*.png")):
+    for image in files(folder, "*.png"):
         yield f'<img src="{image.name}" width="192">'
-    for sheet in sorted(folder.glob("generated/*/contact_sheet.png")):
-        job = json.loads((sheet.parent / "job.json").read_text())
-        settings, runs = job["job"], job["runs"]
-        seconds, count = sum(r["seconds"] for r in runs), sum(r["images"] for r in runs)
-        yield f"<h2>{html.escape(sheet.parent.name)}</h2>"
-        yield (
-            f"<p>{count} images in {seconds:.1f} s: {settings['engine']} {settings['dtype']}, {settings['scheduler']} "
-            f"{settings['num_inference_steps']} steps, guidance {settings['guidance_scale']}</p>"
-        )
-        yield f'<img src="{sheet.relative_to(folder).as_posix()}">'
-    for file in sorted(folder.glob("scores/*.json")):
+    yield from sheets(folder)
+    for file in files(folder, "scores/*.json"):
         score = json.loads(file.read_text())
         yield f"<h2>Scores: {html.escape(file.stem)}</h2>"
         yield table(list(figures(score)))
-    for file in sorted(folder.glob("engines-*.json")):
+    for file in files(folder, "engines-*.json"):
         yield f"<h2>Engines: {html.escape(file.stem.removeprefix('engines-'))}</h2>"
-        yield table(cells(json.loads(file.read_text())["rows"]))
-    for bundle in sorted(folder.glob("*-bundle")):
+        rows = json.loads(file.read_text())["rows"]
+        yield table(cells(rows))
+        yield from (f"<p>{html.escape(note)}</p>" for note in notes(rows))
+    for bundle in files(folder, "*-bundle"):
         yield f"<h2>Certificate: {html.escape(bundle.name)}</h2>"
         yield table(list(certificates(bundle))).replace("<td>MISSED", '<td class="miss">MISSED')
-    for preview in sorted(folder.glob("*/previews")):
+    for preview in files(folder, "*/previews"):
         newest = sorted(preview.glob("*.png"))[-1:]
         for image in newest:
             yield f"<h2>Training preview: {html.escape(preview.parent.name)}</h2>"

@@ -16,7 +16,7 @@ from benchmarks.models import architecture, random_model
 from benchmarks.report import RESULTS
 from benchmarks.sides import default_sides
 from benchmarks.table import markdown
-from fastgen.cachedir import cache_dir
+from fastgen.files.cachedir import cache_dir
 
 
 @click.command()
@@ -26,7 +26,9 @@ from fastgen.cachedir import cache_dir
 @click.option("--steps", type=click.IntRange(1), help="[default: the architecture's]")
 @click.option("--threads", default=2, show_default=True)
 @click.option("--rounds", default=2, show_default=True)
-@click.option("--seconds", default=1800.0, show_default=True, help="No first batch and no round begins later.")
+@click.option(
+    "--seconds", default=1800.0, show_default=True, help="No further round, batch size or step count begins later."
+)
 @click.option("--work", type=click.Path(path_type=Path), help="Models and exports, kept.  [default: in the cache]")
 @click.option("--out", type=click.Path(path_type=Path), default=RESULTS / "peers-cpu.json", show_default=True)
 def main(

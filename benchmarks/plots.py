@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from fastgen.errors import InputError
+from fastgen.files.installing import hint
 
 Row = dict[str, Any]
 SIZE, DPI = (11.0, 4.6), 130
@@ -37,7 +38,7 @@ def _figure(panels: int) -> tuple[Any, Any]:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise InputError('plots need matplotlib: pip install "fastgen-diffusion[bench]"') from None
+        raise InputError(f"plots need matplotlib: {hint('bench')}") from None
     figure = Figure(figsize=SIZE, layout="constrained")
     return figure, figure.subplots(1, panels, squeeze=False)[0]
 

@@ -40,7 +40,7 @@ def conditions(family: str, count: int, requests: Path | None = None) -> dict[st
     kind = "prompts" if family == "text" else "labels"
     if requests is None:
         return {kind: prompts(count) if family == "text" else [LABELS[i % len(LABELS)] for i in range(count)]}
-    from fastgen.requests import read_requests
+    from fastgen.generate.requests import read_requests
 
     found = read_requests(requests)
     values: list[Any] = [r.prompt if family == "text" else list(r.labels or ()) for r in found]

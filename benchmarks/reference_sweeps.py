@@ -18,10 +18,10 @@ from benchmarks.report import RESULTS, save
 from benchmarks.report import cell as text
 from fastgen.cli.score import scoring_options
 from fastgen.errors import FastgenError, InputError
-from fastgen.jsonfiles import read_json
-from fastgen.pipeline import load
-from fastgen.retrieval import Index, open_index
+from fastgen.files.jsonfiles import read_json
+from fastgen.generate.pipeline import load
 from fastgen.retrieval.copies import check_copies
+from fastgen.retrieval.index import Index, open_index
 from fastgen.scoring import Scorer
 from fastgen.sweep import Grid, Rule, Sweep, sweep
 from fastgen.sweep.report import JSON

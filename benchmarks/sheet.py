@@ -9,9 +9,9 @@ import click
 from PIL import Image
 
 from fastgen.errors import InputError
-from fastgen.images import image_grid, read_pixels
-from fastgen.jobs.folder import MANIFEST
-from fastgen.jsonfiles import read_jsonl
+from fastgen.files.jsonfiles import read_jsonl
+from fastgen.files.png import image_grid, read_pixels
+from fastgen.generate.job_folder import MANIFEST
 
 FOLDER = click.Path(path_type=Path)
 

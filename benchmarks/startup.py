@@ -18,8 +18,8 @@ import click
 from benchmarks.models import prepared
 from benchmarks.prompts import conditions
 from benchmarks.report import RESULTS, report, spread
-from fastgen.bundle import read_bundle
-from fastgen.cachedir import cache_dir
+from fastgen.files.cachedir import cache_dir
+from fastgen.models.bundle import read_bundle
 
 HEAVY = ("torch", "diffusers", "transformers", "onnxruntime")
 STACK = "import torch, diffusers, transformers"

@@ -24,22 +24,22 @@ from torch.nn import functional
 from benchmarks.memory import Meter
 from benchmarks.models import architecture, build
 from benchmarks.report import RESULTS, report, spread, timed
-from fastgen.config import Preset
 from fastgen.data import Dataset, read_dataset
 from fastgen.data.cache import cached_pixels
 from fastgen.data.synthetic import write_monsters
-from fastgen.networks import TextUNet
-from fastgen.recipes import Training
+from fastgen.models.build import build_text_encoder
+from fastgen.models.folder import TextUNet
+from fastgen.presets import Preset
+from fastgen.presets.recipe import Training
+from fastgen.training.autocast import Precision, choose
+from fastgen.training.bpe import train_tokenizer
 from fastgen.training.diffusion import DiffusionTask
 from fastgen.training.draws import Draws
 from fastgen.training.encode import cached_moments, cached_states, tokenize
-from fastgen.training.modules import build_text_encoder
 from fastgen.training.optimise import optimise
-from fastgen.training.precision import Precision, choose
 from fastgen.training.processes import Processes
-from fastgen.training.sources import POSTERIOR, Captions, Latents
+from fastgen.training.sources import POSTERIOR, CaptionSource, LatentSpace
 from fastgen.training.state import initial
-from fastgen.training.tokenizer import train_tokenizer
 
 Step = Callable[[], None]
 
@@ -104,15 +104,15 @@ def cached_task(frozen: Frozen, unet: Any, preset: Preset, recipe: Training) -> 
     states = cached_states(frozen.text_encoder, tokenize(frozen.tokenizer, texts, 77), device, False)
     choices = [np.array([texts.index(example.captions[0])]) for example in dataset.examples]
     rows = np.arange(len(choices))
-    space, conditions = Latents(moments, images, frozen.vae, device), Captions(states, choices, device)
+    space, conditions = LatentSpace(moments, images, frozen.vae, device), CaptionSource(states, choices, device)
     options: dict[str, Any] = {"dropout": recipe.condition_dropout, "flip": recipe.flip}
     return DiffusionTask(TextUNet(unet), space, conditions, preset.scheduler, (rows, rows), **options)
 
 
-class Fresh(Latents):
+class Fresh(LatentSpace):
     """The same examples from the files: a Space and Conditions for the comparison of losses."""
 
-    def __init__(self, frozen: Frozen, like: Latents) -> None:
+    def __init__(self, frozen: Frozen, like: LatentSpace) -> None:
         super().__init__(like.moments, like.pixels, like.vae, like.device)
         self.frozen = frozen
 

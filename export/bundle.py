@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 
 from export.certificate import Certificate, certify
 from export.write import Wanted, write_bundle
-from fastgen.bundle import LOWERED, Bundle, is_bundle, read_bundle
-from fastgen.checkpoint_choice import check_bundle_of
 from fastgen.engines import bundle_engines, check_installed, create_engine, engine_class, no_engine
 from fastgen.engines.base import choose_dtype
-from fastgen.engines.base_trt_product import RTX, TENSORRT
+from fastgen.engines.trt.product import RTX, TENSORRT
 from fastgen.errors import FastgenError, InputError, unknown
-from fastgen.signatures import network_dtype
+from fastgen.models.bundle import LOWERED, Bundle, is_bundle, read_bundle
+from fastgen.models.checkpoint_choice import check_bundle_of
+from fastgen.models.signatures import network_dtype
 
 if TYPE_CHECKING:
     from fastgen.engines.base import Engine
@@ -50,7 +50,7 @@ def export(
     `engines`: what to certify, as `NAME` or `NAME:DTYPE`, by default every installed engine that runs bundles and is not built
     beforehand, in its default precision.
 
-    `checkpoint`: which of a training run's weights, see `fastgen.checkpoint_choice`.
+    `checkpoint`: which of a training run's weights, see `fastgen.models.checkpoint_choice`.
 
     A bundle of the same weights at `out` is kept, gets the graphs that it lacks, and is certified; another one is replaced
     with `overwrite`, which also builds plans of TensorRT for RTX again. A `model` that is a bundle itself is only built for and
@@ -102,7 +102,7 @@ def _check_rtx(capabilities: Sequence[str] | None) -> None:
     """InputError, before anything is exported, where plans of TensorRT for RTX cannot be built as they are asked for."""
     check_installed(RTX.engine)
     from export.trt_rtx import check_capabilities
-    from fastgen.engines.base_trt import open_library
+    from fastgen.engines.trt.platform import open_library
 
     if capabilities is not None:
         check_capabilities(capabilities)
@@ -145,7 +145,7 @@ def _engines(asked: Sequence[str] | None, model: Path, plans: bool) -> list[tupl
 def _open(name: str, dtype: str | None, bundle: Bundle, model: Path, checkpoint: str | None) -> Engine:
     if engine_class(name).source_kind == "bundle":
         return create_engine(name, bundle, dtype=dtype)
-    from fastgen.networks import load_model
+    from fastgen.models.folder import load_model
 
     return create_engine(name, load_model(model, checkpoint), dtype=dtype)
 

@@ -23,11 +23,11 @@ from export.reference import (
     relative_l2,
     run_network,
 )
-from fastgen.bundle import CERTIFICATES, REFERENCE, Bundle
 from fastgen.engines.base import Engine
 from fastgen.errors import FastgenError
-from fastgen.jsonfiles import read_json, write_json
-from fastgen.pipeline import Pipeline
+from fastgen.files.jsonfiles import read_json, write_json
+from fastgen.generate.pipeline import Pipeline
+from fastgen.models.bundle import CERTIFICATES, REFERENCE, Bundle
 
 MIN_PSNR_DB = 30.0
 MAX_GREY_LEVELS = 2.0

@@ -6,10 +6,10 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fastgen.bundle import CERTIFICATES, COMPILED, MANIFEST, Bundle, read_bundle
-from fastgen.folders import sync_tree
-from fastgen.jsonfiles import read_json, write_json
-from fastgen.spec import sha256_file
+from fastgen.files.folders import sync_tree
+from fastgen.files.hashes import record_files
+from fastgen.files.jsonfiles import read_json, write_json
+from fastgen.models.bundle import CERTIFICATES, COMPILED, MANIFEST, Bundle, read_bundle
 
 
 def add_files(held: Bundle, partial: Path, dropped: Collection[str] = ()) -> None:
@@ -18,7 +18,7 @@ def add_files(held: Bundle, partial: Path, dropped: Collection[str] = ()) -> Non
     The bundle is whole at every moment: a file is there before bundle.json lists it, and is deleted when it no longer does.
     """
     out = held.folder
-    added = listed(partial)
+    added = record_files(partial)
     sync_tree(partial)
     if again := [name for name in added if name in held.files]:
         _list_files(out, {}, again)
@@ -68,9 +68,3 @@ def _carry_certificates(before: Bundle, changed: Collection[str]) -> None:
         certificate = read_json(path)
         if certificate.get("bundle_sha256") == before.sha256 and certificate.get("engine") not in changed:
             write_json(path, certificate | {"bundle_sha256": after.sha256})
-
-
-def listed(folder: Path) -> dict[str, dict[str, Any]]:
-    """Every file below `folder` with its size and hash."""
-    files = sorted(f for f in folder.rglob("*") if f.is_file())
-    return {f.relative_to(folder).as_posix(): {"bytes": f.stat().st_size, "sha256": sha256_file(f)} for f in files}

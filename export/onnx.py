@@ -17,10 +17,10 @@ from torch import nn
 
 from export.rewrite import attention, fuse_attention, subpixel_upsampling
 from export.shapes import fix_shapes
-from fastgen.engines.base_ort import fused_name
+from fastgen.engines.ort.session import fused_name
 from fastgen.errors import FastgenError
-from fastgen.precision import lowered
-from fastgen.signatures import BATCH, Signature
+from fastgen.models.precision import lowered
+from fastgen.models.signatures import BATCH, Signature
 
 OPSETS = {"fp32": 20, "fp16": 20, "bf16": 22}  # the first with convolutions in bf16 is 22; older readers know 20
 TRACED_BATCH = 2  # 1 would be specialised: the batch axis frozen

@@ -12,20 +12,20 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fastgen.buckets import cut
-from fastgen.bundle import REFERENCE, Bundle
+from fastgen.engines.machine import usable_cores
 from fastgen.errors import FastgenError, InputError
-from fastgen.images import problem
-from fastgen.jsonfiles import read_json, write_bytes, write_json
-from fastgen.machine import usable_cores
-from fastgen.pipeline import Pipeline
-from fastgen.requests import Request
-from fastgen.settings import Settings
-from fastgen.signatures import Signature
+from fastgen.files.jsonfiles import read_json, write_bytes, write_json
+from fastgen.generate.pipeline import Pipeline
+from fastgen.generate.quantise import problem
+from fastgen.generate.requests import Request
+from fastgen.generate.run import Run
+from fastgen.generate.settings import Settings
+from fastgen.models.bundle import REFERENCE, Bundle
+from fastgen.models.signatures import Signature
 
 if TYPE_CHECKING:
     from fastgen.engines.base import Engine
-    from fastgen.networks import Model
+    from fastgen.models.folder import Model
 
 TIMESTEPS, SEEDS = 8, 4  # network inputs: every timestep with every seed
 IMAGES, IMAGE_STEPS = 8, 20
@@ -48,7 +48,7 @@ def write_reference(model: Model, path: Path) -> None:
     """
     from safetensors.numpy import save
 
-    from fastgen.engines.eager import Engine as Eager
+    from fastgen.engines.eager.engine import Engine as Eager
 
     eager = Eager(model, device="cpu", dtype="fp32")
     pipeline = Pipeline(model, eager)
@@ -76,7 +76,7 @@ def write_distances(model: Model, reference: Path, dtype: str, path: Path) -> No
     there is one: the yardstick for engines that compute in `dtype`."""
     import torch
 
-    from fastgen.engines.eager import Engine as Eager
+    from fastgen.engines.eager.engine import Engine as Eager
 
     tensors = read_reference(reference)
     eager = Eager(copy.deepcopy(model), device="cuda" if torch.cuda.is_available() else "cpu", dtype=dtype)
@@ -138,11 +138,9 @@ def generate_images(pipeline: Pipeline) -> np.ndarray:
     spec = pipeline.spec
     requests = _requests(list(spec.objects or ()))
     settings = Settings(spec.sampling.scheduler, IMAGE_STEPS, spec.sampling.guidance_scale)
-    encoder, table = pipeline.encoder(requests, settings.guided), pipeline.source.table(settings.solver)
-    sizes = pipeline.engine.buckets(settings.guided)
-    batches = cut(IMAGES, max(IMAGES, min(sizes or [1])), sizes)
-    images = [pipeline.sample_batch(requests[b.rows], encoder, table, settings, bucket=b.bucket) for b in batches]
-    return np.concatenate(images)
+    run = Run(pipeline, requests, settings)
+    batches = run.batches(max(IMAGES, min(pipeline.buckets(settings) or [1])))
+    return np.concatenate([run.images(batch) for batch in batches])
 
 
 def check_images(whose: str, images: np.ndarray) -> None:

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 from export.trt_build import Rows, Say, build_plan, check_networks, check_settings, network_rows
 from export.trt_layers import check_layers
 from export.trt_timing import load_timings, save_timings, timing_file
-from fastgen.artifacts import Artifact, Recipe, obtain
-from fastgen.engines.base_trt import Platform, open_platform
-from fastgen.engines.base_trt_plan import LAYERS, PLAN, make_recipe, open_context, open_engine
-from fastgen.engines.base_trt_product import TENSORRT
+from fastgen.engines.cache.artifacts import Artifact, Recipe, obtain
+from fastgen.engines.trt.plan import LAYERS, PLAN, make_recipe, open_context, open_engine
+from fastgen.engines.trt.platform import Platform, open_platform
+from fastgen.engines.trt.product import TENSORRT
 from fastgen.errors import InputError
-from fastgen.signatures import Signature
+from fastgen.models.signatures import Signature
 
 if TYPE_CHECKING:
-    from fastgen.bundle import Bundle
+    from fastgen.models.bundle import Bundle
 
 OPTIMIZATION_LEVEL = 3  # of 0 to 5, TensorRT's default; 4 and 5 time more kernels, for several times the build time
 WORKSPACE_GIB = 4.0  # scratch memory of one layer; unlimited, a plan may claim what larger batches need

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from export.trt_layers import check_network
 from export.trt_progress import Progress
-from fastgen.conditions import ENCODE_BATCH
-from fastgen.engines.base_trt import Library
+from fastgen.engines.trt.platform import Library
 from fastgen.errors import InputError, unknown
-from fastgen.signatures import Signature
+from fastgen.generate.conditions import ENCODE_BATCH
+from fastgen.models.signatures import Signature
 
 if TYPE_CHECKING:
-    from fastgen.bundle import Bundle
+    from fastgen.models.bundle import Bundle
 
 DECODE_PIXELS = 2**20  # per forward of the VAE decoder, as engines on a GPU decode: 16 images of 256 px fill any card
 Say = Callable[[str], None]

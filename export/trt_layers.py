@@ -15,7 +15,7 @@ from fastgen.errors import FastgenError
 
 TYPES = {"fp32": "FLOAT", "fp16": "HALF", "bf16": "BF16"}  # -> trt.DataType
 PRODUCTS = ("CONVOLUTION", "DECONVOLUTION", "MATRIX_MULTIPLY", "EINSUM")  # trt.LayerType
-ISLAND_INPUT = "timestep"  # what is computed from it alone may stay fp32 (fastgen.precision)
+ISLAND_INPUT = "timestep"  # what is computed from it alone may stay fp32 (fastgen.models.precision)
 SHOWN = 5
 
 # The inspector's words, of TensorRT 10 and 11: LayerType "gemm", "CaskConvolution", "correlation" (a fused convolution), ...;

@@ -7,7 +7,6 @@ holds `trt-rtx/<address>/engine.plan` and its record, both listed in bundle.json
 from __future__ import annotations
 
 import re
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,15 +15,16 @@ from typing import TYPE_CHECKING, Any
 
 from export.extend import add_files, sweep
 from export.trt_build import Rows, Say, build_plan, check_networks, check_settings, network_rows
-from fastgen.artifacts import RECORD, Artifact, Recipe, read_record, write_record
-from fastgen.bundle import COMPILED, read_bundle
-from fastgen.engines.base_trt import Library, open_library
-from fastgen.engines.base_trt_plan import CAPABILITIES, PLAN, make_recipe
-from fastgen.engines.base_trt_product import RTX
-from fastgen.errors import FastgenError, InputError
+from fastgen.engines.cache.artifacts import RECORD, Artifact, Recipe, read_record, write_record
+from fastgen.engines.trt.plan import CAPABILITIES, PLAN, make_recipe
+from fastgen.engines.trt.platform import Library, open_library
+from fastgen.engines.trt.product import RTX
+from fastgen.errors import InputError
+from fastgen.files.folders import scratch_folder
+from fastgen.models.bundle import COMPILED, read_bundle
 
 if TYPE_CHECKING:
-    from fastgen.bundle import Bundle
+    from fastgen.models.bundle import Bundle
 
 DEFAULT_CAPABILITIES = ("8.0", "8.6", "8.9", "12.0")  # A100; RTX 30, 40 and 50
 
@@ -81,17 +81,10 @@ def build_plans(
         return bundle
     replaced = [digest for digest, a in held.items() if any(order.replaces(a.recipe) for order in wanted)]
     gone = {*damaged, *replaced} - addresses
-    partial = bundle.folder.with_name(f".{bundle.folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
-    try:
-        partial.mkdir()
+    with scratch_folder(bundle.folder, alone=True) as partial:
         for order in wanted:
             _make(bundle, library, order, partial / COMPILED / order.recipe.digest, say)
         add_files(bundle, partial, [name for name in bundle.files if _address(name) in gone])
-    except OSError as problem:
-        raise FastgenError(f"{bundle.folder}: cannot be written: {problem.strerror or problem}") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return read_bundle(bundle.folder)
 
 

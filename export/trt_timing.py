@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fastgen.engines.base_trt import Platform
-from fastgen.engines.base_trt_files import private_file, read_hashed, write_hashed
+from fastgen.engines.trt.cache_files import private_file, read_hashed, write_hashed
+from fastgen.engines.trt.platform import Platform
 
 
 def timing_file(platform: Platform) -> Path:

@@ -10,10 +10,15 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from export.extend import add_files, listed, sweep
+from export.extend import add_files, sweep
 from export.reference import IMAGE_STEPS, distances_name, write_distances, write_reference
 from fastgen import __version__
-from fastgen.bundle import (
+from fastgen.errors import InputError
+from fastgen.files.folders import new_folder, scratch_folder
+from fastgen.files.hashes import record_files, sha256_file
+from fastgen.files.jsonfiles import infinity_as_text, read_json, write_json
+from fastgen.generate.settings import late_steps
+from fastgen.models.bundle import (
     FORMAT_VERSION,
     LOWERED,
     MANIFEST,
@@ -24,17 +29,13 @@ from fastgen.bundle import (
     is_bundle,
     read_bundle,
 )
-from fastgen.errors import FastgenError, InputError
-from fastgen.folders import sync_tree
-from fastgen.jsonfiles import infinity_as_text, read_json, write_json
-from fastgen.settings import late_steps
-from fastgen.signatures import network_dtype
-from fastgen.spec import Spec, sha256_file
-from fastgen.tables import format_key, parse_key
+from fastgen.models.signatures import network_dtype
+from fastgen.models.spec import Spec
+from fastgen.sampling.tables import format_key, parse_key
 
 if TYPE_CHECKING:
-    from fastgen.config import Sampling
-    from fastgen.networks import Model
+    from fastgen.models.folder import Model
+    from fastgen.presets import Sampling
 
 Say = Callable[[str], None]
 PACKAGES = ("torch", "diffusers", "transformers", "onnx", "onnxscript")
@@ -61,26 +62,18 @@ def write_bundle(
     model_folder: Path, out: Path, wanted: Wanted, overwrite: bool, say: Say, checkpoint: str | None = None
 ) -> None:
     """Make `out` the bundle of this model folder: written anew, extended by what it lacks, or left as it is."""
-    from fastgen.networks import load_model
+    from fastgen.models.folder import load_model
 
     for key in wanted.solvers:
         parse_key(key)
     model = load_model(model_folder, checkpoint)
     held = _held(out, model, wanted, overwrite)
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
-    try:
-        partial.mkdir(parents=True)
-        if held is None:
+    if held is None:
+        with new_folder(out, existing="replace", alone=True) as partial:
             _fill(partial, out, model, wanted, say)
-            sync_tree(partial)
-            _replace(out, partial)
-        else:
+    else:
+        with scratch_folder(out, alone=True) as partial:
             _extend(held, partial, model, wanted, say)
-    except OSError as error:
-        raise FastgenError(f"{out}: cannot be written: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _fill(partial: Path, out: Path, model: Model, wanted: Wanted, say: Say) -> None:
@@ -103,7 +96,7 @@ def _fill(partial: Path, out: Path, model: Model, wanted: Wanted, say: Say) -> N
         say("running the eager fp32 reference")
         write_reference(model, partial / REFERENCE)
     _fill_lowered(partial, model, wanted.graphs(model), wanted.distances(), partial / REFERENCE, say)
-    write_json(partial / MANIFEST, _manifest(model.spec) | {"files": listed(partial)})  # the last file
+    write_json(partial / MANIFEST, _manifest(model.spec) | {"files": record_files(partial)})  # the last file
 
 
 def _fill_lowered(
@@ -132,16 +125,6 @@ def _extend(held: Bundle, partial: Path, model: Model, wanted: Wanted, say: Say)
     say(f"{out} holds these weights already, but not all in {', '.join(dict.fromkeys([*graphs.values(), *distances]))}")
     _fill_lowered(partial, model, graphs, distances, held.file(REFERENCE), say)
     add_files(held, partial)
-
-
-def _replace(out: Path, partial: Path) -> None:
-    """Put `partial` at `out`; whatever is there is gone only when the new bundle is in its place."""
-    replaced = out.with_name(f".{out.name}.replaced")
-    shutil.rmtree(replaced, ignore_errors=True)
-    if out.exists():
-        out.rename(replaced)
-    partial.rename(out)
-    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _held(out: Path, model: Model, wanted: Wanted, overwrite: bool) -> Bundle | None:
@@ -191,19 +174,21 @@ def _config_files(model: Model) -> dict[str, Path]:
 
 
 def _write_tables(model: Model, path: Path, solvers: Sequence[str], say: Say) -> None:
-    from fastgen.solver import common_tables, compile_key, save_tables
+    from fastgen.sampling.compile import TableCompiler
+    from fastgen.sampling.tables import save_tables
 
     config: Any = model.scheduler_config
     skipped: list[str] = []
-    tables = dict(common_tables(config, on_skip=lambda key, error: skipped.append(key)))
+    compiler = TableCompiler(config)
+    tables = dict(compiler.common(on_skip=lambda key, error: skipped.append(key)))
     default = model.sampling
     own = f"{default.scheduler}:{default.num_inference_steps}"
     for key in (own, f"{default.scheduler}:{IMAGE_STEPS}", *solvers):
         if key not in tables:
-            tables[key] = compile_key(key, config)
+            tables[key] = compiler.table(key)
     for key in _late_keys(default) if model.family == "text" else ():
         try:
-            tables[key] = compile_key(key, config)
+            tables[key] = compiler.table(key)
         except InputError:
             skipped.append(key)
     if skipped:

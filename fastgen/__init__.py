@@ -4,13 +4,14 @@ __version__ = "0.1.0"
 
 from typing import Any
 
-__all__ = ["build_index", "check_copies", "load", "open_index", "score", "train"]
+__all__ = ["build_index", "check_copies", "load", "load_preset", "open_index", "score", "train"]
 
 _API = {
     "build_index": "fastgen.retrieval.indexing",
     "check_copies": "fastgen.retrieval.copies",
-    "load": "fastgen.pipeline",
-    "open_index": "fastgen.retrieval",
+    "load": "fastgen.generate.pipeline",
+    "load_preset": "fastgen.presets",
+    "open_index": "fastgen.retrieval.index",
     "score": "fastgen.scoring",
     "train": "fastgen.training",
 }

@@ -53,9 +53,9 @@ def text_model(tmp_path_factory) -> Path:
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    from fastgen.config import Sampling
-    from fastgen.networks import Model, save_model
-    from fastgen.training.tokenizer import train_tokenizer
+    from fastgen.models.folder import Model, save_model
+    from fastgen.presets import Sampling
+    from fastgen.training.bpe import train_tokenizer
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -117,9 +117,9 @@ def label_model(tmp_path_factory) -> Path:
     pytest.importorskip("diffusers")
     from diffusers import UNet2DModel
 
-    from fastgen.config import Sampling
-    from fastgen.names import ICLEVR_OBJECTS
-    from fastgen.networks import LabelConditioner, Model, save_model
+    from fastgen.files.names import ICLEVR_OBJECTS
+    from fastgen.models.folder import LabelConditioner, Model, save_model
+    from fastgen.presets import Sampling
 
     torch.set_num_threads(1)
     torch.manual_seed(1)
@@ -159,7 +159,7 @@ def export_few(tmp_path_factory) -> Callable[..., Any]:
     logging.getLogger("torch.__trace").propagate = False  # pages of it would be shown beside a failed test
 
     def run(model: Path, out: Path, **options: Any) -> Any:
-        with mock.patch("fastgen.solver.COMMON_STEPS", TABLE_STEPS):
+        with mock.patch("fastgen.sampling.compile.COMMON_STEPS", TABLE_STEPS):
             return export(model, out, **options)
 
     return run
@@ -262,7 +262,7 @@ def fastgen(capfd, monkeypatch) -> Callable[..., tuple[int, str, str]]:
 @pytest.fixture(scope="session")
 def rehash() -> Callable[[Path], None]:
     """Make bundle.json agree with the files again, after they were changed on purpose."""
-    from fastgen.spec import sha256_file
+    from fastgen.files.hashes import sha256_file
 
     def run(bundle: Path) -> None:
         manifest = json.loads((bundle / "bundle.json").read_text())

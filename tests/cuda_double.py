@@ -287,7 +287,7 @@ def _synchronize(device: Any = None) -> None:
 
 def install(monkeypatch: Any) -> type[State]:
     """Put the double in the place of torch.cuda's functions; returns what is current."""
-    from fastgen import streams
+    from fastgen.sampling import streams
 
     streams._streams.cache_clear()
     State.reset()

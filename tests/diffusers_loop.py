@@ -1,4 +1,4 @@
-"""The reference: diffusers' own denoising loop, as its pipelines write it, with the noise of fastgen.noise."""
+"""The reference: diffusers' own denoising loop, as its pipelines write it, with the noise of fastgen.sampling.noise."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from unittest import mock
 import torch
 from diffusers import DDPMScheduler
 
-from fastgen.noise import normal
+from fastgen.sampling.noise import normal
 
 
 def config(cls=DDPMScheduler, **options) -> dict:

@@ -17,9 +17,12 @@ import click
 from fastgen.cli import cli
 
 REPO = Path(__file__).parents[1]
-DOCUMENTS = ["README.md", *sorted(f"docs/{file.name}" for file in (REPO / "docs").glob("*.md"))]
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{file.name}" for file in (REPO / "docs").glob("*.md"))]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 COMMAND = re.compile(r"(fastgen|pip|accelerate|bin/[\w-]+|python -m [\w.]+)( |$)")
+
+
+RELEASING = ("build", "twine", "venv")
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,9 @@ def check_words(words: Sequence[str], incomplete: bool = False) -> None:
     `incomplete`: required arguments may be missing, as in a command that is only mentioned.
     """
     program, *arguments = words
+    program = program.removeprefix("CLEAN/bin/")  # of the environment in which docs/releasing.md tests a wheel
+    if words[:3] == ["python", "-m", "pip"]:
+        program, *arguments = words[2:]
     if program == "accelerate":
         program, arguments = "fastgen", arguments[arguments.index("fastgen") + 1 :]
     if program == "python" and arguments[:2] == ["-m", "fastgen"]:
@@ -103,6 +109,8 @@ def check_words(words: Sequence[str], incomplete: bool = False) -> None:
         _check_click(importlib.import_module(arguments[1]).main, arguments[2:], incomplete)
     elif program == "pip" and arguments[:1] == ["install"]:
         _check_extras(arguments[1:])
+    elif program == "git" or (program == "python" and arguments[:1] == ["-m"] and arguments[1] in RELEASING):
+        pass  # programs of others, which a release needs
     elif program.startswith("bin/"):
         _check_script(REPO / program, arguments)
     else:
@@ -128,8 +136,10 @@ def _check_extras(packages: Sequence[str]) -> None:
     project = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
     for package in packages:
         name, _, extras = package.rstrip("]").partition("[")
+        if name == project["name"]:
+            raise click.UsageError(f"{package}: no package index has fastgen; `pip install .` installs the clone")
         for extra in filter(None, extras.split(",")):
-            if name == project["name"] and extra not in project["optional-dependencies"]:
+            if name == "." and extra not in project["optional-dependencies"]:
                 raise click.UsageError(f"{package}: there is no extra {extra!r}")
 
 

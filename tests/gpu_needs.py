@@ -40,7 +40,7 @@ def _onnxruntime_gpu() -> str | None:
 
 def _compilers() -> str | None:
     """Of engine compile: C++, triton, CUDA's headers."""
-    from fastgen.engines.base_compile import check_tools
+    from fastgen.engines.compile.package import check_tools
     from fastgen.errors import InputError
 
     try:
@@ -56,7 +56,7 @@ def _tensorrt() -> str | None:
 
 def _tensorrt_rtx() -> str | None:
     """The package, and a card that it compiles for."""
-    from fastgen.engines.base_trt_product import RTX
+    from fastgen.engines.trt.product import RTX
 
     if reason := _package(RTX.module):
         return reason

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from fastgen.names import ICLEVR_OBJECTS
-from fastgen.networks import load_model
-from fastgen.precision import lowered
+from fastgen.files.names import ICLEVR_OBJECTS
+from fastgen.models.folder import load_model
+from fastgen.models.precision import lowered
 
 LABELS = len(ICLEVR_OBJECTS)
 

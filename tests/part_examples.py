@@ -1,4 +1,5 @@
-"""Parts of a measurement that behave badly, for tests/test_parts.py. They run in the helper process of benchmarks/parts.py."""
+"""Parts of a measurement that behave badly, for tests/benchmarks/test_parts.py. They run in the helper process of
+benchmarks/parts.py."""
 
 from __future__ import annotations
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fastgen.images import png_bytes
-from fastgen.names import ICLEVR_OBJECTS
+from fastgen.files.names import ICLEVR_OBJECTS
+from fastgen.files.png import png_bytes
 
 ATTRIBUTES = {"body": ("cat", "slime"), "colour": ("blue", "green", "red")}
 PROMPTS = ["a red dragon with wings", "a small blue slime", "green robot with a sword", "purple insect with many legs"]
@@ -30,20 +30,20 @@ def make_images(folder, seed=0, size=(64, 64), count=5, tint=0, metadata=None):
 def make_evaluator(folder: Path, seed: int = 0) -> Path:
     import torch
 
-    from fastgen import evaluator
+    from fastgen.models import evaluator
 
     torch.manual_seed(seed)
-    evaluator.save(evaluator.build().eval(), folder, ICLEVR_OBJECTS, {})
+    evaluator.save(evaluator.ResNet18().eval(), folder, ICLEVR_OBJECTS, {})
     return folder
 
 
 def make_attribute_evaluator(folder: Path, seed: int = 0) -> Path:
     import torch
 
-    from fastgen import evaluator
+    from fastgen.models import evaluator
 
     torch.manual_seed(seed)
-    evaluator.save(evaluator.build(5, width=8).eval(), folder, ATTRIBUTES, {})
+    evaluator.save(evaluator.ResNet18(5, width=8).eval(), folder, ATTRIBUTES, {})
     return folder
 
 
@@ -52,7 +52,7 @@ def make_clip(folder: Path, context: int = 32) -> Path:
     import torch
     from transformers import CLIPConfig, CLIPModel
 
-    from fastgen.training.tokenizer import train_tokenizer
+    from fastgen.training.bpe import train_tokenizer
 
     tokenizer = train_tokenizer(PROMPTS * 2, vocab_size=540, length=context)
     tower = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}

@@ -22,20 +22,21 @@ from click.testing import CliRunner
 from documents import DOCUMENTS, REPO, Step, check_words, inline, links, steps, unmarked
 from small_presets import SMALL
 
-from fastgen.shipped import MODELS as SHIPPED
+from fastgen.models.find import MODELS as SHIPPED
 
 pytest.importorskip("torch")
 
 NOT_RUN = {  # pattern of a command -> why it is parsed only
     r"--trt|--engine trt|--devices": "needs an NVIDIA GPU, or two",
-    r"^accelerate ": "needs several GPUs; tests/test_processes.py starts several processes",
+    r"^accelerate ": "needs several GPUs; tests/training/test_processes.py starts several processes",
     r"^pip install": "would change the environment that the tests run in; tests/test_packaging.py installs the wheel",
+    r"^(git|python -m (pip|build|twine|venv))( |$)|^CLEAN/bin/": "is done by hand; tests/test_packaging.py runs the wheel",
     r"^bin/(test|setup)": "is what started these tests",
     r"^bin/(demo|train-models)": "tests/test_scripts.py runs it",
-    r"^bin/bench|^python -m benchmarks\.(?!engines)": "takes half an hour; tests/test_benchmarks.py runs it on tiny models",
-    r"^fastgen import OLD": "needs the checkpoint of somebody's full-size network; see tests/test_importing.py",
-    r"--features inception\.pth": "needs the weights of FID's Inception; see tests/test_inception.py",
-    r"--checkpoint 500,1000,best,last": "needs a run of 1000 steps; see tests/test_sweep.py",
+    r"^bin/bench|^python -m benchmarks\.(?!engines)": "takes half an hour; see tests/benchmarks/test_benchmarks.py",
+    r"^fastgen import OLD": "needs the checkpoint of somebody's full-size network; see tests/models/test_importing.py",
+    r"--features inception\.pth": "needs the weights of FID's Inception; see tests/scoring/test_inception.py",
+    r"--checkpoint 500,1000,best,last": "needs a run of 1000 steps; see tests/sweep/test_sweep.py",
 }
 CARDS = sorted(folder.parent.name for folder in SHIPPED.glob("*/README.md"))
 SLOW = {r"--engine compile": "compiles for a minute", r"export iclevr-64 --rtx": "two exports take half a minute"}
@@ -76,13 +77,13 @@ def judge(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def judge_of_monsters(described, tmp_path_factory) -> Path:
     """An evaluator of attributes that was never trained."""
-    from fastgen import evaluator
-    from fastgen.attributes import outputs
+    from fastgen.data.attributes import outputs
     from fastgen.data.synthetic.traits import ACTIONS, VALUES
+    from fastgen.models import evaluator
 
     attributes = {**{name: tuple(values) for name, values in VALUES.items()}, "action": tuple(ACTIONS)}
     folder = tmp_path_factory.mktemp("lent") / "evaluator-monsters"
-    evaluator.save(evaluator.build(len(outputs(attributes)), width=8).eval(), folder, attributes, {})
+    evaluator.save(evaluator.ResNet18(len(outputs(attributes)), width=8).eval(), folder, attributes, {})
     return folder
 
 
@@ -94,7 +95,7 @@ def shipped(label_model, text_model, judge, judge_of_monsters, tmp_path_factory,
     folder = tmp_path_factory.mktemp("models")
     for name, source in models.items():
         (folder / name).symlink_to(source)
-    monkeypatch.setattr("fastgen.shipped.MODELS", folder)
+    monkeypatch.setattr("fastgen.models.find.MODELS", folder)
 
 
 class Reader:
@@ -184,8 +185,8 @@ def arguments(words: list[str]) -> list[tuple[str, str]]:
 
 def needed_kind(words: list[str], before: str, word: str) -> str | None:
     """What a dataset to learn from, named after `before`, must hold, or a file of requests; None for everything else."""
-    from fastgen.config import load_preset
-    from fastgen.shipped import find_model, model_kind
+    from fastgen.models.find import find_folder, model_kind
+    from fastgen.presets import load_preset
 
     command = words[1] if words[0] == "fastgen" else ""
     if command == "train" and before == "--data":
@@ -193,7 +194,7 @@ def needed_kind(words: list[str], before: str, word: str) -> str | None:
     if command == "index" and before == "index":
         return "text"
     if command in ("generate", "sweep") and before == command and word.endswith(".json") and "/" not in word:
-        named = model_kind(find_model(words[words.index("--model") + 1])) if "--model" in words else None
+        named = model_kind(find_folder(words[words.index("--model") + 1])) if "--model" in words else None
         return named or ("text" if word.lower().startswith("prompt") else "labels")
     return None
 
@@ -230,7 +231,7 @@ def shortened(words: list[str]) -> list[str]:
 
 def small(name: str) -> list[str]:
     """Overrides with which a preset trains for seconds."""
-    from fastgen.config import load_preset
+    from fastgen.presets import load_preset
 
     preset = load_preset(name)
     found = [*SMALL[name], "sampling.num_inference_steps=4"] if name in SMALL else []
@@ -258,7 +259,7 @@ def run(document: str, reader: Reader, chosen: Callable[[Step], bool]) -> None:
 @pytest.fixture
 def reader(lent, shipped, fastgen, tmp_path, monkeypatch) -> Reader:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("fastgen.solver.COMMON_STEPS", (1, 2, 3, 5, 10, 20))
+    monkeypatch.setattr("fastgen.sampling.compile.COMMON_STEPS", (1, 2, 3, 5, 10, 20))
     logging.getLogger("torch.__trace").propagate = False  # pages of it would be shown beside a failed test
     return Reader(lent, fastgen)
 
@@ -286,7 +287,7 @@ def test_commands_that_a_document_mentions_exist_with_their_options(document):
             pytest.fail(f"{document}: `{command}`: {error.format_message()}", pytrace=False)
 
 
-@pytest.mark.parametrize("document", [*DOCUMENTS, *(f"fastgen/models/{card}/README.md" for card in CARDS)])
+@pytest.mark.parametrize("document", [*DOCUMENTS, *(f"fastgen/models/shipped/{card}/README.md" for card in CARDS)])
 def test_pictures_and_files_that_a_document_links_to_are_there(document):
     assert [t for t in links(document) if not (REPO / document).parent.joinpath(t).exists()] == []
     assert "docs/measured.md" in links("README.md")
@@ -306,7 +307,9 @@ def test_commands_stand_in_blocks_that_the_tests_run(document):
         "fastgen export M --batch-sizes",
         "python -m benchmarks.engines",
         "python -m benchmarks.gpu --out OUT --minute 3",
-        "pip install fastgen-diffusion[gpus]",
+        "pip install .[gpus]",
+        "python -m twin upload",
+        "pip install fastgen-diffusion[cpu]",
         "bin/demo --fast",
         "bin/demos",
         "curl -O https://example.com/model.safetensors",

@@ -68,15 +68,15 @@ def test_tensorrt_for_rtx_needs_a_card_that_it_compiles_for(card, without, monke
 
 
 def test_compilers_are_those_that_the_engine_asks_for(card, monkeypatch):
-    from fastgen.engines import base_compile
+    from fastgen.engines.compile import package
     from fastgen.errors import InputError
 
     def refuse(on_gpu):
         raise InputError("engine compile needs CUDA's headers")
 
-    monkeypatch.setattr(base_compile, "check_tools", refuse)
+    monkeypatch.setattr(package, "check_tools", refuse)
     assert lacking(["compilers"]) == "engine compile needs CUDA's headers"
-    monkeypatch.setattr(base_compile, "check_tools", lambda on_gpu: None)
+    monkeypatch.setattr(package, "check_tools", lambda on_gpu: None)
     assert lacking(["compilers"]) is None
 
 
@@ -89,7 +89,7 @@ def test_a_need_that_is_not_known_is_an_error(card):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="they would run")
 def test_all_of_them_skip_here_with_the_reason_and_only_their_files_are_collected():
     mark = ".".join(["pytest", "mark", "gpu"])  # written apart: this file holds no such test
-    files = [str(file) for file in (REPO / "tests").glob("test_*.py") if mark in file.read_text()]
+    files = [str(file) for file in (REPO / "tests").rglob("test_*.py") if mark in file.read_text()]
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-rs", "-p", "no:cacheprovider", *files]
     done = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
@@ -100,9 +100,9 @@ def test_all_of_them_skip_here_with_the_reason_and_only_their_files_are_collecte
 
 def test_the_script_asks_pytest_for_these_files_alone(tmp_path):
     mark = ".".join(["pytest", "mark", "gpu"])
-    for folder in ("bin", "tests", ".venv/bin"):
+    for folder in ("bin", "tests/engines", ".venv/bin"):
         (tmp_path / folder).mkdir(parents=True)
-    (tmp_path / "tests" / "test_a.py").write_text(f"@{mark}\n")
+    (tmp_path / "tests" / "engines" / "test_a.py").write_text(f"@{mark}\n")
     (tmp_path / "tests" / "test_b.py").write_text("# none\n")
     for name in ("bin/test", "bin/setup"):
         shutil.copy(REPO / name, tmp_path / name)
@@ -115,6 +115,6 @@ def test_the_script_asks_pytest_for_these_files_alone(tmp_path):
         done = subprocess.run(command, env=os.environ | {"NO_SETUP": "1"}, capture_output=True, text=True, check=True)
         return done.stdout.strip()
 
-    assert asked("--gpu", "-x") == "-m pytest -m gpu tests/test_a.py -x"
+    assert asked("--gpu", "-x") == "-m pytest -m gpu tests/engines/test_a.py -x"
     assert asked() == "-m pytest -m not slow and not gpu"
     assert asked("tests/test_b.py") == "-m pytest tests/test_b.py"

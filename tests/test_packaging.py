@@ -7,11 +7,12 @@ import sys
 import tomllib
 import venv
 import zipfile
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
 
-from fastgen.shipped import shipped_names
+from fastgen.models.find import shipped_names
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -23,8 +24,11 @@ def packages() -> set[str]:
     return {".".join(folder.relative_to(ROOT).parts) for folder in folders}
 
 
-def test_every_package_is_listed():
-    assert set(PROJECT["tool"]["setuptools"]["packages"]) == packages()
+def test_every_folder_of_code_is_a_package_that_setuptools_finds():
+    patterns = PROJECT["tool"]["setuptools"]["packages"]["find"]["include"]
+    code = {f.parent for name in ("fastgen", "export") for f in (ROOT / name).rglob("*.py")}
+    assert {".".join(folder.relative_to(ROOT).parts) for folder in code} == packages()
+    assert [p for p in packages() if not any(fnmatch(p, pattern) for pattern in patterns)] == []
 
 
 def test_the_base_install_needs_none_of_the_heavy_packages():
@@ -47,8 +51,10 @@ def test_the_wheel_runs_in_a_clean_environment(tmp_path):
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {f"{package.replace('.', '/')}/__init__.py" for package in packages()} <= names
     assert {f"fastgen/presets/{f.name}" for f in (ROOT / "fastgen" / "presets").glob("*.toml")} <= names
-    models = [f.relative_to(ROOT).as_posix() for f in (ROOT / "fastgen" / "models").rglob("*") if f.is_file()]
-    assert set(models) == {name for name in names if name.startswith("fastgen/models/")}
+    models = [
+        f.relative_to(ROOT).as_posix() for f in (ROOT / "fastgen" / "models" / "shipped").rglob("*") if f.is_file()
+    ]
+    assert set(models) == {name for name in names if name.startswith("fastgen/models/shipped/")}
     assert "fastgen/data/synthetic/held_out.txt" in names
     assert not any(name.startswith(("tests/", "benchmarks/", "bin/")) for name in names)
 
@@ -57,7 +63,7 @@ def test_the_wheel_runs_in_a_clean_environment(tmp_path):
     subprocess.run([python, "-m", "pip", "install", "--quiet", wheel], check=True)
     script = tmp_path / "env" / "bin" / "fastgen"
     listed = subprocess.run(
-        [python, "-c", "from fastgen.shipped import *; print(MODELS.parent, *shipped_names())"],
+        [python, "-c", "from fastgen.models.find import *; print(MODELS.parent, *shipped_names())"],
         cwd=tmp_path,
         capture_output=True,
         text=True,

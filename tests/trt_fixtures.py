@@ -11,9 +11,10 @@ import tensorrt_double as double
 import tensorrt_rtx_double as rtx_double
 from trt_helpers import CpuGpu
 
-from fastgen.bundle import Bundle, read_bundle
-from fastgen.engines import base_trt, base_trt_rtx
-from fastgen.machine import Driver
+from fastgen.engines.machine import Driver
+from fastgen.engines.trt import platform
+from fastgen.engines.trt_rtx import kernels
+from fastgen.models.bundle import Bundle, read_bundle
 
 
 @pytest.fixture
@@ -21,8 +22,8 @@ def card(monkeypatch, tmp_path) -> CpuGpu:
     """TensorRT and a GPU, both doubles, and an empty cache."""
     gpu = CpuGpu("cpu", double.GPU, double.CAPABILITY, 80 * 2**30)
     monkeypatch.setitem(sys.modules, "tensorrt", double.make_module())
-    monkeypatch.setattr(base_trt, "open_gpu", lambda device, product=None: gpu)
-    monkeypatch.setattr(base_trt, "driver_cuda", lambda: (13, 0))
+    monkeypatch.setattr(platform, "open_gpu", lambda device, product=None: gpu)
+    monkeypatch.setattr(platform, "driver_cuda", lambda: (13, 0))
     monkeypatch.setenv("FASTGEN_CACHE", str(tmp_path / "cache"))
     return gpu
 
@@ -32,9 +33,9 @@ def rtx_card(monkeypatch, tmp_path) -> CpuGpu:
     """TensorRT for RTX and a card for it, both doubles, and an empty cache."""
     gpu = CpuGpu("cpu", rtx_double.GPU, rtx_double.CAPABILITY, 24 * 2**30)
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", rtx_double.make_module())
-    monkeypatch.setattr(base_trt, "open_gpu", lambda device, product=None: gpu)
-    monkeypatch.setattr(base_trt, "driver_cuda", lambda: (13, 0))
-    monkeypatch.setattr(base_trt_rtx, "gpus", lambda: ([], Driver("580.95.05", "13.0")))
+    monkeypatch.setattr(platform, "open_gpu", lambda device, product=None: gpu)
+    monkeypatch.setattr(platform, "driver_cuda", lambda: (13, 0))
+    monkeypatch.setattr(kernels, "gpus", lambda: ([], Driver("580.95.05", "13.0")))
     monkeypatch.setenv("FASTGEN_CACHE", str(tmp_path / "cache"))
     return gpu
 

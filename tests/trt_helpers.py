@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from fastgen.artifacts import Artifact
-from fastgen.bundle import Bundle
-from fastgen.engines import base_trt
+from fastgen.engines.cache.artifacts import Artifact
+from fastgen.engines.trt import platform
+from fastgen.models.bundle import Bundle
 
 STREAM = 4711
 
 
-class CpuGpu(base_trt.Gpu):
+class CpuGpu(platform.Gpu):
     """The double's GPU: torch's tensors on the CPU stand for those on the card."""
 
     def active(self) -> Any:

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastgen.precision import TORCH_DTYPES
-from fastgen.schedulers import default_name, make_scheduler
+from fastgen.models.precision import TORCH_DTYPES
+from fastgen.sampling.schedulers import default_name, make_scheduler
 
 
 class _Runner:
@@ -109,7 +109,7 @@ class Labels(_Runner):
     its own noise here: such images are others than ours."""
 
     def __init__(self, opening: Mapping[str, Any]) -> None:
-        from fastgen.networks import load_model
+        from fastgen.models.folder import load_model
 
         super().__init__(opening)
         model = load_model(self._folder)

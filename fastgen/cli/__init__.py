@@ -22,6 +22,7 @@ from fastgen.cli.score import score
 from fastgen.cli.sweep import sweep
 from fastgen.cli.train import train
 from fastgen.errors import FastgenError
+from fastgen.files.installing import hint
 
 
 class Commands(click.Group):
@@ -62,7 +63,7 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] in ("fastgen", "export"):
             raise
-        _fail(f'this command needs {error.name}, not installed here: pip install "fastgen-diffusion[export]"', 2)
+        _fail(f"this command needs {error.name}, not installed here: {hint('export')}", 2)
     except OSError as error:
         _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), 1)
 

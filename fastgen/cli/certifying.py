@@ -10,7 +10,7 @@ from fastgen.cli.common import say
 from fastgen.errors import FastgenError
 
 if TYPE_CHECKING:
-    from fastgen.pipeline import Pipeline
+    from fastgen.generate.pipeline import Pipeline
 
 
 def ensure_certified(pipeline: Pipeline) -> None:
@@ -23,8 +23,8 @@ def ensure_certified(pipeline: Pipeline) -> None:
     if engine.gpu is None:
         return
     from export.certificate import certify, is_certified
-    from fastgen.bundle import CERTIFICATES, Bundle
-    from fastgen.cachedir import cache_dir
+    from fastgen.files.cachedir import cache_dir
+    from fastgen.models.bundle import CERTIFICATES, Bundle
 
     assert isinstance(bundle, Bundle)
     folders = bundle.folder / CERTIFICATES, cache_dir() / CERTIFICATES / bundle.sha256

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,9 @@ class ModelPath(click.Path):
     """A folder, or the name of a model or evaluator that comes with fastgen; a folder of that name wins."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        from fastgen.shipped import find_model
+        from fastgen.models.find import find_folder
 
-        return find_model(os.fsdecode(super().convert(value, param, ctx)))
+        return find_folder(os.fsdecode(super().convert(value, param, ctx)))
 
 
 FOLDER = click.Path(path_type=Path)
@@ -31,29 +30,9 @@ def say(line: str) -> None:
 
 def model_for(kind: str, engine: str | None) -> Path:
     """The model that generates requests of this kind, "text" or "labels", when none is named; said on stderr. Raises InputError
-    as `shipped.default_model` does."""
-    from fastgen.shipped import default_model
+    as `find.default_model` does."""
+    from fastgen.models.find import default_model
 
     default = default_model(kind, engine)
     say(f"model: {default}")
     return default.folder
-
-
-def given_again(ctx: click.Context, leave_out: Sequence[str]) -> list[str]:
-    """The command line of `ctx`, but for the options left out."""
-    words = [str(ctx.info_name)]
-    for param in ctx.command.params:
-        value = ctx.params.get(param.name or "")
-        source = ctx.get_parameter_source(param.name or "")
-        if param.name in leave_out or source is not click.core.ParameterSource.COMMANDLINE:
-            continue
-        if isinstance(param, click.Argument):
-            words.append(str(value))
-        elif isinstance(param, click.Option) and param.is_flag:
-            words.append((param.opts if value else param.secondary_opts)[0])
-        elif param.multiple:
-            for one in value or ():
-                words += [param.opts[0], str(one)]
-        else:
-            words += [param.opts[0], *(map(str, value) if isinstance(value, tuple) else [str(value)])]
-    return words

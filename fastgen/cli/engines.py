@@ -18,7 +18,7 @@ def doctor(as_json: bool) -> None:
 
     Exits with 1 when no engine can run.
     """
-    from fastgen.doctor import examine
+    from fastgen.engines.doctor import examine
 
     report = examine()
     click.echo(json.dumps(report.to_json(), indent=2) if as_json else "\n".join(report.lines()))
@@ -36,8 +36,8 @@ def engines() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print all fields as JSON.")
 def list_engines(engine: str | None, as_json: bool) -> None:
     """List the compiled engines: network, batch (rows), precision, device, versions, size, build time, last use (UTC)."""
-    from fastgen import artifacts
-    from fastgen.doctor.engine_cache import check_engine, row, size_text, table
+    from fastgen.engines.cache import artifacts
+    from fastgen.engines.cache.listing import check_engine, row, size_text, table
 
     check_engine(engine)
     sound, damaged = artifacts.scan(engine)
@@ -64,15 +64,15 @@ def why(model: Path | None, engine: str, dtype: str | None, batch_size: int | No
 
     BUNDLE or MODEL is the latest run's by default. Exits with 1 when an engine is missing that must be built beforehand.
     """
-    from fastgen.doctor.engine_cache import build_command, check_engine, explain
+    from fastgen.engines.cache.listing import build_command, check_engine, explain
 
     check_engine(engine)
-    from fastgen.pipeline import load
-    from fastgen.runs import latest_model
+    from fastgen.generate.pipeline import load
+    from fastgen.models.runs import latest_model
 
     folder = model or latest_model(engine)
     pipeline = load(folder, engine, device=device, dtype=dtype)
-    findings = explain(pipeline, batch_size)
+    findings = explain(pipeline.engine, pipeline.spec, batch_size)
     for finding in findings:
         click.echo(str(finding))
     missing = [finding.network for finding in findings if finding.problem]
@@ -103,8 +103,8 @@ def gc(
 
     By default: leftovers of killed builds, damaged records, and what another version of a library than the installed one made.
     """
-    from fastgen.doctor.engine_cache import check_engine, size_text
-    from fastgen.doctor.engine_gc import Selection, collect, parse_size
+    from fastgen.engines.cache.gc import Selection, collect, parse_size
+    from fastgen.engines.cache.listing import check_engine, size_text
 
     check_engine(engine)
     selection = Selection(everything, damaged, unused_days, None if max_size is None else parse_size(max_size))

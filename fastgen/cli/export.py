@@ -64,9 +64,9 @@ def export(
     """
     from export.bundle import BATCH_SIZES
     from export.bundle import export as run
-    from fastgen.bundle import is_bundle
-    from fastgen.runs import latest_run
-    from fastgen.shipped import made_from
+    from fastgen.models.bundle import is_bundle
+    from fastgen.models.find import made_from
+    from fastgen.models.runs import latest_run
 
     if batch_sizes is not None and not (trt or rtx):
         raise InputError("--batch-sizes is what TensorRT engines are built for; give --trt or --rtx too")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fastgen.cli.certifying import ensure_certified
-from fastgen.cli.common import FOLDER, MODEL, POSITIVE, given_again, say
+from fastgen.cli.common import FOLDER, MODEL, POSITIVE, say
 from fastgen.cli.index import rag_options
 from fastgen.errors import FastgenError, InputError
 
 if TYPE_CHECKING:
-    from fastgen.jobs.job import Report
-    from fastgen.jobs.shards import Shard
+    from fastgen.generate.job import Report
+    from fastgen.generate.shards import Shard
 
 
 @click.command()
@@ -78,9 +79,7 @@ if TYPE_CHECKING:
 @click.option(
     "--dry-run", is_flag=True, help="Only tell how long the job will take and how much memory, measured here."
 )
-@click.pass_context
 def generate(
-    ctx: click.Context,
     requests_file: Path | None,
     prompts: Sequence[str],
     labels: Sequence[str],
@@ -102,20 +101,26 @@ def generate(
     dry_run: bool,
     checkpoint: str | None,
     rag: Path | None,
+    noise_steps: int | None,
+    strength: float | None,
+    rag_top_k: int | None,
     **sampling: Any,
 ) -> None:
     """Generate an image for every request of a JSON file, or for what --prompt or --labels say.
 
     The same command continues a job that was interrupted.
     """
-    from fastgen.jobs.asked import asked_for, choose_model
-    from fastgen.jobs.job import estimate_job, run_job
-    from fastgen.jobs.shards import Shard, parse_devices, run_on_devices
-    from fastgen.jobs.single import write_image
-    from fastgen.pipeline import load
-    from fastgen.retrieval import open_index
-    from fastgen.strips import parse_timesteps
+    from fastgen.generate.job import estimate_job, run_job
+    from fastgen.generate.job_input import asked_for, choose_model
+    from fastgen.generate.pipeline import load
+    from fastgen.generate.run import Run
+    from fastgen.generate.shards import Shard, parse_devices, run_on_devices
+    from fastgen.generate.single import write_image
+    from fastgen.generate.start import late_start
+    from fastgen.generate.strips import parse_timesteps
+    from fastgen.retrieval.index import open_index
 
+    late: dict[str, Any] = {"noise_steps": noise_steps, "strength": strength, "rag_top_k": rag_top_k}
     part = Shard.parse(shard) if shard else None
     timesteps = parse_timesteps(strip) if strip is not None else None
     names = parse_devices(devices) if devices else None
@@ -123,13 +128,14 @@ def generate(
         raise InputError(f"--devices chooses --{'shard' if part else 'device'} itself; give one of them")
     asked = asked_for(requests_file, prompts, labels, out, seed=seed, count=count)
     asked.refuse({"--strip": strip, "--grid": grid, "--shard": shard, "--devices": devices})
-    folder, requests, default = choose_model(asked.requests, model, engine, checkpoint)
-    if default is not None:
-        say(f"model: {default}")
+    folder, requests = choose_model(asked.requests, model, engine, checkpoint)
+    if folder.why:
+        say(f"model: {folder}")
     if names:
         if not dry_run:
-            found = [] if default is None else ["--model", str(folder)]
-            run_on_devices([*given_again(ctx, leave_out=("devices",)), *found], names)
+            words = _without_devices(sys.argv[1:])
+            words += ["--model", str(folder.folder)] if folder.why else []
+            run_on_devices(words, names)
             return
         device, part = names[0], Shard(1, len(names))
 
@@ -138,18 +144,31 @@ def generate(
     pipeline = load(folder, engine, checkpoint=checkpoint, **options)
     if not dry_run:
         ensure_certified(pipeline)
-    held = open_index(rag) if rag else None
-    settings = pipeline.settings(seed=seed, rag=rag is not None, **sampling)
+    settings = pipeline.settings(seed=seed, **sampling)
+    source = open_index(rag) if rag else None
+    settings, start = late_start(source, pipeline, requests, settings, **late)
+    run = Run(pipeline, requests, settings, start, strip=timesteps)
     if dry_run:
-        estimated = estimate_job(pipeline, requests, settings, rag=held, batch_size=batch_size, shard=part)
+        estimated = estimate_job(run, batch_size=batch_size, shard=part)
         click.echo(f"{f'shard {part}: ' if part else ''}{estimated}; nothing was written")
     elif asked.single:
-        start = time.perf_counter()
-        _warn_of_truncated(write_image(pipeline, requests[0], asked.out, settings, held))
-        click.echo(f"{asked.out}: 1 image in {time.perf_counter() - start:.1f} s")
+        begin = time.perf_counter()
+        write_image(run, asked.out)
+        _warn_of_truncated(run.conditions.truncated)
+        click.echo(f"{asked.out}: 1 image in {time.perf_counter() - begin:.1f} s")
     else:
-        options = {"batch_size": batch_size, "strip": timesteps, "grid": grid, "shard": part}
-        _tell(run_job(pipeline, requests, asked.out, settings, rag=held, **options, say=say), part)
+        _tell(run_job(run, asked.out, batch_size=batch_size, grid=grid, shard=part, say=say), part)
+
+
+def _without_devices(words: Sequence[str]) -> list[str]:
+    """A command line without the option --devices, and without `--`: options may follow."""
+    rest, iterator = [], iter(words)
+    for word in iterator:
+        if word == "--devices":
+            next(iterator)
+        elif word != "--" and not word.startswith("--devices="):
+            rest.append(word)
+    return rest
 
 
 def _tell(report: Report, part: Shard | None) -> None:

@@ -38,7 +38,7 @@ def import_(source: Path, out: Path, **options: Any) -> None:
     The folder is read back and compared with the source network before it gets its name. Weights that do not match are listed
     key by key.
     """
-    from fastgen.importing import MismatchError, import_model
+    from fastgen.models.importing import MismatchError, import_model
 
     try:
         imported = import_model(source, out, **options)

@@ -44,7 +44,7 @@ def index(
     **options: Any,
 ) -> None:
     """Index the training set DATA by its texts, so that `generate --rag` can start from the nearest training image."""
-    from fastgen.pipeline import load
+    from fastgen.generate.pipeline import load
     from fastgen.retrieval.indexing import Options, build_index, default_folder, indexing_engine
 
     chosen = Options(text, frames, image_mode)  # type: ignore[arg-type]  # it checks them
@@ -66,9 +66,9 @@ def index(
 @click.option("--data", type=FOLDER, help="The data folder that was indexed, for --sheet.")
 def copies(images: Sequence[Path], index_folder: Path, out: Path | None, sheet: Path | None, data: Path | None) -> None:
     """Nearest training image of each generated one in the folders IMAGES, and the share of near copies."""
-    from fastgen.jsonfiles import write_json
-    from fastgen.retrieval import open_index
+    from fastgen.files.jsonfiles import write_json
     from fastgen.retrieval.copies import check_copies, save_sheet
+    from fastgen.retrieval.index import open_index
 
     if (sheet is None) != (data is None):
         raise InputError("--sheet shows training images, which are in the data folder: give both --sheet and --data")

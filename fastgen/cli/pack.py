@@ -19,6 +19,6 @@ def pack(model: Path, out: Path, dtype: str) -> None:
     Weights are rounded to fp16 and load as any model's do; checkpoints and previews stay behind, the training record and a
     thinned log come along. A weight that overflows or is not finite is refused.
     """
-    from fastgen.packing import pack as run
+    from fastgen.models.packing import pack as run
 
     click.echo("\n".join(run(model, out, dtype).lines()))

@@ -19,7 +19,7 @@ def compare(a: Path, b: Path, out: Path, limit: int | None) -> None:
 
     Each block of the picture has a row of A, of B, and of their amplified difference.
     """
-    from fastgen.comparing import compare as run
+    from fastgen.scoring.pairs import compare as run
 
     found = run(a, b, out, limit)
     for warning in found.warnings:

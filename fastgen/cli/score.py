@@ -61,14 +61,13 @@ def score(
     **options: Any,
 ) -> None:
     """Label or attribute accuracy, FID, KID, CLIP-T, CLIP-I of images; several IMAGES folders count as several seeds."""
-    from fastgen.checkpoint_choice import check_made_from
-    from fastgen.jsonfiles import write_json
+    from fastgen.files.jsonfiles import write_json
+    from fastgen.models.checkpoint_choice import check_made_from
     from fastgen.scoring import compare
-    from fastgen.scoring.images import image_folders
-    from fastgen.scoring.options import check_options, need
+    from fastgen.scoring.generated_images import image_folders
+    from fastgen.scoring.options import ScoringOptions, need
 
-    given = {name: options[name] for name in ("evaluator", "reference", "features", "clip", "attributes", "batch_size")}
-    check_options(**given)
+    ScoringOptions(**options)
     for folders in (images, against or images):
         image_folders(folders)
     scorer = need("fastgen.scoring.scorer").Scorer(**options)

@@ -129,8 +129,8 @@ def _run(
     options: dict[str, Any],
 ) -> Any:
     """Parse what was typed, all of it before anything is loaded, and sweep."""
-    from fastgen.requests import parse_requests
-    from fastgen.scoring.options import check_options, need
+    from fastgen.generate.requests import parse_requests
+    from fastgen.scoring.options import ScoringOptions, need
     from fastgen.sweep.choice import Rule, parse_within
     from fastgen.sweep.grid import Problems, integer, parse_grid, parse_list
 
@@ -139,8 +139,7 @@ def _run(
     seeds = parse_list("--seeds", words["seeds"], integer, "integers such as 0,1,2", found)
     within = found.attempt(lambda: parse_within(words["within"]))
     rule = found.attempt(lambda: Rule(words["rule"], *(within or (2.0, "%")), words["against"]))
-    asked = {name: scoring[name] for name in ("evaluator", "attributes", "reference", "features", "clip")}
-    found.attempt(lambda: check_options(**asked, batch_size=1))
+    found.attempt(lambda: ScoringOptions(**scoring))
     folder = found.attempt(lambda: model or model_for(parse_requests(requests_file).kind, engine))
     found.check()
     assert grid is not None

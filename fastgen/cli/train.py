@@ -17,7 +17,7 @@ class Train(click.Command):
     """Its help names the presets."""
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        from fastgen.config import preset_names
+        from fastgen.presets import preset_names
 
         text = f"Presets: {', '.join(preset_names())}."
         formatter.write("\n" + textwrap.fill(text, formatter.width, break_on_hyphens=False) + "\n")
@@ -39,9 +39,9 @@ def train(preset: str, data_folder: Path | None, out: Path | None, overrides: Se
 
     `accelerate launch -m fastgen train ...` trains on several GPUs.
     """
-    from fastgen.config import load_preset
     from fastgen.data import find_dataset
-    from fastgen.runs import new_run, set_latest
+    from fastgen.models.runs import new_run, set_latest
+    from fastgen.presets import load_preset
 
     chosen = load_preset(preset, overrides)
     folder = data_folder or find_dataset(Path())

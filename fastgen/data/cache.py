@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import secrets
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,12 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from fastgen.cachedir import cache_dir
 from fastgen.data.dataset import Dataset
 from fastgen.data.images import Mode, Remarks, load_images
 from fastgen.errors import FastgenError
-from fastgen.folders import sync_tree
-from fastgen.jsonfiles import read_json, write_json
+from fastgen.files.cachedir import cache_dir
+from fastgen.files.folders import new_folder
+from fastgen.files.jsonfiles import read_json, write_json
 
 FOLDER = "training"
 LAYOUT = 1  # raised when the meaning of an entry changes
@@ -51,20 +49,11 @@ def cached(kind: str, fields: Mapping[str, Any], fill: Callable[[Path], None], b
     `below`: the folder of the cache that it lies in.
     """
     text = json.dumps({"kind": kind, "layout": LAYOUT, **fields}, sort_keys=True)
-    parent = cache_dir() / below
-    entry = parent / f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:32]}"
-    if entry.is_dir():
-        return entry
-    temporary = parent / f".tmp-{secrets.token_hex(8)}"
-    try:
-        temporary.mkdir(parents=True)
-        fill(temporary)
-        write_json(temporary / "entry.json", json.loads(text))
-        _publish(temporary, entry)
-    except OSError as error:
-        raise FastgenError(f"{error.filename or parent}: cannot write the cache: {error.strerror}") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    entry = cache_dir() / below / f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:32]}"
+    if not entry.is_dir():
+        with new_folder(entry, existing="keep") as folder:
+            fill(folder)
+            write_json(folder / "entry.json", json.loads(text))
     return entry
 
 
@@ -83,15 +72,6 @@ def read_array(folder: Path, name: str) -> np.ndarray:
         return np.load(folder / f"{name}.npy", mmap_mode="r")
     except (OSError, ValueError) as error:
         raise FastgenError(f"{folder / name}.npy: damaged cache entry ({error}); delete {folder} and repeat") from None
-
-
-def _publish(temporary: Path, entry: Path) -> None:
-    sync_tree(temporary)
-    try:
-        temporary.rename(entry)
-    except OSError:
-        if not entry.is_dir():  # else another process was first, with the same content
-            raise
 
 
 def _write_pixels(folder: Path, dataset: Dataset, size: int, mode: Mode, skip_bad: bool) -> None:

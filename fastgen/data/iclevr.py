@@ -7,8 +7,8 @@ from pathlib import Path
 
 from fastgen.data.dataset import Dataset, Example, existing, note, nothing_matches, scene
 from fastgen.errors import InputError
-from fastgen.jsonfiles import brief, located, read_json
-from fastgen.names import check_known, check_labels, check_relative, read_objects
+from fastgen.files.jsonfiles import brief, located, read_json
+from fastgen.files.names import check_known, check_labels, check_relative, read_objects
 
 LABELS, OBJECTS = "train.json", "objects.json"
 FOLDERS = ("iclevr", "images", ".")

@@ -8,8 +8,8 @@ from typing import Any
 
 from fastgen.data.dataset import Dataset, Example, existing, note, nothing_matches
 from fastgen.errors import InputError
-from fastgen.jsonfiles import brief, located, read_jsonl
-from fastgen.names import check_known, check_labels, check_relative, check_text, read_objects
+from fastgen.files.jsonfiles import brief, located, read_jsonl
+from fastgen.files.names import check_known, check_labels, check_relative, check_text, read_objects
 
 METADATA, OBJECTS = "metadata.jsonl", "objects.json"
 FIELDS = ("text", "caption", "prompt", "labels")  # the first of these that line 1 has is read from every line

@@ -9,8 +9,8 @@ from typing import Any
 
 from fastgen.data.dataset import Dataset, Example, files_in, note, nothing_matches
 from fastgen.errors import InputError
-from fastgen.jsonfiles import brief, located, read_json
-from fastgen.names import check_text
+from fastgen.files.jsonfiles import brief, located, read_json
+from fastgen.files.names import check_text
 
 CAPTIONS, FRAMES = "train_info.json", "train"
 MAX_FRAMES = 10_000  # of one animation

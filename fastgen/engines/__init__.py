@@ -1,31 +1,31 @@
-"""Engines are found by file name: `fastgen/engines/<name>.py` defines a class `Engine`; `trt_rtx.py` is engine `trt-rtx`."""
+"""An engine is a folder: `engines/<name>/engine.py` defines a class `Engine`; `trt_rtx/` is engine `trt-rtx`."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.metadata
 import importlib.util
-import pkgutil
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastgen.errors import InputError, unknown
 
 if TYPE_CHECKING:
     from fastgen.engines.base import Engine
-    from fastgen.spec import Source
+    from fastgen.models.spec import Source
 
 
 def engine_names() -> list[str]:
     """Names of all engines of this package, installed or not."""
-    modules = (module.name for module in pkgutil.iter_modules(__path__))
-    return sorted(name.replace("_", "-") for name in modules if not name.startswith("base"))
+    folders = (file.parent.name for file in Path(__file__).parent.glob("*/engine.py"))
+    return sorted(name.replace("_", "-") for name in folders)
 
 
 def engine_class(name: str) -> type[Engine]:
     """The engine's class, importing none of its packages. Raises InputError for an unknown name."""
     if name not in engine_names():
         raise unknown("engine", name, engine_names())
-    return importlib.import_module(f"fastgen.engines.{name.replace('-', '_')}").Engine
+    return importlib.import_module(f"fastgen.engines.{name.replace('-', '_')}.engine").Engine
 
 
 def missing_packages(name: str) -> list[str]:

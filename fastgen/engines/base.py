@@ -9,15 +9,16 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from fastgen.buckets import cut
+from fastgen.engines.batches import cut
 from fastgen.errors import InputError
-from fastgen.signatures import Signature, network_dtype
+from fastgen.files.installing import Install
+from fastgen.models.signatures import Signature, network_dtype
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from fastgen.artifacts import Artifact, Recipe
-    from fastgen.doctor.diagnosis import Machine, Problem
+    from fastgen.engines.cache.artifacts import Artifact, Recipe
+    from fastgen.engines.doctor.diagnosis import Machine, Problem
 
 Array = Any  # of the engine's namespace: numpy.ndarray or torch.Tensor
 
@@ -25,14 +26,14 @@ Array = Any  # of the engine's namespace: numpy.ndarray or torch.Tensor
 class Engine(abc.ABC):
     """Runs the networks of one model.
 
-    A module `fastgen/engines/<name>.py` defines one subclass called `Engine` whose constructor takes
+    A module `fastgen/engines/<name>/engine.py` defines one subclass called `Engine` whose constructor takes
     (source, *, device, dtype, threads); nothing else has to be registered.
     """
 
     name: ClassVar[str]
     source_kind: ClassVar[str]  # "model" (folder) | "bundle"
     packages: ClassVar[Sequence[str]]  # import names it needs
-    install: ClassVar[str]  # the command that installs them
+    install: ClassVar[Install]  # the command that installs them, as text
     dtypes: ClassVar[Sequence[str]]  # precisions it can execute, the default first where the hardware has it
     static_shapes: ClassVar[bool] = False  # compiles per batch size: callers pad their last batch
     # The option of `fastgen export` that builds it beforehand; None: it is ready, or built when it is first needed.
@@ -56,8 +57,8 @@ class Engine(abc.ABC):
     @classmethod
     def problems(cls, machine: Machine) -> list[Problem]:
         """What is in the way of this engine on a machine, and what helps: packages, its libraries, the cache."""
-        from fastgen.doctor.diagnosis import Problem
-        from fastgen.doctor.packages import package_problems
+        from fastgen.engines.doctor.diagnosis import Problem
+        from fastgen.engines.doctor.packages import package_problems
 
         problems = [*package_problems(cls, machine), *cls.library_problems(machine)]
         if machine.cache.error and cls.recipe is not Engine.recipe:
@@ -141,7 +142,7 @@ class Engine(abc.ABC):
 
     def compiled(self) -> Sequence[Artifact]:
         """Everything that was compiled for this engine, of any model, and can still be loaded."""
-        from fastgen import artifacts
+        from fastgen.engines.cache import artifacts
 
         return artifacts.scan(self.name)[0]
 

@@ -10,7 +10,6 @@ Carlini et al. 2023 ("Extracting Training Data from Diffusion Models", section 5
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,13 +20,13 @@ from PIL import Image
 
 from fastgen.data.images import load_image
 from fastgen.errors import InputError
-from fastgen.images import contact_sheet
-from fastgen.jobs.folder import MANIFEST
-from fastgen.jsonfiles import read_jsonl, write_bytes
-from fastgen.names import SHEETS, check_image_name
+from fastgen.files.jsonfiles import read_jsonl
+from fastgen.files.names import SHEETS, check_image_name
+from fastgen.files.png import in_rows, save_image, sheet
+from fastgen.generate.job_folder import MANIFEST
 
 if TYPE_CHECKING:
-    from fastgen.retrieval import Index
+    from fastgen.retrieval.index import Index
 
 SAMPLE = 1000  # training images that the thresholds are calibrated on
 PERCENTILE = 5.0  # a fresh picture passes for a near copy about as often
@@ -244,16 +243,13 @@ def save_sheet(path: Path, report: Report, data: Path) -> None:
     pairs = [(Path(folder) / m.image, m) for folder, matches in report.folders.items() for m in matches]
     pairs = sorted(pairs, key=lambda pair: pair[1].distance)[:SHEET_PAIRS]
     images, captions = [], []
-    for start in range(0, len(pairs), SHEET_COLUMNS):
-        row = pairs[start : start + SHEET_COLUMNS]
-        blank = [Image.new("RGB", (1, 1), "white")] * (min(SHEET_COLUMNS, len(pairs)) - len(row))
-        images += [_picture(file) for file, _ in row] + blank
-        images += [_picture(data / m.nearest) for _, m in row] + blank
-        captions += [f"{m.image} {m.distance:.3f}{' copy' if m.copy else ''}" for _, m in row] + [""] * len(blank)
-        captions += [f"{m.nearest}{' mirrored' if m.mirrored else ''}" for _, m in row] + [""] * len(blank)
-    buffer = io.BytesIO()
-    contact_sheet(images, captions, columns=min(SHEET_COLUMNS, len(pairs))).save(buffer, "PNG")
-    write_bytes(path, buffer.getvalue())
+    for row in in_rows(pairs, SHEET_COLUMNS):
+        images += [[_picture(file) for file, _ in row], [_picture(data / m.nearest) for _, m in row]]
+        captions += [
+            [f"{m.image} {m.distance:.3f}{' copy' if m.copy else ''}" for _, m in row],
+            [f"{m.nearest}{' mirrored' if m.mirrored else ''}" for _, m in row],
+        ]
+    save_image(path, sheet(images, captions))
 
 
 def _picture(file: Path) -> Image.Image:

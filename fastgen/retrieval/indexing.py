@@ -1,10 +1,9 @@
-"""Building an index of a training set for retrieval.py: its texts embedded, its images encoded, once."""
+"""Building an index of a training set for retrieval/index.py: its texts embedded, its images encoded, once."""
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -14,16 +13,20 @@ from typing import TYPE_CHECKING, Any, cast, get_args
 import numpy as np
 
 from fastgen import __version__
-from fastgen.buckets import cut
-from fastgen.bundle import is_bundle
-from fastgen.choose import default_engine
-from fastgen.conditions import pooled_states
 from fastgen.data import Dataset, Example, read_dataset
 from fastgen.data.images import Mode, load_images
+from fastgen.engines.batches import cut
+from fastgen.engines.choose import default_engine
 from fastgen.errors import FastgenError, InputError, unknown
-from fastgen.folders import sync_tree
-from fastgen.jsonfiles import write_bytes, write_json
-from fastgen.retrieval import (
+from fastgen.files.folders import new_folder
+from fastgen.files.hashes import record_files
+from fastgen.files.jsonfiles import write_bytes, write_json
+from fastgen.generate.conditions import pooled_states
+from fastgen.models.bundle import is_bundle
+from fastgen.models.find import made_from
+from fastgen.models.spec import Spec
+from fastgen.retrieval.copies import calibrate, subjects, thumbnails
+from fastgen.retrieval.index import (
     EMBEDDINGS,
     FORMAT_VERSION,
     IMAGES,
@@ -39,14 +42,11 @@ from fastgen.retrieval import (
     open_index,
     read_info,
 )
-from fastgen.retrieval.copies import calibrate, subjects, thumbnails
 from fastgen.retrieval.nearest import unit
-from fastgen.shipped import made_from
-from fastgen.spec import Spec, sha256_file
 
 if TYPE_CHECKING:
     from fastgen.engines.base import Engine
-    from fastgen.pipeline import Pipeline
+    from fastgen.generate.pipeline import Pipeline
 
 ENCODE = 16  # images per forward of the VAE's encoder
 LOADED = 8 * ENCODE  # images in memory at a time
@@ -109,19 +109,8 @@ def build_index(
         return open_index(out), False
     if os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
         raise InputError(f"{out}: exists and is no index; choose another --out")
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a command that was killed
-    try:
-        partial.mkdir(parents=True)
-        _fill(partial, pipeline, dataset, wanted, progress)
-        sync_tree(partial)
-        if out.is_dir():
-            out.rmdir()
-        partial.rename(out)
-    except OSError as error:
-        raise FastgenError(f"{out}: cannot be written: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with new_folder(out, alone=True) as folder:
+        _fill(folder, pipeline, dataset, wanted, progress)
     return open_index(out), True
 
 
@@ -195,7 +184,6 @@ def _fill(folder: Path, pipeline: Pipeline, dataset: Dataset, wanted: Mapping[st
         for e, owner in zip(dataset.examples, owners.tolist(), strict=True)
     ]
     _write_lines(folder / IMAGES, lines)
-    files = (EMBEDDINGS, PAIRS, LATENTS, THUMBNAILS, IMAGES)
     info = {
         **wanted,
         "fastgen": __version__,
@@ -206,7 +194,7 @@ def _fill(folder: Path, pipeline: Pipeline, dataset: Dataset, wanted: Mapping[st
         "thumbnail_size": THUMBNAIL,
         "copies": calibrate(small, owners),
         "notes": list(dataset.notes),
-        "files": {f: {"bytes": (folder / f).stat().st_size, "sha256": sha256_file(folder / f)} for f in files},
+        "files": record_files(folder),
     }
     write_json(folder / MANIFEST, info)
 

@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 
 from fastgen.errors import InputError, first_line
-from fastgen.jsonfiles import read_json
+from fastgen.files.jsonfiles import read_json
+from fastgen.models.weights import pretrained, pretrained_tokenizer, quiet_transformers, weights_hash
 from fastgen.scoring.networks import float32_convolutions
-from fastgen.weights import LISTED, weights_hash
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of OpenAI's models
 CONFIG, PREPROCESSOR, PROCESSOR = "config.json", "preprocessor_config.json", "processor_config.json"
@@ -160,48 +160,17 @@ def _config(folder: Path, source: str) -> Mapping[str, Any]:
 
 
 def _model(folder: Path, source: str, allow_pickle: bool) -> Any:
-    import transformers
-    from safetensors import SafetensorError
-    from transformers.utils import logging
+    from transformers import CLIPModel
 
     if not allow_pickle and not any(folder.glob("*.safetensors")):
         raise InputError(f"{source}: holds no .safetensors weights; a pickle (.bin) is read with --allow-pickle")
-    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()  # what is missing becomes the error below
-    logging.disable_progress_bar()
-    read: Any = transformers.CLIPModel.from_pretrained
-    try:
-        model, info = read(
-            folder,
-            local_files_only=True,
-            use_safetensors=None if allow_pickle else True,
-            dtype=torch.float32,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
-        raise InputError(f"{source}: cannot be read as a CLIP: {first_line(error)}") from None
-    finally:
-        logging.set_verbosity(verbosity)
-        if bar:
-            logging.enable_progress_bar()
-    wrong = sorted(map(str, (*info["missing_keys"], *info["mismatched_keys"])))
-    if wrong:
-        raise InputError(
-            f"{source}: {len(wrong)} weights are missing or have another shape: {', '.join(wrong[:LISTED])}"
-        )
-    return model
+    options = {"use_safetensors": None if allow_pickle else True, "local_files_only": True}
+    with quiet_transformers():
+        return pretrained(CLIPModel, folder, source, lambda key: True, **options)
 
 
 def _tokenizer(folder: Path, source: str, model: Any) -> Any:
-    from transformers import CLIPTokenizer
-
-    files = ("tokenizer.json", "vocab.json")
-    if not any((folder / name).is_file() for name in files):
-        raise InputError(f"{source}: no CLIP folder (its tokenizer is missing: {' or '.join(files)})")
-    try:
-        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{source}: its tokenizer cannot be read: {first_line(error)}") from None
+    tokenizer = pretrained_tokenizer(folder, source, local_files_only=True)
     text = model.config.text_config
     if len(tokenizer) > text.vocab_size:
         raise InputError(f"{source}: the tokenizer has {len(tokenizer)} tokens, the text tower {text.vocab_size}")

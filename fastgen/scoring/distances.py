@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastgen.scoring.reference import Statistics
+from fastgen.scoring.reference_set import Statistics
 from fastgen.scoring.samples import RESAMPLES, resample_counts, spread
 
 SUBSETS, SUBSET_SIZE = 100, 1000  # of KID, the sizes of its paper
@@ -101,8 +101,8 @@ class Kernel:
         for start in range(0, len(x), CHUNK):
             rows = slice(start, start + CHUNK)
             kernel = _polynomial(x[rows], x)  # (n, N)
-            own = np.diagonal(kernel, start)  # (n,) k(x, x)
-            within += ((kernel @ counts.T).T * counts[:, rows]).sum(axis=1) - counts[:, rows] ** 2 @ own
+            diagonal = np.diagonal(kernel, start)  # (n,) k(x, x)
+            within += ((kernel @ counts.T).T * counts[:, rows]).sum(axis=1) - counts[:, rows] ** 2 @ diagonal
             across += counts[:, rows] @ _polynomial(x[rows], y).mean(axis=1)
         n = len(x)
         pairs = n**2 - (counts**2).sum(axis=1)

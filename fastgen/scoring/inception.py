@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgen.weights import load_state, read_state
+from fastgen.models.weights import load_state, read_state
 
 IMAGE_SIZE, FEATURES, CLASSES = 299, 2048, 1008
 

@@ -14,15 +14,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fastgen.errors import FastgenError, InputError
-from fastgen.evaluator import IMAGE_SIZE as EVALUATOR_SIZE
-from fastgen.evaluator import Evaluator
-from fastgen.evaluator import load as load_evaluator
+from fastgen.errors import FastgenError
+from fastgen.models.evaluator import IMAGE_SIZE as EVALUATOR_SIZE
+from fastgen.models.evaluator import Evaluator
+from fastgen.models.evaluator import load as load_evaluator
+from fastgen.models.weights import weights_hash
 from fastgen.scoring import inception
-from fastgen.weights import weights_hash
 
 
-class Network(Protocol):
+class FeatureNetwork(Protocol):
     """Turns images into features. `name` is unique within a Scorer."""
 
     @property
@@ -135,21 +135,10 @@ def float32_convolutions() -> Iterator[None]:
         yield
 
 
-def extract(networks: Mapping[str, Network], images: Sequence[Image.Image]) -> dict[str, np.ndarray]:
+def extract(networks: Mapping[str, FeatureNetwork], images: Sequence[Image.Image]) -> dict[str, np.ndarray]:
     """Every network's features (B, D) of the images. FastgenError where one is not finite."""
     out = {name: network.features(images) for name, network in networks.items()}
     for name, features in out.items():
         if broken := int((~np.isfinite(features)).any(axis=1).sum()):
             raise FastgenError(f"the {name} network gave NaN or infinity for {broken} of {len(features)} images")
     return out
-
-
-def device_of(name: str | None) -> torch.device:
-    """The device of that name, by default the GPU if there is one; InputError for one that is not there."""
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError:
-        raise InputError(f"device {name!r}: expected cpu, cuda, cuda:1, ...") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"device {name}: PyTorch finds {torch.cuda.device_count()} CUDA GPUs")
-    return device

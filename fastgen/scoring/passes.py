@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from fastgen.requests import Request
-from fastgen.scoring.images import check_made_for, metadata_of, read_image
-from fastgen.scoring.networks import Network, extract
+from fastgen.generate.requests import Request
+from fastgen.scoring.generated_images import check_made_for, metadata_of, read_image
+from fastgen.scoring.networks import FeatureNetwork, extract
 
 
 @dataclass(frozen=True, eq=False)
 class Seed:
-    """What a pass over one folder of N images gave."""
+    """The result of a pass over one folder of N images."""
 
     features: Mapping[str, np.ndarray]  # network -> (N, D)
     resized: Mapping[str, int]  # network -> images that did not have its size
@@ -27,7 +27,7 @@ def one_pass(
     folder: Path,
     names: Sequence[str],
     requests: Sequence[Request] | None,
-    networks: Mapping[str, Network],
+    networks: Mapping[str, FeatureNetwork],
     batch_size: int,
 ) -> Seed:
     """Decode, check and embed the images `names` of a folder. InputError for one that cannot be read, or that says it was

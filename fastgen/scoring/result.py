@@ -1,4 +1,4 @@
-"""The result of scoring: figures with their standard errors, and everything that they depend on; as JSON and as a table."""
+"""The result of scoring: figures with standard errors, and the settings they depend on; as JSON and as a table."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ from typing import Any, Literal
 
 import numpy as np
 
-from fastgen.metrics import Share
+from fastgen.scoring.metrics import Share
 from fastgen.scoring.samples import Sample, mean_and_error
 
 Better = Literal["higher", "lower"]
+# Metric -> which direction is better; "higher" for attributes, whatever their names are.
 BETTER: Mapping[str, Better] = {
     "label_accuracy": "higher",
     "fid": "lower",
     "kid": "lower",
     "clip_t": "higher",
     "clip_i": "higher",
-}  # and of attributes, whatever they are called, "higher"
+}
 
 
 @dataclass(frozen=True)
@@ -54,20 +55,23 @@ class Score:
     requests: str | None
     evaluator: str | None
     num_images: int  # in each folder
-    metrics: Mapping[
-        str, Figure
-    ]  # label_accuracy or attributes and each of them, fid, kid, clip_t, clip_i: those asked for
-    by_count: Mapping[int, Share]  # number of objects in the image -> found and asked for, all folders together
-    by_object: Mapping[str, Share]  # object -> found and asked for; only objects that were asked for
+    # Metric -> figure, of the metrics that the options ask for: label_accuracy, or attributes and each of them by its name,
+    # fid, kid, clip_t, clip_i.
+    metrics: Mapping[str, Figure]
+    # Hits among the requested labels, all folders together: by the number of objects in the image, and by object.
+    by_count: Mapping[int, Share]
+    by_object: Mapping[str, Share]  # only objects that were requested
     reference: Mapping[str, Any] | None  # path, images, sha256
     clip: Mapping[str, Any] | None  # variant, preprocessing
     resized: Mapping[str, Resized]  # network -> what was resized for it
-    saving: str  # how the images' values became pixels: clamp, min-max, mixed, unknown
-    made_by: Mapping[str, Any]  # model, checkpoint, engine, scheduler, ...: what the images' metadata agree on
+    saving: str  # how the networks' output was converted to pixels: clamp, min-max, mixed, unknown
+    made_by: Mapping[
+        str, Any
+    ]  # model, checkpoint, engine, scheduler, ...: the same in all images' metadata, or "mixed"
     warnings: tuple[str, ...]
     names: tuple[str, ...] = field(repr=False)  # of the images
     samples: Mapping[str, tuple[Sample, ...]] = field(repr=False, compare=False)  # metric -> one per folder
-    by_value: Mapping[str, Share] = field(default_factory=dict)  # "colour: red" -> found and asked for
+    by_value: Mapping[str, Share] = field(default_factory=dict)  # "colour: red" -> hits among the requests for it
 
     @property
     def accuracy(self) -> float:
@@ -143,8 +147,8 @@ class Score:
         images = f"{f'{seeds} seeds of ' if seeds > 1 else ''}{self.num_images} images"
         lines = [f"{images} with {labels} labels" if labels else images]
         if self.reference:
-            found = f"{self.reference['images']} images, sha256 {self.reference['sha256'][:12]}"
-            lines.append(f"reference: {self.reference['path']}, {found}")
+            content = f"{self.reference['images']} images, sha256 {self.reference['sha256'][:12]}"
+            lines.append(f"reference: {self.reference['path']}, {content}")
         made = "".join(f", {key} {_short(value)}" for key, value in self.made_by.items())
         lines.append(f"saving: {self.saving}{made}")
         for name, resized in self.resized.items():

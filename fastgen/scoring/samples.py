@@ -1,4 +1,4 @@
-"""What one folder of images says about one metric: the value, its standard error, and what resampling its images gives.
+"""One metric of one folder of images: its value, its standard error, and its values for resampled images.
 
 Every metric is resampled in the same way (the bootstrap, Efron & Tibshirani, An Introduction to the Bootstrap, 1993):
 `resample_counts` draws how often each image occurs, always the same for one number of images, so that two runs over the same
@@ -15,7 +15,7 @@ from typing import Protocol
 
 import numpy as np
 
-from fastgen.metrics import ratio_standard_error, standard_error
+from fastgen.scoring.metrics import ratio_standard_error, standard_error
 
 RESAMPLES = 1000
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,34 +11,41 @@ from typing import Any
 import numpy as np
 
 from fastgen import __version__
-from fastgen.attributes import MEAN, read_attributes
+from fastgen.data.attributes import MEAN, read_attributes
 from fastgen.errors import InputError
-from fastgen.metrics import Share
-from fastgen.requests import Request, multi_hot, read_requests
-from fastgen.scoring.attributes import asked_attributes, attribute_samples, metric_names, value_shares
+from fastgen.generate.requests import Request, multi_hot, read_requests
+from fastgen.models.precision import device_of
+from fastgen.scoring.attribute_accuracy import asked_attributes, attribute_samples, metric_names, value_shares
 from fastgen.scoring.clip import ClipNetwork, cosines, load_clip
 from fastgen.scoring.distances import Frechet, Kernel
-from fastgen.scoring.images import Paths, image_folders, image_names, made_by, saving
-from fastgen.scoring.judging import asked_file, is_judged
-from fastgen.scoring.labels import Objects, breakdowns, label_objects, label_sample
-from fastgen.scoring.networks import EvaluatorNetwork, Network, device_of, evaluator_network, inception_network
-from fastgen.scoring.options import check_options, need
+from fastgen.scoring.generated_images import Paths, image_folders, image_names, made_by, saving
+from fastgen.scoring.judge import asked_file, is_judged
+from fastgen.scoring.label_accuracy import breakdowns, label_objects, label_sample
+from fastgen.scoring.metrics import Share
+from fastgen.scoring.networks import EvaluatorNetwork, FeatureNetwork, evaluator_network, inception_network
+from fastgen.scoring.options import PathLike, ScoringOptions, need, takes_options
 from fastgen.scoring.passes import Seed, one_pass
-from fastgen.scoring.reference import Reference, Statistics, named_features, read_reference, reference_statistics
+from fastgen.scoring.reference_set import (
+    ReferenceImages,
+    Statistics,
+    named_features,
+    read_reference,
+    reference_statistics,
+)
 from fastgen.scoring.result import Resized, Score, figure
 from fastgen.scoring.samples import Mean, Sample
 
 ENOUGH = 2048  # images: with fewer, the covariance of 2,048 features has not even full rank
-PathLike = str | os.PathLike[str]
 
 
 @dataclass(frozen=True)
 class Work:
-    """What is measured on one run, known before its images are decoded."""
+    """The requests and targets of one run, read before its images are decoded."""
 
     requests: Sequence[Request] | None
     objects: Mapping[str, int] | None  # name -> output of the evaluator; None where label accuracy is not measured
-    asked: np.ndarray | None  # (N, K): one value of each attribute; None where these are not measured
+    # (N, K) multi-hot, the requested value of each attribute; None where these are not measured
+    asked: np.ndarray | None
     names: tuple[str, ...]
     prompts: tuple[str, ...]  # empty where CLIP-T is not measured
     matched: Mapping[str, Path]  # name -> reference image of that name, where there is a CLIP
@@ -50,46 +56,36 @@ class Work:
 
 
 class Scorer:
-    """Scores runs against one evaluator, reference and CLIP. Arguments and errors as `fastgen.scoring.score`."""
+    """Scores runs against one evaluator, reference and CLIP. Options and errors as `fastgen.scoring.score`."""
 
-    def __init__(
-        self,
-        *,
-        evaluator: PathLike | None = None,
-        reference: PathLike | None = None,
-        features: PathLike | None = None,
-        clip: PathLike | None = None,
-        objects: Objects | None = None,
-        attributes: PathLike | None = None,
-        allow_pickle: bool = False,
-        download: bool = False,
-        batch_size: int = 64,
-        device: str | None = None,
-    ) -> None:
-        given: dict[str, Any] = {"evaluator": evaluator, "reference": reference, "features": features, "clip": clip}
-        check_options(**given, attributes=attributes, batch_size=batch_size)
-        for asked, module in ((features, "torchmetrics"), (clip, "transformers")):
-            if asked is not None:
+    @takes_options
+    def __init__(self, **options: Any) -> None:
+        given = ScoringOptions(**options)
+        for option, module in ((given.features, "torchmetrics"), (given.clip, "transformers")):
+            if option is not None:
                 need(module)
-        target = device_of(device)
-        self.batch_size, self._objects = batch_size, objects
-        self.reference: Reference | None = None if reference is None else read_reference(Path(reference))
+        device = device_of(given.device)
+        self.batch_size, self._objects = given.batch_size, given.objects
+        self.reference: ReferenceImages | None = (
+            None if given.reference is None else read_reference(Path(given.reference))
+        )
         self.evaluator: EvaluatorNetwork | None = None
-        if evaluator is not None:
-            self.evaluator = evaluator_network(Path(evaluator), allow_pickle, target)
+        if given.evaluator is not None:
+            self.evaluator = evaluator_network(Path(given.evaluator), given.allow_pickle, device)
         self.attributes = self.evaluator.evaluator.attributes if self.evaluator else None
-        self._asked = None if attributes is None else Path(attributes)
-        if self._asked and self.attributes is None:
-            raise InputError(f"{evaluator}: judges objects; --attributes is for evaluators of attributes")
-        if objects is not None and self.attributes is not None:
-            raise InputError(f"{evaluator}: judges attributes; objects are for evaluators of objects")
-        self.network: Network | None = None  # of FID and KID
-        if features is not None:
-            own = str(features) == "evaluator"
-            self.network = self.evaluator if own else inception_network(Path(features), allow_pickle, target)
+        self._requested = None if given.attributes is None else Path(given.attributes)
+        if self._requested and self.attributes is None:
+            raise InputError(f"{given.evaluator}: judges objects; --attributes is for evaluators of attributes")
+        if given.objects is not None and self.attributes is not None:
+            raise InputError(f"{given.evaluator}: judges attributes; objects are for evaluators of objects")
+        self.network: FeatureNetwork | None = None  # of FID and KID
+        if str(given.features) == "evaluator":
+            self.network = self.evaluator
+        elif given.features is not None:
+            self.network = inception_network(Path(given.features), given.allow_pickle, device)
         self.clip: ClipNetwork | None = None
-        if clip is not None:
-            self.clip = load_clip(str(clip), download, allow_pickle, target)
+        if given.clip is not None:
+            self.clip = load_clip(str(given.clip), given.download, given.allow_pickle, device)
         self._paired: dict[tuple[str, ...], np.ndarray] = {}  # CLIP features of the reference, by names
 
     def score(self, images: Paths, requests: PathLike | None = None) -> Score:
@@ -108,7 +104,9 @@ class Scorer:
             requests=None if path is None else str(path),
             evaluator=None if self.evaluator is None else str(self.evaluator.path),
             num_images=len(work.names),
-            metrics={key: figure(key, self.label(key), found, folders) for key, found in samples.items()},
+            metrics={
+                key: figure(key, self.label(key), folder_samples, folders) for key, folder_samples in samples.items()
+            },
             by_count=counts,
             by_object=objects,
             by_value=values,
@@ -166,7 +164,7 @@ class Scorer:
         }
         if self.attributes is None:
             return value
-        asked = None if self._asked is None else read_attributes(self._asked)
+        asked = None if self._requested is None else read_attributes(self._requested)
         return value | {"attributes": {name: list(values) for name, values in self.attributes.items()}, "asked": asked}
 
     def _work(self, folders: Sequence[Path] | None, path: Path | None, limit: int | None = None) -> Work:
@@ -176,11 +174,13 @@ class Scorer:
         names = tuple(r.image_name for r in requests or ()) if folders is None else image_names(folders, requests)
         matched = self.reference.named(names) if self.clip and self.reference else {}
         prompts = tuple(r.prompt for r in requests or () if r.prompt is not None) if self.clip else ()
-        own = self.network is self.evaluator
-        judged = self.evaluator is not None and is_judged(requests, path, self.attributes, self._asked, own)
+        for_features = self.network is self.evaluator
+        judged = self.evaluator is not None and is_judged(
+            requests, path, self.attributes, self._requested, for_features
+        )
         asked = None
         if judged and requests and path and self.attributes:
-            asked = asked_attributes(asked_file(self._asked, path), requests, self.attributes)
+            asked = asked_attributes(asked_file(self._requested, path), requests, self.attributes)
         work = Work(requests, objects if judged else None, asked, names, prompts, matched)
         self._check(work)
         return work
@@ -192,7 +192,7 @@ class Scorer:
             needs = "CLIP-T needs --requests with prompts, CLIP-I a --reference with images of the same names"
             raise InputError(f"{self.clip.source}: CLIP has nothing to compare the images with: {needs}")
 
-    def _networks(self, work: Work) -> dict[str, Network]:
+    def _networks(self, work: Work) -> dict[str, FeatureNetwork]:
         used = [self.evaluator if work.objects or work.asked is not None else None, self.network, self.clip]
         return {network.name: network for network in used if network}
 
@@ -237,22 +237,22 @@ class Scorer:
     def _reference_record(self) -> dict[str, Any] | None:
         if self.reference is None:
             return None
-        found = self.reference
-        return {"path": str(found.path), "images": len(found.files), "sha256": found.fingerprint}
+        reference = self.reference
+        return {"path": str(reference.path), "images": len(reference.files), "sha256": reference.fingerprint}
 
     def _clip_record(self) -> dict[str, str] | None:
         clip = self.clip
         return None if clip is None else {"variant": clip.title, "preprocessing": clip.preprocessing}
 
-    def _resized(self, network: Network, seeds: Sequence[Seed]) -> Resized:
+    def _resized(self, network: FeatureNetwork, seeds: Sequence[Seed]) -> Resized:
         reference = self.statistics.resized if network is self.network else 0
         return Resized(network.preprocessing, sum(seed.resized[network.name] for seed in seeds), reference)
 
     def _warnings(self, work: Work) -> tuple[str, ...]:
         out, images, matched = [], len(work.names), len(work.matched)
         if self.network and self.reference and min(images, len(self.reference.files)) < ENOUGH:
-            found = f"{images} images against {len(self.reference.files)} of the reference"
-            out.append(f"FID and KID of {found}: with fewer than {ENOUGH:,} they are biased (FID) and noisy")
+            counts = f"{images} images against {len(self.reference.files)} of the reference"
+            out.append(f"FID and KID of {counts}: with fewer than {ENOUGH:,} they are biased (FID) and noisy")
         if self.clip and work.prompts and (cut := self.clip.truncated(work.prompts)):
             out.append(f"CLIP-T: {cut} of {images} prompts were cut to {self.clip.context} tokens")
         if 0 < matched < images:

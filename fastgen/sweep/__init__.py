@@ -14,29 +14,29 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastgen.attributes import FILE as ATTRIBUTES
+from fastgen.data.attributes import FILE as ATTRIBUTES
 from fastgen.errors import InputError
-from fastgen.folders import make_folder
-from fastgen.jobs.folder import JOB, MANIFEST, recorded_runs
-from fastgen.jobs.job import run_job
-from fastgen.jsonfiles import read_json, write_bytes, write_json
-from fastgen.pipeline import Pipeline
-from fastgen.requests import Request
+from fastgen.files.folders import make_folder
+from fastgen.files.jsonfiles import read_json, write_bytes, write_json
+from fastgen.generate.job import run_job
+from fastgen.generate.job_folder import JOB, MANIFEST, recorded_runs
+from fastgen.generate.pipeline import Pipeline
+from fastgen.generate.requests import Request
+from fastgen.scoring.options import PathLike
 from fastgen.scoring.result import Figure, figure_from_json
 from fastgen.sweep.choice import Rule
 from fastgen.sweep.grid import Grid, Point, Points
-from fastgen.sweep.pictures import save_pictures
-from fastgen.sweep.plan import POINTS, Model, Plan, network_evaluations, prepare
-from fastgen.sweep.report import CSV, JSON, PLOT, SHEET, Row, Sweep
+from fastgen.sweep.overview import save_pictures
+from fastgen.sweep.plan import POINTS, ModelLoader, Plan, network_evaluations, prepare
+from fastgen.sweep.report import CSV, JSON, PLOT, SHEET, ScoredPoint, Sweep
 
 if TYPE_CHECKING:
     from fastgen.scoring import Scorer
 
-__all__ = ["Grid", "Point", "Points", "Row", "Rule", "Sweep", "network_evaluations", "sweep"]
+__all__ = ["Grid", "Point", "Points", "Rule", "ScoredPoint", "Sweep", "network_evaluations", "sweep"]
 
 REQUESTS, OBJECTS, SCORE = "requests.json", "objects.json", "score.json"
 Say = Callable[[str], None]
-PathLike = str | os.PathLike[str]
 
 
 def sweep(
@@ -62,21 +62,21 @@ def sweep(
     """Generate the requests (the first `limit`) at every point of `grid`, once per seed, and score them.
 
     Writes OUT/points/, sweep.json, sweep.csv, contact_sheet.png, plot.png where matplotlib is installed, and requests.json, the
-    requests that were used. What is there already is kept: images that exist are not generated again, points that the same
-    scorer scored are not scored again. A checkpoint's networks are loaded once. `metric`: what `rule` looks at, by default
-    the first that is measured; `rag`: an index, see `fastgen.retrieval`; `options`: the others of `fastgen.load`. After
-    `minutes` no further seed of any point is begun: points that lack some are `unfinished`, and the same call continues.
-    `check` is called with every pipeline that is loaded, before it generates, and may raise.
+    requests of this sweep. Existing images are not generated again, and points that the same scorer scored are not scored
+    again. A checkpoint's networks are loaded once. `metric`: the metric of `rule`, by default the first that is measured;
+    `rag`: an index, see `fastgen.retrieval.index`; `options`: further arguments of `fastgen.load`. After `minutes` no further
+    seed of any point begins: points that lack some are `unfinished`, and the same call continues. `check(pipeline)` is called
+    after a pipeline is loaded and before it generates, and may raise.
 
     Raises RefusedError (an InputError) with everything that is wrong, before the first image, and InputError for an `out` that
     holds something else. A point with images that could not be made has an `error` and no score.
     """
     until = None if minutes is None else time.monotonic() + 60 * minutes
-    held = Model(Path(model), engine, options, check)
+    loader = ModelLoader(Path(model), engine, options, check)
     index = None if rag is None else Path(rag)
-    chosen: dict[str, Any] = {"metric": metric, "seeds": tuple(seeds), "limit": limit, "batch_size": batch_size}
+    settings: dict[str, Any] = {"metric": metric, "seeds": tuple(seeds), "limit": limit, "batch_size": batch_size}
     rule = rule or Rule()
-    plan, pipeline = prepare(held, Path(requests), Path(out), grid, scorer, rule=rule, rag=index, **chosen)
+    plan, pipeline = prepare(loader, Path(requests), Path(out), grid, scorer, rule=rule, rag=index, **settings)
     _claim(plan, Path(requests))
     result = Sweep(plan.out, str(model), plan.metric, plan.metrics, rule, [])
     for point, row, seconds in _rows(plan, pipeline, scorer, progress, say, until):
@@ -103,8 +103,8 @@ def _claim(plan: Plan, requests: Path) -> None:
         names = (REQUESTS, OBJECTS, ATTRIBUTES, CSV, PLOT, SHEET, POINTS, JOB)
         taken = [name for name in names if os.path.lexists(plan.out / name)]
         if taken or (os.path.lexists(plan.out) and not plan.out.is_dir()):
-            found = f"holds {taken[0]} already, but no {JSON}" if taken else "is not a folder"
-            raise InputError(f"{plan.out}: {found}; choose another --out")
+            problem = f"holds {taken[0]} already, but no {JSON}" if taken else "is not a folder"
+            raise InputError(f"{plan.out}: {problem}; choose another --out")
         make_folder(plan.out)
         write_json(record, {"requests_sha256": sha256, "rows": []})
     write_json(plan.out / REQUESTS, requests_json(plan.requests))
@@ -128,7 +128,7 @@ def _hash(requests: Sequence[Request]) -> str:
 
 def _rows(
     plan: Plan, pipeline: Pipeline, scorer: Scorer, progress: bool, say: Say, until: float | None
-) -> Iterator[tuple[Point, Row | None, float | None]]:
+) -> Iterator[tuple[Point, ScoredPoint | None, float | None]]:
     """Each point, its row (None: unfinished), and the seconds that it took (None: everything was there)."""
     identity, loaded = scorer.identity, plan.points[0].checkpoint
     for point in plan.points:
@@ -158,8 +158,7 @@ def _generate(
     for folder, seed in zip(plan.folders(point), plan.seeds, strict=True):
         if until is not None and time.monotonic() >= until and not (folder / MANIFEST).is_file():
             return errors, generated, False
-        settings = pipeline.settings(**point.settings(), seed=seed)
-        report = run_job(pipeline, plan.requests, folder, settings, rag=plan.start(point), **options)
+        report = run_job(plan.run(pipeline, point, seed), folder, **options)
         errors |= {f"{folder.name}/{name}": why for name, why in report.errors.items()}
         generated += report.generated
     return errors, generated, True
@@ -175,21 +174,21 @@ def _score(
     if "attributes" in identity and (asked := plan.out / ATTRIBUTES).is_file():
         made_from["asked"] = hashlib.sha256(asked.read_bytes()).hexdigest()
     value: Any = read_json(file) if file.is_file() else None
-    kept = isinstance(value, dict) and all(value.get(key) == held for key, held in made_from.items())
+    kept = isinstance(value, dict) and all(value.get(key) == recorded for key, recorded in made_from.items())
     if not kept:
         value = {**scorer.score(folders, plan.out / REQUESTS).to_json(), **made_from}
         write_json(file, value)
-    figures = {key: figure_from_json(held) for key, held in value["metrics"].items()}
+    figures = {key: figure_from_json(recorded) for key, recorded in value["metrics"].items()}
     return figures, value["warnings"], not kept
 
 
 def _row(
     plan: Plan, point: Point, figures: Mapping[str, Figure], warnings: Sequence[str], errors: Mapping[str, str]
-) -> Row:
+) -> ScoredPoint:
     folders = plan.folders(point)
     runs = [run for folder in folders for run in recorded_runs(folder)]
     images = sum(run["images"] for run in runs)
     seconds = sum(run["seconds"] for run in runs) / images if images else None
     first = next(iter(errors.items()), None)
     error = None if first is None else f"{len(errors)} images failed, such as {first[0]}: {first[1]}"
-    return Row(point, tuple(folders), plan.evaluations[point], seconds, figures, tuple(warnings), error)
+    return ScoredPoint(point, tuple(folders), plan.evaluations[point], seconds, figures, tuple(warnings), error)

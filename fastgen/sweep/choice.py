@@ -96,8 +96,8 @@ def choose(
     allowance = rule.allowance(candidates[base]) * (1 + 1e-9)  # rounding decides nothing
     limit = candidates[base].value + sign * allowance
     good = [i for i in scored if sign * candidates[i].value <= sign * limit]
-    chosen = best
+    position = best
     if rule.kind == "fewest":
-        chosen = min(good, key=lambda i: (candidates[i].evaluations, sign * candidates[i].value))
+        position = min(good, key=lambda i: (candidates[i].evaluations, sign * candidates[i].value))
     undefined = rule.kind == "fewest" and rule.unit == "se" and math.isnan(candidates[base].standard_error)
-    return Choice(chosen, best, base, limit, len(good), undefined)
+    return Choice(position, best, base, limit, len(good), undefined)

@@ -6,13 +6,13 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 from fastgen.errors import InputError
-from fastgen.settings import late_steps
+from fastgen.generate.settings import late_steps
 
 if TYPE_CHECKING:
-    from fastgen.config import Sampling
+    from fastgen.presets import Sampling
 
 Value = TypeVar("Value")
 NONE = "none"  # among the noise steps: a full start from noise
@@ -77,20 +77,18 @@ class Point:
         return f"{text}, {self.weights}" if self.weights else text
 
     def settings(self) -> dict[str, Any]:
-        """For `Pipeline.settings`."""
+        """For `Pipeline.settings`; `noise_steps` is for `start.late_start`."""
         return {
             "scheduler": self.scheduler,
             "num_inference_steps": self.num_inference_steps,
             "guidance_scale": self.guidance_scale,
             "guidance_interval": self.guidance_interval,
-            "rag": self.noise_steps is not None,
-            "noise_steps": self.noise_steps,
         }
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Values per setting; None: the model's own. RefusedError, with every bad item, for values out of range or given twice.
+    """Values per setting; None: the model's defaults. RefusedError, with every bad item, for wrong values and repeated ones.
 
     `noise_steps`: None among them is a full start from noise; None instead of them, with an index, is 6/7 of the steps.
     `guidance_interval` is the same for all points.
@@ -104,15 +102,17 @@ class Grid:
     guidance_interval: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        found = Problems()
-        found += _bad("--scheduler", self.schedulers, lambda v: bool(v) and ":" not in v, "a name such as ddim")
-        found += _bad("--num-inference-steps", self.num_inference_steps, lambda v: v >= 1, "at least 1")
-        found += _bad("--guidance-scale", self.guidance_scales, _is_scale, "a finite number, 0 or more")
-        found += _bad("--noise-steps", self.noise_steps, lambda v: v is None or v >= 1, f"at least 1, or {NONE}")
-        found += _bad("--checkpoint", self.checkpoints, lambda v: v != "", "best, last, ema or a step")
+        problems = Problems()
+        problems += _bad("--scheduler", self.schedulers, lambda v: bool(v) and ":" not in v, "a name such as ddim")
+        problems += _bad("--num-inference-steps", self.num_inference_steps, _is_count, "at least 1")
+        problems += _bad("--guidance-scale", self.guidance_scales, _is_scale, "a finite number, 0 or more")
+        problems += _bad(
+            "--noise-steps", self.noise_steps, lambda v: v is None or _is_count(v), f"at least 1, or {NONE}"
+        )
+        problems += _bad("--checkpoint", self.checkpoints, lambda v: v != "", "best, last, ema or a step")
         if self.num_inference_steps:
-            found += _too_noisy(self.num_inference_steps, self.noise_steps or ())
-        found.check()
+            problems += _too_noisy(self.num_inference_steps, self.noise_steps or ())
+        problems.check()
 
     @property
     def plain(self) -> Grid:
@@ -130,13 +130,15 @@ class Grid:
         all_steps = self.num_inference_steps or (default.num_inference_steps,)
         scales = self.guidance_scales or (default.guidance_scale,)
         labels = weights or {}
-        found = Problems(_too_noisy(all_steps, self.noise_steps or ()))
-        found += _same_weights(self.checkpoints, labels)
+        problems = Problems(_too_noisy(all_steps, self.noise_steps or ()))
+        problems += _same_weights(self.checkpoints, labels)
         if not rag and any(n is not None for n in self.noise_steps or ()):
-            found.append("--noise-steps: images start from an index's latents; give --rag INDEX too")
+            problems.append("--noise-steps: images start from an index's latents; give --rag INDEX too")
         if rag and self.noise_steps is not None and all(n is None for n in self.noise_steps):
-            found.append(f"--rag: every point starts from noise, as --noise-steps {NONE} says; leave one of them out")
-        found.check()
+            problems.append(
+                f"--rag: every point starts from noise, as --noise-steps {NONE} says; leave one of them out"
+            )
+        problems.check()
         return [
             Point(scheduler, steps, scale, noise, name, labels.get(name), self.guidance_interval)
             for name, scheduler, scale, steps in itertools.product(
@@ -160,12 +162,12 @@ class Points:
     checkpoints = (None,)
 
     def __post_init__(self) -> None:
-        found = Problems([] if self.chosen else ["points: there are none"])
+        problems = Problems([] if self.chosen else ["points: there are none"])
         names = [point.name for point in self.chosen]
-        found += [f"points: {name} is given twice" for name in dict.fromkeys(names) if names.count(name) > 1]
+        problems += [f"points: {name} is given twice" for name in dict.fromkeys(names) if names.count(name) > 1]
         late = [p.name for p in self.chosen if (p.noise_steps, p.checkpoint, p.weights) != (None, None, None)]
-        found += [f"points: {name} starts late or names weights; give a Grid" for name in late]
-        found.check()
+        problems += [f"points: {name} starts late or names weights; give a Grid" for name in late]
+        problems.check()
 
     @property
     def plain(self) -> Points:
@@ -191,10 +193,10 @@ def parse_grid(
     guidance_interval: tuple[int, int] | None = None,
 ) -> Grid:
     """The grid of comma-separated lists. Raises RefusedError with every bad item."""
-    found = Problems()
+    problems = Problems()
 
     def values(option: str, text: str | None, convert: Callable[[str], Any], expected: str) -> Any:
-        return None if text is None else parse_list(option, text, convert, expected, found) or None
+        return None if text is None else parse_list(option, text, convert, expected, problems) or None
 
     lists: dict[str, Any] = {
         "schedulers": values("--scheduler", scheduler, str, "names such as ddim,dpmpp-2m"),
@@ -205,16 +207,16 @@ def parse_grid(
         "noise_steps": values("--noise-steps", noise_steps, _noise, f"integers such as 20,30, or {NONE}"),
         "checkpoints": values("--checkpoint", checkpoint, str, "names such as best,last,500") or (None,),
     }
-    grid = found.attempt(lambda: Grid(**lists, guidance_interval=guidance_interval))
-    found.check()
+    grid = problems.attempt(lambda: Grid(**lists, guidance_interval=guidance_interval))
+    problems.check()
     assert grid is not None
     return grid
 
 
 def parse_list(
-    option: str, text: str, convert: Callable[[str], Value], expected: str, found: Problems
+    option: str, text: str, convert: Callable[[str], Value], expected: str, problems: Problems
 ) -> tuple[Value, ...]:
-    """`5,10,20` -> values; for each word that `convert` refuses with ValueError, an item in `found` instead."""
+    """`5,10,20` -> values; for each word that `convert` refuses with ValueError, an item in `problems` instead."""
     values = []
     for word in (word.strip() for word in text.split(",")):
         try:
@@ -222,7 +224,7 @@ def parse_list(
                 raise ValueError
             values.append(convert(word))
         except ValueError:
-            found.append(f"{option}: found {word!r}, expected {expected}")
+            problems.append(f"{option}: found {word!r}, expected {expected}")
     return tuple(values)
 
 
@@ -237,8 +239,12 @@ def _noise(word: str) -> int | None:
     return None if word == NONE else integer(word)
 
 
-def _is_scale(value: float) -> bool:
-    return math.isfinite(value) and value >= 0
+def _is_count(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and value >= 1
+
+
+def _is_scale(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value) and value >= 0
 
 
 def _bad(option: str, values: Sequence[Any] | None, good: Callable[[Any], bool], expected: str) -> list[str]:
@@ -254,7 +260,7 @@ def _too_noisy(all_steps: Iterable[int], noise_steps: Iterable[int | None]) -> l
     return [
         f"--noise-steps {noise} with --num-inference-steps {steps}: expected at most {steps}"
         for steps, noise in itertools.product(all_steps, noise_steps)
-        if noise is not None and 1 <= steps < noise
+        if _is_count(steps) and _is_count(noise) and noise > steps
     ]
 
 

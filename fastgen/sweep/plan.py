@@ -1,28 +1,32 @@
-"""What a sweep will do: everything that can be wrong with it is found here, before anything is written."""
+"""The plan of a sweep: all its settings are checked here, before anything is written."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastgen.bundle import is_bundle, read_bundle
-from fastgen.checkpoint_choice import check_bundle_of, choose_checkpoint
 from fastgen.errors import InputError, unknown
-from fastgen.jobs.folder import check_same_job
-from fastgen.jobs.job import job_limits
-from fastgen.jobs.record import job_identity
-from fastgen.jsonfiles import located
-from fastgen.pipeline import Pipeline, load, model_objects
-from fastgen.requests import Request, read_requests
-from fastgen.retrieval import Index, open_index
-from fastgen.sampling import guided_rows
-from fastgen.settings import Settings
+from fastgen.files.jsonfiles import located
+from fastgen.generate.conditions import check_kind
+from fastgen.generate.job import job_limits
+from fastgen.generate.job_folder import check_same_job
+from fastgen.generate.pipeline import Pipeline, load
+from fastgen.generate.record import job_identity
+from fastgen.generate.requests import Request, read_requests
+from fastgen.generate.run import Run
+from fastgen.generate.settings import Settings
+from fastgen.generate.start import late_start
+from fastgen.models.bundle import is_bundle, read_bundle
+from fastgen.models.checkpoint_choice import check_bundle_of, choose_checkpoint
+from fastgen.models.find import find_model
+from fastgen.retrieval.index import Index, open_index
+from fastgen.sampling.loop import guided_rows
+from fastgen.sampling.tables import SolverTable
 from fastgen.sweep.choice import BEST, Rule
 from fastgen.sweep.grid import Grid, Point, Points, Problems
-from fastgen.tables import SolverTable
 
 if TYPE_CHECKING:
     from fastgen.scoring import Scorer
@@ -31,7 +35,7 @@ POINTS = "points"
 
 
 @dataclass(frozen=True)
-class Model:
+class ModelLoader:
     """A bundle or a model folder, and the engine that runs it; `options` are the others of `fastgen.load`."""
 
     folder: Path
@@ -59,9 +63,9 @@ class Model:
 
 @dataclass(frozen=True)
 class Plan:
-    """A sweep that nothing is wrong with. `evaluations`: of the network per image, of each point."""
+    """A sweep whose settings were checked. `evaluations`: point -> network evaluations per image."""
 
-    model: Model
+    model: ModelLoader
     out: Path
     requests: Sequence[Request]
     points: Sequence[Point]
@@ -76,22 +80,25 @@ class Plan:
         """The point's jobs, one per seed."""
         return [self.out / POINTS / point.name / f"seed-{seed}" for seed in self.seeds]
 
-    def start(self, point: Point) -> Index | None:
-        """The index that the point's images start from."""
-        return None if point.noise_steps is None else self.index
+    def run(self, pipeline: Pipeline, point: Point, seed: int) -> Run:
+        """A run of this point, from the index's images where the point starts late."""
+        settings = pipeline.settings(**point.settings(), seed=seed)
+        if point.noise_steps is None:
+            return Run(pipeline, self.requests, settings)
+        late = {"noise_steps": point.noise_steps}
+        return Run(pipeline, self.requests, *late_start(self.index, pipeline, self.requests, settings, **late))
 
     def check_held(self, pipeline: Pipeline, checkpoint: str | None) -> None:
         """InputError when a folder of this checkpoint's points holds images of another model, engine or index."""
         for point in self.points:
             for folder, seed in zip(self.folders(point), self.seeds, strict=True):
                 if point.checkpoint == checkpoint and folder.exists():
-                    settings = pipeline.settings(**point.settings(), seed=seed)
-                    limit = job_limits(pipeline, settings, folder, self.batch_size).batch
-                    check_same_job(folder, job_identity(pipeline, self.requests, settings, limit, self.start(point)))
+                    run = self.run(pipeline, point, seed)
+                    check_same_job(folder, job_identity(run, job_limits(run, folder, self.batch_size).batch))
 
 
 def prepare(
-    model: Model,
+    model: ModelLoader,
     path: Path,
     out: Path,
     grid: Grid | Points,
@@ -105,45 +112,46 @@ def prepare(
     batch_size: int | None,
 ) -> tuple[Plan, Pipeline]:
     """The plan, and the pipeline of its first point. RefusedError with everything that is wrong."""
-    found = Problems()
-    weights = {name: found.attempt(partial(model.weights, name)) for name in grid.checkpoints}
-    found.check()
+    problems = Problems()
+    weights = {name: problems.attempt(partial(model.weights, name)) for name in grid.checkpoints}
+    problems.check()
     first = grid.checkpoints[0]
-    requests = read_requests(path, model_objects(model.folder, first))[:limit]
-    found.attempt(lambda: _check_seeds(seeds, requests))
-    metrics = found.attempt(lambda: scorer.planned(path, limit)) or ()
-    chosen = found.attempt(lambda: _metric(metric, metrics)) if metrics else None
-    index = None if rag is None else found.attempt(lambda: open_index(rag))
+    requests = read_requests(path, find_model(model.folder, first).objects)[:limit]
+    problems.attempt(lambda: _check_seeds(seeds, requests))
+    metrics = problems.attempt(lambda: scorer.planned(path, limit)) or ()
+    metric_name = problems.attempt(lambda: _metric(metric, metrics)) if metrics else None
+    index = None if rag is None else problems.attempt(lambda: open_index(rag))
     pipeline = model.load(first)
-    found.attempt(lambda: pipeline.encoder(requests, guided=False))
+    problems.attempt(lambda: check_kind(requests, pipeline.spec.family))
     if index is not None:
-        found.attempt(lambda: index.check(pipeline.spec))
-    points = found.attempt(lambda: grid.points(pipeline.spec.sampling, rag=rag is not None, weights=weights)) or []
+        problems.attempt(lambda: index.check(pipeline.spec))
+    points = problems.attempt(lambda: grid.points(pipeline.spec.sampling, rag=rag is not None, weights=weights)) or []
     plain = grid.plain.points(pipeline.spec.sampling)  # look at these at least
     if points:
-        found.attempt(lambda: _check_against(rule, points))
-    evaluations = found.attempt(partial(_evaluations, pipeline, points or plain)) or {}
-    found.check()
-    assert chosen is not None
-    plan = Plan(model, out, requests, points, evaluations, metrics, chosen, index, seeds, batch_size)
+        problems.attempt(lambda: _check_against(rule, points))
+    evaluations = problems.attempt(partial(_evaluations, pipeline, points or plain)) or {}
+    problems.check()
+    assert metric_name is not None
+    plan = Plan(model, out, requests, points, evaluations, metrics, metric_name, index, seeds, batch_size)
     plan.check_held(pipeline, first)
     return plan, pipeline
 
 
 def network_evaluations(table: SolverTable, settings: Settings) -> int:
     """Of one image: a row of the table is one, or two where it is guided. InputError for an interval outside the rows."""
-    settings.check_interval(table)
     lo, hi = guided_rows(table, settings.guidance_scale, True, settings.guidance_interval)
     return len(table) + hi - lo
 
 
 def _check_seeds(seeds: Sequence[int], requests: Sequence[Request]) -> None:
-    found = Problems()
-    found += ["--seeds: holds no values"] if not seeds else []
-    found += [f"--seeds: {seed} is given twice" for seed in dict.fromkeys(seeds) if seeds.count(seed) > 1]
+    problems = Problems()
+    problems += ["--seeds: holds no values"] if not seeds else []
+    problems += [f"--seeds: {seed} is given twice" for seed in dict.fromkeys(seeds) if seeds.count(seed) > 1]
     if len(seeds) > 1 and all(request.seed is not None for request in requests):
-        found.append("--seeds: every request has a seed of its own, so that all seeds give the same images; give one")
-    found.check()
+        problems.append(
+            "--seeds: every request has a seed of its own, so that all seeds give the same images; give one"
+        )
+    problems.check()
 
 
 def _check_against(rule: Rule, points: Sequence[Point]) -> None:
@@ -160,10 +168,10 @@ def _metric(name: str | None, measured: Sequence[str]) -> str:
 def _evaluations(pipeline: Pipeline, points: Sequence[Point]) -> dict[Point, int]:
     """Per image, of each point. RefusedError, with an item for each, for solvers that this model cannot have and guidance
     intervals outside their rows."""
-    found, out = Problems(), {}
+    problems, out = Problems(), {}
     tables: dict[str, SolverTable | str] = {}
     for point in points:
-        settings = pipeline.settings(**point.settings())
+        settings = replace(pipeline.settings(**point.settings()), noise_steps=point.noise_steps)
         if settings.solver not in tables:
             try:
                 tables[settings.solver] = pipeline.source.table(settings.solver)
@@ -174,8 +182,8 @@ def _evaluations(pipeline: Pipeline, points: Sequence[Point]) -> dict[Point, int
             try:
                 out[point] = network_evaluations(table, settings)
             except InputError as error:
-                found.append(f"--guidance-interval with {settings.solver}: {error}")
+                problems.append(f"--guidance-interval with {settings.solver}: {error}")
         else:
-            found.append(table)
-    Problems(dict.fromkeys(found)).check()
+            problems.append(table)
+    Problems(dict.fromkeys(problems)).check()
     return out

@@ -20,7 +20,7 @@ JSON, CSV, PLOT, SHEET = "sweep.json", "sweep.csv", "plot.png", "contact_sheet.p
 
 
 @dataclass(frozen=True)
-class Row:
+class ScoredPoint:
     """One point. `evaluations`: of the network per image; `seconds_per_image`: generation alone, None if no run ended well."""
 
     point: Point
@@ -41,8 +41,8 @@ class Row:
 
     def line(self, metric: str) -> str:
         """For the progress."""
-        found = self.error or f"{metric} {self.score(metric)}"
-        return f"{self.point}: {found}, {self.evaluations} evaluations/image"
+        outcome = self.error or f"{metric} {self.score(metric)}"
+        return f"{self.point}: {outcome}, {self.evaluations} evaluations/image"
 
     def candidate(self, metric: str) -> Candidate:
         figure = self.figures.get(metric)
@@ -71,7 +71,7 @@ class Sweep:
     metric: str
     metrics: tuple[str, ...]
     rule: Rule
-    rows: list[Row]
+    rows: list[ScoredPoint]
     unfinished: list[Point] = field(default_factory=list)
 
     @property
@@ -93,20 +93,20 @@ class Sweep:
         return choose([row.candidate(self.metric) for row in self.rows], self.rule, self.better, against)
 
     @property
-    def chosen(self) -> Row | None:
+    def chosen(self) -> ScoredPoint | None:
         """The row that the rule names; None where no point has a score."""
         return None if self.choice is None else self.rows[self.choice.chosen]
 
     @property
-    def failed(self) -> list[Row]:
+    def failed(self) -> list[ScoredPoint]:
         return [row for row in self.rows if row.error]
 
     @property
     def warnings(self) -> list[str]:
         """Of all points, each once."""
-        found = [w for row in self.rows for w in row.warnings]
+        texts = [w for row in self.rows for w in row.warnings]
         return list(
-            dict.fromkeys([*found, *([self._undefined] if self.choice and self.choice.undefined_error else [])])
+            dict.fromkeys([*texts, *([self._undefined] if self.choice and self.choice.undefined_error else [])])
         )
 
     @property

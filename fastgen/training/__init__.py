@@ -5,16 +5,16 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from fastgen.attributes import labelled
-from fastgen.config import Preset
 from fastgen.data import read_dataset
+from fastgen.data.attributes import labelled
 from fastgen.errors import InputError
+from fastgen.presets import Preset
+from fastgen.training.autocast import choose
 from fastgen.training.examples import load_examples
-from fastgen.training.families import train_evaluator, train_labels, train_text
-from fastgen.training.job import flat, open_job
 from fastgen.training.logs import say
-from fastgen.training.precision import choose
 from fastgen.training.processes import join
+from fastgen.training.run_folder import flat, open_job
+from fastgen.training.stages import train_evaluator, train_labels, train_text
 from fastgen.training.trackers import tracking
 
 __all__ = ["train"]
@@ -35,8 +35,8 @@ def train(
 ) -> Path:
     """Train all networks of a preset on a dataset folder, and return `out`, which then is a model folder.
 
-    The same call continues a job that was interrupted, from its last checkpoint, with the same result as if it had not
-    been; for a finished job it does nothing. Started by `accelerate launch`, the processes share every batch.
+    The same call continues an interrupted job from its last checkpoint; the result is that of an uninterrupted job. For a
+    finished job it does nothing. `accelerate launch` starts several processes, which share every batch.
     `skip_bad` leaves unreadable images out. `device`: "cpu", "cuda", ...; the GPU if there is one. `tracker`: see
     `trackers.tracking`. `resume`: the checkpoint of another run, RUN/checkpoints/STAGE/step-NNNNNN, at which this one begins.
     Raises InputError for data that does not suit the preset and for a folder with another job, FastgenError when the loss is

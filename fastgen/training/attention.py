@@ -32,12 +32,12 @@ class SmallAttention:
         """hidden_states (b, n, d), or (b, d, h, w); encoder_hidden_states (b, m, d')."""
         keys = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         count = keys.shape[1] if keys.ndim == 3 else keys.shape[2] * keys.shape[3]
-        chosen = self._products if count <= MOST_KEYS else self._fused
-        return chosen(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+        processor = self._products if count <= MOST_KEYS else self._fused
+        return processor(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
 
 
 def attend_on_cpu(module: nn.Module) -> None:
-    """Give every attention layer of diffusers in `module` that processor; it changes nothing but rounding."""
+    """Set SmallAttention as processor of every diffusers attention layer in `module`; results differ by rounding only."""
     from diffusers.models.attention_processor import Attention
 
     processor: Any = SmallAttention()

@@ -1,4 +1,4 @@
-"""Training images in another light."""
+"""Colour jitter of training images."""
 
 from __future__ import annotations
 
@@ -9,15 +9,13 @@ from torch import Tensor
 from fastgen.training.draws import Draws
 
 BRIGHTNESS, CONTRAST, SATURATION, VARIANT = range(6, 10)  # further streams of Draws
-VARIANTS = (
-    4  # of an image's light that are kept where it cannot be changed at every draw; the first is the image as it is
-)
+VARIANTS = 4  # colour-jittered copies cached per image; copy 0 is the original
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
 
 def color_jitter(x: Tensor, draws: Draws, amount: float) -> Tensor:
-    """Images (b, 3, H, W) in [-1, 1] with another brightness, contrast and saturation, each times a factor drawn for each
-    image from [1 - amount, 1 + amount], in this order; the arithmetic of torchvision's ColorJitter."""
+    """Multiplies brightness, contrast and saturation, in this order, of images (b, 3, H, W) in [-1, 1] by factors drawn for
+    each image from [1 - amount, 1 + amount]; the arithmetic of torchvision's ColorJitter."""
     low = max(0.0, 1 - amount)
 
     def factors(stream: int) -> Tensor:
@@ -31,9 +29,9 @@ def color_jitter(x: Tensor, draws: Draws, amount: float) -> Tensor:
 
 
 def light_variant(x: Tensor, rows: np.ndarray, variant: np.ndarray | int, amount: float) -> Tensor:
-    """Variant `variant` (b,), in [0, VARIANTS), of the light of the examples `rows` (b,), whose images are x (b, 3, H, W).
+    """Colour-jittered copy number `variant` (b,), in [0, VARIANTS), of the images x (b, 3, H, W) of the examples `rows` (b,).
 
-    Always the same one for an example: variant 0 is the image itself.
+    Copy 0 is the image itself; the factors of the others depend on the example and the number alone.
     """
     draws = Draws(0, 0, rows * VARIANTS + variant, 1, x.device)
     changed = torch.from_numpy(np.broadcast_to(variant, rows.shape) > 0).to(x.device)

@@ -1,9 +1,8 @@
-"""The evaluators' objectives: which objects are in the image, as independent yes-or-no questions, and which value each
-attribute has."""
+"""The evaluators' objectives: a binary classification for each object, or one classification for each attribute."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -11,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fastgen.attributes import Attributes
-from fastgen.metrics import attribute_hits, label_accuracy
+from fastgen.data.attributes import Attributes
+from fastgen.scoring.metrics import attribute_hits, label_accuracy
 from fastgen.training.draws import Draws
 from fastgen.training.sources import NOISE, flip_some, to_signed
+from fastgen.training.tasks import Task
 
 SHIFT_X, SHIFT_Y, BLUR, GRAIN, LIGHT = range(10, 15)  # further streams of Draws
 MAX_SHIFT = 4  # px
@@ -34,12 +34,14 @@ class Logits(nn.Module):
         return self.evaluator.fc[0](self.evaluator.features(x))  # type: ignore[operator, index]
 
 
-class ClassifierTask:
-    """Binary cross-entropy on multi-hot labels, on images that are mirrored, shifted, blurred, grainy and relit a
-    little, because those it will judge come from a generator."""
+class ClassifierTask(Task):
+    """Binary cross-entropy on multi-hot labels. The training images are mirrored, shifted, blurred, made noisy and changed in
+    contrast a little, because the images that the network will judge come from a generator.
+
+    Batch normalisation takes its statistics over a micro-batch: they alone depend on how a batch is split.
+    """
 
     name = "evaluator"
-    splits_batches = True  # up to batch normalisation, whose statistics are those of a micro-batch
 
     def __init__(
         self,
@@ -49,9 +51,8 @@ class ClassifierTask:
         rows: tuple[np.ndarray, np.ndarray],
         device: torch.device,
     ) -> None:
-        self.module = Logits(evaluator)
+        super().__init__(Logits(evaluator), rows)
         self.images, self.multi_hot, self.device = images, multi_hot, device
-        self.train_rows, self.validation_rows = rows
 
     def losses(self, module: nn.Module, rows: np.ndarray, draws: Draws) -> Tensor:
         x = to_signed(self.images[rows], self.device)
@@ -64,9 +65,6 @@ class ClassifierTask:
         """(b, num_labels) both -> (b,)."""
         return functional.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(dim=1)
 
-    def parts(self, total: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        return {}
-
     def figures(self, module: nn.Module) -> Mapping[str, float]:
         rows = self.validation_rows
         parts = np.array_split(rows, -(-len(rows) // 256))
@@ -77,12 +75,9 @@ class ClassifierTask:
         """The task's official score on the validation images."""
         return {"accuracy": label_accuracy(scores, labels)}
 
-    def preview(self, module: nn.Module) -> None:
-        return None
-
 
 class AttributeTask(ClassifierTask):
-    """Softmax cross-entropy of each attribute, added up, on the same images; `multi_hot` has one value of each."""
+    """The sum of the attributes' softmax cross-entropies; each row of `multi_hot` has one value of each attribute."""
 
     def __init__(self, *args: Any, attributes: Attributes) -> None:
         super().__init__(*args)
@@ -93,7 +88,7 @@ class AttributeTask(ClassifierTask):
         return torch.stack([functional.cross_entropy(x, y, reduction="none") for x, y in parts]).sum(dim=0)
 
     def judge(self, scores: np.ndarray, labels: np.ndarray) -> Mapping[str, float]:
-        """The share of validation images whose value of an attribute is the likeliest, for each, and the lowest."""
+        """For each attribute the share of validation images whose true value has the highest score, and the lowest share."""
         shares = attribute_hits(scores, labels, self.sizes).mean(axis=0).tolist()
         figures = {f"accuracy_{name}": share for name, share in zip(self.attributes, shares, strict=True)}
         return {**figures, "accuracy_lowest": min(shares)}
@@ -109,7 +104,7 @@ def augment(x: Tensor, draws: Draws) -> Tensor:
         flip_some(x, draws), draws.integers(SHIFT_Y, 2 * MAX_SHIFT + 1), draws.integers(SHIFT_X, 2 * MAX_SHIFT + 1)
     )
     blurred = functional.avg_pool2d(functional.pad(x, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
-    x = torch.lerp(x, blurred, (2 * amounts(BLUR) - 1).clamp(min=0))  # half of them not at all
+    x = torch.lerp(x, blurred, (2 * amounts(BLUR) - 1).clamp(min=0))  # half of the images stay sharp
     x = x * (1 + MAX_LIGHT * (2 * amounts(LIGHT) - 1))
     return x + MAX_GRAIN * (2 * amounts(GRAIN) - 1).clamp(min=0) * draws.normal(NOISE, tuple(x.shape[1:]))
 

@@ -1,13 +1,13 @@
-"""The text encoder's objective: captions and images of one monster find each other (Radford et al., CLIP, 2021).
+"""The text encoder's objective: a caption and an image of the same monster get similar vectors (Radford et al., CLIP, 2021).
 
-The image tower is thrown away. The pooled output itself is compared, without a projection, so that it can serve
-as the text's embedding.
+The image tower is not kept after training. The text's pooled output is compared without a projection, so that it can
+serve as the text's embedding.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,14 +17,15 @@ from torch.nn import functional
 
 from fastgen.training.draws import Draws
 from fastgen.training.sources import CAPTION, to_signed
+from fastgen.training.tasks import Task
 
-IMAGE_SIZE = 32  # what the tower sees
+IMAGE_SIZE = 32  # px of the image tower's input
 WIDTHS = (32, 64, 128)
 TEMPERATURE = 0.07
-OTHER_POSE = 0.3  # how right a caption of the same monster doing something else is; its own captions are 1
+OTHER_POSE = 0.3  # target weight of a caption of the same monster in another action; the image's own captions have 1
 
 
-class Pair(nn.Module):
+class TextImageEncoder(nn.Module):
     """Text encoder and image tower -> unit vectors."""
 
     def __init__(self, text_encoder: Any) -> None:
@@ -45,13 +46,14 @@ class Pair(nn.Module):
         return functional.normalize(text, dim=1), functional.normalize(image, dim=1)
 
 
-class ContrastiveTask:
-    """Softmax cross-entropy over the batch in both directions, with several right answers: all captions of the same
-    monster in the same action, and to a lesser degree those in another action. So captions of one monster are never
-    negatives, and the action still matters."""
+class ContrastiveTask(Task):
+    """Softmax cross-entropy over the batch in both directions, with soft targets: weight 1 for all captions of the same
+    monster in the same action, OTHER_POSE for those of the same monster in another action. So captions of one monster are
+    never negatives, and the action still matters."""
 
     name = "text_encoder"
     splits_batches = False
+    module: TextImageEncoder
 
     def __init__(
         self,
@@ -65,35 +67,28 @@ class ContrastiveTask:
     ) -> None:
         """`ids` (U, 77): the distinct captions; `choices[example]`: the indices of its captions in `ids`; `subjects`:
         for each example an index of its monster, and one of its set of captions."""
-        self.module = Pair(text_encoder)
+        super().__init__(TextImageEncoder(text_encoder), rows)
         self.ids, self.choices, self.subjects = ids, choices, subjects
         self.lengths = (ids == text_encoder.config.eos_token_id).argmax(axis=1) + 1  # up to the end token
         self.images, self.device = images, device
-        self.train_rows, self.validation_rows = rows
 
     def losses(self, module: nn.Module, rows: np.ndarray, draws: Draws) -> Tensor:
         counts = np.array([len(self.choices[row]) for row in rows])
         captions = np.array([self.choices[r][i] for r, i in zip(rows, draws.integers(CAPTION, counts), strict=True)])
         text, image = self._vectors(module, captions, rows)
         scores = self.module.log_scale.clamp(max=math.log(100)).exp() * text @ image.T  # (b, b)
-        right = self._right(rows)
-        forward = -(right * scores.log_softmax(dim=1)).sum(1)
-        backward = -(right * scores.T.log_softmax(dim=1)).sum(1)
-        return (forward + backward) / 2 - entropy(right)  # (b,), 0 at best
-
-    def parts(self, total: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        return {}
+        targets = self._targets(rows)  # (b, b)
+        text_to_image = -(targets * scores.log_softmax(dim=1)).sum(1)
+        image_to_text = -(targets * scores.T.log_softmax(dim=1)).sum(1)
+        return (text_to_image + image_to_text) / 2 - entropy(targets)  # (b,), 0 at best
 
     def figures(self, module: nn.Module) -> dict[str, float]:
-        """Share of validation images whose nearest caption among those of 64 others is one of the same monster."""
+        """Of up to 64 validation images: the share whose nearest caption, of their first ones, shows the same monster."""
         rows = self.validation_rows[:: max(1, len(self.validation_rows) // 64)][:64]
         captions = np.array([self.choices[row][0] for row in rows])
         text, image = self._vectors(module, captions, rows)
         nearest = (image @ text.T).argmax(dim=1).cpu().numpy()
         return {"retrieval": float((self.subjects[0][rows][nearest] == self.subjects[0][rows]).mean())}
-
-    def preview(self, module: nn.Module) -> None:
-        return None
 
     def _vectors(self, module: nn.Module, captions: np.ndarray, rows: np.ndarray) -> tuple[Tensor, Tensor]:
         length = int(self.lengths[captions].max())  # attention is causal: what follows the end token changes nothing
@@ -103,15 +98,15 @@ class ContrastiveTask:
         )
         return module(ids, images)
 
-    def _right(self, rows: np.ndarray) -> Tensor:
-        """How right each pair is, each row summing to 1: (b, b)."""
+    def _targets(self, rows: np.ndarray) -> Tensor:
+        """The target probability of each pair of examples, (b, b); each row sums to 1."""
         monsters, captions = self.subjects[0][rows], self.subjects[1][rows]
         same = (captions[:, None] == captions).astype(np.float32)
         related = (monsters[:, None] == monsters).astype(np.float32)
-        right = torch.from_numpy(np.maximum(same, OTHER_POSE * related)).to(self.device)
-        return right / right.sum(dim=1, keepdim=True)
+        weights = torch.from_numpy(np.maximum(same, OTHER_POSE * related)).to(self.device)
+        return weights / weights.sum(dim=1, keepdim=True)
 
 
 def entropy(shares: Tensor) -> Tensor:
-    """Of each row of (b, n), in nats: (b,)."""
+    """The entropy of each row of (b, n), in nats: (b,)."""
     return torch.special.entr(shares).sum(dim=1)

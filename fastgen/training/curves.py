@@ -6,13 +6,13 @@ import importlib.util
 import io
 from pathlib import Path
 
-from fastgen.jsonfiles import write_bytes
-from fastgen.training.logs import Log
+from fastgen.files.jsonfiles import write_bytes
+from fastgen.training.logs import TrainingLog
 
 FILE = "loss.png"
 
 
-def plot_losses(log: Log, stage: str, folder: Path) -> None:
+def plot_losses(log: TrainingLog, stage: str, folder: Path) -> None:
     """Training and validation loss over the steps, into `folder`/loss.png; nothing where matplotlib is not installed."""
     rows = log.rows(stage)
     if importlib.util.find_spec("matplotlib") is None or len(rows) < 2:

@@ -13,31 +13,31 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fastgen.errors import InputError
+from fastgen.errors import InputError, first_line
 from fastgen.training.draws import VALIDATION, Draws
 from fastgen.training.losses import Denoised, Objective, evaluate
-from fastgen.training.sources import NOISE, TIMESTEP, Conditions, Space
+from fastgen.training.sources import NOISE, TIMESTEP, ConditionSource, Space
+from fastgen.training.tasks import Task
 
 Preview = Callable[[nn.Module], Image.Image]
 
 
-class DiffusionTask:
+class DiffusionTask(Task):
     """Predict what noise did to clean samples (Ho et al., Denoising Diffusion Probabilistic Models, 2020, eq. 14), as
     noise, clean sample or velocity, whichever the schedule's `prediction_type` names.
 
     Training optimises the objective's terms of the current epoch, step * batch_size / number of training rows.
-    Validation is the plain squared error of the prediction, whatever the objective: so its losses can be compared over a
-    run in which terms set in, and between runs.
+    Validation always takes the plain squared error of the prediction. So its losses can be compared between runs with
+    different objectives, and over a run in which further terms start at later epochs.
     """
 
     name = "unet"
-    splits_batches = True
 
     def __init__(
         self,
         module: nn.Module,
         space: Space,
-        conditions: Conditions,
+        conditions: ConditionSource,
         scheduler_config: Mapping[str, Any],
         rows: tuple[np.ndarray, np.ndarray],
         *,
@@ -48,8 +48,8 @@ class DiffusionTask:
         objective: Objective | None = None,
         preview: Preview | None = None,
     ) -> None:
-        self.module, self.space, self.conditions = module, space, conditions
-        self.train_rows, self.validation_rows = rows
+        super().__init__(module, rows)
+        self.space, self.conditions = space, conditions
         self.dropout, self.flip, self.jitter, self._preview = dropout, flip, jitter, preview
         self.objective = objective or Objective()
         self.timestep_shift = timestep_shift
@@ -87,8 +87,10 @@ class DiffusionTask:
         return total
 
     def parts(self, total: Callable[[Tensor], Tensor] = lambda sums: sums) -> dict[str, float]:
-        """{"loss_lpips": the term's mean per example, before its weight, ...} of the training since the last call, where
-        the objective has more than one term. Waits for the device, once; `total` adds up a tensor over processes."""
+        """{"loss_lpips": mean of the unweighted term per example, ...} since the last call; empty for a single term.
+
+        `total` adds up a tensor over the processes. Waits for the device once.
+        """
         names = list(self.objective.active(math.inf))
         if len(names) == 1:
             return {}
@@ -97,9 +99,6 @@ class DiffusionTask:
         self._sums = {}
         rows = zip(names, total(sums).tolist(), strict=True)
         return {f"loss_{name}": loss / count for name, (loss, count) in rows if count}
-
-    def figures(self, module: nn.Module) -> dict[str, float]:
-        return {}
 
     def preview(self, module: nn.Module) -> Image.Image | None:
         return self._preview(module) if self._preview else None
@@ -117,8 +116,13 @@ class NoiseSchedule:
     def __init__(self, config: Mapping[str, Any]) -> None:
         from diffusers import DDPMScheduler
 
-        self._scheduler: Any = DDPMScheduler.from_config(dict(config))
+        try:
+            self._scheduler: Any = DDPMScheduler.from_config(dict(config))
+        except (ValueError, TypeError, RuntimeError, NotImplementedError, IndexError) as error:
+            raise InputError(f"scheduler: DDPMScheduler refuses it: {first_line(error)}") from None
         self.count = int(self._scheduler.config.num_train_timesteps)
+        if self.count < 1:
+            raise InputError(f"scheduler: num_train_timesteps = {self.count}: expected at least 1")
         self.prediction_type = str(self._scheduler.config.prediction_type)
         if self.prediction_type not in ("epsilon", "sample", "v_prediction"):
             expected = "epsilon, sample or v_prediction"

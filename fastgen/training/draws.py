@@ -1,6 +1,6 @@
-"""What is random in training, as a function of (seed, step, index in the global batch) and of nothing else.
+"""Random numbers of training: functions of (seed, step, index in the global batch) alone.
 
-So a run that was interrupted, split over several processes or into micro-batches draws the same numbers.
+So a run draws the same numbers after an interruption, on several processes, and with micro-batches.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastgen.noise import normal
+from fastgen.sampling.noise import normal
 
-VALIDATION = -1  # the step of every validation: its noise never changes
+VALIDATION = -1  # the step number of all validations, so that they use the same noise
 
 
 def batch_rows(count: int, batch_size: int, seed: int, step: int) -> np.ndarray:
@@ -29,7 +29,7 @@ def batch_rows(count: int, batch_size: int, seed: int, step: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Draws:
-    """The randomness of some examples of one global batch. Streams are small integers, one per use."""
+    """Random numbers for some examples of one global batch. `stream`: a small integer, a different one for each use."""
 
     seed: int
     step: int

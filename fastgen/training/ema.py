@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 
 class Ema:
-    """Average of a module's parameters and floating-point buffers, float32, begun with its weights at step `begin`.
+    """Average of a module's parameters and floating-point buffers, float32; it starts with the weights of step `begin`.
 
-    The decay rises as (1 + n) / (10 + n) towards `decay`, so that a short run's average forgets its random beginning.
-    Decay 0 is no average: the weights themselves, without a copy.
+    The decay rises as (1 + n) / (10 + n) towards `decay`, so that the initial random weights have little effect in a short
+    run. With decay 0 there is no average: `weights` are the module's tensors, not a copy.
     """
 
     def __init__(self, module: nn.Module, decay: float, begin: int = 0) -> None:
@@ -44,15 +44,15 @@ class Ema:
 
     @contextmanager
     def swapped_in(self, module: nn.Module) -> Iterator[None]:
-        """The module has the averaged weights, and is in eval mode, inside the block."""
+        """Inside the block the module has the averaged weights and is in eval mode."""
         training = module.training
-        own = {k: v.detach().clone() for k, v in module.state_dict().items()} if self.decay else None
-        if own is not None:
+        weights = {k: v.detach().clone() for k, v in module.state_dict().items()} if self.decay else None
+        if weights is not None:
             module.load_state_dict(self.weights)
         module.eval()
         try:
             yield
         finally:
-            if own is not None:
-                module.load_state_dict(own)
+            if weights is not None:
+                module.load_state_dict(weights)
             module.train(training)

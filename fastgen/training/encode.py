@@ -1,4 +1,4 @@
-"""What frozen networks say about the training data, computed once: VAE moments and text states."""
+"""Outputs of frozen networks for the training data, computed once and cached: VAE moments and text states."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import torch
 from tqdm import tqdm
 
 from fastgen.data.cache import cached, read_array, write_array
+from fastgen.models.weights import weights_hash
 from fastgen.training.augment import VARIANTS, light_variant
 from fastgen.training.logs import say
 from fastgen.training.sources import to_signed
 from fastgen.training.vae import moments
-from fastgen.weights import weights_hash
 
 IMAGES, TEXTS = 16, 64  # per batch
 STATISTICS = 4096  # examples that the latents' scale is measured on
@@ -33,10 +33,10 @@ def cached_moments(
     progress: bool,
     jitter: float = 0,
 ) -> np.ndarray:
-    """Moments of the latents (N, V, S, 2C, h, w) float16, of every image (N, H, W, 3) uint8 in V = VARIANTS lights where
-    there is colour jitter, else 1, and on S = 2 sides where images are mirrored, else 1.
+    """Moments of the latents (N, V, S, 2C, h, w) float16 of images (N, H, W, 3) uint8.
 
-    `fields` say where the images come from.
+    V = VARIANTS colour-jittered copies with `jitter`, else 1; S = 2 with `flip` (the image and its mirror image), else 1.
+    `fields` identify the images in the cache key.
     """
     vae.to(device)
     variants, sides = VARIANTS if jitter else 1, 2 if flip else 1

@@ -1,19 +1,19 @@
-"""A dataset as training sees it: decoded pixels, who trains and who validates, captions and labels as numbers."""
+"""A dataset in memory: decoded pixels, training and validation rows, captions and labels as numbers."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import cast
 
 import numpy as np
 
-from fastgen.config import Preset, Training
 from fastgen.data import Dataset, split
 from fastgen.data.cache import cached_pixels
 from fastgen.data.images import Mode
 from fastgen.errors import InputError
+from fastgen.generate.requests import multi_hot
+from fastgen.presets import Preset, Training
 from fastgen.training.logs import say
 
 KINDS = {"text": "text", "labels": "labels", "evaluator": "labels"}  # family -> what its dataset holds
@@ -21,15 +21,15 @@ KINDS = {"text": "text", "labels": "labels", "evaluator": "labels"}  # family ->
 
 @dataclass(frozen=True)
 class Examples:
-    """Row i of every array belongs to example i of the dataset; `kept` are the rows whose image could be read."""
+    """Row i of every array belongs to example i of the dataset."""
 
     dataset: Dataset
     images: np.ndarray  # (N, H, W, 3) uint8
-    kept: np.ndarray
-    pixel_fields: dict[str, str | int]  # what the images depend on
+    kept: np.ndarray  # rows whose image could be read
+    pixel_fields: dict[str, str | int]  # cache key of the images
 
     def rows(self, recipe: Training) -> tuple[np.ndarray, np.ndarray]:
-        """(training rows, validation rows), in an order without meaning. InputError when either is empty."""
+        """(training rows, validation rows), the latter shuffled. InputError when either is empty."""
         good = replace(self.dataset, examples=tuple(self.dataset.examples[row] for row in self.kept))
         index = {example.image: int(row) for example, row in zip(good.examples, self.kept, strict=True)}
         parts = [
@@ -37,9 +37,9 @@ class Examples:
             for part in split(good, recipe.validation_fraction)
         ]
         if not all(map(len, parts)):
-            found = f"{len(parts[0])} training and {len(parts[1])} validation images"
+            counts = f"{len(parts[0])} training and {len(parts[1])} validation images"
             raise InputError(
-                f"{self.dataset.root}: {found}; training needs both, that is at least two groups of images"
+                f"{self.dataset.root}: {counts}; training needs both, that is at least two groups of images"
             )
         train, validation = parts
         return train, np.random.default_rng(0).permutation(validation)
@@ -47,17 +47,17 @@ class Examples:
     @cached_property
     def multi_hot(self) -> np.ndarray:
         """(N, num_labels) float32."""
-        return multi_hot([example.labels for example in self.dataset.examples], self.dataset.objects or {})
+        return multi_hot(self.dataset.examples, self.dataset.objects or {})
 
     @cached_property
     def captions(self) -> tuple[list[str], list[np.ndarray]]:
-        """The distinct captions, the empty prompt first, and which of them each example has."""
+        """The distinct captions, the empty prompt first, and for each example the indices of its captions."""
         texts = ["", *sorted({text for example in self.dataset.examples for text in example.captions} - {""})]
         index = {text: number for number, text in enumerate(texts)}
         return texts, [np.array([index[text] for text in example.captions]) for example in self.dataset.examples]
 
     def captions_of(self, rows: np.ndarray) -> list[str]:
-        """What each example shows, in words: its first caption, or its labels."""
+        """A line of text for each example: its first caption, or its labels."""
         examples = [self.dataset.examples[row] for row in rows]
         return [example.captions[0] if example.captions else ", ".join(example.labels) for example in examples]
 
@@ -74,8 +74,8 @@ class Examples:
 
 
 def load_examples(dataset: Dataset, preset: Preset, skip_bad: bool) -> Examples:
-    """Decode the dataset (or take it from the cache), telling what was left out. Raises InputError for data of the
-    other kind and for bad images."""
+    """Decode the dataset, or read it from the cache; a note on stderr for every kind of example that is left out. Raises
+    InputError for a dataset of the other kind and, unless `skip_bad`, for images that cannot be read."""
     if dataset.kind != KINDS[preset.family]:
         what = f"images with {'captions' if dataset.kind == 'text' else 'labels'}"
         raise InputError(f"{dataset.root}: holds {what}; preset {preset.name} is for the {preset.family} family")
@@ -84,14 +84,6 @@ def load_examples(dataset: Dataset, preset: Preset, skip_bad: bool) -> Examples:
         say(f"note: {line}")
     fields: dict[str, str | int] = {"data": dataset.fingerprint, "size": preset.image_size, "mode": preset.image_mode}
     return Examples(dataset, pixels.images, pixels.kept, fields)
-
-
-def multi_hot(lists: Sequence[Sequence[str]], objects: Mapping[str, int]) -> np.ndarray:
-    """Lists of labels -> (n, num_labels) float32."""
-    values = np.zeros((len(lists), len(objects)), np.float32)
-    for row, labels in enumerate(lists):
-        values[row, [objects[name] for name in labels]] = 1
-    return values
 
 
 def _numbered(values: list[tuple[str, ...]]) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What a run tells: log.jsonl, the progress bar, messages."""
+"""Output of a training run: log.jsonl, and messages beside the progress bar."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from fastgen.jsonfiles import read_jsonl, write_bytes
+from fastgen.files.jsonfiles import read_jsonl, write_bytes
 from fastgen.training.processes import is_main
 
 Tracker = Callable[[Mapping[str, float], int], None]
@@ -21,17 +21,14 @@ def say(text: str) -> None:
         tqdm.write(text, file=sys.stderr)
 
 
-class Log:
-    """log.jsonl: one row per interval of a stage. Rows that a resumed run will write again are dropped.
-
-    `tracker(values, step)` is told the numbers too, as "stage/name".
-    """
+class TrainingLog:
+    """log.jsonl: one row per interval of a stage. `tracker(values, step)` gets the numbers of each row too, as "stage/name"."""
 
     def __init__(self, path: Path, tracker: Tracker | None = None) -> None:
         self.path, self.tracker = path, tracker
 
     def rewind(self, stage: str, step: int) -> None:
-        """Forget the rows of `stage` after `step`, and a last line that a killed run left unfinished."""
+        """Delete the rows of `stage` after `step`, which a resumed run writes again, and an incomplete last line."""
         if not self.path.exists():
             return
         lines = self.path.read_bytes().splitlines(keepends=True)

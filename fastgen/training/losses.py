@@ -1,6 +1,6 @@
-"""The terms of the denoising loss: the error of the prediction itself, and what the clean sample it implies looks like.
+"""The terms of the denoising loss: the error of the prediction, and errors of the clean sample that it implies.
 
-A preset names them in `unet.train.loss` with their weights, and in `unet.train.loss_from_epoch` when each sets in.
+`unet.train.loss` of a preset has the weights of the terms, `unet.train.loss_from_epoch` the epochs at which they start.
 """
 
 from __future__ import annotations
@@ -15,16 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fastgen.config import Training
 from fastgen.errors import FastgenError, InputError
+from fastgen.presets import Training
 from fastgen.training.tasks import loss_weights
 
-TERMS = {
-    "mse": 1.0,
-    "lpips": 0.0,
-    "kl": 0.0,
-    "latent_perceptual": 0.0,
-}  # and their weights unless the preset says otherwise
+# Loss term -> its weight unless the preset says otherwise.
+TERMS = {"mse": 1.0, "lpips": 0.0, "kl": 0.0, "latent_perceptual": 0.0}
 LATENTS_ONLY = ("kl", "latent_perceptual")
 UP_BLOCKS = 2  # of the VAE decoder that latent_perceptual runs, behind its middle block
 LPIPS_SIZE = 32  # px, the smallest image that its VGG-16 can see
@@ -32,7 +28,7 @@ LPIPS_SIZE = 32  # px, the smallest image that its VGG-16 can see
 
 @dataclass(frozen=True)
 class Objective:
-    """Which terms are weighed how, and from which epoch on; made by `objective_of`."""
+    """The weight of each term, and the epoch at which it starts; made by `objective_of`."""
 
     weights: Mapping[str, float] = field(default_factory=lambda: dict(TERMS))
     from_epoch: Mapping[str, float] = field(default_factory=dict)
@@ -40,14 +36,14 @@ class Objective:
     lpips: nn.Module | None = None
 
     def active(self, epoch: float) -> dict[str, float]:
-        """The weights of the terms that count in this (fraction of an) epoch."""
+        """The weights of the terms that are used at this epoch, which may be a fraction."""
         begun = {name for name in self.weights if self.from_epoch.get(name, 0) <= epoch}
         return {name: weight for name, weight in self.weights.items() if weight > 0 and name in begun}
 
 
 @dataclass(frozen=True)
 class Denoised:
-    """What the terms see of some examples. Tensors are float32."""
+    """The inputs of the terms for a micro-batch of b examples. Tensors are float32."""
 
     prediction: Tensor  # (b, C, h, w), the network's
     target: Tensor  # (b, C, h, w), what it should be
@@ -123,11 +119,11 @@ def load_lpips(weight: float) -> nn.Module:
 
 
 def evaluate(objective: Objective, active: Mapping[str, float], seen: Denoised) -> tuple[Tensor, dict[str, Tensor]]:
-    """(the weighed loss (b,), each active term before its weight (b,)).
+    """(weighted loss (b,), {term: its values before the weight (b,)}).
 
-    mse is weighed by min-SNR-gamma. The terms on the clean sample are multiplied by alphas_cumprod, which is what the
-    error of x0_hat grows by (x0_hat = (x_t - sqrt(1 - a) eps) / sqrt(a)): where x_t is nearly all noise, x0_hat is a
-    guess, and decoding it says little; at zero terminal SNR they vanish.
+    mse is weighted by min-SNR-gamma. The terms on the clean sample are multiplied by a = alphas_cumprod: the squared error of
+    x0_hat = (x_t - sqrt(1 - a) eps) / sqrt(a) grows as 1 / a, so x0_hat is only a guess where x_t is nearly all noise. At
+    zero terminal SNR these terms are 0.
     """
     terms = {name: _TERMS[name](seen, objective) for name in active}  # (b,)
     total = torch.stack([active[name] * value for name, value in terms.items()]).sum(0)
@@ -169,10 +165,10 @@ def _kl(seen: Denoised, objective: Objective) -> Tensor:
 
 def _latent_perceptual(seen: Denoised, objective: Objective) -> Tensor:
     with _wide_range(seen.x0):
-        found = decoder_features(seen.vae, seen.x0_hat / seen.scaling_factor)
+        predicted = decoder_features(seen.vae, seen.x0_hat / seen.scaling_factor)
         with torch.no_grad():
             true = decoder_features(seen.vae, seen.x0 / seen.scaling_factor)
-    return feature_distance(found, true) * seen.alphas_cumprod
+    return feature_distance(predicted, true) * seen.alphas_cumprod
 
 
 _TERMS: dict[str, Callable[[Denoised, Objective], Tensor]] = {
@@ -206,7 +202,7 @@ def decoder_features(vae: Any, z: Tensor) -> list[Tensor]:
     return features
 
 
-def feature_distance(found: list[Tensor], true: list[Tensor]) -> Tensor:
+def feature_distance(predicted: list[Tensor], true: list[Tensor]) -> Tensor:
     """(b,): the squared distance of the feature vectors of every place, each of length 1, averaged over places and layers.
 
     Zhang et al., The Unreasonable Effectiveness of Deep Features as a Perceptual Metric, 2018, eq. 1 without learned
@@ -218,7 +214,7 @@ def feature_distance(found: list[Tensor], true: list[Tensor]) -> Tensor:
         .square()
         .sum(dim=1)
         .mean(dim=(1, 2))
-        for a, b in zip(found, true, strict=True)
+        for a, b in zip(predicted, true, strict=True)
     ]
     return torch.stack(layers).mean(0)
 

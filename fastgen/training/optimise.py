@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastgen.engines.base_torch import is_out_of_memory
+from fastgen.engines.torch_base import is_out_of_memory
 from fastgen.errors import FastgenError, first_line
-from fastgen.recipes import Training
+from fastgen.presets.recipe import Training
+from fastgen.training.autocast import Precision
 from fastgen.training.draws import Draws, batch_rows
 from fastgen.training.logs import say
-from fastgen.training.precision import Precision
 from fastgen.training.processes import Processes
 from fastgen.training.state import State
 from fastgen.training.tasks import Task
@@ -55,7 +55,7 @@ def learning_rate(recipe: Training, step: int) -> float:
 
 
 def _gradients(task: Task, state: State, recipe: Training, precision: Precision, processes: Processes) -> Tensor:
-    """Leaves the global batch's gradients in the module; returns this process's share of the loss."""
+    """Computes the global batch's gradients into the module's `.grad`; returns this process's share of the loss."""
     split = task.splits_batches
     positions = processes.part(np.arange(recipe.batch_size)) if split else np.arange(recipe.batch_size)
     rows = task.train_rows[batch_rows(len(task.train_rows), recipe.batch_size, recipe.seed, state.step)]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgen.config import Training
+from fastgen.presets import Training
 
 
 def build_optimizer(module: nn.Module, recipe: Training, fast: torch.dtype) -> torch.optim.Optimizer:
@@ -19,8 +19,8 @@ def build_optimizer(module: nn.Module, recipe: Training, fast: torch.dtype) -> t
         return kind(module.parameters(), fused=True, **options)  # type: ignore[arg-type]
     embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
     matrices = [p for p in module.parameters() if p.ndim >= 2 and id(p) not in embeddings]
-    chosen = {id(p) for p in matrices}
-    others = [p for p in module.parameters() if id(p) not in chosen]
+    matrix_ids = {id(p) for p in matrices}
+    others = [p for p in module.parameters() if id(p) not in matrix_ids]
     return Muon(matrices, others, fast, **options)  # type: ignore[arg-type]
 
 

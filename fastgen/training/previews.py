@@ -1,5 +1,5 @@
-"""Pictures of how far a diffusion model is: images of the validation split, above what the model generates for their
-conditions, above what it generates for the preset's own."""
+"""Previews of a diffusion model in training. Top: validation images; below: generated images for the same conditions, then
+for the conditions in the preset."""
 
 from __future__ import annotations
 
@@ -12,21 +12,20 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from fastgen.config import Preset, Sampling
 from fastgen.errors import InputError
-from fastgen.images import contact_sheet
-from fastgen.jsonfiles import brief, located
-from fastgen.names import check_known, check_labels, check_text
-from fastgen.sampling import initial_latents, sample
-from fastgen.schedulers import make_scheduler
-from fastgen.solver import compile_table
-from fastgen.tables import SolverTable
+from fastgen.files.jsonfiles import brief, located
+from fastgen.files.names import check_known, check_labels, check_text
+from fastgen.files.png import in_rows, sheet
+from fastgen.presets import Preset, Sampling
+from fastgen.sampling.compile import TableCompiler
+from fastgen.sampling.loop import initial_latents, sample
+from fastgen.sampling.tables import SolverTable, format_key
+from fastgen.training.autocast import Precision
 from fastgen.training.diffusion import Preview
-from fastgen.training.precision import Precision
-from fastgen.training.sources import Conditions, Space
+from fastgen.training.sources import ConditionSource, Space
 
 COUNT = 8  # images side by side, and generated at a time
-MAX_FIXED = 64  # conditions of the preset's own
+MAX_FIXED = 64  # conditions in a preset
 CELL = 96  # px, at least, so that captions can be read
 
 
@@ -39,9 +38,8 @@ class Shown:
 
 
 def default_table(scheduler_config: Mapping[str, Any], sampling: Sampling) -> SolverTable:
-    """The solver that a model generates with unless told otherwise. Raises InputError when there is no such solver."""
-    scheduler = make_scheduler(sampling.scheduler, scheduler_config)
-    return compile_table(scheduler, sampling.num_inference_steps, name=sampling.scheduler)
+    """The solver table that `generate` uses for this model by default. Raises InputError when there is no such solver."""
+    return TableCompiler(scheduler_config).table(format_key(sampling.scheduler, sampling.num_inference_steps))
 
 
 def fixed_prompts(preset: Preset) -> tuple[str, ...]:
@@ -67,7 +65,7 @@ def shown_rows(rows: np.ndarray) -> np.ndarray:
 
 def sampled_preview(
     space: Space,
-    conditions: Conditions,
+    conditions: ConditionSource,
     rows: np.ndarray,
     captions: Sequence[str],
     scheduler_config: Mapping[str, Any],
@@ -99,11 +97,13 @@ def sampled_preview(
             return images
 
         cond, uncond = conditions.fixed(rows)
-        cells = _line(space.truth(rows), captions, "real: ") + _line(generated(cond, 0), captions)
+        images: list[Any] = [space.truth(rows), generated(cond, 0)]
+        texts: list[Sequence[str]] = [[f"real: {text}" for text in captions], captions]
         if fixed is not None:
-            cells += _line(generated(fixed.condition, len(rows)), fixed.captions)
-        images, texts = zip(*cells, strict=True)
-        return contact_sheet(images, texts, cell=max(CELL, images[0].width), columns=COUNT)
+            images += in_rows(generated(fixed.condition, len(rows)), COUNT)
+            texts += in_rows(fixed.captions, COUNT)
+        cells = [[Image.fromarray(image) for image in row] for row in images]
+        return sheet(cells, texts, cell=max(CELL, cells[0][0].width))
 
     return preview
 
@@ -113,12 +113,3 @@ def _entries(preset: Preset, key: str) -> list[tuple[int, Any]]:
     if not isinstance(values, list) or len(values) > MAX_FIXED:
         raise InputError(f"preview.{key}: found {brief(values)}, expected a list of up to {MAX_FIXED}")
     return list(enumerate(values, start=1))
-
-
-def _line(
-    images: Sequence[np.ndarray] | np.ndarray, captions: Sequence[str], prefix: str = ""
-) -> list[tuple[Any, str]]:
-    """(image, caption) of each, and blank ones that fill the last line."""
-    cells = [(Image.fromarray(image), prefix + text) for image, text in zip(images, captions, strict=True)]
-    blank = Image.new("RGB", cells[0][0].size, "white")
-    return cells + [(blank, "")] * (-len(cells) % COUNT)

@@ -27,7 +27,7 @@ def is_main() -> bool:
 
 @dataclass(frozen=True)
 class Processes:
-    """They hold the same weights, and split every global batch between them. Only the main one, rank 0, writes files."""
+    """All processes have the same weights, and each takes a part of every global batch. Only rank 0 writes files."""
 
     rank: int = 0
     count: int = 1
@@ -59,7 +59,7 @@ class Processes:
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
-        """The main process runs the block before the others do: what it writes, such as a cache entry, they find."""
+        """The main process runs the block first, so that the others can read what it writes, such as a cache entry."""
         if self.count > 1 and not self.is_main:
             torch.distributed.barrier()
         yield

@@ -1,4 +1,4 @@
-"""What the denoising objective learns from: clean samples and conditions of examples, from arrays computed once."""
+"""Inputs of the denoising objective: clean samples and conditions of examples, from arrays computed once."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from fastgen.generate.quantise import quantised
 from fastgen.training.augment import VARIANT, color_jitter, light_variant
 from fastgen.training.draws import Draws
 
@@ -17,9 +18,10 @@ NOISE, TIMESTEP, FLIP, CAPTION, DROPOUT, POSTERIOR = range(6)  # streams of Draw
 
 
 class Space(Protocol):
-    """Where diffusion happens: clean samples of examples, and how samples are looked at.
+    """The space of the diffusion process, pixels or latents: clean samples of examples, and samples as images.
 
-    `flip` mirrors half of the examples, `jitter` is the largest relative change of their light; both from `draws`.
+    `flip` mirrors half of the examples; `jitter` is the largest relative change of brightness, contrast and saturation. The
+    random numbers for both come from `draws`.
     """
 
     shape: tuple[int, int, int]
@@ -48,19 +50,19 @@ class Space(Protocol):
         ...
 
 
-class Conditions(Protocol):
-    """What the network is told about examples."""
+class ConditionSource(Protocol):
+    """Conditions of examples: multi-hot labels or text states."""
 
     def of(self, rows: np.ndarray, draws: Draws, dropout: float) -> Tensor:
         """(b, ...) float32; a share `dropout` of the rows is the unconditional one."""
         ...
 
     def fixed(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
-        """(conditional, unconditional) of the examples without any choice, for previews."""
+        """(conditional, unconditional) of the examples, without random choices, for previews."""
         ...
 
 
-class Pixels:
+class PixelSpace:
     """Images themselves, scaled to [-1, 1]."""
 
     vae = None
@@ -89,9 +91,9 @@ class Pixels:
         return self.pixels[rows]
 
 
-class Latents:
-    """Scaled VAE latents, drawn from cached moments (N, V, S, 2C, h, w): of V variants of each image's light, the first
-    being the image as it is, and S = 1 or, with the mirrored images', 2 sides."""
+class LatentSpace:
+    """Scaled VAE latents, sampled from cached moments (N, V, S, 2C, h, w) of V colour-jittered copies of each image (copy 0 is
+    the image itself); S = 2 where the moments of the mirror images are cached too, else 1."""
 
     def __init__(self, moments: np.ndarray, images: np.ndarray, vae: Any, device: torch.device) -> None:
         self.moments, self.pixels, self.vae, self.device = moments, images, vae, device
@@ -123,7 +125,7 @@ class Latents:
         return draws.integers(VARIANT, self.moments.shape[1]) if jitter else 0
 
 
-class Labels:
+class LabelSource:
     """Multi-hot vectors (N, num_labels); all zero is the unconditional one."""
 
     def __init__(self, multi_hot: np.ndarray, device: torch.device) -> None:
@@ -138,7 +140,7 @@ class Labels:
         return labels, torch.zeros_like(labels)
 
 
-class Captions:
+class CaptionSource:
     """Cached text states (U, 77, D) of the distinct captions, row 0 of which is the empty prompt, the unconditional one."""
 
     def __init__(self, states: np.ndarray, choices: Sequence[np.ndarray], device: torch.device) -> None:
@@ -165,8 +167,7 @@ def to_signed(images: np.ndarray, device: torch.device) -> Tensor:
 
 def to_uint8(images: Tensor) -> np.ndarray:
     """(b, 3, H, W) in [-1, 1] -> (b, H, W, 3) uint8."""
-    scaled = ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    return scaled.permute(0, 2, 3, 1).cpu().numpy()
+    return quantised(images.float())[0].cpu().numpy()
 
 
 def flip_some(x: Tensor, draws: Draws) -> Tensor:

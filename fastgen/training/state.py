@@ -11,21 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgen.recipes import Training
-from fastgen.training import checkpoints
+from fastgen.models import checkpoints
+from fastgen.models.checkpoints import Checkpoint
+from fastgen.models.weights import load_state
+from fastgen.presets.recipe import Training
 from fastgen.training.attention import attend_on_cpu
-from fastgen.training.checkpoints import Checkpoint
+from fastgen.training.autocast import Precision
 from fastgen.training.ema import Ema
 from fastgen.training.optimizers import build_optimizer
-from fastgen.training.precision import Precision
-from fastgen.weights import load_state
 
 GAIN = 1e-4  # relative; a smaller one is none (torch's ReduceLROnPlateau)
 
 
 @dataclass
-class Progress:
-    """The numbers that decide what happens next."""
+class TrainingProgress:
+    """Losses so far: they decide which weights are the best, and when the plateau schedule lowers the learning rate."""
 
     best: float | None = None  # lowest loss, see Training.final
     best_step: int = 0
@@ -36,14 +36,14 @@ class Progress:
     plateau_bad: int = 0
 
     def improved(self, loss: float, step: int) -> bool:
-        """Take note of a loss; whether it is the lowest so far."""
+        """Record a loss; returns whether it is the lowest so far."""
         if self.best is not None and loss >= self.best:
             return False
         self.best, self.best_step = loss, step
         return True
 
     def adapt_rate(self, loss: float, recipe: Training) -> None:
-        """ReduceLROnPlateau: Training.plateau_patience validations in a row without a gain lower the learning rate."""
+        """ReduceLROnPlateau: lowers the learning rate after Training.plateau_patience validations without a gain."""
         if recipe.lr_schedule != "plateau":
             return
         if self.plateau_best is None or loss < self.plateau_best * (1 - GAIN):
@@ -65,7 +65,7 @@ class State:
     emas: dict[str, Ema]
     micro_batch: int  # examples that a process runs at a time; halved where memory is short
     step: int = 0  # optimiser steps done
-    progress: Progress = field(default_factory=Progress)
+    progress: TrainingProgress = field(default_factory=TrainingProgress)
     pending: list[Tensor] = field(default_factory=list)  # (loss, gradient norm) of steps not yet looked at
 
     @property
@@ -99,7 +99,7 @@ def load(state: State, checkpoint: Checkpoint) -> None:
         ema.load(checkpoint.load(name if name in checkpoint.parts else "model"))
     _load_optimizer(state.optimizer, checkpoint.load("optimizer"))
     state.scaler.load_state_dict(dict(checkpoint.extra["scaler"]))
-    state.progress = Progress(**checkpoint.extra["progress"])
+    state.progress = TrainingProgress(**checkpoint.extra["progress"])
     state.step = checkpoint.step
 
 

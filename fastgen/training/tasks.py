@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Protocol
 
 import numpy as np
 from PIL.Image import Image
@@ -13,39 +13,37 @@ from fastgen.errors import InputError, unknown
 from fastgen.training.draws import Draws
 
 
-class Task(Protocol):
+class Task(ABC):
     """A network, its data and its loss. Everything random comes from `draws`, so that a run can be repeated.
 
-    Augmentation and condition dropout happen while `module.training`. `module` is passed in because the loop may wrap it.
+    Augmentation and condition dropout happen while `module.training`. The methods get `module` as an argument because the
+    loop may wrap it.
     """
 
     name: str  # "unet", "vae", "text_encoder", "evaluator"
-    train_rows: np.ndarray  # indices of the examples
-    validation_rows: np.ndarray
-    splits_batches: (
-        bool  # whether the loss of an example is independent of its batch, so that micro-batches may be used
-    )
+    splits_batches = True  # whether an example's loss is independent of its batch, so that micro-batches may be used
+    module: nn.Module  # everything that is optimised
 
-    @property
-    def module(self) -> nn.Module:
-        """Everything that is optimised."""
-        ...
+    def __init__(self, module: nn.Module, rows: tuple[np.ndarray, np.ndarray]) -> None:
+        """`rows`: the indices (N,) of the training examples and (V,) of the validation examples."""
+        self.module = module
+        self.train_rows, self.validation_rows = rows
 
+    @abstractmethod
     def losses(self, module: nn.Module, rows: np.ndarray, draws: Draws) -> Tensor:
-        """The loss of each example (b,), float32; computed under autocast."""
-        ...
+        """The loss of each example of `rows` (b,): (b,) float32; computed under autocast."""
 
     def parts(self, total: Callable[[Tensor], Tensor]) -> Mapping[str, float]:
         """Further figures of the training since the last call; `total` adds up a tensor over the processes."""
-        ...
+        return {}
 
     def figures(self, module: nn.Module) -> Mapping[str, float]:
         """Further figures of a validation, for the log."""
-        ...
+        return {}
 
     def preview(self, module: nn.Module) -> Image | None:
         """A picture that shows how far training is."""
-        ...
+        return None
 
 
 def check_accumulation(task: Task, accumulation: int) -> None:

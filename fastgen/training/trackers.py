@@ -18,18 +18,18 @@ FOLDER = "tracking"
 
 @contextmanager
 def tracking(name: str | None, folder: Path, settings: Mapping[str, Any], cpu: bool) -> Iterator[Tracker | None]:
-    """A function that tells the tracker `name` some numbers, which it keeps in `folder`/tracking if it keeps files.
+    """A function `(values, step)` that passes numbers to the experiment tracker `name`; its files go to `folder`/tracking.
 
-    None is tensorboard where it is installed; "none" is none. Raises InputError for a tracker that accelerate does not know,
-    or that is not installed.
+    `name`: None is tensorboard where it is installed; "none" gives None. Raises InputError for a tracker that accelerate does
+    not know, or that is not installed.
     """
-    chosen = _chosen(name)
-    if chosen is None:
+    tracker_name = _installed_tracker(name)
+    if tracker_name is None:
         yield None
         return
     from accelerate import Accelerator
 
-    accelerator = Accelerator(cpu=cpu, log_with=chosen, project_dir=folder / FOLDER)
+    accelerator = Accelerator(cpu=cpu, log_with=tracker_name, project_dir=folder / FOLDER)
     accelerator.init_trackers(
         folder.name or "fastgen", config={name: _plain(value) for name, value in settings.items()}
     )
@@ -44,22 +44,22 @@ def _plain(value: Any) -> int | float | str | bool:
     return value if isinstance(value, int | float | str | bool) else json.dumps(value)
 
 
-def _chosen(name: str | None) -> str | None:
+def _installed_tracker(name: str | None) -> str | None:
     if name == NONE:
         return None
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
     known = [str(getattr(kind, "value", kind)) for kind in LOGGER_TYPE_TO_CLASS]
-    wanted = name or DEFAULT
-    if wanted not in known:
-        raise unknown("tracker", wanted, [*known, NONE])
-    if wanted == DEFAULT:
+    tracker = name or DEFAULT
+    if tracker not in known:
+        raise unknown("tracker", tracker, [*known, NONE])
+    if tracker == DEFAULT:
         installed = any(map(importlib.util.find_spec, ("tensorboard", "tensorboardX")))
     else:
-        installed = importlib.util.find_spec(wanted) is not None
+        installed = importlib.util.find_spec(tracker) is not None
     if installed:
-        return wanted
+        return tracker
     if name is None:
         say("note: tensorboard is not installed: the curves are in log.jsonl and loss.png alone")
         return None
-    raise InputError(f"tracker {wanted}: is not installed; pip install {wanted}")
+    raise InputError(f"tracker {tracker}: is not installed; pip install {tracker}")

@@ -12,14 +12,14 @@ import torch
 from tqdm import tqdm
 
 from fastgen.errors import FastgenError, InputError
-from fastgen.recipes import Training
-from fastgen.training import checkpoints
-from fastgen.training.checkpoints import Checkpoint
+from fastgen.models import checkpoints
+from fastgen.models.checkpoints import Checkpoint
+from fastgen.presets.recipe import Training
+from fastgen.training.autocast import Precision
 from fastgen.training.curves import plot_losses
 from fastgen.training.draws import VALIDATION, Draws
-from fastgen.training.logs import Log, say
+from fastgen.training.logs import TrainingLog, say
 from fastgen.training.optimise import learning_rate, optimise
-from fastgen.training.precision import Precision
 from fastgen.training.processes import Processes
 from fastgen.training.state import State, initial, load, save
 from fastgen.training.tasks import Task, check_accumulation
@@ -30,11 +30,11 @@ PLOT_EVERY_S = 60
 
 @dataclass(frozen=True)
 class Run:
-    """Where one stage of a job writes, and what it computes on. `resume`: another run's checkpoint to begin at."""
+    """The folders, device and precision of one stage of a job. `resume`: another run's checkpoint to begin at."""
 
     checkpoints: Path
     previews: Path
-    log: Log
+    log: TrainingLog
     precision: Precision
     job: str  # recorded in every checkpoint
     progress: bool = True
@@ -43,8 +43,8 @@ class Run:
 
 
 def fit(task: Task, recipe: Training, run: Run) -> None:
-    """Optimise `task.module` by the recipe, from the newest intact checkpoint on; it ends up in eval mode, with the
-    averaged weights, the last or the best ones.
+    """Optimise `task.module` by the recipe, from the newest intact checkpoint on. At the end the module is in eval mode and
+    has the averaged weights, the last or the best ones.
 
     Raises FastgenError when the loss is not finite, or a checkpoint cannot be written.
     """
@@ -100,7 +100,7 @@ def begin(task: Task, recipe: Training, run: Run) -> State:
 
 
 def look(task: Task, state: State, recipe: Training, run: Run) -> dict[str, float]:
-    """The steps since the last look as a row of the log. Raises FastgenError for a loss that is not finite."""
+    """A row of the log for the steps since the last one. Raises FastgenError for a loss that is not finite."""
     losses, norms = torch.stack(state.pending).T  # (n,) each
     losses = run.processes.sum(losses.contiguous()).double().cpu().numpy()
     norms = norms.double().cpu().numpy()
@@ -170,17 +170,17 @@ def final_weights(state: State, recipe: Training, run: Run) -> Mapping[str, torc
 
 
 def _due(step: int, recipe: Training, examples: int) -> set[str]:
-    """What is to be done after this step."""
+    """The tasks that are due after this step: "log", "validation", "preview", "checkpoint"."""
 
     def due(every: int, epochs: float = 0) -> bool:
         by_step = every > 0 and step % every == 0
         before, now = ((s * recipe.batch_size) // (epochs * examples) if epochs else 0 for s in (step - 1, step))
         return step == recipe.steps or by_step or now > before
 
-    found = {
+    tasks = {
         "log": due(LOG_EVERY),
         "validation": due(recipe.validate_every),
         "preview": due(recipe.preview_every, recipe.preview_every_epochs),
         "checkpoint": due(recipe.checkpoint_every, recipe.checkpoint_every_epochs),
     }
-    return {name for name, is_due in found.items() if is_due}
+    return {name for name, is_due in tasks.items() if is_due}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastgen.training.draws import Draws
 from fastgen.training.sources import POSTERIOR, flip_some, stack_rows, to_signed, to_uint8
-from fastgen.training.tasks import loss_weights
+from fastgen.training.tasks import Task, loss_weights
 
 LOSS = {"l1": 1.0, "l2": 1.0, "edges": 1.0, "kl": 1e-6}
 PREVIEWS = 8
@@ -38,12 +38,11 @@ def moments(vae: Any, x: Tensor) -> Tensor:
     return hidden if vae.quant_conv is None else vae.quant_conv(hidden)
 
 
-class VaeTask:
+class VaeTask(Task):
     """`loss` weighs the mean absolute and squared error, the absolute error of the differences between neighbouring
     pixels, and the KL divergence from N(0, 1) per pixel of the image."""
 
     name = "vae"
-    splits_batches = True
 
     def __init__(
         self,
@@ -55,9 +54,8 @@ class VaeTask:
         flip: bool,
         loss: Mapping[str, float],
     ) -> None:
-        self.module = Autoencoding(vae)
+        super().__init__(Autoencoding(vae), rows)
         self.images, self.device, self.flip = images, device, flip
-        self.train_rows, self.validation_rows = rows
         self.weights = loss_weights(loss, LOSS)
         scale = 2 ** (len(vae.config.block_out_channels) - 1)
         self.shape = (int(vae.config.latent_channels), images.shape[1] // scale, images.shape[2] // scale)
@@ -77,9 +75,6 @@ class VaeTask:
             "kl": kl.flatten(1).sum(1) / x[0].numel(),
         }
         return torch.stack([self.weights[name] * value for name, value in terms.items()]).sum(0)  # (b,)
-
-    def parts(self, total: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        return {}
 
     def figures(self, module: nn.Module) -> dict[str, float]:
         x, reconstruction = self._reconstructions(module, self.validation_rows[:64])

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from fastgen.data.synthetic.label_lists import OBJECTS, Labels, LabelSet, all_label_sets, read_held_out, read_train
+from fastgen.data.synthetic.output import check_range, claim, remove_others, render_all, write_image, write_json
 from fastgen.data.synthetic.scenes import SLOTS, draw_scene, render
-from fastgen.data.synthetic.writing import check_range, claim, remove_others, render_all, write_image, write_json
 from fastgen.errors import InputError
 
 TEST_SIZES = {

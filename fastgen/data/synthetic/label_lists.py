@@ -12,8 +12,8 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from fastgen.data.synthetic.output import read_json
 from fastgen.data.synthetic.scenes import COLOURS, SHAPES, SLOTS
-from fastgen.data.synthetic.writing import read_json
 from fastgen.errors import InputError, unknown
 
 OBJECTS: dict[str, int] = {

@@ -11,9 +11,9 @@ import numpy as np
 
 from fastgen.data.synthetic.creature import render_action
 from fastgen.data.synthetic.descriptions import draw_descriptions, draw_name
+from fastgen.data.synthetic.output import check_range, claim, remove_others, render_all, write_image, write_json
 from fastgen.data.synthetic.poses import frame_count
 from fastgen.data.synthetic.traits import ACTIONS, Look, Traits, draw_look, draw_traits
-from fastgen.data.synthetic.writing import check_range, claim, remove_others, render_all, write_image, write_json
 
 
 @dataclass(frozen=True)

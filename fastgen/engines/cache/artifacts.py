@@ -1,0 +1,326 @@
+"""Compiled engines on disk: addressed by what they were made of and for, written whole or not at all, and verified before
+anything is handed to a runtime.
+
+`cache/engines/<engine>/<digest>/` holds the compiled files and `artifact.json`, which lists the recipe's fields and every
+file's size and SHA-256. The digest is that of the recipe, so a changed weight, library or GPU is another address.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fastgen.errors import InputError
+from fastgen.files.cachedir import cache_dir, check_private
+from fastgen.files.folders import new_folder
+from fastgen.files.hashes import check_file, record_files
+from fastgen.files.jsonfiles import read_json, write_json
+from fastgen.models.bundle import COMPILED, Bundle
+
+FORMAT, RECORD = 1, "artifact.json"
+_ADDRESS = re.compile(r"[0-9a-f]{64}|\.[0-9a-f]{64}\.partial")
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a compiled engine is made of and for. `fields` are JSON scalars: network, batch, dtype, the SHA-256 of graph and
+    weights, library versions, GPU, ...; everything that the compiled files depend on must be among them."""
+
+    engine: str
+    fields: Mapping[str, str | int | float | bool | None]
+
+    @property
+    def digest(self) -> str:
+        """Hex SHA-256 of engine and fields: the artifact's address."""
+        text = json.dumps([FORMAT, self.engine, dict(self.fields)], sort_keys=True, allow_nan=False)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @property
+    def folder(self) -> Path:
+        return _root() / self.engine / self.digest
+
+    def __str__(self) -> str:
+        """`unet, batch 8, fp16`: what a user calls it."""
+        network, batch, dtype = (self.fields.get(k) for k in ("network", "batch", "dtype"))
+        return ", ".join(str(x) for x in (network, None if batch is None else f"batch {batch}", dtype) if x is not None)
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A compiled engine in the cache or in a bundle. `build_seconds`: how long it took; `built`: when, ISO 8601 in UTC."""
+
+    folder: Path
+    recipe: Recipe
+    files: Mapping[str, Mapping[str, Any]]  # name -> {"bytes": int, "sha256": hex}
+    build_seconds: float
+    built: str
+
+    def file(self, name: str) -> Path:
+        """Path of a file whose size and SHA-256 agree with the record. Raises InputError for a missing, truncated or altered
+        one."""
+        path = self.folder / name
+        if name not in self.files:
+            raise InputError(f"{self.folder}: {name} is not listed in {RECORD}; {_help(self.recipe)}")
+        check_file(path, self.files[name], RECORD, _help(self.recipe))
+        return path
+
+    def verify(self) -> None:
+        """Verify every file; raises as `file` does."""
+        for name in self.files:
+            self.file(name)
+
+    @property
+    def bytes(self) -> int:
+        return sum(int(f["bytes"]) for f in self.files.values())
+
+    @property
+    def last_used(self) -> float:
+        """Seconds since the epoch when it was last looked up."""
+        return (self.folder / RECORD).stat().st_mtime
+
+
+@dataclass(frozen=True)
+class Damaged:
+    """A folder of the cache whose record cannot be read or trusted, and why."""
+
+    folder: Path
+    reason: str
+
+    @property
+    def engine(self) -> str:
+        return self.folder.parent.name
+
+
+def find(recipe: Recipe) -> Artifact | None:
+    """The artifact of this recipe, or None when it was never built. Its files are not verified yet: `Artifact.file` does that.
+
+    Raises InputError when the cache, or the artifact's folder, can be written to by other users, or its record is damaged.
+    """
+    folder = recipe.folder
+    if not folder.is_dir():
+        return None
+    artifact = _read(folder)
+    if artifact.recipe != recipe:
+        raise InputError(f"{folder}: holds {artifact.recipe}, made for other fields; {_help(recipe)}")
+    os.utime(folder / RECORD)
+    return artifact
+
+
+def obtain(
+    recipe: Recipe, make: Callable[[Path], None], say: Say = lambda line: None, *, say_built: bool = True
+) -> Artifact:
+    """The artifact of this recipe, verified; built when it is missing, and built again, announced, when it is damaged.
+
+    `make(folder)` writes the compiled files into an empty folder. Of several processes one builds, the others wait and then
+    load what it built. A build that is killed leaves nothing that is ever loaded. `say_built`: whether a build's begin and
+    end are told, or only damage and waiting. Raises FastgenError when the disk refuses.
+    """
+    with _locked(recipe, say):
+        try:
+            if (artifact := find(recipe)) is not None:
+                artifact.verify()
+                return artifact
+        except InputError as error:
+            say(f"{error}; building it again")
+        return _build(recipe, make, say if say_built else lambda line: None)
+
+
+class Difference(NamedTuple):
+    """A field in which an artifact (`there`) is not what a recipe asks for (`here`)."""
+
+    field: str
+    there: Any
+    here: Any
+
+    def __str__(self) -> str:
+        """`gpu is NVIDIA A100 there, NVIDIA H200 here`."""
+        return f"{self.field} is {_short(self.there)} there, {_short(self.here)} here"
+
+
+def differences(there: Recipe, here: Recipe) -> list[Difference]:
+    """The fields in which two recipes differ. A field that is None in `here` may have any value there."""
+    names = [name for name in dict.fromkeys([*here.fields, *there.fields]) if here.fields.get(name, "") is not None]
+    pairs = [Difference(name, there.fields.get(name), here.fields.get(name)) for name in names]
+    return [pair for pair in pairs if pair.there != pair.here]
+
+
+def ranked(recipe: Recipe, among: Iterable[Artifact]) -> list[tuple[Artifact, list[Difference]]]:
+    """The artifacts of a recipe's network and how each differs from the recipe, the nearest first: it differs in the fewest
+    fields."""
+    network = recipe.fields.get("network")
+    pairs = [(a, differences(a.recipe, recipe)) for a in among if a.recipe.fields.get("network") == network]
+    return sorted(pairs, key=lambda pair: len(pair[1]))
+
+
+def artifacts(engine: str | None = None) -> list[Artifact]:
+    """All artifacts of the cache, or of one engine, by engine and address. A damaged record raises InputError."""
+    return [_read(folder) for folder in _recorded(engine)]
+
+
+def scan(engine: str | None = None) -> tuple[list[Artifact], list[Damaged]]:
+    """What `artifacts` lists, with damaged and foreign ones apart instead of as an error."""
+    sound: list[Artifact] = []
+    damaged: list[Damaged] = []
+    for folder in _recorded(engine):
+        try:
+            sound.append(_read(folder))
+        except InputError as error:
+            damaged.append(Damaged(folder, str(error)))
+    return sound, damaged
+
+
+def remove(folder: Path) -> bool:
+    """Delete an artifact's folder; False when another process holds its lock, so builds it or is about to load it.
+
+    The record goes first, so that half a deletion is never loaded.
+    """
+    with _free(folder) as free:
+        if free:
+            (folder / RECORD).unlink(missing_ok=True)
+            shutil.rmtree(folder, ignore_errors=True)
+        return free
+
+
+def leftovers(engine: str | None = None) -> Iterator[Path]:
+    """Folders of builds that were killed: partial ones whose builder no longer holds its lock, and folders without a record.
+
+    The lock is held while a folder is handed out: nobody builds it meanwhile.
+    """
+    for folder in sorted(_root().glob(f"{engine or '*'}/*")):
+        if not (_ADDRESS.fullmatch(folder.name) and folder.is_dir()):
+            continue
+        if (folder / RECORD).exists() and not folder.name.startswith("."):
+            continue
+        with _free(folder) as free:
+            if free:
+                yield folder
+
+
+def _recorded(engine: str | None) -> list[Path]:
+    folders = [record.parent for record in sorted(_root().glob(f"{engine or '*'}/*/{RECORD}"))]
+    return [folder for folder in folders if not folder.name.startswith(".")]
+
+
+@contextmanager
+def _free(folder: Path) -> Iterator[bool]:
+    """Hold the lock of an artifact's folder, final or partial, if it can be had at once: whether it could."""
+    from filelock import FileLock, Timeout
+
+    digest = folder.name.removeprefix(".").partition(".")[0]
+    lock = FileLock(folder.with_name(f"{digest}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
+
+
+def _build(recipe: Recipe, make: Callable[[Path], None], say: Say) -> Artifact:
+    folder = recipe.folder
+    say(f"building {recipe.engine}: {recipe}")
+    start = time.perf_counter()
+    with new_folder(folder, existing="replace", alone=True) as partial:  # the lock is held; what is replaced is damaged
+        partial.chmod(0o700)
+        make(partial)
+        seconds = time.perf_counter() - start
+        write_record(partial, recipe, seconds)
+    say(f"built {recipe.engine}: {recipe} in {seconds:.1f} s")
+    return _read(folder)
+
+
+@contextmanager
+def _locked(recipe: Recipe, say: Say) -> Iterator[None]:
+    """Hold the recipe's lock, which the system releases when its holder dies; says so when it has to wait."""
+    from filelock import FileLock, Timeout
+
+    folder = recipe.folder
+    folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    lock = FileLock(folder.with_name(f"{recipe.digest}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        say(f"another process is building {recipe.engine}: {recipe}; waiting for it")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _read(folder: Path) -> Artifact:
+    check_private(folder)
+    return read_record(folder)
+
+
+def write_record(folder: Path, recipe: Recipe, build_seconds: float) -> None:
+    """Write the record of what lies in `folder`: the last file of an artifact."""
+    record = {
+        "format": FORMAT,
+        "engine": recipe.engine,
+        "fields": dict(recipe.fields),
+        "files": record_files(folder),
+        "build_seconds": round(build_seconds, 3),
+        "built": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    write_json(folder / RECORD, record)
+
+
+def bundled(bundle: Bundle, engine: str = COMPILED) -> list[Artifact]:
+    """The compiled engines of `engine` that lie in a bundle, their records verified; `Artifact.file` verifies the rest.
+
+    Raises InputError for a record that is missing, altered or malformed.
+    """
+    records = [name for name in bundle.files if name.startswith(f"{engine}/") and name.endswith(f"/{RECORD}")]
+    return [read_record(bundle.file(name).parent) for name in records]
+
+
+def read_record(folder: Path) -> Artifact:
+    """The artifact in `folder`, in the cache or in a bundle; its files are not verified yet.
+
+    Raises InputError for a record that is malformed or of another format.
+    """
+    path = folder / RECORD
+    value = read_json(path)
+    try:
+        if value["format"] != FORMAT:
+            raise InputError(f"{path}: format is {value['format']}, expected {FORMAT}; run `fastgen engines gc`")
+        files = {str(n): {"bytes": int(f["bytes"]), "sha256": str(f["sha256"])} for n, f in value["files"].items()}
+        recipe = Recipe(str(value["engine"]), dict(value["fields"]))
+        return Artifact(folder, recipe, files, float(value["build_seconds"]), str(value["built"]))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{path}: malformed ({type(error).__name__}: {error}); run `fastgen engines gc`") from None
+
+
+def _root() -> Path:
+    folder = cache_dir() / "engines"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    check_private(folder)
+    return folder
+
+
+def _help(recipe: Recipe) -> str:
+    """The command that builds an engine again, or deletes one that is built when it is needed."""
+    from fastgen.engines import engine_class, engine_names
+
+    option = engine_class(recipe.engine).built_by if recipe.engine in engine_names() else None
+    return f"run `fastgen export BUNDLE {option}` again" if option else "run `fastgen engines gc --damaged`"
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return f"{text[:12]}..." if len(text) == 64 and all(c in "0123456789abcdef" for c in text) else text

@@ -1,0 +1,1 @@
+"""Engine `compile`: networks compiled by torch.compile into packages."""

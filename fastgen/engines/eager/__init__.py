@@ -1,0 +1,1 @@
+"""Engine `eager`: PyTorch as it is, the reference."""

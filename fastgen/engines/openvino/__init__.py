@@ -1,0 +1,1 @@
+"""Engine `openvino`: OpenVINO on a CPU."""

@@ -1,0 +1,227 @@
+"""OpenVINO on the bundle's ONNX graphs: bf16 where the CPU has it, compiled per batch size.
+
+A batch of an even number of images runs as two halves side by side, each on half of the threads: they wait for each other
+once per forward instead of once per operation. Compiled graphs are kept in the cache without their weights, which are read
+from the bundle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fastgen.engines import base
+from fastgen.engines.base import announce
+from fastgen.engines.cache.artifacts import Artifact, Recipe, obtain
+from fastgen.engines.machine import cpu
+from fastgen.engines.openvino.rewrites import (
+    CONDITION,
+    TIMESTEP,
+    VERSION,
+    interleave_channels_last,
+    normalise_channels_last,
+    share_rows,
+    take_embedding,
+    time_embedding,
+)
+from fastgen.errors import FastgenError, InputError
+from fastgen.files.installing import Install
+
+if TYPE_CHECKING:
+    from fastgen.models.bundle import Bundle
+
+_HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
+NETWORK, EMBEDDING = "network.blob", "time_embedding.blob"  # files of a compiled network
+ANNOUNCED = 2**27  # announce compiling from so many bytes of weights on: smaller networks take under a second
+
+
+@dataclass(frozen=True)
+class Lane:
+    """A thread or more of its own: infer requests of the network, and of the time embedding where that is apart."""
+
+    request: Any
+    embedding: Any | None
+
+    def start(self, inputs: Sequence[np.ndarray]) -> None:
+        """Begin a forward. The inputs have to live until `outputs`."""
+        if self.embedding is not None:
+            self.embedding.infer(inputs, share_inputs=True)
+            others = (*inputs[:TIMESTEP], *inputs[TIMESTEP + 1 :])
+            inputs = (*others, *(tensor.data for tensor in self.embedding.output_tensors))
+        self.request.start_async(inputs, share_inputs=True)
+
+    def outputs(self) -> list[np.ndarray]:
+        """What the forward computed, to be copied before the next one."""
+        self.request.wait()
+        return [tensor.data for tensor in self.request.output_tensors]
+
+
+class Engine(base.Engine):
+    name = "openvino"
+    source_kind = "bundle"
+    packages = ("openvino",)
+    install = Install("cpu")
+    dtypes = ("bf16", "fp32", "fp16")
+    static_shapes = True
+    decode_pixels = 2**17  # two halves of one image each
+
+    def __init__(
+        self, source: Bundle, *, device: str | None = None, dtype: str | None = None, threads: int | None = None
+    ) -> None:
+        import openvino
+
+        if device not in (None, "cpu"):
+            raise InputError(f"engine openvino runs on cpu, not {device}")
+        self.xp = np
+        self.device = "cpu"
+        self._core = openvino.Core()
+        capabilities = self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        self.dtype = base.choose_dtype(Engine, dtype, "bf16" if "BF16" in capabilities else "fp32")
+        if _HINTS[self.dtype].upper() not in ("F32", *(c.upper().replace("FP", "F") for c in capabilities)):
+            raise InputError(f"engine openvino: this CPU has no {self.dtype}; it has {', '.join(capabilities)}")
+        self.signatures = source.spec.signatures
+        self._bundle, self._version, self._cpu, self._threads = source, openvino.__version__, cpu(), threads
+        self._lanes: dict[tuple[str, int, bool], list[Lane]] = {}
+
+    @classmethod
+    def priority(cls, folder: Path, device: str | None) -> int:
+        return 2
+
+    def run(self, network: str, *inputs: np.ndarray) -> tuple[np.ndarray, ...]:
+        lanes = self._opened(network, self.checked_rows(network, inputs), guided=False)
+        parts = [np.split(x, len(lanes)) for x in inputs]
+        found = _run_all(lanes, list(zip(*parts, strict=True)))
+        return tuple(np.concatenate(column) for column in zip(*found, strict=True))
+
+    def run_guided(self, sample: np.ndarray, timestep: np.ndarray, cond: np.ndarray) -> np.ndarray:
+        try:
+            lanes = self._opened("unet", len(sample), guided=True)
+        except NotSharedError:
+            return super().run_guided(sample, timestep, cond)
+        count = len(lanes)
+        conds = cond.reshape(2, count, -1, *cond.shape[1:]).swapaxes(0, 1)  # (lanes, 2, B / lanes, ...)
+        parts = [np.split(x, count) for x in (sample, timestep)]
+        inputs = [(*x, c.reshape(-1, *cond.shape[1:])) for x, c in zip(zip(*parts, strict=True), conds, strict=True)]
+        found = np.stack([outputs[0] for outputs in _run_all(lanes, inputs)])  # (lanes, 2 * B / lanes, ...)
+        rows = found.shape[2:]
+        return found.reshape(count, 2, -1, *rows).swapaxes(0, 1).reshape(-1, *rows)  # (2B, ...)
+
+    def recipe(self, network: str, rows: int | None) -> Recipe:
+        return self._recipe(network, rows, None if rows is None else False)
+
+    def array(self, values: np.ndarray) -> np.ndarray:
+        return np.ascontiguousarray(values)
+
+    def numpy(self, values: np.ndarray) -> np.ndarray:
+        return values
+
+    def _opened(self, network: str, batch: int, guided: bool) -> list[Lane]:
+        key = (network, batch, guided)
+        if key not in self._lanes:
+            self._lanes[key] = self._open(network, batch, guided)
+        return self._lanes[key]
+
+    def _open(self, network: str, batch: int, guided: bool) -> list[Lane]:
+        """The lanes of a network for `batch` rows, or images where it is guided; compiled when the cache has none."""
+        path = self._bundle.network(network)  # verified, its weights too
+        weights = path.with_name(f"{path.name}.data")
+        fresh: dict[str, Any] = {}
+
+        def make(folder: Path) -> None:
+            fresh.update(self._compiled(network, path, batch, guided))
+            for name, model in fresh.items():
+                (folder / name).write_bytes(model.export_model().getbuffer())
+
+        large = weights.stat().st_size >= ANNOUNCED
+        artifact = obtain(self._recipe(network, batch, guided), make, announce, say_built=large)
+        models = fresh or self._imported(artifact, network, weights, batch)
+        return [
+            Lane(*(models[name].create_infer_request() if name in models else None for name in (NETWORK, EMBEDDING)))
+            for _ in range(self._split(batch))
+        ]
+
+    def _split(self, batch: int) -> int:
+        """In how many parts a batch is run at once."""
+        return 2 if batch % 2 == 0 and (self._threads or self._cpu.cores) > 1 else 1
+
+    def _compiled(self, network: str, path: Path, batch: int, guided: bool) -> dict[str, Any]:
+        """Compiled models by the names of their files. Raises NotSharedError; FastgenError for what OpenVINO refuses."""
+        rows, inputs = batch // self._split(batch), self.signatures[network].inputs
+        try:
+            model = self._core.read_model(path)
+            if guided and not share_rows(model):
+                raise NotSharedError
+            counts = [2 * rows if guided and i == CONDITION else rows for i in range(len(inputs))]
+            model.reshape({t.name: t.with_batch(n) for t, n in zip(inputs, counts, strict=True)})
+            if network == "vae_decoder":  # not where a rounded moment would be met again at every step
+                normalise_channels_last(model)
+            interleave_channels_last(model)
+            models = {NETWORK: model}
+            if network == "unet" and self.executed(network) != "fp32":
+                models = {EMBEDDING: time_embedding(model)} | models
+                models[EMBEDDING] = self._core.compile_model(models[EMBEDDING], "CPU", self._config("fp32", 1))
+                take_embedding(model)
+            config = self._config(self.executed(network), self._split(batch))
+            return models | {NETWORK: self._core.compile_model(model, "CPU", config)}
+        except RuntimeError as error:
+            raise FastgenError(f"{path}: OpenVINO {self._version} cannot compile it: {error}") from error
+
+    def _imported(self, artifact: Artifact, network: str, weights: Path, batch: int) -> dict[str, Any]:
+        """What `_compiled` returned, from the cache; the files are verified."""
+        dtypes = {EMBEDDING: "fp32", NETWORK: self.executed(network)}
+        lanes = {EMBEDDING: 1, NETWORK: self._split(batch)}
+        try:
+            return {
+                name: self._core.import_model(
+                    artifact.file(name).read_bytes(),
+                    "CPU",
+                    self._config(dtypes[name], lanes[name]) | {"WEIGHTS_PATH": str(weights)},
+                )
+                for name in artifact.files
+            }
+        except RuntimeError as error:
+            help_ = f"delete {artifact.folder}, and it is compiled again"
+            raise FastgenError(
+                f"{artifact.folder}: OpenVINO {self._version} cannot load it: {error}; {help_}"
+            ) from error
+
+    def _config(self, dtype: str, lanes: int) -> dict[str, Any]:
+        """OpenVINO's settings. A blob of mode OPTIMIZE_SIZE holds the graph without the weights."""
+        config: dict[str, Any] = {"INFERENCE_PRECISION_HINT": _HINTS[dtype], "CACHE_MODE": "OPTIMIZE_SIZE"}
+        config |= {"PERFORMANCE_HINT": "LATENCY"} if lanes == 1 else {"NUM_STREAMS": lanes}
+        return config | ({"INFERENCE_NUM_THREADS": self._threads} if self._threads else {})
+
+    def _recipe(self, network: str, batch: int | None, guided: bool | None) -> Recipe:
+        files, graph = self._bundle.files, f"{network}/model.onnx"
+        return Recipe(
+            self.name,
+            {
+                "network": network,
+                "batch": batch,
+                "guided": guided,
+                "dtype": self.executed(network),
+                "graph": files[graph]["sha256"],
+                "weights": files[f"{graph}.data"]["sha256"],
+                "openvino": self._version,
+                "rewrites": VERSION,
+                "cpu": self._cpu.name,
+                "isa": " ".join(self._cpu.isa),
+                "cores": self._cpu.cores,
+                "threads": self._threads,
+            },
+        )
+
+
+class NotSharedError(Exception):
+    """The graph cannot compute once what both halves of a guided batch have in common."""
+
+
+def _run_all(lanes: Sequence[Lane], inputs: Sequence[Sequence[np.ndarray]]) -> list[list[np.ndarray]]:
+    """One forward of every lane, at the same time."""
+    for lane, own in zip(lanes, inputs, strict=True):
+        lane.start(own)
+    return [lane.outputs() for lane in lanes]

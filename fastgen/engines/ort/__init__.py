@@ -1,0 +1,1 @@
+"""Engine `ort`: onnxruntime, on a CPU or a CUDA device."""

@@ -1,0 +1,74 @@
+"""onnxruntime on a bundle's ONNX graphs: on a CPU by this engine, on CUDA by `cuda.CudaEngine`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fastgen.engines import has_distribution
+from fastgen.engines.ort.cuda import PROVIDER, CudaEngine
+from fastgen.engines.ort.session import OrtEngine
+from fastgen.errors import FastgenError, InputError
+
+if TYPE_CHECKING:
+    from fastgen.models.bundle import Bundle
+
+
+class Engine(OrtEngine):
+    """On a CPU, in fp32, on NumPy arrays."""
+
+    dtypes = ("fp32", "fp16")  # on CUDA; on a CPU fp32 alone
+
+    @classmethod
+    def open(
+        cls, source: Bundle, *, device: str | None = None, dtype: str | None = None, threads: int | None = None
+    ) -> OrtEngine:
+        """The engine for this device, by default for the GPU where onnxruntime's CUDA build and torch see one."""
+        device = device or default_device()
+        kind = CudaEngine if device.startswith("cuda") else cls
+        return kind(source, device=device, dtype=dtype, threads=threads)
+
+    def __init__(
+        self, source: Bundle, *, device: str | None = None, dtype: str | None = None, threads: int | None = None
+    ) -> None:
+        if device not in (None, "cpu"):
+            raise InputError(f"device {device!r}: engine ort runs on cpu, cuda, cuda:N")
+        if dtype not in (None, "fp32"):
+            raise InputError(f"engine ort executes fp32 on cpu, not {dtype}")
+        self.xp, self.device, self.dtype = np, "cpu", "fp32"
+        self.set_source(source, threads)
+        self._sessions: dict[str, Any] = {}
+
+    def run(self, network: str, *inputs: np.ndarray) -> tuple[np.ndarray, ...]:
+        self.checked_rows(network, inputs)
+        if network not in self._sessions:
+            self._sessions[network] = self._session(network)
+        names = [t.name for t in self.signatures[network].inputs]
+        return tuple(self._sessions[network].run(None, dict(zip(names, inputs, strict=True))))
+
+    def array(self, values: np.ndarray) -> np.ndarray:
+        return np.ascontiguousarray(values)
+
+    def numpy(self, values: np.ndarray) -> np.ndarray:
+        return values
+
+    def _session(self, network: str) -> Any:
+        import onnxruntime as ort
+
+        path = self.graph(network)
+        try:
+            return ort.InferenceSession(path, self.session_options(), providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime's exceptions share no public base class
+            raise FastgenError(f"{path}: onnxruntime {ort.__version__} cannot load it: {error}") from error
+
+
+def default_device() -> str:
+    """The GPU where onnxruntime's CUDA build and torch see one, else the CPU."""
+    import onnxruntime as ort
+
+    if PROVIDER not in getattr(ort, "get_available_providers", list)() or not has_distribution("torch"):
+        return "cpu"
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,1 @@
+"""Engine `trt`: TensorRT, and what both products of TensorRT share."""

@@ -1,0 +1,39 @@
+"""Small files in the cache folder that TensorRT fills: each is the SHA-256 of what follows, then TensorRT's own bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from fastgen.files.cachedir import cache_dir, check_private
+from fastgen.files.jsonfiles import write_bytes
+
+DIGEST_BYTES = 32
+
+
+def private_file(folder: str, name: str, suffix: str) -> Path:
+    """`<cache>/<folder>/<name><suffix>`, the name freed of what file systems refuse. Raises InputError when others could write
+    to the folder."""
+    place = cache_dir() / folder
+    place.mkdir(mode=0o700, exist_ok=True)
+    check_private(place)
+    return place / (re.sub(r"[^\w.]+", "-", name) + suffix)
+
+
+def read_hashed(path: Path, damaged: Callable[[], None] = lambda: None) -> bytes:
+    """TensorRT's bytes in a file, once their hash has been verified; none of a missing or damaged one, of which it tells."""
+    if not path.is_file():
+        return b""
+    content = path.read_bytes()
+    digest, data = content[:DIGEST_BYTES], content[DIGEST_BYTES:]
+    if hashlib.sha256(data).digest() != digest:
+        damaged()
+        return b""
+    return data
+
+
+def write_hashed(path: Path, data: bytes) -> None:
+    """Write TensorRT's bytes and their hash: all of it or nothing."""
+    write_bytes(path, hashlib.sha256(data).digest() + data)

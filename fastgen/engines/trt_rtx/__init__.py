@@ -1,0 +1,1 @@
+"""Engine `trt-rtx`: TensorRT for RTX."""

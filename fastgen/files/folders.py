@@ -1,0 +1,92 @@
+"""Folders: made, forced to the disk, and written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Literal
+
+from fastgen.errors import FastgenError
+
+
+@contextmanager
+def new_folder(
+    target: Path, *, existing: Literal["refuse", "replace", "keep"] = "refuse", alone: bool = False
+) -> Iterator[Path]:
+    """An empty folder beside `target`, which the block fills. At the end of the block it is forced to the disk and renamed to
+    `target`: a folder of that name is complete. Nothing is left of a block that raises.
+
+    `existing`: what becomes of a folder that is at `target` by then. "refuse" raises, unless it is empty; "replace" removes it
+    once the new one is in its place; "keep" keeps it and drops the new one, of another process with the same content.
+    `alone`: see `scratch_folder`. Raises FastgenError when the system refuses.
+    """
+    with scratch_folder(target, alone=alone) as scratch:
+        new, old = scratch / "new", scratch / "old"
+        new.mkdir()
+        yield new
+        sync_tree(new)
+        if existing == "replace" and target.exists():
+            target.rename(old)
+        elif existing == "refuse" and target.is_dir():
+            target.rmdir()
+        try:
+            new.rename(target)
+        except OSError:
+            if old.exists():
+                old.rename(target)
+            if existing != "keep" or not target.is_dir():
+                raise
+        sync_folder(target.parent)
+
+
+@contextmanager
+def scratch_folder(target: Path, *, alone: bool = False) -> Iterator[Path]:
+    """An empty folder beside `target`, with mode 0700, for the time of the block.
+
+    `alone`: the caller knows that no other process writes `target` now. The folder is then `.NAME.partial`, and what a process
+    that was killed left there is removed. Raises FastgenError for an OSError, of the block too.
+    """
+    scratch = target.with_name(f".{target.name}.partial" if alone else f".tmp-{secrets.token_hex(8)}")
+    try:
+        if alone:
+            with suppress(FileNotFoundError):
+                shutil.rmtree(scratch)
+        scratch.mkdir(mode=0o700, parents=True)
+        yield scratch
+    except OSError as error:
+        raise FastgenError(f"{target}: cannot be written: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def sync_tree(folder: Path) -> None:
+    """Force the files below `folder`, and the folders' entries, to the disk."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with open(file, "rb+") as stream:
+                os.fsync(stream.fileno())
+        else:
+            sync_folder(file)
+    sync_folder(folder)
+
+
+def sync_folder(folder: Path) -> None:
+    """Force a folder's entries (its names, not the files' content) to the disk."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and its parents. Raises FastgenError when the system refuses."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FastgenError(f"{folder}: the folder cannot be made: {error.strerror or error}") from None

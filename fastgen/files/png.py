@@ -1,0 +1,146 @@
+"""Arrays -> PNG files with their metadata, and contact sheets."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+
+from fastgen.files.jsonfiles import write_bytes
+
+METADATA_KEY = "fastgen"  # the PNG text chunk that holds an image's manifest line
+PAD = 6  # px between the images of a sheet
+TINT = "#fff2cc"
+T = TypeVar("T")
+
+
+def png_bytes(pixels: np.ndarray, metadata: Mapping[str, Any]) -> bytes:
+    """(H, W, 3) uint8 -> a PNG file whose text chunk `fastgen` holds `metadata` as JSON; the same input, the same bytes."""
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt(METADATA_KEY, json.dumps(metadata, ensure_ascii=False, sort_keys=True))
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG", pnginfo=info, compress_level=4)
+    return buffer.getvalue()
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """The metadata that `png_bytes` stored."""
+    with Image.open(path) as image:
+        image.load()
+        return json.loads(image.info[METADATA_KEY])
+
+
+def image_grid(images: Sequence[np.ndarray], columns: int = 8, padding: int = 2) -> np.ndarray:
+    """Images (H, W, 3) uint8 of one size, in rows on black, with `padding` px between and around them: the layout of
+    torchvision's `make_grid(images, nrow=columns, padding=padding)`, which leaves a single image as it is."""
+    if len(images) == 1:
+        return images[0]
+    height, width, _ = images[0].shape
+    columns = min(columns, len(images))
+    rows = math.ceil(len(images) / columns)
+    shape = rows * (height + padding) + padding, columns * (width + padding) + padding, 3
+    grid = np.zeros(shape, np.uint8)
+    for i, image in enumerate(images):
+        y, x = i // columns * (height + padding) + padding, i % columns * (width + padding) + padding
+        grid[y : y + height, x : x + width] = image
+    return grid
+
+
+def save_image(path: Path, image: Image.Image) -> None:
+    """A PNG without metadata, written atomically."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    write_bytes(path, buffer.getvalue())
+
+
+def read_pixels(file: Path) -> np.ndarray:
+    """(H, W, 3) uint8 of an image file that fastgen wrote."""
+    with Image.open(file) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def sheet(
+    rows: Sequence[Sequence[Image.Image | None]],
+    captions: Sequence[Sequence[str]] = (),
+    *,
+    cell: int = 128,
+    heads: Sequence[str] = (),
+    titles: Sequence[str] = (),
+    tinted: int | None = None,
+) -> Image.Image:
+    """Rows of images on white, each scaled to fit `cell` px; None leaves a gap.
+
+    `captions`: up to three lines below each image. `heads`: a line above each column. `titles`: a line above each row, which
+    may be as wide as four images. `tinted`: the row with a background of its own.
+    """
+    font, head_font = ImageFont.load_default(max(10, cell // 12)), ImageFont.load_default(max(12, cell // 10))
+    line, head_line = int(max(10, cell // 12) * 1.25), int(max(12, cell // 10) * 1.25)
+    texts = [[_wrap(text, font, cell, 3) for text in row] for row in captions] or [[] for _ in rows]
+    above, top = head_line if titles else 0, PAD + (head_line if heads else 0)
+    heights = [above + cell + line * max(map(len, row), default=0) + PAD for row in texts]
+    width = PAD + max(4 if titles else 1, len(heads), *map(len, rows)) * (cell + PAD)
+    image = Image.new("RGB", (width, top + sum(heights)), "white")
+    draw = ImageDraw.Draw(image)
+    lefts = range(PAD, width, cell + PAD)
+    for x, text in zip(lefts, heads, strict=False):
+        draw.text((x, PAD // 2), fit_text(text, head_font, cell), fill="black", font=head_font)
+    for i, (row, height) in enumerate(zip(rows, heights, strict=True)):
+        if i == tinted:
+            draw.rectangle((0, top - PAD // 2, width, top + height - PAD // 2 - 1), fill=TINT)
+        if titles:
+            draw.text((PAD, top - 1), fit_text(titles[i], head_font, width - 2 * PAD), fill="black", font=head_font)
+        for x, picture in zip(lefts, row, strict=False):
+            if picture is not None:
+                image.paste(_scaled(picture, cell), (x, top + above))
+        for x, lines in zip(lefts, texts[i], strict=False):
+            draw.multiline_text((x, top + above + cell + 1), "\n".join(lines), fill="black", font=font, spacing=2)
+        top += height
+    return image
+
+
+def _scaled(image: Image.Image, cell: int) -> Image.Image:
+    """The longer side `cell` px."""
+    scale = cell / max(image.size)
+    method = Image.Resampling.NEAREST if scale >= 2 else Image.Resampling.LANCZOS
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    return image.convert("RGB").resize(size, method)
+
+
+def _wrap(text: str, font: Any, width: int, lines: int) -> list[str]:
+    """Greedy word wrap to `width` px; a line that does not fit, or that others follow, ends in an ellipsis."""
+    out: list[str] = []
+    for word in text.split():
+        joined = f"{out[-1]} {word}" if out else word
+        if out and font.getlength(joined) <= width:
+            out[-1] = joined
+        else:
+            out.append(word)
+    more = len(out) > lines
+    return [fit_text(line, font, width, more and i == lines - 1) for i, line in enumerate(out[:lines])]
+
+
+def fit_text(text: str, font: Any, width: int, more: bool = False) -> str:
+    """As much of a line as `width` px hold, with an ellipsis where something is left out (or `more` follows)."""
+    text, cut = text[:width], more or len(text) > width  # a character takes a pixel at least
+    while text and font.getlength(text + ("…" if cut else "")) > width:
+        text, cut = text[:-1], True
+    return text + "…" if cut else text
+
+
+def save_contact_sheet(path: Path, files: Sequence[Path], captions: Sequence[str], limit: int = 256) -> None:
+    """A contact sheet of the first `limit` image files, written atomically."""
+    images = [Image.fromarray(read_pixels(file)) for file in files[:limit]]
+    columns = math.ceil(math.sqrt(len(images) * 1.6))
+    rows, texts = in_rows(images, columns), in_rows(captions[:limit], columns)
+    save_image(path, sheet(rows, texts, cell=max(96, min(192, images[0].width))))
+
+
+def in_rows(values: Sequence[T], columns: int) -> list[Sequence[T]]:
+    """`columns` values in every row but the last, which may have fewer."""
+    return [values[start : start + columns] for start in range(0, len(values), columns)]

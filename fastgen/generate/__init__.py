@@ -1,0 +1,1 @@
+"""Requests -> pictures: job > run > pipeline > conditions and decoder."""

@@ -1,0 +1,141 @@
+"""What a job will take, and the batch size that fits: measured on a few rows before the job begins."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fastgen.engines import memory as engines_memory
+from fastgen.engines.batches import Batch, waste
+
+if TYPE_CHECKING:
+    from fastgen.engines.base import Engine
+    from fastgen.generate.pipeline import Pipeline
+    from fastgen.generate.run import Run
+    from fastgen.generate.settings import Settings
+
+CPU_BATCH = 16
+MAX_BATCH = 128  # images; beyond it GPUs gain nothing, and a job's last batches grow
+USABLE = 0.8  # of free memory: graphs, workspaces and fragmentation take the rest
+DECODER_SHARE = 0.25  # of free memory, for the VAE decoder
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a job takes. `memory` in bytes: on a GPU what is in use there with the largest batch, else the process's peak."""
+
+    images: int
+    batches: Sequence[Batch]
+    evaluations: int  # of the UNet per batch
+    seconds: float
+    memory: int
+    where: str
+
+    def __str__(self) -> str:
+        sizes = ", ".join(
+            f"{sum(b.bucket == size for b in self.batches)} of {size}"
+            for size in sorted({b.bucket for b in self.batches}, reverse=True)
+        )
+        return (
+            f"{self.images} images in {len(self.batches)} batches ({sizes}; padding {100 * waste(self.batches):.1f}%), "
+            f"{self.evaluations} evaluations each: about {_duration(self.seconds)}, {self.memory / GIB:.1f} GiB {self.where}"
+        )
+
+
+def automatic_batch_size(pipeline: Pipeline, settings: Settings) -> int:
+    """How many images run together by default: 16 on a CPU; on a GPU what fits into its free memory beside the VAE decoder, at
+    most 128, measured on a few rows, or the largest size that the engine was compiled for."""
+    engine, sizes = pipeline.engine, pipeline.buckets(settings)
+    if sizes is not None:
+        return max([size for size in sizes if size <= MAX_BATCH] or [min(sizes)])
+    if not pipeline.on_gpu:
+        return CPU_BATCH
+    taken = 0.0
+    if pipeline.spec.family == "text":
+        cost = _memory_of(pipeline, "vae_decoder")  # which decodes one batch while the next one is sampled
+        taken = cost.fixed + cost.row * _decoded_at_once(pipeline)
+    cost = _memory_of(pipeline, "unet")
+    rows = cost.rows_in(USABLE * engines_memory.free_memory(engine) - taken)
+    return max(1, min(MAX_BATCH, rows // 2 if settings.guided else rows))
+
+
+def decode_batch_size(pipeline: Pipeline) -> int | None:
+    """How many images the VAE decodes together: what the engine takes at once, on a GPU no more than fits into a quarter of its
+    free memory. None where there is nothing to decode."""
+    if pipeline.spec.family == "labels":
+        return None
+    if not pipeline.on_gpu or pipeline.engine.batch_sizes("vae_decoder") is not None:
+        return pipeline.decoder.most
+    return _decoded_at_once(pipeline)
+
+
+def _decoded_at_once(pipeline: Pipeline) -> int:
+    room = DECODER_SHARE * engines_memory.free_memory(pipeline.engine)
+    return min(pipeline.decoder.most, _memory_of(pipeline, "vae_decoder").rows_in(room))
+
+
+def _memory_of(pipeline: Pipeline, network: str) -> engines_memory.Memory:
+    """What a network takes, measured once per pipeline."""
+    if network not in pipeline.measured:
+        pipeline.measured[network] = engines_memory.measure_memory(pipeline.engine, network)
+    return pipeline.measured[network]
+
+
+def estimate(run: Run, batches: Sequence[Batch], decode: int | None = None) -> Estimate:
+    """Time one row of each kind at the largest batch size, and multiply. Engines that compile do so here. `decode`: images that
+    the VAE decodes together."""
+    engine, spec = run.pipeline.engine, run.pipeline.spec
+    largest = max(batch.bucket for batch in batches)
+    first, last = run.guided
+    guided, plain = last - first, len(run.table) - (last - first)
+    inputs = [
+        engine.array(x) for x in spec.signatures["unet"].sample_inputs(largest, np.random.default_rng(0)).values()
+    ]
+    seconds = 0.0
+    if guided:
+        both = engine.xp.concatenate([inputs[2], inputs[2]])
+        seconds += guided * _seconds(engine, lambda: engine.run_guided(inputs[0], inputs[1], both))
+    if plain:
+        seconds += plain * _seconds(engine, lambda: engine.run("unet", *inputs))
+    seconds += _seconds(engine, lambda: run.pipeline.decoder.decode(inputs[0], decode))
+    seconds *= sum(batch.bucket for batch in batches) / largest
+    texts = len(run.conditions.texts) + (len(run.start.texts) if run.start else 0)
+    if texts:
+        seconds += texts * _seconds(engine, lambda: engine.probe("text_encoder", 16)) / 16
+    images = sum(len(batch) for batch in batches)
+    return Estimate(images, batches, len(run.table), seconds, *_memory(engine))
+
+
+def _seconds(engine: Engine, call: Callable[[], Any]) -> float:
+    """Of the second call, with whatever the first one queued, compiled or allocated behind it."""
+    call()
+    engine.synchronize()
+    start = time.perf_counter()
+    call()
+    engine.synchronize()
+    return time.perf_counter() - start
+
+
+def _memory(engine: Engine) -> tuple[int, str]:
+    if engine.device.startswith("cuda"):
+        import torch
+
+        free, total = torch.cuda.mem_get_info(engine.device)
+        return total - free, f"in use on {engine.device} of {total / GIB:.1f}"
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024), "of memory"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s" if seconds >= 2 else f"{seconds:.1f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"

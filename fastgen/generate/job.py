@@ -1,0 +1,162 @@
+"""A job: a file of requests -> a folder of images with a manifest, resumable after a kill."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from fastgen.engines.batches import Batch, halved
+from fastgen.errors import FastgenError, InputError, first_line
+from fastgen.generate.decoder import Pictures
+from fastgen.generate.estimate import Estimate, automatic_batch_size, decode_batch_size, estimate
+from fastgen.generate.job_folder import MANIFEST, JobFolder, Limits, recorded_limits
+from fastgen.generate.pipeline import Pipeline
+from fastgen.generate.record import job_identity, manifest_line
+from fastgen.generate.run import Run
+from fastgen.generate.shards import Shard, save_part, whole_job
+from fastgen.generate.writer import StepBar, Writer, progress_bar
+
+QUEUED = 2  # batches on a GPU at a time: one is sampled while the one before it is decoded
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a job did. `errors`: image_name -> why there is no file. `complete`: False while other shards are missing."""
+
+    folder: Path
+    images: int
+    generated: int  # in this run; the others were there already
+    seconds: float
+    errors: dict[str, str]
+    truncated: dict[str, int]  # prompt -> its number of tokens
+    complete: bool = True
+
+
+def run_job(
+    run: Run,
+    out: Path,
+    *,
+    batch_size: int | None = None,
+    grid: int | None = None,
+    shard: Shard | None = None,
+    progress: bool = True,
+    say: Callable[[str], None] = lambda line: None,
+) -> Report:
+    """Generate every request's image below `out`, skipping batches whose files are all there.
+
+    Writes the PNGs, manifest.jsonl, job.json and contact_sheet.png; with a `shard` only that part of the batches, and what
+    concerns the whole job when the last part is done. `batch_size` None: what suits the engine and its memory. Where memory
+    runs out all the same, the rest runs in batches of half the size, and `say` is told. Where the run has a strip, each image's
+    denoising is shown in strips/<image_name>; `grid`: columns of grid.png, with all images.
+    Raises InputError when `out` holds another job, and FastgenError when a file cannot be written or not even one image fits
+    into memory; whole files written before that stay.
+    """
+    start = time.perf_counter()
+    folder = JobFolder.of(run, out, grid)
+    limits, identity = _claim(run, folder, batch_size, sweep=shard is None)
+    lines = [manifest_line(run, r, identity) for r in run.requests]
+    batches = run.batches(limits.batch)
+    part = batches if shard is None else shard.part(batches)
+    pending = [batch for batch in part if not folder.is_complete(batch)]
+    count = sum(map(len, pending))
+    with progress_bar(count, progress, shard) as bar, Writer(_writers(run.pipeline)) as writer:
+        advance = StepBar(bar, writer, len(run.table))
+        for batch, pictures in _generated(run, pending, limits.decode, advance, say):
+            folder.write(writer, batch, pictures, lines)
+            advance.to(len(batch))
+    errors = {line["image_name"]: line["error"] for line in lines if "error" in line}
+    seconds = time.perf_counter() - start
+    truncated = dict(run.conditions.truncated)
+    timing = (
+        {"images": count, "seconds": round(seconds, 3), "smallest_batch": min(map(len, pending))} if count else None
+    )
+    if shard is None:
+        folder.finish(run.requests, lines, identity, [timing] if timing else [])
+        return Report(out, len(lines), count, seconds, errors, truncated)
+    positions = [i for batch in part for i in range(batch.start, batch.stop)]
+    save_part(out, shard, [(i, lines[i]) for i in positions], timing)
+    with whole_job(out, shard) as parts:
+        if parts is not None:
+            folder.finish(run.requests, [line for _, line in parts.lines], identity, parts.runs)
+    return Report(out, len(positions), count, seconds, errors, truncated, (out / MANIFEST).exists())
+
+
+def estimate_job(run: Run, *, batch_size: int | None = None, shard: Shard | None = None) -> Estimate:
+    """How long `run_job` with these arguments would take, and how much memory: measured, and nothing is written."""
+    batches = run.batches(batch_size or automatic_batch_size(run.pipeline, run.settings))
+    return estimate(run, batches if shard is None else shard.part(batches), decode_batch_size(run.pipeline))
+
+
+def job_limits(run: Run, out: Path, batch_size: int | None) -> Limits:
+    """What was asked for, else what the job in `out` began with, else what suits the engine and its memory."""
+    recorded = recorded_limits(out)
+    batch = batch_size or (recorded.batch if recorded else automatic_batch_size(run.pipeline, run.settings))
+    return Limits(batch, recorded.decode if recorded and recorded.decode else decode_batch_size(run.pipeline))
+
+
+def _claim(run: Run, folder: JobFolder, batch_size: int | None, *, sweep: bool) -> tuple[Limits, dict[str, Any]]:
+    """Make the folder this job's: its limits and identity. Another shard may claim it while this one measures its memory; then
+    the other one's limits hold."""
+    while True:
+        limits = job_limits(run, folder.out, batch_size)
+        run.batches(limits.batch)  # refuses a size that the engine lacks before the folder is made
+        identity = job_identity(run, limits.batch)
+        if folder.claim(identity, limits, sweep=sweep):
+            return limits, identity
+
+
+def _generated(
+    run: Run,
+    pending: Sequence[Batch],
+    decode_batch_size: int | None,
+    advance: StepBar,
+    say: Callable[[str], None],
+) -> Iterator[tuple[Batch, Pictures]]:
+    """The pictures of all batches; on a GPU the next batch is queued before the one before it is waited for. Elsewhere
+    `advance` follows the rows of a batch."""
+    queue: deque[tuple[Batch, Callable[[], Pictures]]] = deque()
+    todo, pipeline = deque(pending), run.pipeline
+    while todo or queue:
+        short = None
+        try:
+            while todo and len(queue) < (QUEUED if pipeline.on_gpu else 1):
+                batch = todo[0]
+                on_row = None if pipeline.on_gpu else partial(advance.step, len(batch))
+                queue.append((batch, run.begin(batch, decode_batch_size=decode_batch_size, on_row=on_row)))
+                todo.popleft()
+        except Exception as error:
+            if not pipeline.engine.is_out_of_memory(error):
+                raise
+            short = first_line(error)  # the error itself and its causes hold on to the tensors of the failed batch
+        if queue:
+            batch, wait = queue.popleft()
+            yield batch, wait()
+        if short is not None and not queue:
+            pipeline.free_memory()
+            todo = deque(_smaller(run, todo, short, say))
+
+
+def _smaller(run: Run, todo: Iterable[Batch], error: str, say: Callable[[str], None]) -> list[Batch]:
+    """What is still to do, in batches of half the size. `error`: what was said when memory ran out."""
+    device, sizes = run.pipeline.engine.device, run.pipeline.buckets(run.settings)
+    first, *rest = todo
+    try:
+        parts = halved(first, sizes)
+        limit = max(part.bucket for part in parts)
+        for batch in rest:
+            parts += halved(batch, sizes) if batch.bucket > limit else [batch]
+    except InputError as reason:
+        raise FastgenError(f"{device}: out of memory with a batch of {first.bucket}, and {reason}: {error}") from None
+    say(f"{device}: out of memory with a batch of {first.bucket}; going on with {limit}")
+    return parts
+
+
+def _writers(pipeline: Pipeline) -> int:
+    """Threads that compress PNGs: on a CPU the networks need the cores."""
+    return min(8, os.cpu_count() or 1) if pipeline.on_gpu else 1

@@ -1,0 +1,91 @@
+"""What the user asked for: a file of requests, or prompts and labels typed on the command line; and where it goes."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastgen.errors import InputError
+from fastgen.generate.requests import Request, Requests, parse_requests, typed_requests
+from fastgen.models.find import ModelFolder, default_model, find_model
+
+GENERATED = Path("generated")
+OTHER_FORMATS = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+LONGEST_NAME = 60  # characters of a prompt that name its file
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Requests, and where their images go: below the folder `out`, or with `single` one image to exactly this file."""
+
+    requests: Requests
+    out: Path
+    single: bool = False
+
+    def refuse(self, options: Mapping[str, object]) -> None:
+        """InputError for one of these options, which concern a folder of images, where there is a single file."""
+        for name, value in options.items():
+            if self.single and value is not None:
+                raise InputError(f"{name} belongs to a folder of images, and {self.out} is a file; give --out FOLDER")
+
+
+def asked_for(
+    file: Path | None,
+    prompts: Sequence[str],
+    labels: Sequence[str],
+    out: Path | None,
+    *,
+    seed: int = 0,
+    count: int | None = None,
+) -> Asked:
+    """Read what is asked for in exactly one of the three ways. `count`: images of each prompt or list of labels, with the seeds
+    `seed`, `seed` + 1, ... A single one goes to a file, unless `out` names a folder. Raises InputError."""
+    given = [bool(file), bool(prompts), bool(labels)]
+    if sum(given) != 1:
+        found = "several of them" if any(given) else "none"
+        raise InputError(f"give one of REQUESTS.json, --prompt TEXT and --labels NAMES; found {found}")
+    if file is not None:
+        if count is not None:
+            raise InputError("--count goes with --prompt and --labels; a file of requests lists every image")
+        return Asked(parse_requests(file), out or GENERATED / file.stem)
+    requests = typed_requests(prompts, labels, seed=seed, count=1 if count is None else count)
+    images = len(requests.requests)
+    if out is None:
+        name = re.sub(r"[^a-z0-9]+", "-", (prompts or labels)[0].lower()).strip("-")[:LONGEST_NAME].rstrip("-")
+        name = f"{name or 'image'}-{seed}"
+        return Asked(requests, GENERATED / (f"{name}.png" if images == 1 else name), images == 1)
+    if is_image_file(out):
+        if images > 1:
+            raise InputError(f"--out {out}: is one file, and there are {images} images; give a folder")
+        return Asked(requests, out, single=True)
+    return Asked(requests, out)
+
+
+def is_image_file(out: Path) -> bool:
+    """Whether `out` names an image file rather than a folder. InputError for another format than PNG, for a folder of such a
+    name, and where a parent is no folder."""
+    if out.suffix.lower() in OTHER_FORMATS:
+        raise InputError(f"--out {out}: images are PNG files; give {out.with_suffix('.png')}, or a folder")
+    if out.suffix.lower() != ".png":
+        return False
+    if out.is_dir():
+        raise InputError(f"--out {out}: is a folder, expected a file")
+    for folder in out.parents:
+        if os.path.lexists(folder) and not folder.is_dir():
+            raise InputError(f"--out {out}: {folder} is not a folder")
+    return True
+
+
+def choose_model(
+    asked: Requests, model: Path | None, engine: str | None, checkpoint: str | None = None
+) -> tuple[ModelFolder, list[Request]]:
+    """The model for these requests, not loaded yet: `model`, else what `find.default_model` says; and the requests, whose
+    labels it knows. Raises InputError where there is none, and for labels that it does not know."""
+    folder = find_model(model, checkpoint) if model else default_model(asked.kind, engine, checkpoint)
+    try:
+        return folder, asked.known(folder.objects)
+    except InputError as error:
+        raise InputError(f"{error}; the model is {folder}" if folder.why else str(error)) from None

@@ -1,0 +1,50 @@
+"""What is recorded of a job and of each image: everything that its pixels depend on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastgen import __version__
+from fastgen.files.hashes import sha256_json
+from fastgen.generate.requests import Request, resolve_seed
+from fastgen.generate.run import Run
+from fastgen.generate.start import NO_START
+
+
+def job_identity(run: Run, limit: int) -> dict[str, Any]:
+    """Everything the pixels depend on, in batches of at most `limit`: two runs with the same identity are one job."""
+    spec, engine, settings = run.pipeline.spec, run.pipeline.engine, run.settings
+    identity = {
+        "fastgen": __version__,
+        "model_sha256": spec.sha256,
+        "checkpoint": spec.checkpoint,
+        "requests_sha256": sha256_json([[r.image_name, r.prompt, r.labels, r.seed] for r in run.requests]),
+        "engine": engine.name,
+        "dtype": engine.dtype,
+        "device": engine.device.partition(":")[0],
+        "scheduler": settings.scheduler,
+        "num_inference_steps": settings.num_inference_steps,
+        "guidance_scale": settings.guidance_scale,
+        "guidance_interval": None if settings.guidance_interval is None else list(settings.guidance_interval),
+        "normalize": settings.normalize,
+        "seed": settings.seed,
+        "batch_size": min(limit, len(run.requests)),
+        **NO_START,
+        "noise_steps": settings.noise_steps,
+    }
+    return identity if run.start is None else identity | dict(run.start.identity)
+
+
+def manifest_line(run: Run, request: Request, identity: dict[str, Any]) -> dict[str, Any]:
+    """What a job's manifest and a PNG's metadata say of an image: its request, and how it is made."""
+    line: dict[str, Any] = {"id": request.id, "image_name": request.image_name}
+    if request.prompt is not None:
+        line["prompt"] = request.prompt
+        if request.prompt in run.conditions.truncated:
+            line["truncated_from_tokens"] = run.conditions.truncated[request.prompt]
+    else:
+        line["labels"] = list(request.labels or ())
+    line["seed"] = resolve_seed(request, run.settings.seed)
+    left_out = {"requests_sha256", "queries_sha256", "seed", "batch_size", *(NO_START if run.start is None else ())}
+    line |= {k: v for k, v in identity.items() if k not in left_out}
+    return line if run.start is None else line | dict(run.start.record(request))

@@ -1,0 +1,257 @@
+"""What to generate: the test files of both tasks, and lists of prompts or labels, as validated `Request`s."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal, NamedTuple, Protocol
+
+import numpy as np
+
+from fastgen.errors import InputError
+from fastgen.files.jsonfiles import brief, located, read_json, read_jsonl
+from fastgen.files.names import (
+    CONTACT_SHEET,
+    ICLEVR_OBJECTS,
+    check_image_name,
+    check_known,
+    check_labels,
+    check_objects,
+    check_text,
+    read_objects,
+    safe_path,
+)
+
+__all__ = [
+    "CONTACT_SHEET",
+    "Request",
+    "Requests",
+    "multi_hot",
+    "parse_requests",
+    "read_requests",
+    "resolve_seed",
+    "safe_path",
+    "typed_requests",
+]
+
+MAX_SEED = 2**63  # exclusive
+SCHEMAS = (
+    'expected {"0_main": {"image_name": "0_main.png", "text_prompt": "..."}}, [["red cube", ...], ...], '
+    'or [{"prompt": "..."}, ...] (with "labels" instead of "prompt" for a label model)'
+)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One image to generate. InputError if a field is not what is said here."""
+
+    id: str  # the key in the file, or the position
+    image_name: str  # relative POSIX path below the output folder, ends in .png
+    prompt: str | None = None  # exactly one of prompt and labels
+    labels: tuple[str, ...] | None = None
+    seed: int | None = None  # the request's own; 0 <= seed < 2**63
+    description: str | None = None  # the prompt without the action, where the file has it apart
+
+    def __post_init__(self) -> None:
+        check_image_name(self.image_name)
+        if (self.prompt is None) == (self.labels is None):
+            found = "neither" if self.prompt is None else "both"
+            raise InputError(f"found {found} of prompt and labels, expected exactly one")
+        if self.prompt is not None:
+            check_text(self.prompt, "prompt")
+        if self.labels is not None:
+            check_labels(self.labels)
+        if self.description is not None:
+            check_text(self.description, "description")
+        if self.seed is not None and (type(self.seed) is not int or not 0 <= self.seed < MAX_SEED):
+            raise InputError(f"seed: found {brief(self.seed)}, expected an integer with 0 <= seed < 2**63")
+
+    @property
+    def kind(self) -> Literal["text", "labels"]:
+        return "labels" if self.prompt is None else "text"
+
+
+class Labelled(Protocol):
+    """A Request, or a training Example."""
+
+    @property
+    def labels(self) -> tuple[str, ...] | None: ...
+
+
+class Requests(NamedTuple):
+    """Requests of one kind, whose labels were not looked up yet, and where each stands, for messages."""
+
+    requests: list[Request]
+    places: list[str]
+
+    @property
+    def kind(self) -> Literal["text", "labels"]:
+        return self.requests[0].kind
+
+    def known(self, objects: Mapping[str, int] | None) -> list[Request]:
+        """The requests, after looking up their labels in `objects` (None: a text model's, which has none, and refuses labels
+        itself). InputError, with place, for an unknown one."""
+        for request, place in zip(self.requests, self.places, strict=True):
+            if request.labels is not None and objects is not None:
+                with located(place):
+                    check_known(request.labels, objects)
+        return self.requests
+
+
+def read_requests(path: str | os.PathLike[str], objects: Mapping[str, int] | None = None) -> list[Request]:
+    """Every request of a JSON or JSONL file, as `parse_requests` reads them, with labels that are known: in `objects`, else in
+    objects.json beside the file, else among the 24 of i-CLEVR. Raises InputError with file, entry and field."""
+    found = parse_requests(path)
+    if found.kind == "labels" and objects is None:
+        objects = _objects_beside(Path(path))
+    return found.known(objects)
+
+
+def parse_requests(path: str | os.PathLike[str]) -> Requests:
+    """Every request of a JSON or JSONL file, in file order; all of one kind, with image names that do not collide.
+
+    Schemas: {"0_main": {"image_name", "text_prompt"}} (without text_prompt: given_description and action_description),
+    [["red cube", ...], ...], and {"prompt" | "labels", "image_name"?, "seed"?} in a list, a dict or a JSONL file.
+    A missing image_name is the position, "0.png"; null is a missing prompt, labels or seed; other keys are ignored.
+    Raises InputError with file, entry and field.
+    """
+    path = Path(path)
+    requests, places = [], []
+    for position, (key, place, value) in enumerate(_entries(path)):
+        with located(place):
+            requests.append(_request(key, position, value))
+        places.append(place)
+    if not requests:
+        raise InputError(f"{path}: holds no requests; {SCHEMAS}")
+    _check_together(requests, places)
+    return Requests(requests, places)
+
+
+def typed_requests(
+    prompts: Sequence[str] = (), labels: Sequence[str] = (), *, seed: int = 0, count: int = 1
+) -> Requests:
+    """Requests as somebody types them: for each prompt, or each list "red cube, blue sphere" of labels, `count` images with
+    the seeds `seed`, `seed` + 1, ... So an image does not depend on what else was asked for. Raises InputError."""
+    if bool(prompts) == bool(labels):
+        raise InputError("give either --prompt or --labels")
+    requests: list[Request] = []
+    places: list[str] = []
+    for text in prompts or labels:
+        place = f"--{'prompt' if prompts else 'labels'} {brief(text)}"
+        for own in range(seed, seed + count):
+            name = f"{len(requests)}.png"
+            with located(place):
+                if prompts:
+                    requests.append(Request(str(len(requests)), name, prompt=text, seed=own))
+                else:
+                    names = check_labels([label.strip() for label in text.split(",")])
+                    requests.append(Request(str(len(requests)), name, labels=names, seed=own))
+            places.append(place)
+    return Requests(requests, places)
+
+
+def resolve_seed(request: Request, base_seed: int) -> int:
+    """The seed of the request's noise: its own, else SHA-256 of "{base_seed}:{image_name}" (UTF-8), the 32 bytes of the
+    digest read as one big-endian integer, modulo 2**63. So it depends on neither position nor neighbours."""
+    if request.seed is not None:
+        return request.seed
+    digest = hashlib.sha256(f"{base_seed}:{request.image_name}".encode()).digest()
+    return int.from_bytes(digest, "big") % MAX_SEED
+
+
+def multi_hot(requests: Sequence[Labelled], objects: Mapping[str, int]) -> np.ndarray:
+    """(N, len(objects)) float32, 1 at the index of every label. InputError for a prompt or an unknown label."""
+    check_objects(objects)
+    rows = np.zeros((len(requests), len(objects)), np.float32)  # (N, len(objects))
+    for row, request in zip(rows, requests, strict=True):
+        if request.labels is None:
+            raise InputError(f"expected labels, found the prompt {brief(getattr(request, 'prompt', None))}")
+        check_known(request.labels, objects)
+        row[[objects[label] for label in request.labels]] = 1
+    return rows
+
+
+def _objects_beside(path: Path) -> Mapping[str, int]:
+    beside = path.parent / "objects.json"
+    return read_objects(beside) if beside.exists() else ICLEVR_OBJECTS
+
+
+def _entries(path: Path) -> Iterator[tuple[str, str, Any]]:
+    """(id, place for messages, value) of every entry, whatever holds them."""
+    if path.suffix.lower() in (".jsonl", ".ndjson"):
+        for position, (line, value) in enumerate(read_jsonl(path)):
+            yield str(position), f"{path}: line {line}", value
+        return
+    content = read_json(path)
+    if isinstance(content, dict):
+        for key, value in content.items():
+            with located(path):
+                check_text(key, f"key {brief(key)}")
+            if not isinstance(value, dict):
+                raise InputError(f"{path}: key {brief(key)}: found {brief(value)}; {SCHEMAS}")
+            yield key, f"{path}: key {brief(key)}", value
+    elif isinstance(content, list):
+        for position, value in enumerate(content):
+            yield str(position), f"{path}: entry [{position}]", value
+    else:
+        raise InputError(f"{path}: found {brief(content)}; {SCHEMAS}")
+
+
+def _request(key: str, position: int, value: Any) -> Request:
+    if isinstance(value, list):
+        value = {"labels": value}
+    if not isinstance(value, dict):
+        raise InputError(f"found {brief(value)}; {SCHEMAS}")
+    labels = value.get("labels")
+    return Request(
+        id=key,
+        image_name=value.get("image_name", f"{position}.png"),
+        prompt=_prompt(value),
+        labels=None if labels is None else check_labels(labels),
+        seed=value.get("seed"),
+        description=_description(value),
+    )
+
+
+def _description(value: dict[str, Any]) -> str | None:
+    text = value.get("given_description")
+    return text.strip() or None if isinstance(text, str) else None
+
+
+def _prompt(value: dict[str, Any]) -> str | None:
+    if "text_prompt" in value:
+        check_text(value["text_prompt"], "text_prompt")
+        if value.get("prompt") is not None:
+            raise InputError("found both text_prompt and prompt, expected one of them")
+        return value["text_prompt"]
+    if value.get("prompt") is not None or "given_description" not in value:
+        return value.get("prompt")
+    texts = value["given_description"], value.get("action_description", "")
+    if not all(isinstance(text, str) for text in texts):
+        raise InputError(f"given_description, action_description: found {brief(texts)}, expected one text each")
+    return " ".join(texts).strip()
+
+
+def _check_together(requests: list[Request], places: list[str]) -> None:
+    """InputError for mixed kinds, and for image names that collide: the same file, or one's file is another's folder.
+
+    Names are compared without case and in Unicode's composed form, as some file systems do.
+    """
+    names = [unicodedata.normalize("NFC", request.image_name).casefold() for request in requests]
+    first: dict[str, int] = {}
+    for i, (request, name) in enumerate(zip(requests, names, strict=True)):
+        if request.kind != requests[0].kind:
+            kinds = f"asks by {request.kind}, but {places[0]} by {requests[0].kind}"
+            raise InputError(f"{places[i]}: {kinds}; split the file")
+        if name in first:
+            raise InputError(f"{places[i]}: image_name {brief(request.image_name)} is taken by {places[first[name]]}")
+        first[name] = i
+    for place, request, name in zip(places, requests, names, strict=True):
+        for folder in PurePosixPath(name).parents:
+            if (taken := first.get(str(folder))) is not None:
+                found = f"image_name {brief(request.image_name)}"
+                raise InputError(f"{place}: {found} needs a folder where {places[taken]} has a file")

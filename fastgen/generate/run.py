@@ -1,0 +1,114 @@
+"""One run: requests with their settings on a pipeline, cut into batches that share a solver table, conditions and a start."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fastgen.engines.batches import Batch, cut
+from fastgen.errors import InputError
+from fastgen.generate.conditions import conditions_for
+from fastgen.generate.decoder import Pictures
+from fastgen.generate.requests import Request, resolve_seed
+from fastgen.generate.settings import Settings
+from fastgen.generate.start import Start
+from fastgen.generate.strips import Frames, StripPlan
+from fastgen.sampling.loop import guided_rows, initial_latents, sample_steps
+
+if TYPE_CHECKING:
+    from fastgen.engines.base import Array
+    from fastgen.generate.pipeline import Pipeline
+
+
+class Run:
+    """What all batches of a run share: `table`, `conditions`, and the row range `guided` = (first, last + 1) of the table.
+
+    `start`: where images start, None for noise. `strip`: training timesteps at which each image's denoising is shown.
+    Raises InputError for requests of another kind than the model takes, a solver or guidance interval that this model cannot
+    have, settings that start late without a `start`, or the reverse, and timesteps that training never saw.
+    """
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        requests: Sequence[Request],
+        settings: Settings,
+        start: Start | None = None,
+        *,
+        strip: Sequence[int] | None = None,
+    ) -> None:
+        self.pipeline, self.requests, self.settings, self.start = pipeline, requests, settings, start
+        if (start is None) != (settings.noise_steps is None):
+            raise InputError("noise_steps and the latents to start from go together: give both or neither")
+        spec = pipeline.spec
+        self.table = pipeline.source.table(settings.solver)
+        self.guided = guided_rows(self.table, settings.guidance_scale, True, settings.guidance_interval)
+        self.conditions = conditions_for(pipeline.engine, spec, pipeline.tokenizer, requests, settings.guided)
+        timesteps = int(spec.scheduler_config.get("num_train_timesteps", 1000))
+        self.strip = None if strip is None else StripPlan.of(self.table, strip, timesteps)
+
+    def batches(self, limit: int) -> list[Batch]:
+        """All requests, in order, in batches of at most `limit` that suit the engine, see `batches.cut`. Raises InputError."""
+        return cut(len(self.requests), limit, self.pipeline.buckets(self.settings))
+
+    def begin(
+        self,
+        batch: Batch,
+        *,
+        decode_batch_size: int | None = None,
+        on_row: Callable[[int], None] | None = None,
+    ) -> Callable[[], Pictures]:
+        """Begin with one batch; the call that is returned waits for its pictures.
+
+        On a GPU this returns when everything is queued: begin with the next batch before you wait for this one.
+        `decode_batch_size`: images that the VAE decodes together, by default what the engine takes at once. `on_row(i)` is
+        called when row i of the table has run, or is queued; with -1 before the first.
+        """
+        frames = None if self.strip is None else Frames(self.strip, len(batch))
+        with np.errstate(over="ignore", invalid="ignore"):  # broken images are looked for in the end
+            for row, x in self.steps(batch):
+                if frames is not None:
+                    frames.keep(row, x)
+                if on_row is not None:
+                    on_row(row)
+        decode = partial(self.pipeline.decoder.start, normalize=self.settings.normalize, limit=decode_batch_size)
+        wait = decode(x[: len(batch)])
+        return wait if frames is None else frames.start(decode, wait)
+
+    def images(self, batch: Batch) -> np.ndarray:
+        """The batch's images (B, 3, H, W) float32, nominally in [-1, 1], whatever they look like."""
+        return self.pipeline.engine.numpy(self.pipeline.decoder.decode(self.latents(batch)))
+
+    def latents(self, batch: Batch) -> Array:
+        """The batch's final states (B, C, h, w) float32, an array of the engine."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            return deque(self.steps(batch), maxlen=1)[0][1][: len(batch)]
+
+    def steps(self, batch: Batch) -> Iterator[tuple[int, Array]]:
+        """The loop: (i, the batch's states after row i of the table), from -1 on, the states it starts from. States are arrays
+        of the engine (B, C, h, w), where it has static shapes filled up to the bucket; on a GPU they may be overwritten by
+        the next row."""
+        pipeline, settings = self.pipeline, self.settings
+        engine, requests = pipeline.engine, self.requests[batch.rows]
+        if engine.static_shapes:  # the last request fills the batch up
+            requests = [*requests, *[requests[-1]] * (batch.bucket - len(batch))]
+        seeds = engine.array(np.array([resolve_seed(r, settings.seed) for r in requests], np.int64))
+        clean = None if self.start is None else engine.array(self.start.latents(requests))
+        x = initial_latents(self.table, seeds, pipeline.spec.latent_shape, clean)
+        yield -1, x
+        cond = self.conditions(requests)
+        options: dict[str, Any] = {
+            "seeds": seeds,
+            "guidance_scale": settings.guidance_scale,
+            "uncond": self.conditions.uncond() if settings.guided else None,
+            "guidance_interval": settings.guidance_interval,
+        }
+        if pipeline.on_gpu:
+            yield from pipeline.loop(self.table, x, cond).steps(x, cond, **options)
+        else:
+            network = lambda *inputs: engine.run("unet", *inputs)[0]  # noqa: E731
+            yield from sample_steps(network, self.table, x, cond, guided=engine.run_guided, **options)

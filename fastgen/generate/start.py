@@ -1,0 +1,67 @@
+"""Where a run starts: from noise, or late in the schedule from clean latents, to which that timestep's noise is added."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from fastgen.errors import InputError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from fastgen.generate.pipeline import Pipeline
+    from fastgen.generate.requests import Request
+    from fastgen.generate.settings import Settings
+
+# What job.json says of a start, and a PNG's metadata if there is one.
+NO_START: dict[str, Any] = dict.fromkeys(("rag_sha256", "noise_steps", "rag_top_k", "queries_sha256"))
+HELP = "give --rag INDEX too (fastgen index DATA --model MODEL --out INDEX)"
+
+
+class Start(Protocol):
+    """Clean latents for the requests of one run."""
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """The fields of NO_START without noise_steps: everything that the latents depend on."""
+
+    @property
+    def texts(self) -> Sequence[str]:
+        """What the text encoder reads before the latents are known, each text once."""
+
+    def latents(self, requests: Sequence[Request]) -> np.ndarray:
+        """(B, C, h, w) float32, in the scale in which the UNet sees them."""
+
+    def record(self, request: Request) -> Mapping[str, Any]:
+        """What the manifest says of this request's start."""
+
+
+class StartSource(Protocol):
+    """What gives every run its start, such as an index of training images."""
+
+    def start(self, pipeline: Pipeline, requests: Sequence[Request], *, seed: int, top_k: int) -> Start:
+        """Raises InputError where it was made for another model, and for a `top_k` below 1."""
+
+
+def late_start(
+    source: StartSource | None,
+    pipeline: Pipeline,
+    requests: Sequence[Request],
+    settings: Settings,
+    *,
+    noise_steps: int | None = None,
+    strength: float | None = None,
+    rag_top_k: int | None = None,
+) -> tuple[Settings, Start | None]:
+    """The settings of a run that starts from `source`, and its start; without a source the settings as they are, and None.
+
+    `noise_steps`, or the share `strength`, of the steps run, see `settings.late_steps`; `rag_top_k`: each image starts from one
+    of its so many nearest training images (1 if None). Raises InputError for these three without a source.
+    """
+    if source is None:
+        if (noise_steps, strength, rag_top_k) != (None, None, None):
+            raise InputError(f"noise_steps, strength and rag_top_k belong to an index; {HELP}")
+        return settings, None
+    late = settings.late(noise_steps, strength)
+    return late, source.start(pipeline, requests, seed=settings.seed, top_k=1 if rag_top_k is None else rag_top_k)

@@ -1,0 +1,71 @@
+"""Strips as files of a job: one for each image, and an overview."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from fastgen.files.names import STRIP_FOLDER
+from fastgen.files.png import read_metadata, read_pixels, save_image, sheet
+from fastgen.generate.strips import PADDING, StripPlan
+
+if TYPE_CHECKING:
+    from fastgen.engines.batches import Batch
+    from fastgen.generate.decoder import Pictures
+    from fastgen.generate.writer import Writer
+
+SHEET = 16  # strips in the overview
+
+
+@dataclass(frozen=True)
+class StripFiles:
+    """The strips of a job: one file for each image."""
+
+    plan: StripPlan
+    files: list[Path]
+
+    @classmethod
+    def beside(cls, files: Sequence[Path], out: Path, plan: StripPlan) -> StripFiles:
+        """Strips of the images `files` below `out`."""
+        return cls(plan, [out / STRIP_FOLDER / file.relative_to(out) for file in files])
+
+    def present(self, index: int) -> bool:
+        """Whether the strip of image `index` is there, and shows these timesteps."""
+        try:
+            return read_metadata(self.files[index]).get("strip") == self.plan.to_json()
+        except (OSError, KeyError, json.JSONDecodeError):
+            return False
+
+    def submit(self, writer: Writer, batch: Batch, pictures: Pictures, lines: Sequence[dict[str, Any]]) -> None:
+        """Have the strips of a batch written, with their images' manifest lines; of pictures only."""
+        rows = zip(self.files[batch.rows], pictures.strips or (), pictures.problems, lines[batch.rows], strict=True)
+        for file, strip, problem, line in rows:
+            if problem is None:
+                writer.submit(file, strip, {**line, "strip": self.plan.to_json()})
+
+
+def save_strip_sheet(path: Path, files: Sequence[Path], captions: Sequence[str], plan: StripPlan) -> None:
+    """The first 16 strips below one another, timesteps above, what was asked for above each."""
+    rows = [_frames(read_pixels(file), len(plan.wanted)) for file in files[:SHEET]]
+    size = rows[0][0].width
+    heads = [
+        "final" if not wanted else f"t={wanted}" if shown == wanted else f"t={wanted} ({shown:g})"
+        for wanted, shown in zip(plan.wanted, plan.shown, strict=True)
+    ]
+    save_image(path, sheet(rows, cell=size * math.ceil(96 / size), heads=heads, titles=captions))
+
+
+def _frames(strip: np.ndarray, count: int) -> list[Image.Image]:
+    """The frames that stand side by side in a strip."""
+    if count == 1:
+        return [Image.fromarray(strip)]
+    size = strip.shape[0] - 2 * PADDING
+    lefts = range(PADDING, strip.shape[1] - PADDING, size + PADDING)
+    return [Image.fromarray(strip[PADDING:-PADDING, x : x + size]) for x in lefts]

@@ -1,0 +1,124 @@
+"""The networks of a preset: built with fresh weights from their class's own keyword arguments, or loaded and frozen."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastgen.errors import InputError, first_line, unknown
+from fastgen.models.weights import pretrained, pretrained_tokenizer
+from fastgen.presets import Network
+
+# Weights that a whole CLIP has beside its text encoder.
+WHOLE_CLIP = ("vision_model.", "visual_projection.", "text_projection.", "logit_scale")
+
+
+def build_module(cls: Any, config: Mapping[str, Any], name: str, seed: int) -> Any:
+    """A diffusers model with weights that depend on the seed alone. InputError for an argument it does not have, or
+    values that do not fit together."""
+    _check_keys(config, [p for p in inspect.signature(cls.__init__).parameters if p != "self"], name)
+    torch.manual_seed(seed)
+    try:
+        return calm_start(cls(**config))
+    except (ValueError, TypeError, AssertionError, RuntimeError, NotImplementedError) as error:
+        raise InputError(f"{name}.config: {cls.__name__} refuses it: {first_line(error)}") from None
+
+
+@torch.no_grad()
+def calm_start(module: Any) -> Any:
+    """Residual branches and a UNet's output begin at 0 (Dhariwal & Nichol, 2021), latents' noise at exp(-3): the network
+    starts as a short, quiet one, and learns faster."""
+    from diffusers import Transformer2DModel
+    from diffusers.models.attention_processor import Attention
+    from diffusers.models.resnet import ResnetBlock2D
+
+    for part in module.modules():
+        kind = type(part)
+        if kind is ResnetBlock2D:
+            _zero(part.conv2)
+        elif kind is Transformer2DModel:
+            _zero(part.proj_out)
+        elif kind is Attention and part.residual_connection:
+            _zero(part.to_out[0])
+    if hasattr(module, "quant_conv"):
+        if module.quant_conv is not None:
+            logvar = slice(module.config.latent_channels, None)
+            module.quant_conv.weight[logvar] *= 0.1
+            module.quant_conv.bias[logvar] = -6
+    elif hasattr(module, "conv_out"):
+        _zero(module.conv_out)
+    return module
+
+
+def _zero(layer: Any) -> None:
+    nn.init.zeros_(layer.weight)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+
+
+def build_text_encoder(config: Mapping[str, Any], tokenizer: Any, seed: int) -> Any:
+    """A CLIPTextModel for the tokenizer's vocabulary and special tokens."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    known = CLIPTextConfig().to_dict()
+    _check_keys(config, known, "text_encoder")
+    tokens = {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,  # where pooler_output is taken
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    settings = {"projection_dim": config.get("hidden_size", known["hidden_size"]), **config, **tokens}
+    torch.manual_seed(seed)
+    try:
+        return CLIPTextModel(CLIPTextConfig(**settings))
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise InputError(f"text_encoder.config: CLIPTextModel refuses it: {first_line(error)}") from None
+
+
+def load_vae(network: Network, *, local_files_only: bool = False) -> Any:
+    """A frozen AutoencoderKL, float32, from a folder or hub id, or the `vae` of a whole model folder."""
+    from diffusers import AutoencoderKL
+
+    return _frozen(AutoencoderKL, network, "vae", local_files_only)
+
+
+def load_text_encoder(network: Network, *, local_files_only: bool = False) -> tuple[Any, Any]:
+    """(CLIPTextModel, CLIPTokenizer), frozen; the tokenizer lies beside the weights, or in `tokenizer` beside
+    `text_encoder` in a whole model folder."""
+    from transformers import CLIPTextModel
+
+    encoder = _frozen(CLIPTextModel, network, "text_encoder", local_files_only)
+    subfolder = _subfolder(network, "text_encoder")
+    beside = "tokenizer" if subfolder == "text_encoder" else subfolder
+    where = f"text_encoder.path = {network.path!r}"
+    return encoder, pretrained_tokenizer(
+        str(network.path), where, subfolder=beside or "", local_files_only=local_files_only
+    )
+
+
+def _frozen(cls: Any, network: Network, name: str, local_files_only: bool) -> Any:
+    subfolder = _subfolder(network, name)
+    options: dict[str, Any] = {"local_files_only": local_files_only} | ({"subfolder": subfolder} if subfolder else {})
+    where = f"{name}.path = {network.path!r}"
+    module = pretrained(cls, str(network.path), where, lambda key: key.startswith(WHOLE_CLIP), **options)
+    return module.requires_grad_(False)
+
+
+def _subfolder(network: Network, name: str) -> str | None:
+    if network.subfolder is None and network.path and (Path(os.path.expanduser(network.path)) / name).is_dir():
+        return name
+    return network.subfolder
+
+
+def _check_keys(config: Mapping[str, Any], known: Iterable[str], name: str) -> None:
+    choices = [f"{name}.config.{key}" for key in known]
+    for key in config:
+        if f"{name}.config.{key}" not in choices:
+            raise unknown("key", f"{name}.config.{key}", choices)

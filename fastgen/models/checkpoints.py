@@ -1,0 +1,126 @@
+"""Checkpoints: folders that appear complete or not at all, and whose damage is noticed.
+
+step-000500/  model.safetensors  ema.safetensors  optimizer.safetensors  state.json (step, job, SHA-256 of the files)
+best/         ema.safetensors  state.json: the averaged weights with the lowest loss
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fastgen.errors import FastgenError, InputError
+from fastgen.files.folders import new_folder
+from fastgen.files.hashes import sha256_file
+from fastgen.files.jsonfiles import read_json, write_json
+
+STATE, BEST = "state.json", "best"
+_NAME = re.compile(r"step-(\d{6,})")
+
+Tensors = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on disk whose files were verified."""
+
+    folder: Path
+    step: int  # optimiser steps done
+    extra: Mapping[str, Any]
+    sha256: Mapping[str, str]  # part -> of its file
+
+    @property
+    def parts(self) -> Collection[str]:
+        """What it holds: "model", "ema", "optimizer", ..."""
+        return self.sha256.keys()
+
+    def load(self, part: str) -> dict[str, Tensor]:
+        return load_file(self.folder / f"{part}.safetensors")
+
+
+def save(parent: Path, step: int, parts: Mapping[str, Tensors], extra: Mapping[str, Any], limit: int) -> Path:
+    """Write `parent/step-NNNNNN` and delete all but the newest `limit` checkpoints; none where that is 0.
+
+    Raises FastgenError when the disk refuses; the older checkpoints are untouched then.
+    """
+    target = parent / f"step-{step:06d}"
+    _write(target, step, parts, extra)
+    for old in _folders(parent)[limit:] if limit else ():
+        shutil.rmtree(old)
+    return target
+
+
+def save_best(parent: Path, step: int, weights: Tensors, extra: Mapping[str, Any]) -> None:
+    """Write `parent/best`, in the place of the one before. Raises FastgenError when the disk refuses."""
+    _write(parent / BEST, step, {"ema": weights}, extra)
+
+
+def _write(target: Path, step: int, parts: Mapping[str, Tensors], extra: Mapping[str, Any]) -> None:
+    """`target` may exist: the best before, a damaged one, or of a run that went on from an older checkpoint."""
+    with new_folder(target, existing="replace") as folder:
+        try:
+            hashes = {name: _write_part(folder / f"{name}.safetensors", tensors) for name, tensors in parts.items()}
+        except SafetensorError as error:
+            raise FastgenError(f"{target}: cannot be written: {error}") from None
+        write_json(folder / STATE, {"step": step, "extra": dict(extra), "sha256": hashes})
+
+
+def latest(parent: Path, warn: Callable[[str], None]) -> Checkpoint | None:
+    """The newest checkpoint that is intact; a damaged one is named to `warn` and passed over."""
+    for leftover in parent.glob(".tmp-*"):
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink()
+    for folder in _folders(parent):
+        problem, checkpoint = _verify(folder)
+        if checkpoint is not None:
+            return checkpoint
+        warn(f"warning: {folder}: {problem}; using the checkpoint before it")
+    return None
+
+
+def read(folder: Path) -> Checkpoint:
+    """The checkpoint in `folder`. Raises InputError when there is none, or when it is damaged."""
+    if not folder.is_dir():
+        steps = ", ".join(other.name for other in reversed(_folders(folder.parent))) or "none"
+        raise InputError(f"{folder}: no such checkpoint; there are: {steps}")
+    problem, checkpoint = _verify(folder)
+    if checkpoint is None:
+        raise InputError(f"{folder}: {problem}")
+    return checkpoint
+
+
+def _verify(folder: Path) -> tuple[str, Checkpoint | None]:
+    try:
+        state = read_json(folder / STATE)
+        step, extra, hashes = state["step"], state["extra"], state["sha256"]
+        for name, expected in hashes.items():
+            if sha256_file(folder / f"{name}.safetensors") != expected:
+                return f"{name}.safetensors is damaged (SHA-256 differs)", None
+    except InputError as error:
+        return str(error), None
+    except OSError as error:
+        return f"{error.filename}: {error.strerror}", None
+    except (KeyError, TypeError, AttributeError):
+        return f"{STATE} is no checkpoint's", None
+    return "", Checkpoint(folder, step, extra, hashes)
+
+
+def _folders(parent: Path) -> list[Path]:
+    """Newest first."""
+    numbered = [(int(match[1]), folder) for folder in parent.glob("step-*") if (match := _NAME.fullmatch(folder.name))]
+    return [folder for _, folder in sorted(numbered, reverse=True)]
+
+
+def _write_part(file: Path, tensors: Tensors) -> str:
+    save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, file)
+    return sha256_file(file)

@@ -1,0 +1,123 @@
+"""Which model is meant, found without loading it: by a name or folder, the latest run's, or the one that comes with fastgen."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastgen.errors import InputError
+from fastgen.files.jsonfiles import located, read_json
+from fastgen.files.names import read_objects
+from fastgen.models.bundle import MANIFEST, Bundle, is_bundle, read_bundle
+from fastgen.models.checkpoint_choice import model_parts
+from fastgen.models.runs import LATEST, latest_model, latest_run
+
+MODELS = Path(__file__).with_name("shipped")
+INDEX, EVALUATOR = "model_index.json", "config.json"
+HELP = "give --model, or train one with `fastgen train PRESET --data DATA`"
+KINDS = {"text": "prompts", "labels": "labels"}  # of requests: what is asked by
+
+
+def shipped_names() -> list[str]:
+    """The models and evaluators that come with the package, sorted."""
+    return sorted(folder.name for folder in MODELS.glob("*") if any((folder / f).is_file() for f in (INDEX, EVALUATOR)))
+
+
+def shipped_model(kind: str) -> Path:
+    """The folder of the model that comes with the package for requests of this kind, "text" or "labels".
+
+    Raises InputError where the package was built without one.
+    """
+    for name in shipped_names():
+        if model_kind(MODELS / name) == kind:
+            return MODELS / name
+    raise InputError(f"this build of fastgen comes without a model for {KINDS[kind]}; {HELP}")
+
+
+def find_folder(name: str | os.PathLike[str]) -> Path:
+    """The folder that is meant by `name`: itself where something of that name is there, else the shipped model called so."""
+    folder = Path(name)
+    if not os.path.lexists(folder) and os.fspath(name) in shipped_names():
+        return MODELS / folder
+    return folder
+
+
+def is_shipped(folder: Path) -> bool:
+    return folder.parent == MODELS
+
+
+def name_of(folder: Path) -> str:
+    """What a command calls this model: a shipped one's name, else the folder."""
+    return folder.name if is_shipped(folder) else str(folder)
+
+
+def made_from(model: Path, what: str) -> Path:
+    """Where goes what is made from a model and was given no place: into the model's folder, but for a shipped one, whose folder
+    is the package's, to the current folder, as `iclevr-64-bundle`."""
+    return Path(f"{model.name}-{what}") if is_shipped(model) else model / what
+
+
+def model_kind(folder: Path) -> str | None:
+    """What a bundle or model folder is asked by, "text" or "labels", without loading it; None for other folders."""
+    if (folder / MANIFEST).is_file():
+        value = read_json(folder / MANIFEST)
+        family = value.get("family") if isinstance(value, dict) else None
+        return family if isinstance(family, str) and family in KINDS else None
+    index = read_json(folder / INDEX) if (folder / INDEX).is_file() else {}
+    if not isinstance(index, dict):
+        return None
+    return "labels" if "conditioner" in index else "text" if "text_encoder" in index else None
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A bundle, then opened, or a model folder, which are not loaded yet.
+
+    `kind`: what it is asked by, see `model_kind`. `objects`: label names and their indices, None where it has none. `why`: the
+    reason why it is this one, where nobody named it.
+    """
+
+    folder: Path
+    bundle: Bundle | None
+    kind: str | None
+    objects: Mapping[str, int] | None
+    why: str | None = None
+
+    def __str__(self) -> str:
+        return name_of(self.folder) + (f" ({self.why})" if self.why else "")
+
+
+def find_model(name: str | os.PathLike[str], checkpoint: str | None = None, why: str | None = None) -> ModelFolder:
+    """The bundle or model folder that is meant by `name`, a folder or a shipped model's name.
+
+    `checkpoint`: which of a run's weights, see `checkpoint_choice`. Raises InputError for what is neither, for a malformed
+    bundle, and for an unfinished run without a checkpoint.
+    """
+    folder = find_folder(name)
+    if is_bundle(folder):
+        bundle = read_bundle(folder)
+        return ModelFolder(folder, bundle, bundle.spec.family, bundle.spec.objects, why)
+    parts = model_parts(folder, checkpoint)
+    if not (parts / INDEX).is_file():
+        shipped = ", ".join(shipped_names()) or "there are none"
+        names = "" if folder.exists() else f", nor the name of a model that comes with fastgen ({shipped})"
+        raise InputError(f"{folder}: neither a bundle (bundle.json) nor a model folder (model_index.json){names}")
+    labels = parts / "labels.json"
+    return ModelFolder(folder, None, model_kind(parts), read_objects(labels) if labels.is_file() else None, why)
+
+
+def default_model(kind: str, engine: str | None, checkpoint: str | None = None) -> ModelFolder:
+    """The latest run's bundle or model where it is one for requests of this kind, else the shipped one that is.
+
+    Raises InputError when there is neither, and when the latest run has no bundle for an engine that needs one.
+    """
+    if not LATEST.exists():
+        reason = "no runs/latest here"
+    elif (latest := model_kind(latest_run())) == kind:
+        return find_model(latest_model(engine), checkpoint, "the latest run")
+    else:
+        reason = f"the latest run, {latest_run().name}, " + (f"takes {KINDS[latest]}" if latest else "is no model")
+    with located(f"no model given, and {reason}"):
+        return find_model(shipped_model(kind), checkpoint, f"shipped with fastgen; {reason}")

@@ -1,0 +1,193 @@
+"""`fastgen import`: checkpoints that other code trained -> model folders, proved equal to their source by a forward."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastgen.errors import FastgenError, InputError
+from fastgen.files.folders import new_folder
+from fastgen.files.hashes import sha256_file
+from fastgen.models.folder import Model, load_model, save_model
+from fastgen.models.importing.architecture import Architecture, decide
+from fastgen.models.importing.assembly import Ready, Reference, label_model, text_model
+from fastgen.models.importing.schedule import choose_schedule, describe
+from fastgen.models.importing.split import MismatchError
+from fastgen.models.importing.weight_files import Checkpoint, read_checkpoint
+from fastgen.presets import Preset, Sampling, load_preset
+from fastgen.sampling.schedulers import default_name
+
+__all__ = ["Imported", "MismatchError", "import_model"]
+
+TOLERANCE = 1e-5  # relative to the largest output; 0 unless --condition-first changes the order of a convolution's sum
+
+
+@dataclass(frozen=True)
+class Imported:
+    """A model folder that was made. `difference`: the largest one between its UNet and the source's, on the same inputs."""
+
+    folder: Path
+    family: str
+    architecture: str
+    parameters: int  # of the UNet and, in the label family, its conditioner
+    schedule: str
+    sampling: Sampling
+    notes: tuple[str, ...]
+    difference: float
+
+    def lines(self) -> list[str]:
+        """What `fastgen import` prints."""
+        s = self.sampling
+        return [
+            f"family {self.family}: {self.architecture}, {self.parameters / 1e6:.1f} M parameters",
+            f"noise schedule: {self.schedule}",
+            f"sampling unless told otherwise: {s.scheduler}, {s.num_inference_steps} steps, guidance {s.guidance_scale:g}",
+            *(f"note: {note}" for note in self.notes),
+            f"checked: read back, its largest difference from the source network is {self.difference:.3g}",
+            f"model: {self.folder}",
+        ]
+
+
+def import_model(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    preset: str | os.PathLike[str] | None = None,
+    key: str | None = None,
+    schedule: str | None = None,
+    num_train_timesteps: int | None = None,
+    prediction_type: str | None = None,
+    text_encoder: str | None = None,
+    vae: str | None = None,
+    download: bool = False,
+    objects: str | os.PathLike[str] | None = None,
+    conditioner: str | None = None,
+    condition_first: bool = False,
+    allow_pickle: bool = False,
+) -> Imported:
+    """Make a model folder of a UNet that diffusers or plain torch code saved.
+
+    `source`: a folder (config.json and weights), a .safetensors file, or a PyTorch pickle (with `allow_pickle`; `key` names the
+    state dict or the UNet in it). `preset`: a name or TOML file that says the architecture (needed without config.json), and
+    where not given here also the noise schedule, text encoder and VAE. `schedule`: see `importing.schedule.choose_schedule`.
+    Text family: `text_encoder` and `vae` as `PATH_OR_ID[:SUBFOLDER]`; ids are looked for on this machine unless `download`.
+    Label family: `objects` names the labels (by default i-CLEVR's 24); `conditioner` `FILE[:KEY]` holds the Linear on the
+    labels where the source lost it; `condition_first` if its code concatenated the labels before the image.
+
+    Raises InputError for whatever is missing, not named or does not fit, MismatchError (an InputError) key by key where weights
+    do not; FastgenError when the folder read back computes something else than the source. Then nothing is written.
+    """
+    path, folder = Path(source), Path(out)
+    if os.path.lexists(folder):
+        raise InputError(f"{folder}: exists already; choose another --out")
+    chosen = load_preset(preset if isinstance(preset, str) else Path(preset)) if preset is not None else None
+    checkpoint = read_checkpoint(path, key=key, allow_pickle=allow_pickle)
+    architecture = decide(checkpoint.config, chosen, path)
+    scheduler_config = choose_schedule(
+        schedule,
+        chosen.scheduler if chosen else None,
+        family=architecture.family,
+        num_train_timesteps=num_train_timesteps,
+        prediction_type=prediction_type,
+    )
+    if architecture.family == "text":
+        _refuse(architecture, objects=objects, conditioner=conditioner, condition_first=condition_first)
+        ready = text_model(checkpoint, architecture, chosen, text_encoder=text_encoder, vae=vae, download=download)
+    else:
+        _refuse(architecture, text_encoder=text_encoder, vae=vae, download=download)
+        ready = label_model(
+            checkpoint,
+            architecture,
+            chosen,
+            conditioner=conditioner,
+            objects=None if objects is None else Path(objects),
+            condition_first=condition_first,
+            allow_pickle=allow_pickle,
+        )
+        if objects is None:
+            ready.notes.append("its labels are taken to be the 24 objects of i-CLEVR, in their order")
+    ready.model.scheduler_config = scheduler_config
+    ready.model.sampling = _sampling(chosen, scheduler_config, architecture.family)
+    notes = [*checkpoint.notes, *ready.notes]
+    if schedule is None and chosen is not None:
+        notes.append(f"noise schedule as preset {chosen.name} says")
+    difference = _write(ready, folder, _record(checkpoint, architecture, chosen, notes))
+    return _summary(ready.model, folder, architecture, notes, difference)
+
+
+def _refuse(architecture: Architecture, **options: Any) -> None:
+    for name, value in options.items():
+        if value:
+            option = "--" + name.replace("_", "-")
+            raise InputError(f"{option} does not concern a {architecture.class_name}, which {architecture.where} names")
+
+
+def _sampling(preset: Preset | None, scheduler_config: dict[str, Any], family: str) -> Sampling:
+    """The preset's defaults; else what the noise schedule's own class does in 50 steps. Raises InputError if that fails."""
+    from fastgen.sampling.compile import TableCompiler
+
+    guidance = 7.5 if family == "text" else 1.0
+    sampling = preset.sampling if preset else Sampling(default_name(scheduler_config), 50, guidance)
+    TableCompiler(scheduler_config).table(f"{sampling.scheduler}:{sampling.num_inference_steps}")
+    return sampling
+
+
+def _record(
+    checkpoint: Checkpoint, architecture: Architecture, preset: Preset | None, notes: list[str]
+) -> dict[str, Any]:
+    """Where the model came from, for whoever finds its folder."""
+    return {
+        "imported": {
+            "source": checkpoint.path.name,
+            "sha256": {file.name: sha256_file(file) for file in checkpoint.files},
+            "architecture": architecture.where,
+            "preset": preset.name if preset else None,
+            "notes": notes,
+        }
+    }
+
+
+def _write(ready: Ready, folder: Path, record: dict[str, Any]) -> float:
+    """Write the folder under a temporary name, read it back, compare, rename. Returns the largest difference."""
+    with new_folder(folder) as temporary:
+        save_model(ready.model, temporary, record)
+        return _difference(load_model(temporary), ready.model, ready.reference)
+
+
+@torch.no_grad()
+def _difference(loaded: Model, model: Model, reference: Reference) -> float:
+    """The largest difference between the UNets' outputs, (2, C, h, w); the other networks' weights must be equal."""
+    inputs = [
+        torch.from_numpy(x) for x in loaded.signatures()["unet"].sample_inputs(2, np.random.default_rng(0)).values()
+    ]
+    expected, found = reference(*inputs), loaded.networks()["unet"](*inputs)
+    difference = float((found - expected).abs().max())
+    if not difference <= TOLERANCE * max(1.0, float(expected.abs().max())):
+        raise FastgenError(f"the imported UNet differs from its source by {difference:.3g}; nothing was written")
+    for name in ("text_encoder", "vae"):
+        there, here = getattr(loaded, name), getattr(model, name)
+        if here is not None:
+            again = there.state_dict()
+            if not all(torch.equal(value, again[k]) for k, value in here.state_dict().items()):
+                raise FastgenError(f"{name}: read back, its weights differ; nothing was written")
+    return difference
+
+
+def _summary(model: Model, folder: Path, architecture: Architecture, notes: list[str], difference: float) -> Imported:
+    modules = [module for module in (model.unet, model.conditioner) if module is not None]
+    size = next(iter(model.signatures().values())) if model.family == "labels" else model.signatures()["vae_decoder"]
+    return Imported(
+        folder,
+        model.family,
+        f"{architecture.class_name}, {size.outputs[0].shape[-1]} px",
+        sum(p.numel() for module in modules for p in module.parameters()),
+        describe(model.scheduler_config),
+        model.sampling,
+        tuple(notes),
+        difference,
+    )

@@ -1,0 +1,54 @@
+"""Where runs go when nobody says where: runs/<preset>-<time>/, with runs/latest pointing at the newest finished one."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from pathlib import Path
+
+from fastgen.errors import InputError
+from fastgen.files.jsonfiles import read_json
+from fastgen.models.bundle import is_bundle
+
+RUNS = Path("runs")
+LATEST = RUNS / "latest"
+
+
+def new_run(preset: str) -> Path:
+    """A new run's folder, or that of an unfinished run of the same preset, which then continues."""
+    named = re.compile(re.escape(preset) + r"-\d{8}-\d{6}")  # `monsters` must not match `monsters-64-<time>`
+    runs = [f for f in sorted(RUNS.glob("*")) if f.is_dir() and named.fullmatch(f.name)]
+    unfinished = [f for f in runs if _unfinished(f)]
+    return unfinished[-1] if unfinished else RUNS / f"{preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def _unfinished(run: Path) -> bool:
+    record = run / "training.json"
+    return record.is_file() and not read_json(record)["finished"]
+
+
+def set_latest(run: Path) -> None:
+    """Point runs/latest at a run, in one step."""
+    link = RUNS / ".latest"
+    link.unlink(missing_ok=True)
+    link.symlink_to(os.path.relpath(run, RUNS))
+    link.replace(LATEST)
+
+
+def latest_run() -> Path:
+    """The newest finished run. InputError when there is none."""
+    if not LATEST.exists():
+        raise InputError("no model given and no runs/latest here; train one with `fastgen train PRESET --data DATA`")
+    return LATEST.resolve()
+
+
+def latest_model(engine: str | None) -> Path:
+    """What `generate` uses when no model is given: the latest run's bundle, or its model folder for the eager engine."""
+    run = latest_run()
+    bundle = run / "bundle"
+    if engine == "eager" or (engine is None and not is_bundle(bundle)):
+        return run
+    if not is_bundle(bundle):
+        raise InputError(f"{run} has no bundle yet; `fastgen export` makes it")
+    return bundle

@@ -1,0 +1,154 @@
+"""Weights on disk and in memory: reading files of tensors, loading networks strictly, the hash of a module."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastgen.errors import InputError, first_line
+
+PICKLES = (".pth", ".pt", ".ckpt", ".bin")
+LISTED = 10
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
+
+
+def read_state(path: Path, allow_pickle: bool = False) -> Mapping[str, Any]:
+    """Name -> tensor from a .safetensors file, or from a PyTorch pickle with `allow_pickle` (tensors and plain containers
+    only; `torch.save(state_dict)` or `torch.save({"model": state_dict})`), on the CPU.
+
+    Raises InputError for a file that cannot be read, a pickle without permission, and another kind of file.
+    """
+    if path.suffix not in (".safetensors", *PICKLES):
+        raise InputError(f"{path}: expected a .safetensors file or one of {', '.join(PICKLES)}")
+    if not path.is_file():
+        raise InputError(f"{path}: no such file, expected weights")
+    if path.suffix == ".safetensors":
+        return read_safetensors(path)
+    found = unpickle(path, allow_pickle)
+    state = found.get("model", found) if isinstance(found, Mapping) else found
+    if not isinstance(state, Mapping):
+        raise InputError(f'{path}: holds a {type(state).__name__}, expected {{"model": state_dict}}')
+    return state
+
+
+def load_state(module: nn.Module, state: Mapping[str, Any], path: Path, kind: str) -> None:
+    """Load weights that fit exactly; else InputError that names the ones that are missing, unexpected, of the wrong shape
+    or not finite, one by one, the first ten. `kind` says what the module is."""
+    wrong = _mismatches(module.state_dict(), state)
+    if wrong:
+        first = f" (the first {LISTED} listed)" if len(wrong) > LISTED else ""
+        raise InputError(f"{path}: {len(wrong)} weights do not match {kind}{first}: {'; '.join(wrong[:LISTED])}")
+    module.load_state_dict(state)
+
+
+def pretrained(
+    cls: Any, source: str | Path, where: str, may_ignore: Callable[[str], bool] = lambda key: False, **options: Any
+) -> Any:
+    """The network that `cls.from_pretrained(source, **options)` loads, float32, in eval mode.
+
+    Raises InputError, which begins with `where`, for what cannot be read and for weights that are missing, unexpected (unless
+    `may_ignore(key)`) or of another shape: `from_pretrained` warns about these and goes on with random values.
+    """
+    from safetensors import SafetensorError
+
+    options = {"use_safetensors": True, "torch_dtype": torch.float32, "ignore_mismatched_sizes": True, **options}
+    try:
+        module, info = cls.from_pretrained(source, output_loading_info=True, **options)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+        raise InputError(f"{where}: cannot be loaded as a {cls.__name__}: {first_line(error)}") from None
+    unexpected = [key for key in info["unexpected_keys"] if not may_ignore(key)]
+    wrong = sorted(map(str, (*info["missing_keys"], *info["mismatched_keys"], *unexpected)))
+    wrong = [key for key in wrong if not key.endswith("position_ids")]
+    if wrong:
+        raise InputError(f"{where}: {len(wrong)} weights do not match {cls.__name__}, the first {wrong[0]}")
+    return module.eval()
+
+
+def pretrained_tokenizer(source: str | Path, where: str, **options: Any) -> Any:
+    """The CLIPTokenizer in `source`. Raises InputError, which begins with `where`; `from_pretrained` makes an empty one of a
+    folder without files."""
+    from transformers import CLIPTokenizer
+
+    folder = Path(source, options.get("subfolder", ""))
+    if Path(source).is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise InputError(f"{where}: its tokenizer is missing: {' or '.join(TOKENIZER_FILES)}")
+    try:
+        return CLIPTokenizer.from_pretrained(source, **options)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{where}: its tokenizer cannot be read: {first_line(error)}") from None
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Without transformers' warnings and progress bars: what they warn about becomes an error of `pretrained`."""
+    from transformers.utils import logging
+
+    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()
+
+
+def weights_hash(module: nn.Module) -> str:
+    """SHA-256 over the names, shapes, dtypes and values of a module's weights."""
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        array = value.detach().cpu().contiguous().numpy()
+        digest.update(f"{name} {array.dtype} {array.shape}".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """Name -> tensor, on the CPU. Raises InputError for a file that cannot be read."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: not a readable safetensors file: {error}") from None
+
+
+def unpickle(path: Path, allow_pickle: bool) -> Any:
+    """What `torch.save` wrote, tensors and plain containers only, on the CPU. Raises InputError for a file that holds more,
+    that cannot be read, and without permission."""
+    import pickle
+
+    if not allow_pickle:
+        raise InputError(f"{path}: is a PyTorch pickle; if you trust where it came from, read it with --allow-pickle")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise InputError(
+            f"{path}: refused: it is damaged or holds more than tensors and plain containers, such as a whole module; "
+            "save its state dict alone: torch.save(module.state_dict(), FILE)"
+        ) from None
+    except Exception as error:  # damaged pickles raise anything: https://docs.python.org/3/library/pickle.html
+        raise InputError(f"{path}: not a readable PyTorch checkpoint ({type(error).__name__})") from None
+
+
+def _mismatches(expected: Mapping[str, Tensor], found: Mapping[str, Any]) -> list[str]:
+    wrong = []
+    for key, tensor in expected.items():
+        value = found.get(key)
+        if value is None:
+            wrong.append(f"{key} is missing")
+        elif not isinstance(value, Tensor):
+            wrong.append(f"{key} is a {type(value).__name__}, expected a tensor")
+        elif value.shape != tensor.shape:
+            wrong.append(f"{key} is {tuple(value.shape)}, expected {tuple(tensor.shape)}")
+        elif not torch.isfinite(value).all():
+            wrong.append(f"{key} holds NaN or infinity")
+    return wrong + [f"{key} is unexpected" for key in found if key not in expected]

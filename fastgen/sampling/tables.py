@@ -1,0 +1,186 @@
+"""Solver tables: what a sampler is once it has been compiled, and the file that keeps many of them. NumPy only."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import zipfile
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastgen.errors import InputError
+from fastgen.files.installing import hint
+
+FORMAT = 1
+COLUMNS = ("timesteps", "scale", "p", "q", "r", "x0_p", "x0_q", "a", "d", "c", "streams")
+META = ("name", "num_inference_steps", "noise_steps", "prediction_type", "basis", "clip", "init_alpha", "init_sigma")
+
+
+@dataclass(frozen=True, eq=False)
+class SolverTable:
+    """A sampler as numbers: row i is the i-th network evaluation, R in all; arrays are float64 (R,) unless noted.
+
+    With x the state, net = network(scale * x, timesteps) and m the newest H predictions, m[0] this row's:
+
+        x0 = clip(x0_p * x + x0_q * net)            only when `clip` is set, to [-clip, clip]
+        m[0] = p * x + q * net + r * x0
+        x <- a * x + sum_h b[h] * m[h] + d * x0 + c * z
+
+    z is noise of stream `streams[i]` (int64: 1 + the row's index in the full schedule). A run starts from
+    `init_alpha * clean + init_sigma * noise`; a full start has init_alpha 0. `basis` says what m[0] is: "net" the
+    network's output, "solver" the scheduler's own conversion of it (to clean sample or noise), "x0" the clean sample,
+    "eps" the noise up to a factor. Raises InputError if the arrays do not fit together or are not finite.
+    """
+
+    timesteps: np.ndarray
+    scale: np.ndarray
+    p: np.ndarray
+    q: np.ndarray
+    r: np.ndarray
+    x0_p: np.ndarray
+    x0_q: np.ndarray
+    a: np.ndarray
+    b: np.ndarray  # (R, H)
+    d: np.ndarray
+    c: np.ndarray
+    streams: np.ndarray  # (R,) int64
+    clip: float | None
+    init_alpha: float
+    init_sigma: float
+    name: str
+    num_inference_steps: int
+    noise_steps: int | None
+    prediction_type: str
+    basis: str
+
+    def __post_init__(self) -> None:
+        rows = len(self.timesteps)
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not isinstance(value, np.ndarray):
+                continue
+            if value.shape[:1] != (rows,) or value.ndim != (2 if field.name == "b" else 1):
+                raise InputError(
+                    f"solver table {self.name}: {field.name} has shape {value.shape}, expected {rows} rows"
+                )
+            if not np.isfinite(value).all():
+                raise InputError(f"solver table {self.name}: {field.name} is not finite")
+            value.setflags(write=False)
+
+    def __len__(self) -> int:
+        """Network evaluations R."""
+        return len(self.timesteps)
+
+    @property
+    def depth(self) -> int:
+        """H, how many predictions a step uses, the newest included."""
+        return self.b.shape[1]
+
+    @property
+    def key(self) -> str:
+        return format_key(self.name, self.num_inference_steps, self.noise_steps)
+
+
+def format_key(name: str, num_inference_steps: int, noise_steps: int | None = None) -> str:
+    """`NAME:STEPS` or `NAME:STEPS:NOISE_STEPS`."""
+    return f"{name}:{num_inference_steps}" + ("" if noise_steps is None else f":{noise_steps}")
+
+
+def parse_key(key: str) -> tuple[str, int, int | None]:
+    """`NAME:STEPS[:NOISE_STEPS]` -> (name, num_inference_steps, noise_steps or None). Raises InputError."""
+    name, *numbers = key.split(":")
+    if not name or len(numbers) not in (1, 2) or not all(n.isascii() and n.isdigit() and int(n) > 0 for n in numbers):
+        raise InputError(f"solver {key!r} is not NAME:STEPS[:NOISE_STEPS], for example ddim:50 or ddim:50:30")
+    steps, noise_steps = int(numbers[0]), int(numbers[1]) if len(numbers) == 2 else None
+    if noise_steps is not None and noise_steps > steps:
+        raise InputError(f"solver {key!r}: {noise_steps} noise steps of {steps}, expected 1 to {steps}")
+    return name, steps, noise_steps
+
+
+def nearest_key(key: str, keys: Iterable[str]) -> str | None:
+    """The key of the same solver with the nearest number of steps, else of the solver with the nearest name."""
+    name, steps, noise_steps = parse_key(key)
+    parsed = [(parse_key(other), other) for other in keys]
+    names = difflib.get_close_matches(name, {other_name for (other_name, _, _), _ in parsed}, n=1, cutoff=0)
+    if not names:
+        return None
+
+    def distance(other: tuple[str, int, int | None]) -> tuple[bool, int, int]:
+        return (
+            (other[2] is None) != (noise_steps is None),
+            abs(other[1] - steps),
+            abs((other[2] or 0) - (noise_steps or 0)),
+        )
+
+    return min((distance(other), text) for other, text in parsed if other[0] == names[0])[1]
+
+
+def save_tables(path: str | Path, tables: Mapping[str, SolverTable]) -> None:
+    """Write tables, by key, as one compressed .npz without pickle: an array per solver name and a JSON index."""
+    index: dict[str, list] = {}
+    groups: dict[str, list[np.ndarray]] = {}
+    for key, table in tables.items():
+        group = groups.setdefault(parse_key(key)[0], [])
+        matrix = np.concatenate([np.stack([getattr(table, column) for column in COLUMNS]), table.b.T])  # (11 + H, R)
+        index[key] = [sum(map(len, group)), *matrix.shape, [getattr(table, name) for name in META]]
+        group.append(matrix.astype("<f8").ravel())
+    header = json.dumps({"format": FORMAT, "tables": index}, separators=(",", ":"))
+    arrays = {f"solver_{name}": np.concatenate(group) for name, group in groups.items()}
+    temporary = Path(f"{path}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            np.savez_compressed(file, index=np.frombuffer(header.encode(), np.uint8), **arrays)  # type: ignore[arg-type]
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class TableStore:
+    """The tables of one file by key; a table is read when it is asked for. Raises InputError for a damaged file."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        header = json.loads(self._read("index").tobytes())
+        if header["format"] != FORMAT:
+            raise InputError(f"{self.path}: solver tables of format {header['format']}, expected {FORMAT}")
+        self._index: dict[str, list] = header["tables"]
+
+    def names(self) -> list[str]:
+        """The stored keys."""
+        return list(self._index)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._index
+
+    def get(self, key: str) -> SolverTable:
+        """The table stored under `key`. Raises InputError, naming the nearest key, if there is none."""
+        if key not in self._index:
+            nearest = nearest_key(key, self._index)
+            raise InputError(
+                f"solver {key} is not stored in {self.path} (nearest: {nearest or 'none'}); export it with `--solver {key}`, "
+                f"or install diffusers, which compiles it: {hint('train')}"
+            )
+        offset, height, rows, meta = self._index[key]
+        values = self._read(f"solver_{parse_key(key)[0]}")[offset : offset + height * rows]
+        if values.size != height * rows:
+            raise InputError(f"{self.path}: the table {key!r} is cut off; export the bundle again")
+        matrix = values.reshape(height, rows).astype(np.float64)
+        columns: dict[str, Any] = dict(zip(COLUMNS, matrix, strict=False))
+        columns["streams"] = columns["streams"].astype(np.int64)
+        return SolverTable(**columns, b=matrix[len(COLUMNS) :].T.copy(), **dict(zip(META, meta, strict=True)))
+
+    def _read(self, member: str) -> np.ndarray:
+        try:
+            with np.load(self.path, allow_pickle=False) as archive:
+                values = archive[member]
+            if not isinstance(values, np.ndarray):
+                raise ValueError(f"{member} is not an array")
+            return values
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise InputError(f"{self.path}: cannot read solver tables ({error}); export the bundle again") from error

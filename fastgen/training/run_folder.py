@@ -1,0 +1,155 @@
+"""A training job and its folder: claiming the folder, the model written before and after training, the finished mark."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fastgen.errors import InputError
+from fastgen.files.folders import new_folder, scratch_folder, sync_tree
+from fastgen.files.jsonfiles import read_json, write_json
+from fastgen.models import checkpoints
+from fastgen.models.checkpoint_choice import OUTLINE
+from fastgen.models.checkpoints import Checkpoint
+from fastgen.presets import Preset
+from fastgen.training.autocast import choose
+from fastgen.training.logs import Tracker, TrainingLog, say
+from fastgen.training.processes import Processes
+from fastgen.training.trainer import Run
+
+FILE = "training.json"
+# Keys of a recipe that do not change the trained weights: they may differ when a job continues.
+OPERATIONAL = (
+    "checkpoint_every",
+    "checkpoint_every_epochs",
+    "checkpoint_limit",
+    "preview_every",
+    "preview_every_epochs",
+    "accumulation",
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A preset, a dataset and the folder they are trained into."""
+
+    folder: Path
+    identity: Mapping[str, Any]
+    device: str | None = None
+    progress: bool = True
+    processes: Processes = field(default_factory=Processes)
+    tracker: Tracker | None = None
+    resume: Path | None = None  # a checkpoint of another run to begin at
+
+    @property
+    def finished(self) -> bool:
+        return bool(read_json(self.folder / FILE)["finished"])
+
+    @property
+    def log(self) -> TrainingLog:
+        return TrainingLog(self.folder / "log.jsonl", self.tracker)
+
+    def run(self, stage: str, precision: str) -> Run:
+        """The folders, the device and the precision for the training of `stage`."""
+        text = json.dumps(self.identity, sort_keys=True)
+        return Run(
+            checkpoints=self.folder / "checkpoints" / stage,
+            previews=self.folder / "previews",
+            log=self.log,
+            precision=choose(precision, self.device),
+            job=hashlib.sha256(text.encode()).hexdigest(),
+            progress=self.progress,
+            processes=self.processes,
+            resume=None if self.resume is None else _resumed(self.resume, stage),
+        )
+
+    def outline(self, write: Callable[[Path], None]) -> None:
+        """Put the model folder that `write(folder)` writes, without trained weights, among the checkpoints, so that they can
+        be used before training is finished."""
+        target = self.folder / "checkpoints" / OUTLINE
+        if not self.processes.is_main or target.exists():
+            return
+        with new_folder(target, alone=True) as folder:
+            write(folder)
+
+    def finish(self, write: Callable[[Path], None]) -> None:
+        """Put what `write(folder)` writes into the job's folder, each entry complete, and mark the job finished."""
+        if not self.processes.is_main:
+            return
+        with scratch_folder(self.folder / "model") as temporary:
+            write(temporary)
+            sync_tree(temporary)
+            for entry in sorted(temporary.iterdir(), key=lambda e: e.is_file()):  # model_index.json after the weights
+                target = self.folder / entry.name
+                if target.is_dir():
+                    shutil.rmtree(target)
+                os.replace(entry, target)
+        write_json(self.folder / FILE, {"finished": True, **self.identity})
+        shutil.rmtree(self.folder / "checkpoints" / OUTLINE, ignore_errors=True)
+
+
+def open_job(folder: Path, preset: Preset, fingerprint: str, **settings: Any) -> Job:
+    """Claim an empty folder for a job, or return to the job that was begun there. `settings`: further fields of Job.
+
+    Raises InputError when the folder holds something else, or the job of another preset or other data; it names the
+    first difference.
+    """
+    identity = {"preset": _plain(preset), "data": fingerprint}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        occupied = any(folder.iterdir())
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be used as the output folder: {error.strerror}") from None
+    if (folder / FILE).exists():
+        _compare(folder, read_json(folder / FILE), identity)
+    elif occupied:
+        raise InputError(f"{folder}: is not empty and holds no training job; choose another --out")
+    else:
+        write_json(folder / FILE, {"finished": False, **identity})
+    for leftover in folder.glob(".tmp-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    return Job(folder, identity, **settings)
+
+
+def _resumed(checkpoint: Path, stage: str) -> Checkpoint | None:
+    """Where a stage begins that follows another run's checkpoint, RUN/checkpoints/STAGE/step-NNNNNN: at it, or, if it belongs
+    to a later stage, at the end of that run's same stage."""
+    if checkpoint.parent.name == stage:
+        return checkpoints.read(checkpoint)
+    return checkpoints.latest(checkpoint.parent.parent / stage, say)
+
+
+def _plain(preset: Preset) -> dict[str, Any]:
+    values = json.loads(json.dumps(dataclasses.asdict(preset)))
+    del values["preview"]
+    for part in values.values():
+        for key in OPERATIONAL:
+            if isinstance(part, dict) and part.get("train"):
+                part["train"].pop(key, None)
+    return values
+
+
+def _compare(folder: Path, recorded: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+    there, here = (dict(flat(job.get("preset", {}))) for job in (recorded, identity))
+    for key in sorted(there.keys() | here.keys()):
+        if there.get(key) != here.get(key):
+            what = f"{key} = {there.get(key)!r} there and {here.get(key)!r} here"
+            raise InputError(f"{folder}: holds another job ({what}); continue that one, or choose another --out")
+    if recorded.get("data") != identity["data"]:
+        raise InputError(f"{folder}: holds a job on other data; continue with that data, or choose another --out")
+
+
+def flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested tables as pairs of dotted key and value."""
+    if isinstance(value, Mapping) and value:
+        for key, inner in value.items():
+            yield from flat(inner, f"{prefix}.{key}" if prefix else key)
+    else:
+        yield prefix, value

@@ -1,0 +1,217 @@
+"""Engine openvino: rewritten graphs compute what PyTorch computes, and compiled ones come back from the cache unchanged."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+openvino = pytest.importorskip("openvino")
+pytest.importorskip("onnxscript")
+
+from torch import nn  # noqa: E402
+
+from export.onnx import export_onnx  # noqa: E402
+from export.rewrite import SubpixelUpsample  # noqa: E402
+from fastgen.engines import base  # noqa: E402
+from fastgen.engines.cache.artifacts import artifacts  # noqa: E402
+from fastgen.engines.openvino import engine as module  # noqa: E402
+from fastgen.engines.openvino import rewrites  # noqa: E402
+from fastgen.generate.pipeline import load  # noqa: E402
+from fastgen.models.bundle import read_bundle  # noqa: E402
+from fastgen.models.folder import load_model  # noqa: E402
+from fastgen.models.signatures import Signature, Tensor  # noqa: E402
+
+HALF = 64  # height and width of the images that are normalised channels last
+
+
+def exported(network, shape, out, tmp_path):
+    """The network on (B, *shape) -> (B, *out) as an OpenVINO graph of one row."""
+    signature = Signature((Tensor("x", "float32", ("batch", *shape)),), (Tensor("y", "float32", ("batch", *out)),))
+    export_onnx(network.eval(), signature, tmp_path / "model.onnx")
+    model = openvino.Core().read_model(tmp_path / "model.onnx")
+    model.reshape([1, *shape])
+    return model
+
+
+def operators(model):
+    return {node.get_type_name() for node in model.get_ops()}
+
+
+def infer(model, x, dtype="f32"):
+    compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": dtype})
+    return compiled(x)[0]
+
+
+@pytest.fixture
+def engine(text_bundle, monkeypatch, tmp_path):
+    """Opens engine openvino on an empty cache."""
+    monkeypatch.setenv("FASTGEN_CACHE", str(tmp_path / "cache"))
+    return lambda **options: load(text_bundle, "openvino", **options)
+
+
+def guided_inputs(pipeline, batch):
+    inputs = list(pipeline.spec.signatures["unet"].sample_inputs(2 * batch, np.random.default_rng(batch)).values())
+    timestep = np.linspace(0, 999, batch).round().astype(np.float32)
+    return inputs[0][:batch], timestep, inputs[2]
+
+
+class Normalised(nn.Module):
+    """What follows a group normalisation, and comes before it, in diffusers' blocks."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm, self.before, self.after = nn.GroupNorm(8, 32, eps=1e-6), nn.Conv2d(3, 32, 1), nn.Conv2d(32, 4, 1)
+        nn.init.normal_(self.norm.weight)
+        nn.init.normal_(self.norm.bias)
+
+    def forward(self, x):
+        return self.after(nn.functional.silu(self.norm(self.before(x))))
+
+
+@pytest.mark.parametrize("offset", [0.0, 30.0])
+def test_group_norms_of_large_images_from_channel_moments_are_torchs(offset, tmp_path):
+    network = Normalised()
+    nn.init.constant_(network.before.bias, offset)  # far from zero, a variance from squares would be lost
+    model = exported(network, (3, HALF, HALF), (4, HALF, HALF), tmp_path)
+    rewrites.normalise_channels_last(model)
+    assert "MVN" not in operators(model)
+    x = torch.randn(1, 3, HALF, HALF)
+    with torch.inference_mode():
+        expected = network(x).numpy()
+    assert np.abs(infer(model, x.numpy()) - expected).max() < 1e-3
+
+
+def test_group_norms_of_small_images_stay_as_they_are(tmp_path):
+    model = exported(Normalised(), (3, 16, 16), (4, 16, 16), tmp_path)
+    rewrites.normalise_channels_last(model)
+    assert "MVN" in operators(model)
+
+
+@pytest.mark.parametrize("network", ["unet", "vae_decoder"])
+def test_every_group_norm_of_an_exported_network_is_recognised(text_model, text_bundle, network):
+    """What the rewrites match is what export writes: an exporter that writes something else must not pass unnoticed."""
+    signature = read_bundle(text_bundle).spec.signatures[network]
+    model = openvino.Core().read_model(text_bundle / network / "model.onnx")
+    model.reshape({t.name: t.with_batch(2) for t in signature.inputs})
+    modules = load_model(text_model).networks()[network].named_modules()
+    norms = [name for name, one in modules if isinstance(one, nn.GroupNorm) and ".encoder." not in name]
+    of_pixels = [
+        name for name in norms if not name.endswith(".group_norm")
+    ]  # the VAE's attention has its own on (B, C, N)
+    assert len(of_pixels) > 3
+    assert len(list(rewrites._group_norms(model))) == len(of_pixels)
+
+
+def test_subpixel_upsampling_interleaves_whole_pixels(tmp_path):
+    torch.manual_seed(0)
+    conv = nn.Conv2d(6, 4, 3, padding=1)
+    model = exported(SubpixelUpsample(conv), (6, 5, 8), (4, 10, 16), tmp_path)
+    rewrites.interleave_channels_last(model)
+    (shuffle,) = [node for node in model.get_ops() if node.get_type_name() == "DepthToSpace" and _is_used(node)]
+    assert shuffle.get_attributes()["mode"].lower() == "blocks_first"
+    x = torch.randn(1, 6, 5, 8)
+    with torch.inference_mode():
+        expected = conv(nn.functional.interpolate(x, scale_factor=2.0, mode="nearest")).numpy()
+    assert np.abs(infer(model, x.numpy()) - expected).max() < 1e-5
+
+
+def _is_used(node):
+    return bool(node.output(0).get_target_inputs())
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 4])
+@pytest.mark.parametrize("kind", ["text", "labels"])
+def test_a_guided_batch_is_what_two_batches_would_be(request, kind, batch):
+    bundle = request.getfixturevalue("text_bundle" if kind == "text" else "label_bundle")
+    pipeline = load(bundle, "openvino", dtype="fp32", threads=2)
+    inputs = guided_inputs(pipeline, batch)
+    found, expected = pipeline.engine.run_guided(*inputs), base.Engine.run_guided(pipeline.engine, *inputs)
+    assert found.shape == expected.shape
+    assert np.abs(expected[:batch] - expected[batch:]).max() > 1e-3  # the conditions differ, and matter
+    assert np.abs(found - expected).max() < 1e-5
+
+
+def test_a_guided_batch_computes_once_what_the_condition_does_not_reach(text_bundle):
+    model = openvino.Core().read_model(text_bundle / "unet/model.onnx")
+    assert rewrites.share_rows(model)
+    names = [p.get_friendly_name() for p in model.get_parameters()]
+    signature = load(text_bundle, "openvino").spec.signatures["unet"]
+    model.reshape({t.name: t.with_batch(6 if t.name == names[2] else 3) for t in signature.inputs})
+    rows = [n.get_output_shape(0)[0] for n in model.get_ordered_ops() if n.get_type_name() == "Convolution"]
+    assert rows[0] == 3
+    assert rows[-1] == 6
+    assert model.outputs[0].get_shape()[0] == 6
+
+
+def test_a_graph_that_takes_shapes_from_its_sample_is_left_alone():
+    from openvino import opset13 as op
+
+    sample, timestep, cond = (op.parameter([-1, n], np.float32) for n in (8, 1, 8))
+    joined = op.add(op.reshape(cond, op.shape_of(sample), False), timestep)
+    model = openvino.Model([op.multiply(joined, sample)], [sample, timestep, cond], "m")
+    before = len(model.get_ops())
+    assert not rewrites.share_rows(model)
+    assert len(model.get_ops()) == before
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_compiled_network_from_the_cache_makes_the_same_bytes(engine, dtype, monkeypatch):
+    if dtype == "bf16" and "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        pytest.skip("this CPU has no bf16")
+
+    def images():
+        made = engine(dtype=dtype).generate(["A red dragon.", "A blue slime."], seeds=[0, 1], num_inference_steps=2)
+        return [image.tobytes() for image in made]
+
+    fresh = images()
+    monkeypatch.setattr(module.Engine, "_compiled", lambda *_: pytest.fail("compiled again"))
+    assert images() == fresh
+    kept = {(a.recipe.fields["network"], a.recipe.fields["guided"]) for a in artifacts("openvino")}
+    assert kept == {("text_encoder", False), ("unet", True), ("vae_decoder", False)}
+
+
+def test_the_cache_does_not_repeat_the_weights(engine, text_bundle):
+    pipeline = engine(dtype="fp32")
+    pipeline.engine.run_guided(*guided_inputs(pipeline, 2))
+    (kept,) = artifacts("openvino")
+    assert kept.bytes < (text_bundle / "unet/model.onnx.data").stat().st_size
+
+
+def test_a_damaged_compiled_network_is_compiled_again_and_that_is_said(engine, capsys):
+    first = engine(dtype="fp32")
+    inputs = guided_inputs(first, 1)
+    expected = first.engine.run_guided(*inputs)
+    (kept,) = artifacts("openvino")
+    file = kept.folder / module.NETWORK
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    assert capsys.readouterr().err == ""  # a small network compiles unannounced
+    assert np.array_equal(engine(dtype="fp32").engine.run_guided(*inputs), expected)
+    assert "altered or damaged" in capsys.readouterr().err
+
+
+def test_compiling_a_large_network_is_announced(engine, capsys, monkeypatch):
+    monkeypatch.setattr(module, "ANNOUNCED", 0)
+    pipeline = engine(dtype="fp32")
+    pipeline.engine.run_guided(*guided_inputs(pipeline, 1))
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == "building openvino: unet, batch 1, fp32"
+    assert second.startswith("built openvino: unet, batch 1, fp32 in ")
+
+
+def test_other_threads_and_weights_have_another_address(engine, label_bundle, text_bundle):
+    recipes = [
+        engine(dtype="fp32").engine.recipe("unet", 2),
+        engine(dtype="fp32", threads=1).engine.recipe("unet", 2),
+        engine(dtype="fp32").engine.recipe("unet", 4),
+        load(label_bundle, "openvino", dtype="fp32").engine.recipe("unet", 2),
+    ]
+    assert len({recipe.digest for recipe in recipes}) == len(recipes)
+    assert engine(dtype="fp32").engine.recipe("unet", 2) == recipes[0]
+
+
+def test_the_text_encoder_is_executed_in_fp32(engine):
+    assert engine().engine.executed("text_encoder") == "fp32"

@@ -1,0 +1,143 @@
+"""A bundle is read only when it is whole, and hands out the solver tables that were stored."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+
+import numpy as np
+import pytest
+
+from fastgen.errors import InputError
+from fastgen.generate.pipeline import load
+from fastgen.models.bundle import is_bundle, read_bundle
+from fastgen.sampling.compile import TableCompiler
+
+FILES = ["unet/model.onnx", "text_encoder/model.onnx", "vae_decoder/model.onnx"]
+FILES += ["scheduler/tables.npz", "tokenizer/tokenizer.json", "model_index.json"]
+
+
+@pytest.fixture
+def copy(text_bundle, tmp_path):
+    return shutil.copytree(text_bundle, tmp_path / "bundle")
+
+
+def edit(bundle, **changes):
+    manifest = json.loads((bundle / "bundle.json").read_text())
+    (bundle / "bundle.json").write_text(json.dumps(manifest | changes))
+
+
+def test_a_bundle_says_what_its_model_folder_says(text_bundle, text_model, label_bundle, label_model):
+    from fastgen.models.folder import load_model
+
+    for bundle, model in ((text_bundle, text_model), (label_bundle, label_model)):
+        assert is_bundle(bundle)
+        assert not is_bundle(model)
+        found, expected = read_bundle(bundle).spec, load_model(model).spec
+        assert found == expected
+        assert (found.latent_shape, found.image_size) == (expected.latent_shape, expected.image_size)
+    assert read_bundle(text_bundle).spec.latent_shape == (4, 8, 8)
+    assert read_bundle(text_bundle).spec.image_size == 32
+    assert read_bundle(label_bundle).spec.image_size == 16
+
+
+@pytest.mark.parametrize("name", [*FILES, "unet/model.onnx.data"])
+def test_one_flipped_bit_is_found_before_anything_runs(copy, name):
+    if not (copy / name).exists():
+        pytest.skip("the weights are inside the graphs")
+    data = bytearray((copy / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (copy / name).write_bytes(data)
+    with pytest.raises(InputError, match=rf"{name}: sha256 differs"):
+        load(copy, "ort")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_truncated_file_is_named_with_both_sizes(copy, name):
+    size = (copy / name).stat().st_size
+    with (copy / name).open("r+b") as file:
+        file.truncate(size - 1)
+    with pytest.raises(InputError, match=rf"{name}: {size - 1} bytes, bundle.json says {size}"):
+        load(copy, "ort")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_missing_file_is_named(copy, name):
+    (copy / name).unlink()
+    with pytest.raises(InputError, match=rf"{name}: No such file"):
+        load(copy, "ort")
+
+
+def test_a_file_that_bundle_json_does_not_list_is_not_used(copy):
+    (copy / "extra.onnx").write_bytes(b"")
+    with pytest.raises(InputError, match=r"extra\.onnx is not listed"):
+        read_bundle(copy).file("extra.onnx")
+
+
+@pytest.mark.parametrize("version", [0, 2, "1", None, [1]])
+def test_a_foreign_format_version_is_named(copy, version):
+    edit(copy, format_version=version)
+    with pytest.raises(InputError, match=r"format_version is .*, this fastgen reads 1"):
+        read_bundle(copy)
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"signatures": None}, "signatures"),
+        ({"signatures": {}}, "signatures"),
+        ({"signatures": {"unet": {"inputs": [], "outputs": 3}}}, "signatures"),
+        ({"sampling": {"scheduler": "ddim", "steps": 3}}, "sampling"),
+        ({"sampling": {"scheduler": "ddim", "num_inference_steps": 0}}, "num_inference_steps"),
+        ({"files": ["unet/model.onnx"]}, "files"),
+        ({"files": {"unet/model.onnx": {"bytes": "many"}}}, "files"),
+        ({"family": "video"}, "family"),
+        ({"family": ["text"]}, "family"),
+        ({"family": "labels"}, "signatures"),
+        ({"scaling_factor": "x"}, "scaling_factor"),
+    ],
+)
+def test_a_malformed_field_is_named_in_one_line(copy, changes, field):
+    edit(copy, **changes)
+    with pytest.raises(InputError, match=rf"bundle\.json: .*{field}") as error:
+        read_bundle(copy)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "3", "{", '{"format_version": 1', '{"format_version": 1}'])
+def test_a_bundle_json_that_is_none_is_one_line(copy, content):
+    (copy / "bundle.json").write_text(content)
+    with pytest.raises(InputError, match=r"bundle\.json") as error:
+        read_bundle(copy)
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_without_bundle_json_says_how_to_make_one(tmp_path):
+    with pytest.raises(InputError, match=r"not a bundle .* `fastgen export MODEL --out BUNDLE`"):
+        read_bundle(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["ddim:5", "ddpm:1000", "pndm:20", "dpmpp-2m:10", "unipc:20", "heun:5"])
+def test_stored_solver_tables_are_those_that_the_scheduler_compiles_to(label_bundle, key):
+    bundle = read_bundle(label_bundle)
+    assert key in bundle.solver_keys()
+    stored, compiled = bundle.table(key), TableCompiler(bundle.spec.scheduler_config).table(key)
+    assert stored.key == compiled.key
+    for column in ("timesteps", "scale", "p", "q", "a", "b", "c", "d", "streams"):
+        assert np.array_equal(getattr(stored, column), getattr(compiled, column)), column
+
+
+def test_a_table_that_is_not_stored_is_compiled_where_diffusers_is_installed(text_bundle):
+    bundle = read_bundle(text_bundle)
+    assert "ddim:7" not in bundle.solver_keys()
+    assert len(bundle.table("ddim:7")) == 7
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"), [("ddim:7", "ddim:5"), ("unipcs:20", "unipc:20"), ("dpmpp2m:9", "dpmpp-2m:10")]
+)
+def test_without_diffusers_the_nearest_stored_table_is_named(text_bundle, monkeypatch, key, nearest):
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    with pytest.raises(InputError, match=rf"{key} is not stored .*nearest: {nearest}\).*--solver {key}.*pip install"):
+        read_bundle(text_bundle).table(key)

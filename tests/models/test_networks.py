@@ -1,0 +1,147 @@
+"""Model folders: what is saved loads again, here and in diffusers; what does not fit is one clear line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from fastgen.errors import InputError
+from fastgen.models.folder import LabelConditioner, LabelUNet, load_model, save_model
+
+
+def outputs(model, seed=0):
+    """Every network's outputs on its signature's sample inputs."""
+    import numpy as np
+
+    found = {}
+    for name, module in model.networks().items():
+        inputs = model.signatures()[name].sample_inputs(2, np.random.default_rng(seed))
+        with torch.no_grad():
+            result = module(*[torch.from_numpy(value) for value in inputs.values()])
+        found[name] = result if isinstance(result, tuple) else (result,)
+    return found
+
+
+@pytest.mark.parametrize("family", ["text_model", "label_model"])
+def test_a_saved_model_computes_the_same_after_loading(family, request, tmp_path):
+    model = load_model(request.getfixturevalue(family))
+    save_model(model, tmp_path / "copy")
+    for (name, first), second in zip(
+        outputs(model).items(), outputs(load_model(tmp_path / "copy")).values(), strict=True
+    ):
+        for a, b in zip(first, second, strict=True):
+            assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("family", ["text_model", "label_model"])
+def test_outputs_have_the_shapes_of_their_signature(family, request):
+    model = load_model(request.getfixturevalue(family))
+    for name, found in outputs(model).items():
+        expected = [tensor.with_batch(2) for tensor in model.signatures()[name].outputs]
+        assert [tuple(y.shape) for y in found] == expected
+
+
+def test_text_encoder_weights_keep_the_prefix_that_transformers_4_needs(text_model):
+    keys = load_file(text_model / "text_encoder" / "model.safetensors").keys()
+    assert keys
+    assert all(key.startswith("text_model.") for key in keys)
+    vocabulary = json.loads((text_model / "tokenizer" / "vocab.json").read_text())
+    merges = (text_model / "tokenizer" / "merges.txt").read_text().splitlines()
+    assert "<|endoftext|>" in vocabulary
+    assert merges[0].startswith("#version")
+
+
+def test_the_concat_conditioner_feeds_the_labels_as_channels():
+    from diffusers import UNet2DModel
+
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=8,
+        in_channels=3 + 5,
+        out_channels=3,
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+    ).eval()
+    conditioner = LabelConditioner("concat", num_labels=4, dim=5)
+    x, t, labels = torch.randn(2, 3, 8, 8), torch.tensor([3.0, 900.0]), torch.eye(4)[:2]
+    with torch.no_grad():
+        found = LabelUNet(unet, conditioner)(x, t, labels)
+        planes = conditioner.embed(labels)[:, :, None, None] * torch.ones(2, 5, 8, 8)
+        expected = unet(torch.cat([x, planes], 1), t).sample
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "named"),
+    [
+        ("unet/diffusion_pytorch_model.safetensors", "truncate", "unet"),
+        ("conditioner/model.safetensors", "truncate", "conditioner"),
+        ("conditioner/model.safetensors", "reshape", "conditioner"),
+        ("unet/diffusion_pytorch_model.safetensors", "drop", "weights do not match"),
+        ("unet/config.json", "remove", "config.json is missing"),
+        ("fastgen.json", "empty", "sampling: malformed"),
+        ("labels.json", "empty", "labels.json"),
+        ("model_index.json", "remove", "not a model folder"),
+    ],
+)
+def test_a_damaged_model_folder_is_one_clear_line(label_model, tmp_path, file, damage, named):
+    folder = tmp_path / "model"
+    shutil.copytree(label_model, folder)
+    path = folder / file
+    if damage == "truncate":
+        path.write_bytes(path.read_bytes()[:-100])
+    elif damage == "remove":
+        path.unlink()
+    elif damage == "empty":
+        path.write_text("{}")
+    else:
+        tensors = load_file(path)
+        first = sorted(tensors)[0]
+        tensor = tensors.pop(first)
+        if damage == "reshape":
+            tensors[first] = torch.zeros(tensor.numel() + 1)
+        save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=named) as error:
+        load_model(folder)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "named"),
+    [
+        ("tokenizer/tokenizer.json", b"{}", "tokenizer: its tokenizer cannot be read"),
+        ("tokenizer", None, "tokenizer: its tokenizer is missing"),
+        ("vae/diffusion_pytorch_model.safetensors", b"nothing", "vae: cannot be loaded as a AutoencoderKL"),
+        ("text_encoder/config.json", b'{"hidden_size": 64}', "text_encoder: .* weights do not match CLIPTextModel"),
+        ("vae/config.json", b'{"latent_channels": 3}', "vae: .* weights do not match AutoencoderKL"),
+        ("model_index.json", b"[]", "model_index.json: found \\[\\], expected"),
+        ("scheduler/scheduler_config.json", b"[]", "scheduler_config.json: found \\[\\], expected"),
+    ],
+)
+def test_a_damaged_text_model_is_one_clear_line(text_model, tmp_path, file, content, named):
+    folder = tmp_path / "model"
+    shutil.copytree(text_model, folder)
+    if content is None:
+        for inner in (folder / file).iterdir():
+            inner.unlink()
+    else:
+        (folder / file).write_bytes(content)
+    with pytest.raises(InputError, match=named) as error:
+        load_model(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_a_pixel_model_without_conditioner_is_refused(label_model, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(label_model, folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    del index["conditioner"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(InputError, match="neither a text-to-latent model nor a labels-to-pixels model"):
+        load_model(folder)

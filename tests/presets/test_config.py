@@ -1,0 +1,167 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fastgen.errors import InputError
+from fastgen.presets import Network, Preset, Training, load_preset, preset_names
+
+LABELS = """
+family = "labels"
+image_size = 64
+[unet.config]
+sample_size = 64
+[unet.train]
+steps = 10
+adam_betas = [0.9, 0.99]
+[conditioner]
+kind = "class_embed"
+[scheduler]
+_class_name = "DDPMScheduler"
+"""
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "mine.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_every_preset_of_the_package_is_valid(name: str) -> None:
+    assert load_preset(name).name == name
+
+
+def test_a_users_file_is_a_preset_named_after_it(tmp_path: Path) -> None:
+    preset = load_preset(write(tmp_path, LABELS))
+    assert (preset.name, preset.family, preset.image_mode) == ("mine", "labels", "stretch")
+    assert preset.unet is not None
+    assert preset.unet.train == Training(steps=10, adam_betas=(0.9, 0.99))
+
+
+@pytest.mark.parametrize(
+    ("override", "found"),
+    [
+        ("unet.train.steps=300", 300),
+        ("unet.train.learning_rate = 1e-3", 1e-3),
+        ("unet.train.precision=fp32", "fp32"),
+        ('unet.train.precision="fp32"', "fp32"),
+        ("unet.train.adam_betas=[0.8, 0.9]", (0.8, 0.9)),
+        ("unet.train.flip=true", True),
+    ],
+)
+def test_an_override_replaces_one_key_by_a_toml_value(tmp_path: Path, override: str, found: object) -> None:
+    preset = load_preset(write(tmp_path, LABELS), [override])
+    assert preset.unet is not None
+    key = override.partition("=")[0].strip().split(".")[-1]
+    assert getattr(preset.unet.train, key) == found
+
+
+def test_an_override_reaches_a_networks_own_arguments_and_the_top(tmp_path: Path) -> None:
+    preset = load_preset(write(tmp_path, LABELS), ["unet.config.block_out_channels=[8, 16]", "image_size=32"])
+    assert preset.unet is not None
+    assert preset.unet.config["block_out_channels"] == [8, 16]
+    assert preset.image_size == 32
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("unet.train.stpes=3", r"unknown key 'unet\.train\.stpes'; did you mean 'unet\.train\.steps'"),
+        ("unt.train.steps=3", r"unknown table 'unt'; did you mean 'unet'"),
+        ("unet.trian.steps=3", r"unknown table 'unet\.trian'; did you mean 'unet\.train'"),
+        ("unet.train.steps", r"'unet\.train\.steps': expected KEY=VALUE"),
+        ("unet.train.steps=many", r"unet\.train\.steps = 'many': expected a value of type int"),
+        ("unet.train.steps=[1", r"unet\.train\.steps = '\[1': expected a TOML value"),
+        ("unet.train.steps=true", r"unet\.train\.steps = True: expected a value of type int"),
+        ("unet.train.steps=0", r"train\.steps, train\.epochs = \(0, 0\): expected one of them"),
+        ("unet.train.accumulation=5", r"train\.accumulation = 5: expected a divisor of batch_size = 32"),
+        ("unet.train.precision=fp8", r"unknown train\.precision 'fp8'; did you mean"),
+        ("unet.train.adam_betas=[0.9]", r"train\.adam_betas = \[0\.9\]: expected two numbers"),
+        ("unet.train=3", r"unet\.train = 3: expected a table"),
+        ("family=label", r"unknown family 'label'; did you mean 'labels'"),
+        ("conditioner.kind=embed", r"unknown conditioner\.kind 'embed'"),
+        ("conditioner.width=3", r"unknown key 'conditioner\.width'"),
+        ("sampling.guidance_scale=-1", r"sampling\.guidance_scale = -1: expected 0 or more"),
+        ("image_mode=strech", r"unknown image_mode 'strech'; did you mean 'stretch'"),
+    ],
+)
+def test_a_wrong_override_is_one_line_that_names_it(tmp_path: Path, override: str, message: str) -> None:
+    with pytest.raises(InputError, match=message) as raised:
+        load_preset(write(tmp_path, LABELS + "[sampling]\nscheduler = 'ddim'\n"), [override])
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("family = \n", "not valid TOML.*line 1"),
+        (LABELS.replace("steps = 10", ""), r"train\.steps, train\.epochs = \(0, 0\): expected one of them"),
+        (LABELS.replace("[conditioner]\nkind", "[vae.config]\nkind"), r"tables of family 'labels'"),
+        (LABELS.replace("[unet.train]\nsteps = 10\nadam_betas = [0.9, 0.99]", ""), r"unet\.train = None"),
+    ],
+)
+def test_a_wrong_file_is_one_line_that_names_it(tmp_path: Path, text: str, message: str) -> None:
+    path = write(tmp_path, text)
+    with pytest.raises(InputError, match=message) as raised:
+        load_preset(path)
+    assert str(path) in str(raised.value)
+
+
+def test_an_unknown_preset_names_the_nearest_one() -> None:
+    with pytest.raises(InputError, match="did you mean 'monsters-64'"):
+        load_preset("monster-64")
+
+
+def test_a_network_is_either_loaded_or_trained() -> None:
+    with pytest.raises(InputError, match="either a path"):
+        Network(path="folder", config={"a": 1})
+    with pytest.raises(InputError, match="either a path"):
+        Network()
+
+
+def test_the_text_family_needs_its_three_networks() -> None:
+    trained = Network(config={"a": 1}, train=Training(steps=1))
+    with pytest.raises(InputError, match=r"\[text_encoder\], \[vae\], \[unet\], \[scheduler\]"):
+        Preset("x", "text", 64, "pad", unet=trained, scheduler={"_class_name": "DDPMScheduler"})
+
+
+def test_the_width_of_an_evaluator_may_be_set() -> None:
+    for overrides, config in (([], {}), (["evaluator.config.width=16"], {"width": 16})):
+        evaluator = load_preset("evaluator", overrides).evaluator
+        assert evaluator is not None
+        assert dict(evaluator.config) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("width=0", r"evaluator\.config\.width = 0: expected a whole number, 1 to 256"),
+        ("width=1.5", r"evaluator\.config\.width = 1\.5: expected a whole number"),
+        ("depth=50", r"unknown key 'evaluator\.config\.depth'"),
+    ],
+)
+def test_a_wrong_setting_of_an_evaluator_is_one_line_that_names_it(override: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        load_preset("evaluator", [f"evaluator.config.{override}"])
+
+
+def test_epochs_become_steps_of_the_training_examples() -> None:
+    recipe = Training(epochs=30, batch_size=128, warmup_fraction=0.05, validate_every_epochs=2).for_examples(43_294)
+    assert (recipe.steps, recipe.warmup_steps, recipe.validate_every) == (10147, 507, 676)
+    assert recipe.for_examples(43_294) == recipe
+
+
+def test_an_override_may_begin_a_table_that_the_file_leaves_out(tmp_path: Path) -> None:
+    path = write(tmp_path, LABELS)
+    preset = load_preset(path, ["unet.train.loss.kl=0.01", 'preview.labels=[["red cube"]]'])
+    assert preset.unet.train.loss == {"kl": 0.01}  # type: ignore[union-attr]
+    assert preset.preview == {"labels": [["red cube"]]}
+
+
+def test_an_override_of_steps_replaces_epochs(tmp_path: Path) -> None:
+    path = write(tmp_path, LABELS.replace("steps = 10", "epochs = 3"))
+    assert load_preset(path).unet.train.epochs == 3  # type: ignore[union-attr]
+    recipe = load_preset(path, ["unet.train.steps=7"]).unet.train  # type: ignore[union-attr]
+    assert (recipe.steps, recipe.epochs) == (7, 0)  # type: ignore[union-attr]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import io
 import json
-import os
 import zipfile
 import zlib
 from collections.abc import Iterable, Mapping
@@ -16,6 +16,7 @@ import numpy as np
 
 from fastgen.errors import InputError
 from fastgen.files.installing import hint
+from fastgen.files.jsonfiles import write_bytes
 
 FORMAT = 1
 COLUMNS = ("timesteps", "scale", "p", "q", "r", "x0_p", "x0_q", "a", "d", "c", "streams")
@@ -132,13 +133,9 @@ def save_tables(path: str | Path, tables: Mapping[str, SolverTable]) -> None:
         group.append(matrix.astype("<f8").ravel())
     header = json.dumps({"format": FORMAT, "tables": index}, separators=(",", ":"))
     arrays = {f"solver_{name}": np.concatenate(group) for name, group in groups.items()}
-    temporary = Path(f"{path}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            np.savez_compressed(file, index=np.frombuffer(header.encode(), np.uint8), **arrays)  # type: ignore[arg-type]
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, index=np.frombuffer(header.encode(), np.uint8), **arrays)  # type: ignore[arg-type]
+    write_bytes(path, buffer.getvalue())
 
 
 class TableStore:

@@ -35,7 +35,7 @@ from fastgen.sampling.tables import format_key, parse_key
 
 if TYPE_CHECKING:
     from fastgen.models.folder import Model
-    from fastgen.presets import Sampling
+    from fastgen.sampling.defaults import Sampling
 
 Say = Callable[[str], None]
 PACKAGES = ("torch", "diffusers", "transformers", "onnx", "onnxscript")

@@ -54,7 +54,7 @@ def text_model(tmp_path_factory) -> Path:
     from transformers import CLIPTextConfig, CLIPTextModel
 
     from fastgen.models.folder import Model, save_model
-    from fastgen.presets import Sampling
+    from fastgen.sampling.defaults import Sampling
     from fastgen.training.bpe import train_tokenizer
 
     torch.set_num_threads(1)
@@ -119,7 +119,7 @@ def label_model(tmp_path_factory) -> Path:
 
     from fastgen.files.names import ICLEVR_OBJECTS
     from fastgen.models.folder import LabelConditioner, Model, save_model
-    from fastgen.presets import Sampling
+    from fastgen.sampling.defaults import Sampling
 
     torch.set_num_threads(1)
     torch.manual_seed(1)

@@ -31,8 +31,9 @@ def say(line: str) -> None:
 def model_for(kind: str, engine: str | None) -> Path:
     """The model that generates requests of this kind, "text" or "labels", when none is named; said on stderr. Raises InputError
     as `find.default_model` does."""
+    from fastgen.engines import source_kind
     from fastgen.models.find import default_model
 
-    default = default_model(kind, engine)
+    default = default_model(kind, source_kind(engine))
     say(f"model: {default}")
     return default.folder

@@ -28,6 +28,11 @@ def engine_class(name: str) -> type[Engine]:
     return importlib.import_module(f"fastgen.engines.{name.replace('-', '_')}.engine").Engine
 
 
+def source_kind(name: str | None) -> str | None:
+    """What an engine runs, "bundle" or "model"; None for no engine in particular. Raises InputError for an unknown name."""
+    return None if name is None else engine_class(name).source_kind
+
+
 def missing_packages(name: str) -> list[str]:
     """The packages that the engine needs and that are not installed."""
     return [package for package in engine_class(name).packages if importlib.util.find_spec(package) is None]

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fastgen.engines import source_kind
 from fastgen.errors import InputError
 from fastgen.generate.requests import Request, Requests, parse_requests, typed_requests
 from fastgen.models.find import ModelFolder, default_model, find_model
@@ -84,7 +85,10 @@ def choose_model(
 ) -> tuple[ModelFolder, list[Request]]:
     """The model for these requests, not loaded yet: `model`, else what `find.default_model` says; and the requests, whose
     labels it knows. Raises InputError where there is none, and for labels that it does not know."""
-    folder = find_model(model, checkpoint) if model else default_model(asked.kind, engine, checkpoint)
+    if model:
+        folder = find_model(model, checkpoint)
+    else:
+        folder = default_model(asked.kind, source_kind(engine), checkpoint)
     try:
         return folder, asked.known(folder.objects)
     except InputError as error:

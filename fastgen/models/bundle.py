@@ -20,7 +20,7 @@ from fastgen.files.jsonfiles import infinity_from_text, located, read_json
 from fastgen.models.signatures import Signature
 from fastgen.models.spec import Spec
 from fastgen.models.tokenizer import Tokenizer
-from fastgen.presets import Sampling
+from fastgen.sampling.defaults import Sampling
 
 if TYPE_CHECKING:
     from fastgen.sampling.tables import SolverTable, TableStore

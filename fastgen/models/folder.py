@@ -34,8 +34,8 @@ from fastgen.models.signatures import Signature, label_signatures, text_signatur
 from fastgen.models.spec import Spec
 from fastgen.models.tokenizer import Tokenizer
 from fastgen.models.weights import load_state, pretrained, pretrained_tokenizer, quiet_transformers
-from fastgen.presets import Sampling
 from fastgen.sampling.compile import TableCompiler
+from fastgen.sampling.defaults import Sampling
 from fastgen.sampling.schedulers import default_name
 from fastgen.sampling.tables import SolverTable
 

@@ -43,11 +43,12 @@ def latest_run() -> Path:
     return LATEST.resolve()
 
 
-def latest_model(engine: str | None) -> Path:
-    """What `generate` uses when no model is given: the latest run's bundle, or its model folder for the eager engine."""
+def latest_model(source_kind: str | None) -> Path:
+    """The latest run's bundle, or its model folder for an engine whose `source_kind` is "model"; None takes the bundle where
+    there is one. Raises InputError."""
     run = latest_run()
     bundle = run / "bundle"
-    if engine == "eager" or (engine is None and not is_bundle(bundle)):
+    if source_kind == "model" or (source_kind is None and not is_bundle(bundle)):
         return run
     if not is_bundle(bundle):
         raise InputError(f"{run} has no bundle yet; `fastgen export` makes it")

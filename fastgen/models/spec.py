@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fastgen.models.signatures import Signature
-from fastgen.presets import Sampling
+from fastgen.sampling.defaults import Sampling
 
 if TYPE_CHECKING:
     from fastgen.models.tokenizer import Tokenizer

@@ -13,6 +13,7 @@ from typing import Any
 
 from fastgen.errors import InputError, unknown
 from fastgen.presets.recipe import Training, check, choice
+from fastgen.sampling.defaults import Sampling
 
 FAMILIES = ("text", "labels", "evaluator")
 IMAGE_MODES = ("stretch", "pad", "crop", "figure")
@@ -41,19 +42,6 @@ class NetworkPreset:
         ours = bool(self.config or self.train)
         found = self.path or dict(self.config)
         check(ours != bool(self.path), "network", found, "either a path (frozen) or a config with its train table")
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """What `generate` does unless told otherwise."""
-
-    scheduler: str = "ddim"
-    num_inference_steps: int = 50
-    guidance_scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        check(self.num_inference_steps >= 1, "sampling.num_inference_steps", self.num_inference_steps, "at least 1")
-        check(self.guidance_scale >= 0, "sampling.guidance_scale", self.guidance_scale, "0 or more")
 
 
 @dataclass(frozen=True)

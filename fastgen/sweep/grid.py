@@ -12,7 +12,7 @@ from fastgen.errors import InputError
 from fastgen.generate.settings import late_steps
 
 if TYPE_CHECKING:
-    from fastgen.presets import Sampling
+    from fastgen.sampling.defaults import Sampling
 
 Value = TypeVar("Value")
 NONE = "none"  # among the noise steps: a full start from noise

@@ -16,8 +16,9 @@ from fastgen.errors import InputError
 from fastgen.files.jsonfiles import brief, located
 from fastgen.files.names import check_known, check_labels, check_text
 from fastgen.files.png import in_rows, sheet
-from fastgen.presets import Preset, Sampling
+from fastgen.presets import Preset
 from fastgen.sampling.compile import TableCompiler
+from fastgen.sampling.defaults import Sampling
 from fastgen.sampling.loop import initial_latents, sample
 from fastgen.sampling.tables import SolverTable, format_key
 from fastgen.training.autocast import Precision

@@ -22,7 +22,7 @@ from benchmarks.frontier import machine_state, pool, record, reference_sampling,
 from benchmarks.frontier_search import COARSE, FINE, Bench, Effort, cheaper, climb, finalists, named
 from fastgen.errors import InputError
 from fastgen.generate.requests import read_requests
-from fastgen.presets import Sampling
+from fastgen.sampling.defaults import Sampling
 from fastgen.scoring import Scorer
 from fastgen.scoring.result import Figure
 from fastgen.sweep import Point, ScoredPoint

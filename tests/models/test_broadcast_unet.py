@@ -14,7 +14,7 @@ from fastgen.errors import InputError
 from fastgen.files.names import ICLEVR_OBJECTS
 from fastgen.models.folder import LabelConditioner, LabelUNet, Model, load_model, save_model
 from fastgen.models.networks.broadcast_unet import BroadcastUNet
-from fastgen.presets import Sampling
+from fastgen.sampling.defaults import Sampling
 
 SCHEDULE = {"_class_name": "DDPMScheduler", "num_train_timesteps": 1000, "beta_schedule": "squaredcos_cap_v2"}
 DIM, TIME = 6, 8

@@ -13,6 +13,7 @@ from scoring_helpers import make_evaluator
 
 from fastgen import load
 from fastgen.data.synthetic import write_monsters
+from fastgen.engines import source_kind
 from fastgen.errors import InputError
 from fastgen.models import evaluator, find
 from fastgen.models.find import default_model, find_folder, made_from, model_kind, shipped_model, shipped_names
@@ -113,7 +114,8 @@ def test_the_latest_run_generates_what_it_can_and_a_shipped_model_the_rest(here,
     assert str(default_model("text", None)) == "monsters-64 (shipped with fastgen; no runs/latest here)"
     run = latest(label_model, label_bundle)
     assert default_model("labels", None).folder == run / "bundle"
-    assert default_model("labels", "eager").folder == run
+    for engine, folder in {"eager": run, "compile": run, "ort": run / "bundle", "trt": run / "bundle"}.items():
+        assert default_model("labels", source_kind(engine)).folder == folder
     assert default_model("labels", None).why == "the latest run"
     other = default_model("text", None)
     assert other.folder == stand_ins / "monsters-64"
@@ -123,7 +125,7 @@ def test_the_latest_run_generates_what_it_can_and_a_shipped_model_the_rest(here,
 def test_a_latest_run_that_fits_but_lacks_a_bundle_is_not_passed_over(here, label_model):
     latest(label_model)
     with pytest.raises(InputError, match="has no bundle yet; `fastgen export` makes it"):
-        default_model("labels", "ort")
+        default_model("labels", "bundle")
 
 
 def test_the_python_api_takes_names(here):

@@ -15,7 +15,7 @@ from fastgen.files.names import ICLEVR_OBJECTS
 from fastgen.models.build import build_module
 from fastgen.models.folder import LabelConditioner, Model, load_model, save_model
 from fastgen.models.networks.patch_unet import PatchUNet
-from fastgen.presets import Sampling
+from fastgen.sampling.defaults import Sampling
 
 SCHEDULE = {"_class_name": "DDPMScheduler", "num_train_timesteps": 1000, "beta_schedule": "squaredcos_cap_v2"}
 BLOCKS = {

@@ -67,13 +67,13 @@ def test_generate_takes_the_bundle_of_the_latest_run_where_there_is_one():
     run = make("a-20250101-000000", finished=True)
     set_latest(run)
     assert latest_model(None) == run.resolve()
-    assert latest_model("eager") == run.resolve()
+    assert latest_model("model") == run.resolve()
     with pytest.raises(InputError, match="has no bundle yet; `fastgen export` makes it"):
-        latest_model("ort")
+        latest_model("bundle")
     (run / "bundle").mkdir()
     (run / "bundle" / "bundle.json").write_text("{}")
-    assert latest_model(None) == latest_model("ort") == run.resolve() / "bundle"
-    assert latest_model("eager") == run.resolve()
+    assert latest_model(None) == latest_model("bundle") == run.resolve() / "bundle"
+    assert latest_model("model") == run.resolve()
 
 
 def test_the_three_lines_work_in_a_folder_with_a_finished_run(

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from fastgen.errors import InputError
 from fastgen.generate.settings import Settings
-from fastgen.presets import Sampling
+from fastgen.sampling.defaults import Sampling
 from fastgen.sweep.grid import Grid, Point, Points, RefusedError, parse_grid
 
 DEFAULT = Sampling("ddpm", 7, 1.5)

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from fastgen.errors import InputError
 from fastgen.files import png
 from fastgen.files.names import ICLEVR_OBJECTS
-from fastgen.presets import NetworkPreset, Preset, Sampling, Training, load_preset
+from fastgen.presets import NetworkPreset, Preset, Training, load_preset
 from fastgen.sampling.compile import TableCompiler
+from fastgen.sampling.defaults import Sampling
 from fastgen.training.autocast import choose
 from fastgen.training.previews import (
     COUNT,

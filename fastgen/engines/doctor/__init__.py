@@ -16,10 +16,10 @@ from fastgen import __version__
 from fastgen.engines.base import Engine
 from fastgen.engines.cache.listing import folder_bytes, size_text
 from fastgen.engines.doctor.diagnosis import Cache, Machine, Problem
-from fastgen.engines.doctor.diagnosis_trt import tensorrt_parts
 from fastgen.engines.doctor.libraries import Library, distributions, libraries
 from fastgen.engines.machine import Gpu, cpu, gpus, version
 from fastgen.engines.trt.platform import driver_cuda
+from fastgen.engines.trt.problems import tensorrt_parts
 from fastgen.engines.trt.product import PRODUCTS
 
 KNOWN = ("torch", "onnxruntime", "tensorrt", "openvino")  # shown whether an engine needs them or not

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from fastgen.engines.doctor.diagnosis import Machine, Problem, both_onnxruntimes, owner
-from fastgen.engines.doctor.diagnosis_trt import incomplete, tensorrt_parts
+from fastgen.engines.trt.problems import incomplete, tensorrt_parts
 from fastgen.engines.trt.product import PRODUCTS
 
 if TYPE_CHECKING:

@@ -65,7 +65,7 @@ class TrtEngine(TorchEngine):
     @classmethod
     def problems(cls, machine: Machine) -> list[Problem]:
         """Without a GPU that can run its plans nothing else matters; it has no CPU to run on."""
-        from fastgen.engines.doctor.diagnosis_trt import hardware_problem
+        from fastgen.engines.trt.problems import hardware_problem
 
         if problem := hardware_problem(cls.product, machine):
             return [problem]
@@ -73,7 +73,7 @@ class TrtEngine(TorchEngine):
 
     @classmethod
     def library_problems(cls, machine: Machine) -> Iterator[Problem]:
-        from fastgen.engines.doctor.diagnosis_trt import tensorrt_problems
+        from fastgen.engines.trt.problems import tensorrt_problems
 
         yield from super().library_problems(machine)
         yield from tensorrt_problems(cls.product, machine)

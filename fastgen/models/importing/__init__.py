@@ -19,7 +19,8 @@ from fastgen.models.importing.assembly import Ready, Reference, label_model, tex
 from fastgen.models.importing.schedule import choose_schedule, describe
 from fastgen.models.importing.split import MismatchError
 from fastgen.models.importing.weight_files import WeightFile, read_checkpoint
-from fastgen.presets import Preset, Sampling, load_preset
+from fastgen.presets import Preset, load_preset
+from fastgen.sampling.defaults import Sampling
 from fastgen.sampling.schedulers import default_name
 
 __all__ = ["Imported", "MismatchError", "import_model"]

@@ -24,7 +24,8 @@ from fastgen.models.importing.split import (
     split,
 )
 from fastgen.models.importing.weight_files import WeightFile, read_tensors, split_name
-from fastgen.presets import NetworkPreset, Preset, Sampling
+from fastgen.presets import NetworkPreset, Preset
+from fastgen.sampling.defaults import Sampling
 
 Reference = Callable[..., Tensor]  # (sample, timestep, condition) -> prediction, as the checkpoint's author called it
 

@@ -1,4 +1,4 @@
-"""Solver tables: what a sampler is once it has been compiled, and the file that keeps many of them. NumPy only."""
+"""Solver tables: a sampler compiled to numbers, and the file that stores many of them. NumPy only."""
 
 from __future__ import annotations
 
@@ -112,14 +112,11 @@ def nearest_key(key: str, keys: Iterable[str]) -> str | None:
     if not names:
         return None
 
-    def distance(other: tuple[str, int, int | None]) -> tuple[bool, int, int]:
-        return (
-            (other[2] is None) != (noise_steps is None),
-            abs(other[1] - steps),
-            abs((other[2] or 0) - (noise_steps or 0)),
-        )
+    def distance(steps_there: int, noise_there: int | None) -> tuple[bool, int, int]:
+        late = (noise_there is None) != (noise_steps is None)
+        return late, abs(steps_there - steps), abs((noise_there or 0) - (noise_steps or 0))
 
-    return min((distance(other), text) for other, text in parsed if other[0] == names[0])[1]
+    return min((distance(*other[1:]), text) for other, text in parsed if other[0] == names[0])[1]
 
 
 def save_tables(path: str | Path, tables: Mapping[str, SolverTable]) -> None:

@@ -1,4 +1,4 @@
-"""What an engine is: something that runs a model's networks. It knows nothing of diffusion."""
+"""What an engine is: something that runs a model's networks. It knows no scheduler, no seed and no request."""
 
 from __future__ import annotations
 

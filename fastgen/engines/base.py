@@ -148,8 +148,12 @@ class Engine(abc.ABC):
 
     def probe(self, network: str, rows: int) -> None:
         """One forward of so many rows, to measure time and memory."""
-        rng = np.random.default_rng(0)
-        self.run_any(network, *(self.array(x) for x in self.signatures[network].sample_inputs(rows, rng).values()))
+        self.run_any(network, *self.samples(network, rows))
+
+    def samples(self, network: str, rows: int) -> list[Array]:
+        """Random inputs of so many rows, always the same."""
+        inputs = self.signatures[network].sample_inputs(rows, np.random.default_rng(0))
+        return [self.array(x) for x in inputs.values()]
 
     def synchronize(self) -> None:  # noqa: B027
         """Wait until everything that was queued on the device has run."""

@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 class Pipeline:
     """A model on an engine, ready to generate.
 
-    `graphs`: record the loop as CUDA graphs; by default on a GPU, except with the reference engine. `open_exact` makes the
-    same engine in fp32, in which images are decoded again that come out broken.
+    `graphs`: record the loop as CUDA graphs; by default on a GPU, except with the reference engine. `open_exact` builds this
+    engine in fp32; NaN or flat images are decoded again on it.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Pipeline:
             raise InputError(f"CUDA graphs need a GPU; engine {engine.name} runs on {engine.device}")
         self._graphs = self.on_gpu and not engine.reference if graphs is None else graphs
         self._loops: dict[tuple[str, int], DeviceLoop] = {}
-        self.measured: dict[str, Memory] = {}  # network -> what it takes on a GPU, once a job has measured it
+        self.memory: dict[str, Memory] = {}  # of each network on a GPU, once a job has measured it
 
     def settings(
         self,
@@ -65,7 +65,7 @@ class Pipeline:
         seed: int = 0,
         normalize: str = "clamp",
     ) -> Settings:
-        """Settings that begin with noise, with the model's own defaults for what is None."""
+        """Settings of a run that starts from noise; None: the model's default."""
         default = self.spec.sampling
         return Settings(
             scheduler or default.scheduler,
@@ -91,10 +91,10 @@ class Pipeline:
     ) -> list[Image.Image]:
         """Images for prompts (text family) or label lists (label family), as PIL images of spec.image_size.
 
-        `seeds`: one per image; without them they follow from `seed` and the position. `rag`: an index, or its folder, from
-        whose nearest training images these start; `noise_steps`, `strength`, `rag_top_k`: see `start.late_start`. Other
-        keywords are those of `settings`. Raises InputError for conditions of the wrong kind, unknown labels, settings out of
-        range and another model's index, and FloatingPointError where the network produces values that are not finite.
+        `seeds`: one per image, by default derived from `seed` and the position. `rag`: an index, or its folder; images start
+        from its nearest training images. `noise_steps`, `strength`, `rag_top_k`: see `start.late_start`. Other keywords:
+        see `settings`. Raises InputError for conditions of the wrong kind, unknown labels, settings out of range and another
+        model's index, and FloatingPointError for an image with values that are not finite.
         """
         from PIL import Image
 
@@ -114,8 +114,8 @@ class Pipeline:
         return images
 
     def loop(self, table: SolverTable, x: Array, cond: Array) -> DeviceLoop:
-        """The loop on a GPU for this table and batch size; those of other tables are dropped with their memory."""
-        if any(held != table.key for held, _ in self._loops):
+        """The loop on a GPU for this table and batch size; loops of other tables are dropped with their memory."""
+        if any(other != table.key for other, _ in self._loops):
             self._drop_loops()
         key = (table.key, len(x))
         if key not in self._loops:
@@ -124,13 +124,14 @@ class Pipeline:
         return self._loops[key]
 
     def _drop_loops(self) -> None:
-        """Let go of all loops, and of what else nobody uses any more but has references to itself, with their memory."""
+        """Drop all loops and free their memory; the collector is needed for those in reference cycles."""
         self.engine.synchronize()  # none of them is running
         self._loops.clear()
         gc.collect()
 
     def buckets(self, settings: Settings) -> Sequence[int] | None:
-        """The batch sizes that the engine was compiled for, if it was; with a guidance interval for both kinds of rows."""
+        """Batch sizes in images that the engine was compiled for; None for any. With a guidance interval those that it has for
+        guided and for other rows."""
         sizes = self.engine.buckets(settings.guided)
         if sizes is None or not settings.guided or settings.guidance_interval is None:
             return sizes
@@ -142,7 +143,7 @@ class Pipeline:
         return both
 
     def free_memory(self) -> None:
-        """Let go of recorded graphs and unused device memory: the next batch allocates anew."""
+        """Drop recorded graphs and give unused device memory back."""
         self._drop_loops()
         self.engine.release_memory()
 
@@ -150,7 +151,7 @@ class Pipeline:
 def _requests(
     prompts: Sequence[str] | None, labels: Sequence[Sequence[str]] | None, seeds: Sequence[int] | None
 ) -> list[Request]:
-    """The arguments of `Pipeline.generate` as requests that are named by their position."""
+    """The arguments of `Pipeline.generate` as requests; ids are positions."""
     conditions: Any = prompts if labels is None else labels
     if (prompts is None) == (labels is None) or isinstance(conditions, str) or not len(conditions):
         raise InputError("generate() takes either a list of prompts or a list of label lists, at least one")
@@ -180,9 +181,9 @@ def load(
 ) -> Pipeline:
     """Load a bundle, a model folder or a shipped model, by its name, onto an engine.
 
-    `engine`: by default what `choose.default_engine` says. `dtype`: fp32, bf16 or fp16, by default what suits the engine and
-    the hardware. `graphs`: see Pipeline. `checkpoint`: which of a training run's weights, see `checkpoint_choice`. Raises
-    InputError when the folder is neither, is damaged, or does not suit the engine.
+    `engine`: by default that of `choose.default_engine`. `dtype`: fp32, bf16 or fp16, by default what suits the engine and the
+    hardware. `graphs`: see Pipeline. `checkpoint`: which of a training run's weights, see `checkpoint_choice`. Raises
+    InputError when the folder is no model or bundle, is damaged, or does not suit the engine.
     """
     model = path if isinstance(path, ModelFolder) else find_model(path, checkpoint)
     name = engine or default_engine(model.folder, device)
@@ -207,10 +208,8 @@ def load(
 
     source = open_source()
     options: dict[str, Any] = {"device": device, "threads": threads}
-    created = create_engine(name, source, dtype=dtype, **options)
-    return Pipeline(
-        source,
-        created,
-        graphs=graphs,
-        open_exact=lambda: create_engine(name, open_source(), dtype="fp32", **options),
-    )
+
+    def open_exact() -> Engine:
+        return create_engine(name, open_source(), dtype="fp32", **options)
+
+    return Pipeline(source, create_engine(name, source, dtype=dtype, **options), graphs=graphs, open_exact=open_exact)

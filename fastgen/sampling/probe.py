@@ -115,7 +115,7 @@ def _noising(scheduler: Any, timestep: Any) -> tuple[float, float]:
 
 
 def run_probe(scheduler: Any, start: ProbeStart, step_options: Mapping[str, Any]) -> Trace:
-    """Run the schedule once, all groups as one batch. It changes the scheduler: hand in a copy that is used for nothing else."""
+    """Run the schedule once, all groups as one batch. The scheduler must not be used afterwards."""
     import torch
 
     class Exact(torch.Tensor):

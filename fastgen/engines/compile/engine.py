@@ -21,8 +21,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from fastgen import __version__
 from fastgen.engines import base
 from fastgen.engines.base import announce
@@ -115,7 +113,7 @@ class Engine(TorchEngine):
 
     def probe(self, network: str, rows: int) -> None:
         """One forward of the module itself, which takes no less memory: to measure that is not worth compiling for."""
-        self._run_module(network, self._samples(network, rows))
+        self._run_module(network, self.samples(network, rows))
 
     def _load(self, network: str, rows: int) -> Package:
         """The package of a network, compiled first where there is none. `obtain` has verified its bytes."""
@@ -138,7 +136,7 @@ class Engine(TorchEngine):
 
         check_tools(self.capturable)
         with self._failing(f"engine compile: {network} at {rows} rows cannot be compiled"), self.precisely(network):
-            build(self._module(network), self._samples(network, rows), self._options, folder)
+            build(self._module(network), self.samples(network, rows), self._options, folder)
 
     def _run_module(self, network: str, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The network as it is, without compiling."""
@@ -161,10 +159,6 @@ class Engine(TorchEngine):
             if self.capturable:
                 self._own += named_weights(module).values()
         return self._modules[network]
-
-    def _samples(self, network: str, rows: int) -> list[Tensor]:
-        rng = np.random.default_rng(0)
-        return [self.array(x) for x in self.signatures[network].sample_inputs(rows, rng).values()]
 
     @contextmanager
     def _failing(self, what: str) -> Iterator[None]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fastgen.engines.batches import Batch, halved
-from fastgen.errors import FastgenError, InputError, first_line
+from fastgen.errors import FastgenError, InputError, Say, first_line
 from fastgen.generate.decoder import Pictures
 from fastgen.generate.estimate import Estimate, automatic_batch_size, decode_batch_size, estimate
 from fastgen.generate.job_folder import MANIFEST, JobFolder, Limits, recorded_limits
@@ -46,7 +46,7 @@ def run_job(
     grid: int | None = None,
     shard: Shard | None = None,
     progress: bool = True,
-    say: Callable[[str], None] = lambda line: None,
+    say: Say = lambda line: None,
 ) -> JobReport:
     """Generate every request's image below `out`; batches whose files all exist are skipped.
 
@@ -114,7 +114,7 @@ def _generated(
     pending: Sequence[Batch],
     decode_batch_size: int | None,
     advance: StepBar,
-    say: Callable[[str], None],
+    say: Say,
 ) -> Iterator[tuple[Batch, Pictures]]:
     """The pictures of all batches. On a GPU the next batch is queued before this waits for one; on a CPU `advance` is told of
     each row of the solver table."""
@@ -140,7 +140,7 @@ def _generated(
             todo = deque(_smaller(run, todo, out_of_memory, say))
 
 
-def _smaller(run: Run, todo: Iterable[Batch], error: str, say: Callable[[str], None]) -> list[Batch]:
+def _smaller(run: Run, todo: Iterable[Batch], error: str, say: Say) -> list[Batch]:
     """The batches `todo` at half the size. `error`: the message when memory ran out."""
     device, sizes = run.pipeline.engine.device, run.pipeline.buckets(run.settings)
     first, *rest = todo

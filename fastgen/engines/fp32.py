@@ -39,7 +39,7 @@ def exact_fp32() -> Iterator[None]:
 def _set_exact() -> Callable[[], None]:
     """Set everything to fp32, and return a function that restores the settings.
 
-    torch 2.9 and newer have a setting per library and operation, beside the older ones for all operations. Each kind changes the
+    torch 2.9 and newer have a setting per library and operation, beside the older ones for all operations. Both change each
     other. An older one cannot be read if the user gave the newer ones different values: then it has no effect, and stays.
     """
     import torch

@@ -1,4 +1,4 @@
-"""The hardware: GPUs and driver as nvidia-smi prints them, CPU, memory. The parsers take text, so that tests can be any machine."""
+"""The hardware: GPUs and driver as nvidia-smi prints them, CPU, memory. The parsers take text, so that tests need no GPU."""
 
 from __future__ import annotations
 

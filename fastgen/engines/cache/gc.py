@@ -46,7 +46,7 @@ class Selection:
 def collect(
     selection: Selection, engine: str | None = None, *, dry_run: bool = False, now: float | None = None
 ) -> Iterator[tuple[Deletion, bool]]:
-    """Delete what is selected, of one engine or all; yields each with whether it is gone. False: another process is building it.
+    """Delete what is selected, of one engine or all; yields each with True, or False where another process is building it.
     With `dry_run` nothing is deleted."""
     sound, damaged = artifacts.scan(engine)
     time_now = time.time() if now is None else now

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from fastgen.engines import doctor, engine_class, engine_names
-from fastgen.engines.doctor import MachineReport, judge, libraries
+from fastgen.engines.doctor import MachineReport, Verdict, libraries
 from fastgen.engines.doctor.diagnosis import Cache, Machine, driver_too_old
 from fastgen.engines.doctor.libraries import Library, inspect, loaded_nvinfer, read_answer
 from fastgen.engines.machine import Cpu, Driver, Gpu, cpu, gpus, version
@@ -67,7 +67,7 @@ def machine(**changes) -> Machine:
 
 def says(name: str, there: Machine) -> list[str]:
     """The lines about an engine on a machine."""
-    verdict = judge(name, engine_class(name), there)
+    verdict = Verdict(name, engine_class(name).problems(there))
     lines = MachineReport(there, [verdict]).lines()
     return [line.strip() for line in lines[lines.index("") + 1 :]]
 

@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 def package_problems(engine: type[Engine], machine: Machine) -> Iterator[Problem]:
     """Packages that are missing, and those whose import fails."""
-    found = [machine.library(package) for package in engine.packages]
-    broken = [x for x in found if x.name in PRODUCTS and not x.works]
+    needed = [machine.library(package) for package in engine.packages]
+    broken = [x for x in needed if x.name in PRODUCTS and not x.works]
     tensorrt = [x for x in broken if tensorrt_parts(PRODUCTS[x.name], machine.distributions)]
-    if missing := [x.name for x in found if x.version is None and x not in tensorrt]:
+    if missing := [x.name for x in needed if x.version is None and x not in tensorrt]:
         yield Problem(f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed", engine.install)
-    for library in found:
+    for library in needed:
         if library in tensorrt:
             yield incomplete(PRODUCTS[library.name], machine, library)
         elif library.error:

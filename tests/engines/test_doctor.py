@@ -90,7 +90,7 @@ def test_every_engine_is_ready_where_everything_is_in_order(name):
 
 
 def test_the_screen_of_a_gpu_machine():
-    lines = MachineReport(machine(), [judge("trt", engine_class("trt"), machine())]).lines()
+    lines = MachineReport(machine(), [Verdict("trt", engine_class("trt").problems(machine()))]).lines()
     assert lines[1:] == [
         "GPU 0         NVIDIA H200, 140.4 GiB, compute capability 9.0, bf16 and fp16",
         "driver        580.95.05, CUDA up to 13.0",
@@ -314,7 +314,7 @@ def test_missing_packages_and_broken_ones():
 def test_what_torch_compile_needs_beside_torch(monkeypatch):
     monkeypatch.delenv("CXX", raising=False)
     there = machine(compiler=None, headers=False, torch={"triton": False, "toolkit": None})
-    verdict = judge("compile", engine_class("compile"), there)
+    verdict = Verdict("compile", engine_class("compile").problems(there))
     assert verdict.state == "not ready"
     assert list(map(str, verdict.problems)) == [
         "no C++ compiler (g++ is not on the PATH): apt-get install g++, or set CXX to yours",

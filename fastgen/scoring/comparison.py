@@ -69,8 +69,8 @@ class Comparison:
             (d.label, number(d.a), number(d.b), number(d.value), f"{number(d.low)} to {number(d.high)}", d.verdict)
             for d in self.metrics.values()
         ]
-        drawn = ", ".join(f"{key} {d.resamples}" for key, d in self.metrics.items())
-        note = f"95% intervals of A - B: {self._kind} bootstrap over images, seeds averaged; resamples: {drawn}"
+        resamples = ", ".join(f"{key} {d.resamples}" for key, d in self.metrics.items())
+        note = f"95% intervals of A - B: {self._kind} bootstrap over images, seeds averaged; resamples: {resamples}"
         return "\n".join([*columns([("metric", "A", "B", "A - B", "95% interval", "better"), *rows]), "", note])
 
     @property

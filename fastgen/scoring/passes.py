@@ -42,7 +42,8 @@ def one_pass(
             metadata.append(metadata_of(image, path))
             if requests is not None:
                 check_made_for(metadata[-1], path, requests[row])
-        for name, features in extract(networks, images).items():
+        for name, network in networks.items():
+            features, count = extract(network, images)
             parts[name].append(features)
-            resized[name] += sum(not networks[name].fits(image) for image in images)
+            resized[name] += count
     return Seed({name: np.concatenate(part) for name, part in parts.items()}, resized, tuple(metadata))

@@ -83,8 +83,8 @@ def compare(a: Score, b: Score) -> Comparison:
 
     The images are resampled with replacement, the same ones in both runs and in all seeds where the runs' images have the
     same names; each resample gives a difference of the seeds' means. The interval is the difference -+ 1.96 standard
-    deviations of these (the normal bootstrap interval: FID of a resample is biased, in both runs alike, and the interval does
-    not move with that). InputError for results that were not measured against the same networks and reference.
+    deviations of these: the normal bootstrap interval, which the bias of a resample's FID does not move, as it is alike in
+    both runs. InputError for results that were not measured against the same networks and reference.
     """
     shared = [key for key in a.metrics if key in b.metrics]
     if not shared:

@@ -92,8 +92,8 @@ class Kernel:
 
     @cached_property
     def replicates(self) -> np.ndarray:
-        """The unbiased estimate over all pairs of different images (two copies of one image are no pair), up to the term of
-        the reference alone, which is the same in all; against KERNEL_ROWS of the reference where it has more."""
+        """The unbiased estimate over all pairs of different images (two copies of one image are no pair), against at most
+        KERNEL_ROWS of the reference. It lacks the term of the reference alone, which is the same in every resample."""
         x = self.features.astype(np.float64)
         y = _some_rows(self.reference.features).astype(np.float64)
         counts = resample_counts(len(x)).astype(np.float64)  # (R, N)

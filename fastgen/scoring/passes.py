@@ -15,7 +15,7 @@ from fastgen.scoring.networks import FeatureNetwork, extract
 
 
 @dataclass(frozen=True, eq=False)
-class Seed:
+class FolderPass:
     """The result of a pass over one folder of N images."""
 
     features: Mapping[str, np.ndarray]  # network -> (N, D)
@@ -29,7 +29,7 @@ def one_pass(
     requests: Sequence[Request] | None,
     networks: Mapping[str, FeatureNetwork],
     batch_size: int,
-) -> Seed:
+) -> FolderPass:
     """Decode, check and embed the images `names` of a folder. InputError for one that cannot be read, or that says it was
     generated for another request."""
     parts: dict[str, list[np.ndarray]] = {name: [] for name in networks}
@@ -46,4 +46,4 @@ def one_pass(
             features, count = extract(network, images)
             parts[name].append(features)
             resized[name] += count
-    return Seed({name: np.concatenate(part) for name, part in parts.items()}, resized, tuple(metadata))
+    return FolderPass({name: np.concatenate(part) for name, part in parts.items()}, resized, tuple(metadata))

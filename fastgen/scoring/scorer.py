@@ -24,7 +24,7 @@ from fastgen.scoring.label_accuracy import breakdowns, label_objects, label_samp
 from fastgen.scoring.metrics import Share
 from fastgen.scoring.networks import EvaluatorNetwork, FeatureNetwork, evaluator_network, inception_network
 from fastgen.scoring.options import PathLike, ScoringOptions, need, takes_options
-from fastgen.scoring.passes import Seed, one_pass
+from fastgen.scoring.passes import FolderPass, one_pass
 from fastgen.scoring.reference_set import (
     ReferenceImages,
     Statistics,
@@ -44,7 +44,7 @@ class Work:
 
     requests: Sequence[Request] | None
     objects: Mapping[str, int] | None  # name -> output of the evaluator; None where label accuracy is not measured
-    targets: np.ndarray | None  # (N, K) multi-hot, of attributes; None where these are not measured
+    attribute_targets: np.ndarray | None  # (N, K) multi-hot; None where attributes are not measured
     names: tuple[str, ...]
     prompts: tuple[str, ...]  # empty where CLIP-T is not measured
     references: Mapping[str, Path]  # name -> reference image of that name, where there is a CLIP
@@ -91,15 +91,18 @@ class Scorer:
         """Score one run. Errors as `fastgen.scoring.score`."""
         folders, path = image_folders(images), None if requests is None else Path(requests)
         work = self._work(folders, path)
-        judge = self.evaluator if work.objects or work.targets is not None else None
+        judge = self.evaluator if work.objects or work.attribute_targets is not None else None
         networks = {network.name: network for network in (judge, self.network, self.clip) if network}
-        seeds = [one_pass(folder, work.names, work.requests, networks, self.batch_size) for folder in folders]
-        samples = self._samples(work, seeds)
-        counts, objects = breakdowns(self._label_scores(seeds), *self._targets(work)) if work.objects else ({}, {})
+        passes = [one_pass(folder, work.names, work.requests, networks, self.batch_size) for folder in folders]
+        samples = self._samples(work, passes)
+        counts, objects = (
+            breakdowns(self._label_scores(passes), *self._label_targets(work)) if work.objects else ({}, {})
+        )
         values: Mapping[str, Share] = {}
-        if work.targets is not None and self.attributes:
-            values = value_shares(self._label_scores(seeds), work.targets, self.attributes)
-        metadata, clip = [image for seed in seeds for image in seed.metadata], self.clip
+        if work.attribute_targets is not None and self.attributes:
+            values = value_shares(self._label_scores(passes), work.attribute_targets, self.attributes)
+        metadata = [image for one in passes for image in one.metadata]
+        clip = self.clip
         return Score(
             requests=None if path is None else str(path),
             evaluator=None if self.evaluator is None else str(self.evaluator.path),
@@ -110,7 +113,7 @@ class Scorer:
             by_value=values,
             reference=self._reference_record(),
             clip=None if clip is None else {"variant": clip.title, "preprocessing": clip.preprocessing},
-            resized={name: self._resized(network, seeds) for name, network in networks.items()},
+            resized={name: self._resized(network, passes) for name, network in networks.items()},
             saving=saving(metadata),
             made_by=made_by(metadata),
             warnings=self._warnings(work),
@@ -138,7 +141,7 @@ class Scorer:
     def planned(self, requests: PathLike, limit: int | None = None) -> tuple[str, ...]:
         """The metrics that images of these requests (the first `limit`) will be scored by; errors as `score`."""
         work = self._work(None, Path(requests), limit)
-        attributes = metric_names(self.attributes) if self.attributes and work.targets is not None else ()
+        attributes = metric_names(self.attributes) if self.attributes and work.attribute_targets is not None else ()
         metrics = {
             "label_accuracy": work.objects is not None,
             **dict.fromkeys(attributes, True),
@@ -187,35 +190,35 @@ class Scorer:
             raise InputError(f"{self.clip.source}: CLIP has nothing to compare the images with: {needs}")
         return work
 
-    def _samples(self, work: Work, seeds: Sequence[Seed]) -> dict[str, tuple[Sample, ...]]:
-        """Metric -> a sample for each seed, for the metrics that are measured."""
+    def _samples(self, work: Work, passes: Sequence[FolderPass]) -> dict[str, tuple[Sample, ...]]:
+        """Metric -> a sample for each folder, for the metrics that are measured."""
         out: dict[str, tuple[Sample, ...]] = {}
         if work.objects:
-            targets, _ = self._targets(work)
-            out["label_accuracy"] = tuple(label_sample(scores, targets) for scores in self._label_scores(seeds))
-        if work.targets is not None and self.attributes:
-            out |= attribute_samples(self._label_scores(seeds), work.targets, self.attributes)
+            targets, _ = self._label_targets(work)
+            out["label_accuracy"] = tuple(label_sample(scores, targets) for scores in self._label_scores(passes))
+        if work.attribute_targets is not None and self.attributes:
+            out |= attribute_samples(self._label_scores(passes), work.attribute_targets, self.attributes)
         if self.network:
-            features = [seed.features[self.network.name] for seed in seeds]
+            features = [one.features[self.network.name] for one in passes]
             out["fid"] = tuple(Frechet(x, self.statistics) for x in features)
             out["kid"] = tuple(Kernel(x, self.statistics) for x in features)
         if self.clip and work.prompts:
             texts = self.clip.text_features(work.prompts)
-            out["clip_t"] = tuple(Mean(cosines(seed.features[self.clip.name], texts)) for seed in seeds)
+            out["clip_t"] = tuple(Mean(cosines(one.features[self.clip.name], texts)) for one in passes)
         if self.clip and work.has_all_references:
             reference = self._reference_images(work)
-            out["clip_i"] = tuple(Mean(cosines(seed.features[self.clip.name], reference)) for seed in seeds)
+            out["clip_i"] = tuple(Mean(cosines(one.features[self.clip.name], reference)) for one in passes)
         return out
 
-    def _targets(self, work: Work) -> tuple[np.ndarray, list[str]]:
+    def _label_targets(self, work: Work) -> tuple[np.ndarray, list[str]]:
         """(multi-hot (N, K), the K objects)."""
         assert work.requests is not None
         assert work.objects is not None
         return multi_hot(work.requests, work.objects), list(work.objects)
 
-    def _label_scores(self, seeds: Sequence[Seed]) -> list[np.ndarray]:
+    def _label_scores(self, passes: Sequence[FolderPass]) -> list[np.ndarray]:
         assert self.evaluator
-        return [self.evaluator.scores(seed.features[self.evaluator.name]) for seed in seeds]  # (N, K) each
+        return [self.evaluator.scores(one.features[self.evaluator.name]) for one in passes]  # (N, K) each
 
     def _reference_images(self, work: Work) -> np.ndarray:
         """CLIP features (N, D) of the reference images of the same names."""
@@ -233,9 +236,9 @@ class Scorer:
         reference = self.reference
         return {"path": str(reference.path), "images": len(reference.files), "sha256": reference.fingerprint}
 
-    def _resized(self, network: FeatureNetwork, seeds: Sequence[Seed]) -> Resized:
+    def _resized(self, network: FeatureNetwork, passes: Sequence[FolderPass]) -> Resized:
         reference = self.statistics.resized if network is self.network else 0
-        return Resized(network.preprocessing, sum(seed.resized[network.name] for seed in seeds), reference)
+        return Resized(network.preprocessing, sum(one.resized[network.name] for one in passes), reference)
 
     def _warnings(self, work: Work) -> tuple[str, ...]:
         out, images, references = [], len(work.names), len(work.references)

@@ -134,7 +134,7 @@ def _evaluation(task: Any, precision: Any, *, guided: bool) -> tuple[Callable[[]
     rows = np.arange(2 if guided else 1)
     x = torch.randn(len(rows), *task.space.shape, device=precision.device)
     timesteps = torch.full((len(rows),), 500.0, device=precision.device)
-    condition = task.conditions.fixed(rows)[0]
+    condition = task.conditions.pair(rows)[0]
 
     def predict() -> Any:
         with torch.inference_mode(), precision.autocast():

@@ -48,9 +48,9 @@ def train(preset: str, data_folder: Path | None, out: Path | None, overrides: Se
     if folder is None:
         raise InputError("no dataset in this folder; give --data DATA, or render one: `fastgen data iclevr DATA`")
     from fastgen.training import train as run
-    from fastgen.training.processes import is_main, launched
+    from fastgen.training.processes import is_main, process_count
 
-    if out is None and launched() > 1:
+    if out is None and process_count() > 1:
         raise InputError("several processes need one output folder: give --out")
     target = out or new_run(loaded.name)
     run(loaded, folder, target, **options)

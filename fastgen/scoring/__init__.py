@@ -25,7 +25,7 @@ def score(images: Paths, requests: PathLike | None = None, **options: Any) -> Sc
 
     Raises InputError for a combination of options that measures nothing, requests of the wrong kind, objects the evaluator
     does not know, images that are missing, not readable or generated for other requests, fewer than two images for FID, and
-    files that are not what they should be; FastgenError without torch, torchmetrics or transformers, and for NaN.
+    files of the wrong format; FastgenError without torch, torchmetrics or transformers, and for NaN.
     """
     ScoringOptions(**options)
     return need("fastgen.scoring.scorer").Scorer(**options).score(images, requests)

@@ -14,10 +14,10 @@ from fastgen.scoring.metrics import Share, attribute_hits
 from fastgen.scoring.samples import Mean, Sample
 
 
-def asked_attributes(path: Path, requests: Sequence[Request], attributes: Attributes) -> np.ndarray:
-    """Multi-hot (N, K) float32 with one value of each attribute of the evaluator. An entry is found by the request's key,
-    else by the name of its image without .png. InputError for requests without an entry, and for values that the evaluator
-    does not know."""
+def attribute_targets(path: Path, requests: Sequence[Request], attributes: Attributes) -> np.ndarray:
+    """The requested values, multi-hot (N, K) float32, one of each attribute of the evaluator. The key of an entry is that of
+    the request, else the name of its image without .png. InputError for requests without an entry, and for values that the
+    evaluator does not know."""
     entries, objects = read_attributes(path), outputs(attributes)
     keys = [r.id if r.id in entries else r.image_name.removesuffix(".png") for r in requests]
     check_complete(path, entries, keys, "requests")
@@ -38,17 +38,15 @@ def attribute_samples(
 ) -> dict[str, tuple[Sample, ...]]:
     """Metric -> a sample for each folder; scores (N, K) of each folder."""
     sizes = [len(values) for values in attributes.values()]
-    hits = [attribute_hits(one, targets, sizes).astype(np.float64) for one in scores]  # (N, A) each
-    each: dict[str, tuple[Sample, ...]] = {
-        name: tuple(Mean(one[:, i]) for one in hits) for i, name in enumerate(attributes)
-    }
-    return {MEAN: tuple(Mean(one.mean(axis=1)) for one in hits), **each}
+    hits = [attribute_hits(folder, targets, sizes).astype(np.float64) for folder in scores]  # (N, A) each
+    samples: dict[str, tuple[Sample, ...]] = {MEAN: tuple(Mean(folder.mean(axis=1)) for folder in hits)}
+    return samples | {name: tuple(Mean(folder[:, i]) for folder in hits) for i, name in enumerate(attributes)}
 
 
 def value_shares(scores: Sequence[np.ndarray], targets: np.ndarray, attributes: Attributes) -> Mapping[str, Share]:
     """Label of a value, such as "colour: red" -> how many of the images requested with it show it, all folders together."""
     sizes = [len(values) for values in attributes.values()]
-    hits = np.concatenate([attribute_hits(one, targets, sizes) for one in scores])  # (S N, A)
+    hits = np.concatenate([attribute_hits(folder, targets, sizes) for folder in scores])  # (S N, A)
     correct = np.repeat(hits, sizes, axis=1) * np.tile(targets, (len(scores), 1))  # (S N, K)
     totals = len(scores) * np.count_nonzero(targets, axis=0)  # (K,)
     shares = zip(outputs(attributes), np.count_nonzero(correct, axis=0), totals, strict=True)

@@ -26,7 +26,7 @@ PROMPTS = 64  # per batch
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """An image -> (3, size, size): the shorter side to `shortest_edge` px, the middle cut out, values normalised."""
+    """An image -> (3, size, size): the shorter side to `shortest_edge` px, a crop of the middle, values normalised."""
 
     size: int
     shortest_edge: int
@@ -47,13 +47,13 @@ class Preprocessing:
             width, height = (int(self.shortest_edge * side / short) for side in (width, height))
             image = image.resize((width, height), self.resample)
         left, top = (width - self.size) // 2, (height - self.size) // 2
-        cut = np.asarray(image.crop((left, top, left + self.size, top + self.size)), np.float32)
-        return ((cut / 255 - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)).transpose(2, 0, 1)
+        crop = np.asarray(image.crop((left, top, left + self.size, top + self.size)), np.float32)
+        return ((crop / 255 - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)).transpose(2, 0, 1)
 
 
 @dataclass(frozen=True)
 class ClipNetwork:
-    """A CLIP in eval mode. `source` is the folder or the hub id it was asked for by."""
+    """A CLIP in eval mode. `source`: its folder or hub id, as in the options."""
 
     model: Any
     tokenizer: Any
@@ -77,8 +77,9 @@ class ClipNetwork:
     def fingerprint(self) -> str:
         return weights_hash(self.model)
 
-    def fits(self, image: Image.Image) -> bool:
-        return image.size == (self.process.size, self.process.size)
+    @property
+    def size(self) -> int:
+        return self.process.size
 
     def features(self, images: Sequence[Image.Image]) -> np.ndarray:
         """(B, projection_dim) float32, not normalised."""
@@ -103,7 +104,7 @@ class ClipNetwork:
     def context(self) -> int:
         return self.model.config.text_config.max_position_embeddings
 
-    def truncated(self, prompts: Sequence[str]) -> int:
+    def count_truncated(self, prompts: Sequence[str]) -> int:
         """How many prompts have more tokens than the context length, start and end token included."""
         lengths = (len(ids) for ids in self.tokenizer(list(prompts), truncation=False, verbose=False).input_ids)
         return sum(length > self.context for length in lengths)
@@ -119,7 +120,7 @@ def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def load_clip(source: str, download: bool, allow_pickle: bool, device: torch.device) -> ClipNetwork:
     """A CLIP from a local folder, or by its hub id from the local Hugging Face cache; fetched only with `download`.
 
-    Raises InputError for what is neither, is no CLIP, lacks weights, or whose tokenizer does not fit.
+    Raises InputError for a source that is neither, another network, missing weights, and a tokenizer that does not fit.
     """
     folder = _folder(source, download, allow_pickle)
     config = _config(folder, source)
@@ -174,9 +175,11 @@ def _tokenizer(folder: Path, source: str, model: Any) -> Any:
     text = model.config.text_config
     if len(tokenizer) > text.vocab_size:
         raise InputError(f"{source}: the tokenizer has {len(tokenizer)} tokens, the text tower {text.vocab_size}")
-    if text.eos_token_id not in (2, tokenizer.eos_token_id):  # 2: old configurations, the highest id is taken
-        found = f"the tokenizer ends a text with {tokenizer.eos_token_id}"
-        raise InputError(f"{source}: {found}, the text tower looks for {text.eos_token_id}")
+    if text.eos_token_id not in (2, tokenizer.eos_token_id):  # 2: in old configurations, which take the highest id
+        mismatch = (
+            f"the tokenizer ends a text with {tokenizer.eos_token_id}, the text tower looks for {text.eos_token_id}"
+        )
+        raise InputError(f"{source}: {mismatch}")
     return tokenizer
 
 
@@ -191,8 +194,8 @@ def _preprocessing(folder: Path, image_size: int) -> Preprocessing:
     edge = size if isinstance(size, int) else size.get("shortest_edge") or size.get("height")
     side = crop if isinstance(crop, int) else crop.get("height")
     if side != image_size or not edge or edge < side:
-        found = f"size {size}, crop_size {crop}"
-        raise InputError(f"{folder / str(name)}: found {found}, expected images of {image_size} px for this CLIP")
+        sizes = f"size {size}, crop_size {crop}"
+        raise InputError(f"{folder / str(name)}: found {sizes}, expected images of {image_size} px for this CLIP")
     mean, std = (tuple(values.get(key, default)) for key, default in (("image_mean", MEAN), ("image_std", STD)))
     method = Image.Resampling(values.get("resample", Image.Resampling.BICUBIC))
     return Preprocessing(side, edge, method, mean, std, name or "CLIP's defaults")

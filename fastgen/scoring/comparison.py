@@ -69,8 +69,8 @@ class Comparison:
             (d.label, number(d.a), number(d.b), number(d.value), f"{number(d.low)} to {number(d.high)}", d.verdict)
             for d in self.metrics.values()
         ]
-        drawn = ", ".join(f"{key} {d.resamples}" for key, d in self.metrics.items())
-        note = f"95% intervals of A - B: {self._kind} bootstrap over images, seeds averaged; resamples: {drawn}"
+        resamples = ", ".join(f"{key} {d.resamples}" for key, d in self.metrics.items())
+        note = f"95% intervals of A - B: {self._kind} bootstrap over images, seeds averaged; resamples: {resamples}"
         return "\n".join([*columns([("metric", "A", "B", "A - B", "95% interval", "better"), *rows]), "", note])
 
     @property
@@ -83,8 +83,8 @@ def compare(a: Score, b: Score) -> Comparison:
 
     The images are resampled with replacement, the same ones in both runs and in all seeds where the runs' images have the
     same names; each resample gives a difference of the seeds' means. The interval is the difference -+ 1.96 standard
-    deviations of these (the normal bootstrap interval: FID of a resample is biased, in both runs alike, and the interval does
-    not move with that). InputError for results that were not measured against the same networks and reference.
+    deviations of these: the normal bootstrap interval, which the bias of a resample's FID does not move, as it is alike in
+    both runs. InputError for results that were not measured against the same networks and reference.
     """
     shared = [key for key in a.metrics if key in b.metrics]
     if not shared:

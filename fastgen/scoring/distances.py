@@ -61,11 +61,11 @@ class Frechet:
         squares = np.einsum("nd,nd->n", x, x)
         out = []
         for counts in resample_counts(n)[: self._resamples]:
-            drawn = counts > 0
-            weights = counts[drawn] / n  # (M,)
-            mean = weights @ x[drawn]  # (D,)
-            trace = (weights @ squares[drawn] - mean @ mean) * n / (n - 1)
-            z = (y[drawn] - weights @ y[drawn]) * np.sqrt(weights * n / (n - 1))[:, None]  # (M, D)
+            present = counts > 0
+            weights = counts[present] / n  # (M,)
+            mean = weights @ x[present]  # (D,)
+            trace = (weights @ squares[present] - mean @ mean) * n / (n - 1)
+            z = (y[present] - weights @ y[present]) * np.sqrt(weights * n / (n - 1))[:, None]  # (M, D)
             gram = z @ z.T if len(z) < z.shape[1] else z.T @ z
             overlap = np.sqrt(np.clip(np.linalg.eigvalsh(gram), 0, None)).sum()
             shift = mean - self.reference.mean
@@ -92,8 +92,8 @@ class Kernel:
 
     @cached_property
     def replicates(self) -> np.ndarray:
-        """The unbiased estimate over all pairs of different images (two copies of one image are no pair), up to the term of
-        the reference alone, which is the same in all; against KERNEL_ROWS of the reference where it has more."""
+        """The unbiased estimate over all pairs of different images (two copies of one image are no pair), against at most
+        KERNEL_ROWS of the reference. It lacks the term of the reference alone, which is the same in every resample."""
         x = self.features.astype(np.float64)
         y = _some_rows(self.reference.features).astype(np.float64)
         counts = resample_counts(len(x)).astype(np.float64)  # (R, N)
@@ -114,7 +114,7 @@ def frechet_distance(features: np.ndarray, reference: Statistics) -> float:
     """torchmetrics' FrechetInceptionDistance in float64, of features (N, D) against the reference's sums."""
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-    metric = FrechetInceptionDistance(feature=_AsGiven(features.shape[1])).set_dtype(torch.float64)
+    metric = FrechetInceptionDistance(feature=_Identity(features.shape[1])).set_dtype(torch.float64)
     metric.real_features_sum = torch.from_numpy(np.array(reference.total))
     metric.real_features_cov_sum = torch.from_numpy(np.array(reference.products))
     metric.real_features_num_samples = torch.tensor(len(reference.features))
@@ -131,23 +131,19 @@ def kernel_distance(features: np.ndarray, reference: np.ndarray) -> float:
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.filterwarnings("ignore", message=".*will save all extracted features.*")
         torch.manual_seed(0)
-        metric = KernelInceptionDistance(
-            feature=_AsGiven(features.shape[1]), subsets=SUBSETS, subset_size=size
-        ).set_dtype(torch.float64)
+        network = _Identity(features.shape[1])
+        metric = KernelInceptionDistance(network, subsets=SUBSETS, subset_size=size).set_dtype(torch.float64)
         metric.update(_double(reference), real=True)
         metric.update(_double(features), real=False)
         return float(metric.compute()[0])
 
 
-class _AsGiven(nn.Module):
-    """Stands for the feature network: torchmetrics is given features, as one pass over the images serves every metric."""
+class _Identity(nn.Identity):
+    """In place of torchmetrics' feature network: its input is features already, from the one pass over the images."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
         self.num_features = num_features
-
-    def forward(self, features: Tensor) -> Tensor:
-        return features
 
 
 def _double(features: np.ndarray) -> Tensor:

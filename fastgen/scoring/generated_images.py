@@ -28,13 +28,13 @@ def image_folders(images: Paths) -> list[Path]:
     folders = [Path(images)] if isinstance(images, str | os.PathLike) else [Path(folder) for folder in images]
     if not folders:
         raise InputError("no folder of images was given")
-    seen: set[Path] = set()
+    resolved: set[Path] = set()
     for folder in folders:
         if not folder.is_dir():
             raise InputError(f"{folder}: no such folder, expected the images that `fastgen generate` wrote")
-        if folder.resolve() in seen:
+        if folder.resolve() in resolved:
             raise InputError(f"{folder}: given twice; every folder counts as a seed of its own")
-        seen.add(folder.resolve())
+        resolved.add(folder.resolve())
     return folders
 
 
@@ -50,8 +50,8 @@ def image_names(folders: Sequence[Path], requests: Sequence[Request] | None) -> 
     for folder in folders:
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
-            listed = ", ".join(missing[:LISTED]) + (", ..." if len(missing) > LISTED else "")
-            raise InputError(f"{folder}: {len(missing)} of {len(names)} images are missing: {listed}")
+            names_text = ", ".join(missing[:LISTED]) + (", ..." if len(missing) > LISTED else "")
+            raise InputError(f"{folder}: {len(missing)} of {len(names)} images are missing: {names_text}")
     return names
 
 
@@ -69,27 +69,29 @@ def read_image(path: Path) -> Image.Image:
 
 
 def metadata_of(image: Image.Image, path: Path) -> dict[str, Any] | None:
-    """What `fastgen generate` stored in the image; None for an image that something else wrote."""
+    """What `fastgen generate` stored in the image; None for an image that another program wrote. InputError for anything
+    but a JSON object."""
     if METADATA_KEY not in image.info:
         return None
     try:
         metadata = json.loads(image.info[METADATA_KEY])
     except (ValueError, RecursionError):
-        raise InputError(f"{path}: its text chunk {METADATA_KEY!r} is not the JSON of a generated image") from None
-    return metadata if isinstance(metadata, dict) else {}
+        metadata = None
+    if not isinstance(metadata, dict):
+        raise InputError(f"{path}: its text chunk {METADATA_KEY!r} is not the JSON of a generated image")
+    return metadata
 
 
 def check_made_for(metadata: Mapping[str, Any] | None, path: Path, request: Request) -> None:
     """InputError when the image's own metadata names another condition: a task's test files share their image names."""
-    recorded, expected = (metadata or {}).get("labels"), sorted(request.labels or ())
-    if isinstance(recorded, list):
-        recorded = sorted(map(str, recorded))
+    actual, expected = (metadata or {}).get("labels"), sorted(request.labels or ())
+    if isinstance(actual, list):
+        actual = sorted(map(str, actual))
     if request.prompt is not None:
-        recorded, expected = (metadata or {}).get("prompt"), request.prompt  # type: ignore[assignment]
-    if recorded is not None and recorded != expected:
-        raise InputError(
-            f"{path}: was generated for {brief(recorded)}, the requests say {brief(expected)}: another file's?"
-        )
+        actual, expected = (metadata or {}).get("prompt"), request.prompt  # type: ignore[assignment]
+    if actual is not None and actual != expected:
+        difference = f"was generated for {brief(actual)}, the requests say {brief(expected)}"
+        raise InputError(f"{path}: {difference}: another file's?")
 
 
 def saving(metadata: Sequence[Mapping[str, Any] | None]) -> str:

@@ -15,18 +15,17 @@ def is_judged(
     requests: Sequence[Request] | None,
     path: Path | None,
     attributes: Attributes | None,
-    asked: Path | None,
+    values: Path | None,
     for_features: bool,
 ) -> bool:
-    """Whether images of these requests, read from `path`, are judged by an evaluator of `attributes` (None: of objects).
+    """Whether an evaluator of `attributes` (None: of objects) judges images of these requests, which were read from `path`.
 
-    asked: the file with the requested values, where the user names one. for_features: the evaluator also computes features
-    for FID and KID, so that it need not judge. InputError where it is there for judging alone, and cannot judge.
+    values: the file with the requested values, where the user names one. for_features: the evaluator also gives the features
+    of FID and KID, so it need not judge. InputError where judging is all that it is for, and it cannot judge.
     """
     if requests and path and requests[0].kind == ("text" if attributes else "labels"):
-        known = attributes is None or asked is not None or path.with_name(FILE).is_file()
-        return known or not for_features
-    if for_features and asked is None:
+        return attributes is None or values is not None or path.with_name(FILE).is_file() or not for_features
+    if for_features and values is None:
         return False
     what = "attributes need" if attributes else "label accuracy needs"
     if path is None:
@@ -37,11 +36,10 @@ def is_judged(
     raise InputError(f"{path}: holds prompts; {what} requests with labels, {example}")
 
 
-def asked_file(given: Path | None, requests: Path) -> Path:
-    """The file with the requested values: `given`, else attributes.json beside the requests. InputError where there is
-    none."""
-    path = given or requests.with_name(FILE)
-    if not path.is_file():
-        hint = "" if given else ", which says what was asked for, by the requests' keys; give --attributes FILE"
-        raise InputError(f"{path}: no such file{hint}")
-    return path
+def values_file(path: Path | None, requests: Path) -> Path:
+    """The file with the requested values: `path`, else attributes.json beside the requests. InputError for a missing one."""
+    file = path or requests.with_name(FILE)
+    if not file.is_file():
+        hint = "" if path else ", which says what was asked for, by the requests' keys; give --attributes FILE"
+        raise InputError(f"{file}: no such file{hint}")
+    return file

@@ -30,9 +30,8 @@ def label_objects(judge: Evaluator, objects: Mapping[str, int] | PathLike | None
         beside = requests.parent / "objects.json"
         names = read_objects(beside) if beside.exists() else ICLEVR_OBJECTS
     if len(names) != judge.num_labels:
-        raise InputError(
-            f"the evaluator has {judge.num_labels} outputs, the list of objects {len(names)}: expected one for each"
-        )
+        counts = f"the evaluator has {judge.num_labels} outputs, the list of objects {len(names)}"
+        raise InputError(f"{counts}: expected one for each")
     return dict(sorted(names.items(), key=lambda item: item[1]))
 
 
@@ -45,7 +44,7 @@ def label_sample(scores: np.ndarray, targets: np.ndarray) -> Ratio:
 def breakdowns(
     scores: Sequence[np.ndarray], targets: np.ndarray, objects: Sequence[str]
 ) -> tuple[dict[int, Share], dict[str, Share]]:
-    """(by number of objects in the image, by object that was asked for), all folders together."""
-    pooled, repeated = np.concatenate(scores), np.tile(targets, (len(scores), 1))  # (S N, K) both
-    by_object = zip(objects, metrics.accuracy_by_object(pooled, repeated), strict=True)
-    return metrics.accuracy_by_count(pooled, repeated), {name: share for name, share in by_object if share.total}
+    """(number of objects in the image -> Share, requested object -> Share), all folders together."""
+    all_scores, all_targets = np.concatenate(scores), np.tile(targets, (len(scores), 1))  # (S N, K) both
+    by_object = zip(objects, metrics.accuracy_by_object(all_scores, all_targets), strict=True)
+    return metrics.accuracy_by_count(all_scores, all_targets), {name: share for name, share in by_object if share.total}

@@ -58,7 +58,7 @@ def accuracy_by_count(scores: np.ndarray, targets: np.ndarray) -> dict[int, Shar
 
 
 def accuracy_by_object(scores: np.ndarray, targets: np.ndarray) -> list[Share]:
-    """How often each of the K objects, where asked for, was among its row's top k: K Shares in label order."""
+    """For each of the K objects, in label order: how often it was among the top k of the rows that have it as a label."""
     hits = label_hits(scores, targets)
     return [Share(int(h), int(t)) for h, t in zip(hits.sum(axis=0), np.count_nonzero(targets, axis=0), strict=True)]
 
@@ -72,10 +72,10 @@ def attribute_hits(scores: np.ndarray, targets: np.ndarray, sizes: Sequence[int]
     scores, targets = _checked(scores, targets)
     edges = np.cumsum(sizes)[:-1]
     hits = []
-    for scored, true in zip(np.split(scores, edges, axis=1), np.split(targets, edges, axis=1), strict=True):
+    for values, true in zip(np.split(scores, edges, axis=1), np.split(targets, edges, axis=1), strict=True):
         if (true.sum(axis=1) != 1).any():
             raise InputError("targets: expected one true value of each attribute")
-        hits.append(scored.argmax(axis=1) == true.argmax(axis=1))
+        hits.append(values.argmax(axis=1) == true.argmax(axis=1))
     return np.stack(hits, axis=1)
 
 
@@ -84,19 +84,13 @@ def standard_error(values: Sequence[float]) -> float:
     return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
 
 
-def standard_error_over_images(scores: np.ndarray, targets: np.ndarray) -> float:
-    """Standard error of `label_accuracy` from one run, the images being the independent units; NaN for one image.
-
-    Accuracy is a ratio of two sums over images, r = sum(hits) / sum(k). Its variance is that of a proportion in cluster
-    sampling, N / (N - 1) * sum((hits - r k)^2) / sum(k)^2 (Cochran, Sampling Techniques, 1977, section 3.12), where a
-    binomial error over labels would take the labels of one image for independent.
-    """
-    hits, k = label_hits(scores, targets).sum(axis=1), np.count_nonzero(targets, axis=1)  # (N,), (N,)
-    return ratio_standard_error(hits, k)
-
-
 def ratio_standard_error(parts: np.ndarray, wholes: np.ndarray) -> float:
-    """Standard error of sum(parts) / sum(wholes), both (N,), the N rows being independent; NaN for one row."""
+    """Standard error of r = sum(parts) / sum(wholes), both (N,), for N independent rows; NaN for one row.
+
+    Label accuracy is such a ratio, of an image's hits and labels. The variance is that of a proportion in cluster sampling,
+    N / (N - 1) * sum((parts - r wholes)^2) / sum(wholes)^2 (Cochran, Sampling Techniques, 1977, section 3.12); a binomial
+    error over labels would wrongly take the labels of one image for independent.
+    """
     n = len(parts)
     if n < 2:
         return math.nan

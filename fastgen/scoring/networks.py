@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,7 +12,6 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 from fastgen.errors import FastgenError
 from fastgen.models.evaluator import IMAGE_SIZE as EVALUATOR_SIZE
@@ -29,19 +28,20 @@ class FeatureNetwork(Protocol):
     def name(self) -> str: ...
 
     @property
+    def size(self) -> int:
+        """Width and height of its input, px."""
+
+    @property
     def title(self) -> str:
         """Stands in the label of the metrics it is used for."""
 
     @property
     def preprocessing(self) -> str:
-        """How an image that does not fit is brought to size, and the size."""
+        """The size, and how images of other sizes are brought to it."""
 
     @property
     def fingerprint(self) -> str:
         """Hash of the weights."""
-
-    def fits(self, image: Image.Image) -> bool:
-        """Whether the image has the network's size already."""
 
     def features(self, images: Sequence[Image.Image]) -> np.ndarray:
         """RGB images of any sizes -> (B, D) float32."""
@@ -49,12 +49,13 @@ class FeatureNetwork(Protocol):
 
 @dataclass(frozen=True)
 class EvaluatorNetwork:
-    """The evaluator: its features (512 where its width is 64), and what its last layer makes of them."""
+    """The evaluator: its features (512 where its width is 64), and the scores that its last layer computes from them."""
 
     evaluator: Evaluator
     path: Path
 
     name = "evaluator"
+    size = EVALUATOR_SIZE
     preprocessing = f"{EVALUATOR_SIZE} x {EVALUATOR_SIZE} px (bilinear, antialiased)"
 
     @property
@@ -64,9 +65,6 @@ class EvaluatorNetwork:
     @cached_property
     def fingerprint(self) -> str:
         return weights_hash(self.evaluator.module)
-
-    def fits(self, image: Image.Image) -> bool:
-        return image.size == (EVALUATOR_SIZE, EVALUATOR_SIZE)
 
     def features(self, images: Sequence[Image.Image]) -> np.ndarray:
         with float32_convolutions():
@@ -86,6 +84,7 @@ class InceptionNetwork:
     module: inception.FidInception
 
     name = "inception"
+    size = inception.IMAGE_SIZE
     title = "inception-2015-12-05"
     preprocessing = f"{inception.IMAGE_SIZE} x {inception.IMAGE_SIZE} px (bilinear, antialiased where it shrinks)"
 
@@ -93,12 +92,10 @@ class InceptionNetwork:
     def fingerprint(self) -> str:
         return weights_hash(self.module)
 
-    def fits(self, image: Image.Image) -> bool:
-        return image.size == (inception.IMAGE_SIZE, inception.IMAGE_SIZE)
-
     def features(self, images: Sequence[Image.Image]) -> np.ndarray:
         device = self.module.fc.weight.device
-        batch = torch.cat([inception.resize(to_tensor(image).to(device)) for image in images])  # (B, 3, 299, 299)
+        pixels = [torch.from_numpy(np.array(image)).to(device).permute(2, 0, 1)[None] for image in images]
+        batch = torch.cat([inception.resize(x) for x in pixels])  # (B, 3, 299, 299)
         with torch.no_grad(), float32_convolutions():
             return self.module(batch).cpu().numpy()
 
@@ -116,15 +113,10 @@ def inception_network(path: Path, allow_pickle: bool, device: torch.device) -> I
 
 
 def to_input(image: Image.Image) -> np.ndarray:
-    """An RGB image, stretched to 64 x 64 px where it is not that already -> (3, 64, 64) float32 in [-1, 1]."""
+    """An RGB image, resized to 64 x 64 px -> (3, 64, 64) float32 in [-1, 1]."""
     if image.size != (EVALUATOR_SIZE, EVALUATOR_SIZE):
         image = image.resize((EVALUATOR_SIZE, EVALUATOR_SIZE), Image.Resampling.BILINEAR)
     return np.asarray(image, np.float32).transpose(2, 0, 1) / 127.5 - 1
-
-
-def to_tensor(image: Image.Image) -> Tensor:
-    """An RGB image -> (1, 3, H, W) uint8."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
 
 
 @contextmanager
@@ -135,10 +127,9 @@ def float32_convolutions() -> Iterator[None]:
         yield
 
 
-def extract(networks: Mapping[str, FeatureNetwork], images: Sequence[Image.Image]) -> dict[str, np.ndarray]:
-    """Every network's features (B, D) of the images. FastgenError where one is not finite."""
-    out = {name: network.features(images) for name, network in networks.items()}
-    for name, features in out.items():
-        if broken := int((~np.isfinite(features)).any(axis=1).sum()):
-            raise FastgenError(f"the {name} network gave NaN or infinity for {broken} of {len(features)} images")
-    return out
+def extract(network: FeatureNetwork, images: Sequence[Image.Image]) -> tuple[np.ndarray, int]:
+    """(features (B, D) of the images, how many of them had another size). FastgenError where a feature is not finite."""
+    features = network.features(images)
+    if broken := int((~np.isfinite(features)).any(axis=1).sum()):
+        raise FastgenError(f"the {network.name} network gave NaN or infinity for {broken} of {len(features)} images")
+    return features, sum(image.size != (network.size, network.size) for image in images)

@@ -16,8 +16,6 @@ MEASURES = (
     "--evaluator E (label accuracy, attributes), --reference DIR --features inception.pth|evaluator (FID, KID), "
     "--clip C (CLIP-T; with --reference CLIP-I)"
 )
-
-
 PathLike = str | os.PathLike[str]
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -61,9 +59,8 @@ class ScoringOptions:
         if features is not None and reference is None:
             raise InputError("--features are for FID and KID, which need --reference DIR: images to compare with")
         if reference is not None and features is None and clip is None:
-            raise InputError(
-                "--reference is used by FID and KID (add --features evaluator, or inception.pth) and --clip"
-            )
+            uses = "FID and KID (add --features evaluator, or inception.pth) and --clip"
+            raise InputError(f"--reference is used by {uses}")
         if evaluator is None and features is None and clip is None:
             raise InputError(f"nothing to measure: give {MEASURES}")
         if self.attributes is not None and evaluator is None:

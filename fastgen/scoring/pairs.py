@@ -1,8 +1,7 @@
-"""Two folders of generated images, from two engines or two samplers: how far apart they are, in figures and side by side."""
+"""The difference between two folders of generated images, from two engines or two samplers, in figures and side by side."""
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -16,12 +15,12 @@ from PIL import Image
 from fastgen.errors import InputError
 from fastgen.files.jsonfiles import write_json
 from fastgen.files.names import SHEETS, STRIP_FOLDER
-from fastgen.files.png import METADATA_KEY, in_rows, save_image, sheet
-from fastgen.scoring.generated_images import read_image
+from fastgen.files.png import in_rows, save_image, sheet
+from fastgen.scoring.generated_images import metadata_of, read_image
 
 PICTURED, COLUMNS = 16, 8
 SMALLEST = 96  # px of a pictured image, enlarged by a whole factor
-SAME = ("seed", "prompt", "labels")  # what both images of a pair should have been made from
+SAME = ("seed", "prompt", "labels")  # inputs that both images of a pair should share
 PLACES = ("id", "image_name", "strip")
 
 
@@ -55,7 +54,7 @@ class FolderComparison:
     @property
     def mean_psnr_db(self) -> float | None:
         """Over the images that differ; None if none does."""
-        values = [pair.psnr_db for pair in self.different if pair.psnr_db is not None]
+        values = [pair.psnr_db for pair in self.pairs if pair.psnr_db is not None]
         return sum(values) / len(values) if values else None
 
     @property
@@ -103,11 +102,11 @@ def compare(a: Path, b: Path, out: Path, limit: int | None = None) -> FolderComp
     for name in names:
         images = [read_image(folder / name) for folder in (a, b)]
         pairs.append(_pair(name, _pixels(images[0]), _pixels(images[1]), a, b))
-        metadata.append(tuple(_metadata(image, folder / name) for image, folder in zip(images, (a, b), strict=True)))
-    warnings += _made_from_others(names, metadata)
+        metadata.append(tuple(metadata_of(image, folder / name) for image, folder in zip(images, (a, b), strict=True)))
+    warnings += _input_warnings(names, metadata)
     comparison = FolderComparison(a, b, tuple(pairs), _differences(metadata), tuple(warnings))
-    shown = list(dict.fromkeys([*names[:PICTURED], *([comparison.worst.name] if comparison.worst else [])]))
-    save_image(out, _picture(a, b, shown))
+    rows = list(dict.fromkeys([*names[:PICTURED], *([comparison.worst.name] if comparison.worst else [])]))
+    save_image(out, _picture(a, b, rows))
     write_json(out.with_suffix(".json"), comparison.to_json())
     return comparison
 
@@ -121,25 +120,16 @@ def _common_names(a: Path, b: Path, limit: int | None) -> tuple[list[str], list[
     common = [name for name in first if name in second][:limit]
     if not common:
         raise InputError(f"{a} and {b} have no image name in common")
-    lonely = [name for name in first if name not in second], sorted(second - set(first))
-    warnings = [
-        f"{len(names)} images only in {folder}, such as {names[0]}"
-        for names, folder in zip(lonely, (a, b), strict=True)
-        if names
-    ]
+    others = (a, [name for name in first if name not in second]), (b, sorted(second - set(first)))
+    warnings = [f"{len(names)} images only in {folder}, such as {names[0]}" for folder, names in others if names]
     return common, warnings
 
 
 def _names(folder: Path) -> list[str]:
-    files = [f.relative_to(folder) for f in sorted(folder.rglob("*.png"))]
-    images = [f.as_posix() for f in files if f.parts[0] not in (*SHEETS, STRIP_FOLDER)]
-    images = [name for name in images if not Path(name).name.startswith(".")]
-    return sorted(images, key=lambda name: [int(w) if w.isdigit() else w for w in _words(name)])
-
-
-def _words(name: str) -> list[str]:
-    """`10_main.png` -> ["", "10", "_main.png"]: numbers and what is between them, in turn, so that 2 comes before 10."""
-    return re.split(r"(\d+)", name)
+    """The images below `folder`; numbers in names are compared as numbers, so that 2_main.png comes before 10_main.png."""
+    files = [f.relative_to(folder) for f in sorted(folder.rglob("*.png")) if not f.name.startswith(".")]
+    names = [f.as_posix() for f in files if f.parts[0] not in (*SHEETS, STRIP_FOLDER)]
+    return sorted(names, key=lambda name: [int(w) if w.isdigit() else w for w in re.split(r"(\d+)", name)])
 
 
 def _pixels(image: Image.Image) -> np.ndarray:
@@ -155,24 +145,11 @@ def _pair(name: str, first: np.ndarray, second: np.ndarray, a: Path, b: Path) ->
     return Pair(name, psnr, int(np.abs(first - second).max()))
 
 
-def _metadata(image: Image.Image, path: Path) -> dict[str, Any] | None:
-    """What the image says about itself; None if nothing."""
-    if METADATA_KEY not in image.info:
-        return None
-    try:
-        metadata = json.loads(image.info[METADATA_KEY])
-    except (ValueError, RecursionError):
-        metadata = None
-    if not isinstance(metadata, dict):
-        raise InputError(f"{path}: its text chunk {METADATA_KEY!r} is not the JSON of a generated image")
-    return metadata
-
-
 Metadata = Sequence[tuple[dict[str, Any] | None, ...]]
 
 
-def _made_from_others(names: Sequence[str], metadata: Metadata) -> list[str]:
-    """A warning for each field that a fair comparison needs equal."""
+def _input_warnings(names: Sequence[str], metadata: Metadata) -> list[str]:
+    """A warning for each input, such as the seed, in which images of one name differ."""
     warnings = []
     silent = [name for name, pair in zip(names, metadata, strict=True) if None in pair]
     if silent:
@@ -186,7 +163,7 @@ def _made_from_others(names: Sequence[str], metadata: Metadata) -> list[str]:
 
 
 def _differences(metadata: Metadata) -> dict[str, tuple[list[Any], list[Any]]]:
-    """Fields with other values in A than in B, besides those of each image's own."""
+    """Metadata fields with other values in A than in B, except those that belong to one image."""
     fields = dict.fromkeys(
         key for pair in metadata for record in pair for key in record or () if key not in PLACES + SAME
     )

@@ -15,7 +15,7 @@ from fastgen.scoring.networks import FeatureNetwork, extract
 
 
 @dataclass(frozen=True, eq=False)
-class Seed:
+class FolderPass:
     """The result of a pass over one folder of N images."""
 
     features: Mapping[str, np.ndarray]  # network -> (N, D)
@@ -29,7 +29,7 @@ def one_pass(
     requests: Sequence[Request] | None,
     networks: Mapping[str, FeatureNetwork],
     batch_size: int,
-) -> Seed:
+) -> FolderPass:
     """Decode, check and embed the images `names` of a folder. InputError for one that cannot be read, or that says it was
     generated for another request."""
     parts: dict[str, list[np.ndarray]] = {name: [] for name in networks}
@@ -42,7 +42,8 @@ def one_pass(
             metadata.append(metadata_of(image, path))
             if requests is not None:
                 check_made_for(metadata[-1], path, requests[row])
-        for name, features in extract(networks, images).items():
+        for name, network in networks.items():
+            features, count = extract(network, images)
             parts[name].append(features)
-            resized[name] += sum(not networks[name].fits(image) for image in images)
-    return Seed({name: np.concatenate(part) for name, part in parts.items()}, resized, tuple(metadata))
+            resized[name] += count
+    return FolderPass({name: np.concatenate(part) for name, part in parts.items()}, resized, tuple(metadata))

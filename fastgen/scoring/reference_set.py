@@ -1,12 +1,11 @@
-"""The reference set: its images, and their features, computed once and kept in the cache."""
+"""The reference set: its images, and their features, which the cache keeps."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from tqdm import tqdm
@@ -19,9 +18,7 @@ from fastgen.errors import InputError
 from fastgen.files.hashes import sha256_file, sha256_names
 from fastgen.files.jsonfiles import read_json, write_json
 from fastgen.files.names import CONTACT_SHEET
-
-if TYPE_CHECKING:
-    from fastgen.scoring.networks import FeatureNetwork
+from fastgen.scoring.networks import FeatureNetwork, extract
 
 CACHE = "scoring"
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
@@ -46,7 +43,7 @@ class ReferenceImages:
         except OSError as error:
             raise InputError(f"{error.filename}: cannot be read: {error.strerror}") from None
 
-    def named(self, names: Sequence[str]) -> dict[str, Path]:
+    def files_by_name(self, names: Sequence[str]) -> dict[str, Path]:
         """Those of `names` that the reference has: the name of its file, or its path below the reference."""
         by_name = {file.name: file for file in self.files}
         by_name |= {file.relative_to(self.path).as_posix(): file for file in self.files}
@@ -99,7 +96,7 @@ def read_reference(path: Path) -> ReferenceImages:
 
 
 def reference_statistics(reference: ReferenceImages, network: FeatureNetwork, batch_size: int) -> Statistics:
-    """The network's features of all images and their sums: from the cache when weights and images are the same."""
+    """The network's features of all images and their sums; from the cache when weights and images are the same."""
     return _cached(reference, reference.files, reference.fingerprint, network, batch_size)
 
 
@@ -116,28 +113,21 @@ def named_features(
 def _cached(
     reference: ReferenceImages, files: Sequence[Path], fingerprint: str, network: FeatureNetwork, batch_size: int
 ) -> Statistics:
-    fields = {"images": fingerprint, "weights": network.fingerprint, "preprocessing": network.preprocessing}
-    folder = cached("features", fields, _writer(reference, files, network, batch_size), CACHE)
-    features, total, products = (read_array(folder, name) for name in ("features", "total", "products"))
-    return Statistics(features, total, products, read_json(folder / "resized.json"))
-
-
-def _writer(
-    reference: ReferenceImages, files: Sequence[Path], network: FeatureNetwork, batch_size: int
-) -> Callable[[Path], None]:
-    from fastgen.scoring.networks import extract
-
     def write(folder: Path) -> None:
         parts, resized = [], 0
         with tqdm(total=len(files), desc=f"{reference.path}: {network.name} features", disable=None) as bar:
             for start in range(0, len(files), batch_size):
                 images = [open_image(file) for file in files[start : start + batch_size]]
-                parts.append(extract({network.name: network}, images)[network.name])
-                resized += sum(not network.fits(image) for image in images)
+                features, count = extract(network, images)
+                parts.append(features)
+                resized += count
                 bar.update(len(images))
         statistics = Statistics.of(np.concatenate(parts), resized)
         for name in ("features", "total", "products"):
             np.save(folder / f"{name}.npy", getattr(statistics, name))
         write_json(folder / "resized.json", resized)
 
-    return write
+    fields = {"images": fingerprint, "weights": network.fingerprint, "preprocessing": network.preprocessing}
+    folder = cached("features", fields, write, CACHE)
+    features, total, products = (read_array(folder, name) for name in ("features", "total", "products"))
+    return Statistics(features, total, products, read_json(folder / "resized.json"))

@@ -65,9 +65,8 @@ class Score:
     clip: Mapping[str, Any] | None  # variant, preprocessing
     resized: Mapping[str, Resized]  # network -> what was resized for it
     saving: str  # how the networks' output was converted to pixels: clamp, min-max, mixed, unknown
-    made_by: Mapping[
-        str, Any
-    ]  # model, checkpoint, engine, scheduler, ...: the same in all images' metadata, or "mixed"
+    # Model, checkpoint, engine, scheduler, ...: the value in all images' metadata, or "mixed".
+    made_by: Mapping[str, Any]
     warnings: tuple[str, ...]
     names: tuple[str, ...] = field(repr=False)  # of the images
     samples: Mapping[str, tuple[Sample, ...]] = field(repr=False, compare=False)  # metric -> one per folder
@@ -123,8 +122,8 @@ class Score:
 
     def table(self, details: bool = True) -> str:
         """Several lines of text: the figures, what they were measured on, and with `details` folders, counts and objects."""
-        rows = [(f.label, number(f.value), _error_text(f)) for f in self.metrics.values()]
-        lines = columns([("metric", "value", "standard error"), *rows])
+        figures = [(f.label, number(f.value), _error_text(f)) for f in self.metrics.values()]
+        lines = columns([("metric", "value", "standard error"), *figures])
         lines += ["", *self._circumstances()]
         if not details:
             return "\n".join(lines)
@@ -138,7 +137,8 @@ class Score:
             ("value asked for", self.by_value),
         ):
             if shares:
-                lines += ["", *columns([(title, "accuracy"), *((str(k), _share_text(s)) for k, s in shares.items())])]
+                rows = [(str(k), f"{s.accuracy:.4f}  ({s.hits} of {s.total})") for k, s in shares.items()]
+                lines += ["", *columns([(title, "accuracy"), *rows])]
         return "\n".join(lines)
 
     def _circumstances(self) -> list[str]:
@@ -149,8 +149,8 @@ class Score:
         if self.reference:
             content = f"{self.reference['images']} images, sha256 {self.reference['sha256'][:12]}"
             lines.append(f"reference: {self.reference['path']}, {content}")
-        made = "".join(f", {key} {_short(value)}" for key, value in self.made_by.items())
-        lines.append(f"saving: {self.saving}{made}")
+        origin = "".join(f", {key} {_short(value)}" for key, value in self.made_by.items())
+        lines.append(f"saving: {self.saving}{origin}")
         for name, resized in self.resized.items():
             if resized.images or resized.reference:
                 reference = f" and {resized.reference} of the reference" if resized.reference else ""
@@ -196,10 +196,6 @@ def _error_text(figure: Figure) -> str:
 
 def _share_json(share: Share) -> dict[str, Any]:
     return {"accuracy": share.accuracy, "hits": share.hits, "labels": share.total}
-
-
-def _share_text(share: Share) -> str:
-    return f"{share.accuracy:.4f}  ({share.hits} of {share.total})"
 
 
 def _short(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""A sweep: the same requests generated at every point of a grid of settings, scored, and one point named by a rule.
+"""A sweep: generates the same requests at every point of a grid of settings, scores them, and picks one point by a rule.
 
 Every point is an ordinary job in OUT/points/NAME/seed-K with its score beside it, so a sweep continues after a kill, and a
 changed grid keeps the points that it shares with the old one.
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from fastgen.data.attributes import FILE as ATTRIBUTES
 from fastgen.errors import InputError, Say
 from fastgen.files.folders import make_folder
+from fastgen.files.hashes import sha256_file
 from fastgen.files.jsonfiles import read_json, write_bytes, write_json
 from fastgen.generate.job import run_job
 from fastgen.generate.job_folder import JOB, MANIFEST, recorded_runs
@@ -63,12 +64,12 @@ def sweep(
     Writes OUT/points/, sweep.json, sweep.csv, contact_sheet.png, plot.png where matplotlib is installed, and requests.json, the
     requests of this sweep. Existing images are not generated again, and points that the same scorer scored are not scored
     again. A checkpoint's networks are loaded once. `metric`: the metric of `rule`, by default the first that is measured;
-    `rag`: an index, see `fastgen.retrieval.index`; `options`: further arguments of `fastgen.load`. After `minutes` no further
-    seed of any point begins: points that lack some are `unfinished`, and the same call continues. `check(pipeline)` is called
-    after a pipeline is loaded and before it generates, and may raise.
+    `rag`: an index, see `fastgen.retrieval.index`; `options`: further arguments of `fastgen.load`. After `minutes` no seed of
+    any point begins: points that lack some are `unfinished`, and the same call continues. `check(pipeline)` is called before
+    a pipeline generates, and may raise. `say` gets a line of progress per point.
 
-    Raises RefusedError (an InputError) with everything that is wrong, before the first image, and InputError for an `out` that
-    holds something else. A point with images that could not be made has an `error` and no score.
+    Raises RefusedError (an InputError), before the first image, with every problem of the arguments, and InputError for an
+    `out` that holds something else. A point with failed images has an `error` and no score.
     """
     until = None if minutes is None else time.monotonic() + 60 * minutes
     loader = ModelLoader(Path(model), engine, options, check)
@@ -100,9 +101,9 @@ def _claim(plan: Plan, requests: Path) -> None:
             raise InputError(f"{plan.out}: holds a sweep over other requests; choose another --out")
     else:
         names = (REQUESTS, OBJECTS, ATTRIBUTES, CSV, PLOT, SHEET, POINTS, JOB)
-        taken = [name for name in names if os.path.lexists(plan.out / name)]
-        if taken or (os.path.lexists(plan.out) and not plan.out.is_dir()):
-            problem = f"holds {taken[0]} already, but no {JSON}" if taken else "is not a folder"
+        leftovers = [name for name in names if os.path.lexists(plan.out / name)]
+        if leftovers or (os.path.lexists(plan.out) and not plan.out.is_dir()):
+            problem = f"holds {leftovers[0]} already, but no {JSON}" if leftovers else "is not a folder"
             raise InputError(f"{plan.out}: {problem}; choose another --out")
         make_folder(plan.out)
         write_json(record, {"requests_sha256": sha256, "rows": []})
@@ -113,7 +114,7 @@ def _claim(plan: Plan, requests: Path) -> None:
 
 
 def requests_json(requests: Sequence[Request]) -> dict[str, Any]:
-    """In the schema that `read_requests` reads back to the same requests."""
+    """JSON from which `read_requests` reads the same requests."""
     fields = {"prompt": "text_prompt", "labels": "labels", "seed": "seed", "description": "given_description"}
     return {
         r.id: {"image_name": r.image_name} | {key: v for f, key in fields.items() if (v := getattr(r, f)) is not None}
@@ -128,36 +129,36 @@ def _hash(requests: Sequence[Request]) -> str:
 def _rows(
     plan: Plan, pipeline: Pipeline, scorer: Scorer, progress: bool, say: Say, until: float | None
 ) -> Iterator[tuple[Point, ScoredPoint | None, float | None]]:
-    """Each point, its row (None: unfinished), and the seconds that it took (None: everything was there)."""
-    identity, loaded = scorer.identity, plan.points[0].checkpoint
+    """Each point, its row (None: unfinished), and the seconds it took (None: nothing was generated or scored)."""
+    identity, checkpoint = scorer.identity, plan.points[0].checkpoint
     for point in plan.points:
-        if point.checkpoint != loaded:
+        if point.checkpoint != checkpoint:
             pipeline.free_memory()
             del pipeline
-            pipeline, loaded = plan.model.load(point.checkpoint), point.checkpoint
-            plan.check_held(pipeline, loaded)
+            pipeline, checkpoint = plan.model.load(point.checkpoint), point.checkpoint
+            plan.check_folders(pipeline, checkpoint)
         start = time.perf_counter()
         errors, generated, complete = _generate(plan, pipeline, point, progress, say, until)
         if not complete:
             yield point, None, None
             continue
-        figures, warnings, scored = ({}, [], False) if errors else _score(plan, point, scorer, identity)
-        elapsed = time.perf_counter() - start if generated or scored else None
+        figures, warnings, is_new = ({}, [], False) if errors else _score(plan, point, scorer, identity)
+        elapsed = time.perf_counter() - start if generated or is_new else None
         yield point, _row(plan, point, figures, warnings, errors), elapsed
 
 
 def _generate(
     plan: Plan, pipeline: Pipeline, point: Point, progress: bool, say: Say, until: float | None
 ) -> tuple[dict[str, str], int, bool]:
-    """The images of all seeds: (image -> why it is missing, how many were generated now, whether all seeds were begun before
+    """Generate the images of all seeds: (image -> why it failed, the number of new images, whether every seed began before
     `until`)."""
     errors: dict[str, str] = {}
     generated = 0
-    options: dict[str, Any] = {"batch_size": plan.batch_size, "progress": progress, "say": say}
     for folder, seed in zip(plan.folders(point), plan.seeds, strict=True):
         if until is not None and time.monotonic() >= until and not (folder / MANIFEST).is_file():
             return errors, generated, False
-        report = run_job(plan.run(pipeline, point, seed), folder, **options)
+        run = plan.run(pipeline, point, seed)
+        report = run_job(run, folder, batch_size=plan.batch_size, progress=progress, say=say)
         errors |= {f"{folder.name}/{name}": why for name, why in report.errors.items()}
         generated += report.generated
     return errors, generated, True
@@ -166,19 +167,19 @@ def _generate(
 def _score(
     plan: Plan, point: Point, scorer: Scorer, identity: Mapping[str, Any]
 ) -> tuple[dict[str, Figure], list[str], bool]:
-    """(figures, warnings, whether it was scored now). A score that this scorer gave these images before is kept."""
+    """(figures, warnings, whether they are new). A score that this scorer gave these images before is read from its file."""
     folders, file = plan.folders(point), plan.out / POINTS / point.name / SCORE
-    manifests = {folder.name: hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest() for folder in folders}
-    made_from: dict[str, Any] = {"scorer": dict(identity), "manifests": manifests}
-    if "attributes" in identity and (asked := plan.out / ATTRIBUTES).is_file():
-        made_from["asked"] = hashlib.sha256(asked.read_bytes()).hexdigest()
+    manifests = {folder.name: sha256_file(folder / MANIFEST) for folder in folders}
+    sources: dict[str, Any] = {"scorer": dict(identity), "manifests": manifests}
+    if "attributes" in identity and (attributes := plan.out / ATTRIBUTES).is_file():
+        sources["asked"] = sha256_file(attributes)
     value: Any = read_json(file) if file.is_file() else None
-    kept = isinstance(value, dict) and all(value.get(key) == recorded for key, recorded in made_from.items())
-    if not kept:
-        value = {**scorer.score(folders, plan.out / REQUESTS).to_json(), **made_from}
+    is_new = not isinstance(value, dict) or any(value.get(key) != source for key, source in sources.items())
+    if is_new:
+        value = {**scorer.score(folders, plan.out / REQUESTS).to_json(), **sources}
         write_json(file, value)
-    figures = {key: figure_from_json(recorded) for key, recorded in value["metrics"].items()}
-    return figures, value["warnings"], not kept
+    figures = {key: figure_from_json(figure) for key, figure in value["metrics"].items()}
+    return figures, value["warnings"], is_new
 
 
 def _row(
@@ -188,6 +189,8 @@ def _row(
     runs = [run for folder in folders for run in recorded_runs(folder)]
     images = sum(run["images"] for run in runs)
     seconds = sum(run["seconds"] for run in runs) / images if images else None
-    first = next(iter(errors.items()), None)
-    error = None if first is None else f"{len(errors)} images failed, such as {first[0]}: {first[1]}"
+    error = None
+    if errors:
+        image, reason = next(iter(errors.items()))
+        error = f"{len(errors)} images failed, such as {image}: {reason}"
     return ScoredPoint(point, tuple(folders), plan.evaluations[point], seconds, figures, tuple(warnings), error)

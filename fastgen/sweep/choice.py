@@ -1,4 +1,4 @@
-"""The rule that names one point of a sweep."""
+"""The rule that picks one point of a sweep."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Rule:
     best one by more than `amount` percent of it ("%"), or by more than `amount` of the best point's standard errors ("se": with
     1 the one-standard-error rule of Breiman et al., Classification and Regression Trees, 1984, section 3.4.3).
 
-    `against`: the name of a point that takes the place of the best one, such as the sampling of a reference system."""
+    `against`: the name of the point that values are compared with in place of the best one, such as a reference system's."""
 
     kind: str = "fewest"
     amount: float = 2.0
@@ -70,23 +70,23 @@ def parse_within(text: str) -> tuple[float, Literal["%", "se"]]:
 
 @dataclass(frozen=True)
 class Choice:
-    """Positions of the point that the rule names, of the best one, and of the one that it is held `against`, which is the best
-    unless the rule names another; `limit`: the worst value that counts as good enough."""
+    """Positions of the point that the rule picks (`chosen`), of the best one, and of the one that the values are compared with
+    (`against`); `limit`: the worst value that is good enough."""
 
     chosen: int
     best: int
     against: int
     limit: float
     within: int  # how many points are good enough
-    undefined_error: bool  # the rule asks for a standard error that the point `against` has not
+    undefined_error: bool  # the rule needs the standard error of the point `against`, which is NaN
 
 
 def choose(
     candidates: Sequence[Candidate], rule: Rule, better: Literal["higher", "lower"], against: int | None = None
 ) -> Choice | None:
-    """The point that `rule` names: of equal evaluations the better score, then the first; of equal best scores the one with
-    fewer evaluations. `against`: the position of the point `rule.against`; None: the best. None where no point has a score,
-    or that one has not."""
+    """The point that `rule` picks: of equal evaluations the better score, then the first; of equal best scores the one with
+    fewer evaluations. `against`: the position of the point `rule.against`; None: the best. Returns None where no point has a
+    score, or the one `against` has none."""
     sign = -1.0 if better == "higher" else 1.0  # so that less is better
     scored = [i for i, c in enumerate(candidates) if not math.isnan(c.value)]
     if not scored or (against is not None and against not in scored):

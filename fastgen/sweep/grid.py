@@ -1,4 +1,4 @@
-"""A grid of sampling settings, and the points that it spans: checked as a whole before anything runs."""
+"""A grid of sampling settings and its points, checked as a whole before anything runs."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from fastgen.sampling.defaults import Sampling
 
 Value = TypeVar("Value")
-NONE = "none"  # among the noise steps: a full start from noise
+NONE = "none"  # among the noise steps: start from noise alone
 
 
 class RefusedError(InputError):
-    """Everything that is wrong with a sweep, an item each."""
+    """All problems of a sweep's settings; `problems` has an item for each."""
 
     def __init__(self, problems: Sequence[str]) -> None:
         self.problems = list(problems)
@@ -27,10 +27,10 @@ class RefusedError(InputError):
 
 
 class Problems(list[str]):
-    """Collects what is wrong, to be raised together."""
+    """A list of problems that are raised together."""
 
     def attempt(self, call: Callable[[], Value]) -> Value | None:
-        """The result of a call; None, and its problems kept, where it raises InputError."""
+        """The result of `call`; where it raises InputError, None, and its problems are added to the list."""
         try:
             return call()
         except RefusedError as error:
@@ -47,7 +47,7 @@ class Problems(list[str]):
 
 @dataclass(frozen=True)
 class Point:
-    """One combination of settings. `checkpoint` is what was asked for, such as best; `weights` what that is, best@115."""
+    """One combination of settings. `checkpoint`: as in the grid, such as best; `weights`: its full label, such as best@115."""
 
     scheduler: str
     num_inference_steps: int
@@ -59,7 +59,7 @@ class Point:
 
     @property
     def name(self) -> str:
-        """Its folder: different settings, different names."""
+        """The name of its folder, unique for its settings."""
         parts = [self.scheduler, f"{self.num_inference_steps}steps", f"g{_number(self.guidance_scale)}"]
         if self.guidance_interval is not None:
             parts.append("i{}-{}".format(*self.guidance_interval))
@@ -90,7 +90,7 @@ class Point:
 class Grid:
     """Values per setting; None: the model's defaults. RefusedError, with every bad item, for wrong values and repeated ones.
 
-    `noise_steps`: None among them is a full start from noise; None instead of them, with an index, is 6/7 of the steps.
+    `noise_steps`: a None in the tuple starts from noise alone; None in place of the tuple, with an index, is 6/7 of the steps.
     `guidance_interval` is the same for all points.
     """
 
@@ -106,9 +106,8 @@ class Grid:
         problems += _bad("--scheduler", self.schedulers, lambda v: bool(v) and ":" not in v, "a name such as ddim")
         problems += _bad("--num-inference-steps", self.num_inference_steps, _is_count, "at least 1")
         problems += _bad("--guidance-scale", self.guidance_scales, _is_scale, "a finite number, 0 or more")
-        problems += _bad(
-            "--noise-steps", self.noise_steps, lambda v: v is None or _is_count(v), f"at least 1, or {NONE}"
-        )
+        expected = f"at least 1, or {NONE}"
+        problems += _bad("--noise-steps", self.noise_steps, lambda v: v is None or _is_count(v), expected)
         problems += _bad("--checkpoint", self.checkpoints, lambda v: v != "", "best, last, ema or a step")
         if self.num_inference_steps:
             problems += _too_noisy(self.num_inference_steps, self.noise_steps or ())
@@ -122,8 +121,8 @@ class Grid:
     def points(
         self, default: Sampling, *, rag: bool = False, weights: Mapping[str | None, str | None] | None = None
     ) -> list[Point]:
-        """All combinations, the steps varying fastest and the checkpoint slowest. `default`: the model's own sampling;
-        `rag`: whether there is an index; `weights`: checkpoint as asked for -> the label it has for good.
+        """All combinations; steps vary fastest, the checkpoint slowest. `default`: the model's own sampling; `rag`: whether
+        there is an index; `weights`: checkpoint as in the grid -> its full label.
 
         Raises RefusedError for more noise steps than steps, noise steps without an index, and two names of the same weights.
         """
@@ -135,9 +134,8 @@ class Grid:
         if not rag and any(n is not None for n in self.noise_steps or ()):
             problems.append("--noise-steps: images start from an index's latents; give --rag INDEX too")
         if rag and self.noise_steps is not None and all(n is None for n in self.noise_steps):
-            problems.append(
-                f"--rag: every point starts from noise, as --noise-steps {NONE} says; leave one of them out"
-            )
+            reason = f"every point starts from noise, as --noise-steps {NONE} says"
+            problems.append(f"--rag: {reason}; leave one of them out")
         problems.check()
         return [
             Point(scheduler, steps, scale, noise, name, labels.get(name), self.guidance_interval)
@@ -155,8 +153,8 @@ class Grid:
 
 @dataclass(frozen=True)
 class Points:
-    """Points given one by one, where no grid spans them. RefusedError for none, for one given twice, and for one that names a
-    checkpoint or starts late, which a Grid does."""
+    """A list of points in place of a grid. RefusedError for an empty list, for a point that occurs twice, and for one with a
+    checkpoint or a late start, which only a Grid can have."""
 
     chosen: tuple[Point, ...]
     checkpoints = (None,)
@@ -171,14 +169,13 @@ class Points:
 
     @property
     def plain(self) -> Points:
-        """Itself, as `Grid.plain`."""
+        """Itself: these points have no late starts and no checkpoints."""
         return self
 
     def points(
         self, default: Sampling, *, rag: bool = False, weights: Mapping[str | None, str | None] | None = None
     ) -> list[Point]:
-        """The points, in their order; the arguments, which are those of `Grid.points`, change nothing. RefusedError for an
-        index."""
+        """The points in their order, whatever the arguments, which are those of `Grid.points`. RefusedError for an index."""
         Problems(["--rag: points given one by one start from noise; give a Grid"] if rag else []).check()
         return list(self.chosen)
 
@@ -192,7 +189,7 @@ def parse_grid(
     checkpoint: str | None = None,
     guidance_interval: tuple[int, int] | None = None,
 ) -> Grid:
-    """The grid of comma-separated lists. Raises RefusedError with every bad item."""
+    """A grid from comma-separated lists. Raises RefusedError with every bad item."""
     problems = Problems()
 
     def values(option: str, text: str | None, convert: Callable[[str], Any], expected: str) -> Any:

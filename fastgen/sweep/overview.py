@@ -28,7 +28,7 @@ EDGE = "#e6a700"
 
 
 def save_pictures(sweep: Sweep, requests: Sequence[Request], say: Say) -> None:
-    """contact_sheet.png, and where matplotlib is installed plot.png; `say` is told when it is not."""
+    """Write contact_sheet.png and, where matplotlib is installed, plot.png; else `say` gets a line about it."""
     save_image(sweep.folder / SHEET, contact_sheet(sweep, requests))
     if sweep.choice is None:
         return
@@ -45,10 +45,10 @@ def save_pictures(sweep: Sweep, requests: Sequence[Request], say: Say) -> None:
 def contact_sheet(sweep: Sweep, requests: Sequence[Request]) -> Image.Image:
     """A row per point, of its first seed: the first eight requests, below a line with settings and score; the chosen row is
     tinted. Of more than 64 points the best 64."""
-    rows, shown = _best_rows(sweep), requests[:SHOWN]
-    cells = [[_picture(safe_path(row.folders[0], request.image_name)) for request in shown] for row in rows]
+    rows, columns = _best_rows(sweep), requests[:SHOWN]
+    cells = [[_picture(safe_path(row.folders[0], request.image_name)) for request in columns] for row in rows]
     cell = max(CELL, min(192, next((image.width for row in cells for image in row if image is not None), CELL)))
-    heads = [request.prompt or ", ".join(request.labels or ()) for request in shown]
+    heads = [request.prompt or ", ".join(request.labels or ()) for request in columns]
     titles = [_caption(row, sweep) for row in rows]
     tinted = next((i for i, row in enumerate(rows) if row is sweep.chosen), None)
     return sheet(cells, cell=cell, heads=heads, titles=titles, tinted=tinted)
@@ -64,8 +64,8 @@ def _best_rows(sweep: Sweep) -> list[ScoredPoint]:
     sign = -1 if sweep.better == "higher" else 1
     values = [sign * row.candidate(sweep.metric).value for row in sweep.rows]
     order = sorted(range(len(values)), key=lambda i: (math.isnan(values[i]), values[i]))
-    kept = {*order[: MOST_ROWS - 1], *([sweep.choice.chosen] if sweep.choice else [])}
-    return [sweep.rows[i] for i in sorted(kept)]
+    positions = {*order[: MOST_ROWS - 1], *([sweep.choice.chosen] if sweep.choice else [])}
+    return [sweep.rows[i] for i in sorted(positions)]
 
 
 def _caption(row: ScoredPoint, sweep: Sweep) -> str:
@@ -75,7 +75,7 @@ def _caption(row: ScoredPoint, sweep: Sweep) -> str:
 
 def draw_plot(sweep: Sweep, figure: Any) -> Any:
     """Scores with their standard errors over network evaluations per image, a line per solver and guidance; over the guidance
-    scale where that alone varies. The band holds what the rule takes for good enough; the ring is the point that it names."""
+    scale where only that varies. The band holds the values that are good enough; the ring marks the chosen point."""
     axes = figure.subplots()
     over_guidance = len({(r.point.num_inference_steps, r.point.noise_steps) for r in sweep.rows}) == 1
     lines: dict[str, list[ScoredPoint]] = {}
@@ -86,7 +86,7 @@ def draw_plot(sweep: Sweep, figure: Any) -> Any:
     scales = list(dict.fromkeys(row.point.guidance_scale for row in sweep.rows))
 
     def x(row: ScoredPoint) -> float:
-        """Lines stand a little apart, so that their error bars can be told from each other."""
+        """The row's place on the x axis; each line is shifted a little, so that error bars do not overlap."""
         shift = list(lines).index(_line(row.point, over_guidance)) - (len(lines) - 1) / 2
         if over_guidance:
             return row.point.guidance_scale + 0.01 * shift * max(scales)

@@ -1,10 +1,10 @@
-"""The plan of a sweep: all its settings are checked here, before anything is written."""
+"""The plan of a sweep: checks all its settings before anything is written."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +36,7 @@ POINTS = "points"
 
 @dataclass(frozen=True)
 class ModelLoader:
-    """A bundle or a model folder, and the engine that runs it; `options` are the others of `fastgen.load`."""
+    """A bundle or a model folder, its engine, and the other options of `fastgen.load`; `check` sees every pipeline once."""
 
     folder: Path
     engine: str | None = None
@@ -44,7 +44,7 @@ class ModelLoader:
     check: Callable[[Pipeline], None] = lambda pipeline: None
 
     def load(self, checkpoint: str | None) -> Pipeline:
-        """Its pipeline, checked before it generates."""
+        """The pipeline of a checkpoint. Raises what `fastgen.load` and `check` raise."""
         pipeline = load(self.folder, self.engine, checkpoint=checkpoint, **self.options)
         self.check(pipeline)
         return pipeline
@@ -63,7 +63,7 @@ class ModelLoader:
 
 @dataclass(frozen=True)
 class Plan:
-    """A sweep whose settings were checked. `evaluations`: point -> network evaluations per image."""
+    """The valid settings of a sweep. `evaluations`: point -> network evaluations per image."""
 
     model: ModelLoader
     out: Path
@@ -88,7 +88,7 @@ class Plan:
         late = {"noise_steps": point.noise_steps}
         return Run(pipeline, self.requests, *late_start(self.index, pipeline, self.requests, settings, **late))
 
-    def check_held(self, pipeline: Pipeline, checkpoint: str | None) -> None:
+    def check_folders(self, pipeline: Pipeline, checkpoint: str | None) -> None:
         """InputError when a folder of this checkpoint's points holds images of another model, engine or index."""
         for point in self.points:
             for folder, seed in zip(self.folders(point), self.seeds, strict=True):
@@ -111,7 +111,7 @@ def prepare(
     rag: Path | None,
     batch_size: int | None,
 ) -> tuple[Plan, Pipeline]:
-    """The plan, and the pipeline of its first point. RefusedError with everything that is wrong."""
+    """The plan, and the pipeline of its first point. RefusedError with every problem."""
     problems = Problems()
     weights = {name: problems.attempt(partial(model.weights, name)) for name in grid.checkpoints}
     problems.check()
@@ -126,19 +126,21 @@ def prepare(
     if index is not None:
         problems.attempt(lambda: index.check(pipeline.spec))
     points = problems.attempt(lambda: grid.points(pipeline.spec.sampling, rag=rag is not None, weights=weights)) or []
-    plain = grid.plain.points(pipeline.spec.sampling)  # look at these at least
     if points:
         problems.attempt(lambda: _check_against(rule, points))
+    # Where late starts or checkpoints are wrong, the solvers and the guidance interval are checked without them.
+    plain = grid.plain.points(pipeline.spec.sampling)
     evaluations = problems.attempt(partial(_evaluations, pipeline, points or plain)) or {}
     problems.check()
     assert metric_name is not None
     plan = Plan(model, out, requests, points, evaluations, metrics, metric_name, index, seeds, batch_size)
-    plan.check_held(pipeline, first)
+    plan.check_folders(pipeline, first)
     return plan, pipeline
 
 
 def network_evaluations(table: SolverTable, settings: Settings) -> int:
-    """Of one image: a row of the table is one, or two where it is guided. InputError for an interval outside the rows."""
+    """Network evaluations of one image: one per row of the table, two per guided row. InputError for a guidance interval
+    outside the rows."""
     lo, hi = guided_rows(table, settings.guidance_scale, True, settings.guidance_interval)
     return len(table) + hi - lo
 
@@ -148,9 +150,8 @@ def _check_seeds(seeds: Sequence[int], requests: Sequence[Request]) -> None:
     problems += ["--seeds: holds no values"] if not seeds else []
     problems += [f"--seeds: {seed} is given twice" for seed in dict.fromkeys(seeds) if seeds.count(seed) > 1]
     if len(seeds) > 1 and all(request.seed is not None for request in requests):
-        problems.append(
-            "--seeds: every request has a seed of its own, so that all seeds give the same images; give one"
-        )
+        reason = "every request has a seed of its own, so that all seeds give the same images"
+        problems.append(f"--seeds: {reason}; give one")
     problems.check()
 
 
@@ -166,24 +167,18 @@ def _metric(name: str | None, measured: Sequence[str]) -> str:
 
 
 def _evaluations(pipeline: Pipeline, points: Sequence[Point]) -> dict[Point, int]:
-    """Per image, of each point. RefusedError, with an item for each, for solvers that this model cannot have and guidance
-    intervals outside their rows."""
+    """Point -> network evaluations per image. RefusedError, with an item for each, for solvers that this model does not have
+    and for guidance intervals outside their rows."""
     problems, out = Problems(), {}
-    tables: dict[str, SolverTable | str] = {}
+    table_of = cache(pipeline.source.table)
     for point in points:
         settings = replace(pipeline.settings(**point.settings()), noise_steps=point.noise_steps)
-        if settings.solver not in tables:
-            try:
-                tables[settings.solver] = pipeline.source.table(settings.solver)
-            except InputError as error:
-                tables[settings.solver] = f"--scheduler {point.scheduler}: {error}"
-        table = tables[settings.solver]
-        if isinstance(table, SolverTable):
-            try:
+        try:
+            with located(f"--scheduler {point.scheduler}"):
+                table = table_of(settings.solver)
+            with located(f"--guidance-interval with {settings.solver}"):
                 out[point] = network_evaluations(table, settings)
-            except InputError as error:
-                problems.append(f"--guidance-interval with {settings.solver}: {error}")
-        else:
-            problems.append(table)
+        except InputError as error:
+            problems.append(str(error))
     Problems(dict.fromkeys(problems)).check()
     return out

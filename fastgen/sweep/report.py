@@ -1,4 +1,4 @@
-"""The result of a sweep: its rows, the point that the rule names, as text, JSON and CSV."""
+"""The result of a sweep: its rows and the point that the rule picks, as text, JSON and CSV."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ JSON, CSV, PLOT, SHEET = "sweep.json", "sweep.csv", "plot.png", "contact_sheet.p
 
 @dataclass(frozen=True)
 class ScoredPoint:
-    """One point. `evaluations`: of the network per image; `seconds_per_image`: generation alone, None if no run ended well."""
+    """One point. `evaluations`: of the network per image; `seconds_per_image`: of generation, None where no image was made."""
 
     point: Point
     folders: tuple[Path, ...]  # one per seed
@@ -40,7 +40,7 @@ class ScoredPoint:
         return f"{number(figure.value)}{error}"
 
     def line(self, metric: str) -> str:
-        """For the progress."""
+        """The point, its score or error, and its evaluations, in one line."""
         outcome = self.error or f"{metric} {self.score(metric)}"
         return f"{self.point}: {outcome}, {self.evaluations} evaluations/image"
 
@@ -63,8 +63,8 @@ class ScoredPoint:
 
 @dataclass(frozen=True)
 class Sweep:
-    """All points in the grid's order, and what `rule` says about `metric`. Complete when `fastgen.sweep.sweep` returns it, but
-    for the `unfinished` points of a sweep whose time was up."""
+    """The scored points in the grid's order, and the choice among them by `rule` and `metric`. `unfinished`: the points for
+    which the time did not suffice."""
 
     folder: Path
     model: str
@@ -105,23 +105,19 @@ class Sweep:
     def warnings(self) -> list[str]:
         """Of all points, each once."""
         texts = [w for row in self.rows for w in row.warnings]
-        return list(
-            dict.fromkeys([*texts, *([self._undefined] if self.choice and self.choice.undefined_error else [])])
-        )
-
-    @property
-    def _undefined(self) -> str:
-        point = "the best point" if self.rule.against == BEST else self.rule.against
-        return f"{point}'s standard error is undefined, so only what is as good is within it: give --within 2%"
+        if self.choice and self.choice.undefined_error:
+            point = "the best point" if self.rule.against == BEST else self.rule.against
+            reason = "standard error is undefined, so only what is as good is within it"
+            texts.append(f"{point}'s {reason}: give --within 2%")
+        return list(dict.fromkeys(texts))
 
     def reason(self) -> str:
         """The rule applied to these rows, in words."""
         if self.choice is None:
             return "no point has a score" if self.rule.against == BEST else f"{self.rule.against} has no score"
         best, limit = self.rows[self.choice.best], number(self.choice.limit)
-        text = (
-            f"rule: {self.rule}; {self.metric}, {self.better} is better; best: {best.point} ({best.score(self.metric)})"
-        )
+        text = f"rule: {self.rule}; {self.metric}, {self.better} is better"
+        text += f"; best: {best.point} ({best.score(self.metric)})"
         if self.rule.kind == "best":
             return text
         if self.choice.against != self.choice.best:

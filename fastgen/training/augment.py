@@ -34,8 +34,8 @@ def light_variant(x: Tensor, rows: np.ndarray, variant: np.ndarray | int, amount
     Copy 0 is the image itself; the factors of the others depend on the example and the number alone.
     """
     draws = Draws(0, 0, rows * VARIANTS + variant, 1, x.device)
-    changed = torch.from_numpy(np.broadcast_to(variant, rows.shape) > 0).to(x.device)
-    return torch.where(changed[:, None, None, None], color_jitter(x, draws, amount), x)
+    mask = torch.from_numpy(np.broadcast_to(variant, rows.shape) > 0).to(x.device)
+    return torch.where(mask[:, None, None, None], color_jitter(x, draws, amount), x)
 
 
 def grey(x: Tensor) -> Tensor:

@@ -28,20 +28,18 @@ class Precision:
 
 
 def choose(name: str, device: str | None = None) -> Precision:
-    """`name`: "auto" is bf16 where the hardware computes in it, else fp16 on a GPU, fp32 on a CPU.
+    """The precision `name` on a device; "auto" is bf16 where the hardware computes in it, else fp16 on a GPU, fp32 on a CPU.
 
     Raises InputError for a device that is not there, and for fp16 on a CPU.
     """
     rank = os.environ.get("LOCAL_RANK")  # set by the launcher: a GPU per process
-    launched_on = f"cuda:{rank}" if rank is not None and torch.cuda.is_available() else None
-    target = device_of(device or launched_on)
+    rank_device = f"cuda:{rank}" if rank is not None and torch.cuda.is_available() else None
+    target = device_of(device or rank_device)
     if target.type == "cuda":
-        has_bf16 = torch.cuda.get_device_capability(target) >= (8, 0)
-        return Precision(target, ("bf16" if has_bf16 else "fp16") if name == "auto" else name)
-    if name == "fp16":
+        automatic = "bf16" if torch.cuda.get_device_capability(target) >= (8, 0) else "fp16"
+    elif name == "fp16":
         raise InputError("train.precision = 'fp16': needs a GPU; on this CPU use 'auto', 'bf16' or 'fp32'")
-    return Precision(target, ("bf16" if _cpu_has_bf16() else "fp32") if name == "auto" else name)
-
-
-def _cpu_has_bf16() -> bool:
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    else:
+        has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        automatic = "bf16" if has_bf16 else "fp32"
+    return Precision(target, automatic if name == "auto" else name)

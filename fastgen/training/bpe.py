@@ -16,10 +16,11 @@ END_OF_WORD = "</w>"
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, length: int = 77) -> CLIPTokenizer:
-    """Learn at most `vocab_size` tokens from the texts: 256 bytes, the same 256 ending a word, merges seen at least twice,
-    `<|startoftext|>`, `<|endoftext|>` (also the padding). Every text can be encoded. The same texts give the same ids.
+    """Learn at most `vocab_size` tokens from the texts: 256 bytes, the same 256 at the end of a word, merges that occur at
+    least twice, `<|startoftext|>`, `<|endoftext|>` (also the padding). Every text can be encoded. The same texts give the
+    same ids.
 
-    The end token has the highest id, as in OpenAI's vocabulary, so both ways of finding it that transformers knows agree.
+    The end token has the highest id, as in OpenAI's vocabulary: transformers looks for it by its id, or takes the highest id.
     Raises InputError when `vocab_size` leaves no room for the bytes.
     """
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -45,10 +46,5 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, length: int = 77) -> 
     vocabulary = learner.get_vocab()
     merged = sorted(vocabulary, key=vocabulary.__getitem__)[len(symbols) :]
     ids = {token: index for index, token in enumerate([*symbols, *merged, START, END])}
-    return CLIPTokenizer(vocab=ids, merges=_merges(learner.to_str()), model_max_length=length)
-
-
-def _merges(serialised: str) -> Any:
-    """[(left, right), ...]; older versions of tokenizers write them as "left right"."""
-    merges = json.loads(serialised)["model"]["merges"]
-    return [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in merges]
+    merges: Any = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
+    return CLIPTokenizer(vocab=ids, merges=merges, model_max_length=length)

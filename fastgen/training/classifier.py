@@ -35,8 +35,8 @@ class Logits(nn.Module):
 
 
 class ClassifierTask(Task):
-    """Binary cross-entropy on multi-hot labels. The training images are mirrored, shifted, blurred, made noisy and changed in
-    contrast a little, because the images that the network will judge come from a generator.
+    """Binary cross-entropy on multi-hot labels. Training mirrors, shifts and blurs the images, adds noise and changes the
+    contrast, all a little, because the network will judge images of a generator.
 
     Batch normalisation takes its statistics over a micro-batch: they alone depend on how a batch is split.
     """
@@ -95,14 +95,13 @@ class AttributeTask(ClassifierTask):
 
 
 def augment(x: Tensor, draws: Draws) -> Tensor:
-    """(b, 3, H, W) in [-1, 1] -> the same, changed by amounts drawn for each image."""
+    """Random small changes of images (b, 3, H, W) in [-1, 1], of another size for each image."""
 
     def amounts(stream: int) -> Tensor:
         return torch.from_numpy(draws.uniform(stream)).to(x)[:, None, None, None]
 
-    x = shift(
-        flip_some(x, draws), draws.integers(SHIFT_Y, 2 * MAX_SHIFT + 1), draws.integers(SHIFT_X, 2 * MAX_SHIFT + 1)
-    )
+    down, right = (draws.integers(stream, 2 * MAX_SHIFT + 1) for stream in (SHIFT_Y, SHIFT_X))
+    x = shift(flip_some(x, draws), down, right)
     blurred = functional.avg_pool2d(functional.pad(x, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
     x = torch.lerp(x, blurred, (2 * amounts(BLUR) - 1).clamp(min=0))  # half of the images stay sharp
     x = x * (1 + MAX_LIGHT * (2 * amounts(LIGHT) - 1))
@@ -113,5 +112,5 @@ def shift(x: Tensor, down: np.ndarray, right: np.ndarray) -> Tensor:
     """Image i of (b, 3, H, W) moved by down[i] - MAX_SHIFT and right[i] - MAX_SHIFT px, its border repeated."""
     height, width = x.shape[-2:]
     padded = functional.pad(x, (MAX_SHIFT,) * 4, mode="replicate")
-    moved = [p[:, i : i + height, j : j + width] for p, i, j in zip(padded, down, right, strict=True)]
-    return torch.stack(moved)
+    images = [p[:, i : i + height, j : j + width] for p, i, j in zip(padded, down, right, strict=True)]
+    return torch.stack(images)

@@ -1,7 +1,6 @@
 """The text encoder's objective: a caption and an image of the same monster get similar vectors (Radford et al., CLIP, 2021).
 
-The image tower is not kept after training. The text's pooled output is compared without a projection, so that it can
-serve as the text's embedding.
+Only the text encoder is saved. Its pooled output has no projection here, so that it can serve as the text's embedding.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fastgen.training.draws import Draws
-from fastgen.training.sources import CAPTION, to_signed
+from fastgen.training.sources import draw_captions, to_signed
 from fastgen.training.tasks import Task
 
 IMAGE_SIZE = 32  # px of the image tower's input
@@ -73,17 +72,17 @@ class ContrastiveTask(Task):
         self.images, self.device = images, device
 
     def losses(self, module: nn.Module, rows: np.ndarray, draws: Draws) -> Tensor:
-        counts = np.array([len(self.choices[row]) for row in rows])
-        captions = np.array([self.choices[r][i] for r, i in zip(rows, draws.integers(CAPTION, counts), strict=True)])
-        text, image = self._vectors(module, captions, rows)
+        text, image = self._vectors(module, draw_captions(self.choices, rows, draws), rows)
         scores = self.module.log_scale.clamp(max=math.log(100)).exp() * text @ image.T  # (b, b)
         targets = self._targets(rows)  # (b, b)
         text_to_image = -(targets * scores.log_softmax(dim=1)).sum(1)
         image_to_text = -(targets * scores.T.log_softmax(dim=1)).sum(1)
-        return (text_to_image + image_to_text) / 2 - entropy(targets)  # (b,), 0 at best
+        entropy = torch.special.entr(targets).sum(dim=1)
+        return (text_to_image + image_to_text) / 2 - entropy  # (b,), 0 at best
 
     def figures(self, module: nn.Module) -> dict[str, float]:
-        """Of up to 64 validation images: the share whose nearest caption, of their first ones, shows the same monster."""
+        """Of up to 64 validation images, the share whose nearest caption describes the same monster; each image's first
+        caption takes part."""
         rows = self.validation_rows[:: max(1, len(self.validation_rows) // 64)][:64]
         captions = np.array([self.choices[row][0] for row in rows])
         text, image = self._vectors(module, captions, rows)
@@ -93,20 +92,14 @@ class ContrastiveTask(Task):
     def _vectors(self, module: nn.Module, captions: np.ndarray, rows: np.ndarray) -> tuple[Tensor, Tensor]:
         length = int(self.lengths[captions].max())  # attention is causal: what follows the end token changes nothing
         ids = torch.from_numpy(self.ids[captions, :length]).to(self.device)
-        images = functional.interpolate(
-            to_signed(self.images[rows], self.device), (IMAGE_SIZE, IMAGE_SIZE), mode="bilinear", antialias=True
-        )
-        return module(ids, images)
+        images = to_signed(self.images[rows], self.device)
+        size = (IMAGE_SIZE, IMAGE_SIZE)
+        return module(ids, functional.interpolate(images, size, mode="bilinear", antialias=True))
 
     def _targets(self, rows: np.ndarray) -> Tensor:
         """The target probability of each pair of examples, (b, b); each row sums to 1."""
         monsters, captions = self.subjects[0][rows], self.subjects[1][rows]
         same = (captions[:, None] == captions).astype(np.float32)
-        related = (monsters[:, None] == monsters).astype(np.float32)
-        weights = torch.from_numpy(np.maximum(same, OTHER_POSE * related)).to(self.device)
+        same_monster = (monsters[:, None] == monsters).astype(np.float32)
+        weights = torch.from_numpy(np.maximum(same, OTHER_POSE * same_monster)).to(self.device)
         return weights / weights.sum(dim=1, keepdim=True)
-
-
-def entropy(shares: Tensor) -> Tensor:
-    """The entropy of each row of (b, n), in nats: (b,)."""
-    return torch.special.entr(shares).sum(dim=1)

@@ -1,4 +1,4 @@
-"""The loss curves of a stage, drawn beside its checkpoints."""
+"""The plot of a stage's losses, beside its checkpoints."""
 
 from __future__ import annotations
 

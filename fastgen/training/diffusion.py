@@ -23,8 +23,8 @@ Preview = Callable[[nn.Module], Image.Image]
 
 
 class DiffusionTask(Task):
-    """Predict what noise did to clean samples (Ho et al., Denoising Diffusion Probabilistic Models, 2020, eq. 14), as
-    noise, clean sample or velocity, whichever the schedule's `prediction_type` names.
+    """Predict the noise, the clean sample or the velocity from a noisy sample (Ho et al., Denoising Diffusion Probabilistic
+    Models, 2020, eq. 14); the schedule's `prediction_type` says which.
 
     Training optimises the objective's terms of the current epoch, step * batch_size / number of training rows.
     Validation always takes the plain squared error of the prediction. So its losses can be compared between runs with
@@ -69,21 +69,22 @@ class DiffusionTask(Task):
         prediction = module(noisy, timesteps.float(), condition).float()  # (b, C, h, w)
         if draws.step == VALIDATION:
             return functional.mse_loss(prediction, target, reduction="none").mean(dim=(1, 2, 3))
-        seen = Denoised(
+        batch = Denoised(
             prediction,
             target,
             x0,
             self.schedule.alphas_cumprod(timesteps),
             self.schedule.prediction_type,
-            implied=partial(self.schedule.x0, noisy, prediction, timesteps),
+            implied_x0=partial(self.schedule.x0, noisy, prediction, timesteps),
             images=partial(self.space.pictures, rows, draws, *changes),
-            decode=self.space.decode,
-            vae=self.space.vae,
-            scaling_factor=self.space.scaling_factor,
+            space=self.space,
         )
         epoch = draws.step * draws.batch_size / len(self.train_rows)
-        total, terms = evaluate(self.objective, self.objective.active(epoch), seen)
-        self._remember(terms)
+        total, terms = evaluate(self.objective, self.objective.active(epoch), batch)
+        for name, values in terms.items():
+            loss = values.detach().double().sum()
+            pair = torch.stack([loss, torch.full_like(loss, len(values))])
+            self._sums[name] = self._sums.get(name, 0) + pair
         return total
 
     def parts(self, total: Callable[[Tensor], Tensor] = lambda sums: sums) -> dict[str, float]:
@@ -102,12 +103,6 @@ class DiffusionTask(Task):
 
     def preview(self, module: nn.Module) -> Image.Image | None:
         return self._preview(module) if self._preview else None
-
-    def _remember(self, terms: Mapping[str, Tensor]) -> None:
-        for name, values in terms.items():
-            total = values.detach().double().sum()
-            pair = torch.stack([total, torch.full_like(total, len(values))])
-            self._sums[name] = self._sums[name] + pair if name in self._sums else pair
 
 
 class NoiseSchedule:
@@ -134,7 +129,7 @@ class NoiseSchedule:
             raise InputError(f"{flag} with prediction_type 'epsilon': {reason}; use prediction_type = \"v_prediction\"")
 
     def example(self, x0: Tensor, noise: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        """(noisy samples, what the network should say), both (b, C, h, w)."""
+        """(noisy samples, target of the prediction), both (b, C, h, w)."""
         noisy = self._scheduler.add_noise(x0, noise, timesteps)
         if self.prediction_type == "v_prediction":  # Salimans & Ho, Progressive Distillation, 2022, appendix D
             return noisy, self._scheduler.get_velocity(x0, noise, timesteps)

@@ -46,16 +46,14 @@ def cached_moments(
         for rows in _batches(len(images), IMAGES, "latents", progress):
             x = to_signed(images[rows], device)
             for variant in range(variants):
-                lit = light_variant(x, rows, variant, jitter) if variant else x
+                variant_x = light_variant(x, rows, variant, jitter) if variant else x
                 for side in range(sides):
-                    array[rows, variant, side] = moments(vae, lit.flip(-1) if side else lit).cpu().numpy()
+                    array[rows, variant, side] = moments(vae, variant_x.flip(-1) if side else variant_x).cpu().numpy()
 
     def fill(folder: Path) -> None:
         if jitter:
-            size = math.prod(shape) * 2 / 1e9
-            say(
-                f"note: color_jitter: the latents of {VARIANTS} variants of every image are cached, {size:.2g} GB in all"
-            )
+            total = f"{math.prod(shape) * 2 / 1e9:.2g} GB in all"
+            say(f"note: color_jitter: the latents of {VARIANTS} variants of every image are cached, {total}")
         write_array(folder, "moments", shape, "float16", encode)
 
     identity = {**fields, "flip": flip, "jitter": jitter, "variants": variants, "vae": weights_hash(vae)}
@@ -63,7 +61,7 @@ def cached_moments(
 
 
 def latent_scale(moments: np.ndarray, rows: np.ndarray) -> float:
-    """1 / standard deviation of the latents: what makes them of unit variance (Rombach et al., 2022, appendix G)."""
+    """1 / standard deviation of the latents: scales them to unit variance (Rombach et al., 2022, appendix G)."""
     mean, logvar = np.split(moments[rows[:STATISTICS], 0, 0].astype(np.float64), 2, axis=1)
     return float(1 / np.sqrt(mean.var() + np.exp(logvar).mean()))
 
@@ -78,15 +76,13 @@ def cached_states(encoder: Any, ids: np.ndarray, device: torch.device, progress:
         for rows in _batches(len(ids), TEXTS, "captions", progress):
             array[rows] = encoder(input_ids=torch.from_numpy(ids[rows]).to(device)).last_hidden_state.cpu().numpy()
 
-    def fill(folder: Path) -> None:
-        write_array(folder, "states", shape, "float16", encode)
-
     fields = {"ids": hashlib.sha256(ids.tobytes()).hexdigest(), "text_encoder": weights_hash(encoder)}
-    return read_array(cached("states", fields, fill), "states")
+    folder = cached("states", fields, lambda folder: write_array(folder, "states", shape, "float16", encode))
+    return read_array(folder, "states")
 
 
 def tokenize(tokenizer: Any, texts: Sequence[str], length: int) -> np.ndarray:
-    """Token ids (N, length) int64, padded, and cut with the end token kept."""
+    """Token ids (N, length) int64, padded, or cut to `length` with the end token last."""
     ids = tokenizer(list(texts), padding="max_length", truncation=True, max_length=length)["input_ids"]
     tokenizer.backend_tokenizer.no_padding()  # else the saved tokenizer.json would pad, which CLIP's does not
     tokenizer.backend_tokenizer.no_truncation()

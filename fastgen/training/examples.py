@@ -25,22 +25,21 @@ class Examples:
 
     dataset: Dataset
     images: np.ndarray  # (N, H, W, 3) uint8
-    kept: np.ndarray  # rows whose image could be read
+    readable: np.ndarray  # rows whose image could be read
     pixel_fields: dict[str, str | int]  # cache key of the images
 
     def rows(self, recipe: Training) -> tuple[np.ndarray, np.ndarray]:
         """(training rows, validation rows), the latter shuffled. InputError when either is empty."""
-        good = replace(self.dataset, examples=tuple(self.dataset.examples[row] for row in self.kept))
-        index = {example.image: int(row) for example, row in zip(good.examples, self.kept, strict=True)}
+        dataset = replace(self.dataset, examples=tuple(self.dataset.examples[row] for row in self.readable))
+        index = {example.image: int(row) for example, row in zip(dataset.examples, self.readable, strict=True)}
         parts = [
             np.array([index[example.image] for example in part.examples], dtype=np.int64)
-            for part in split(good, recipe.validation_fraction)
+            for part in split(dataset, recipe.validation_fraction)
         ]
         if not all(map(len, parts)):
             counts = f"{len(parts[0])} training and {len(parts[1])} validation images"
-            raise InputError(
-                f"{self.dataset.root}: {counts}; training needs both, that is at least two groups of images"
-            )
+            need = "training needs both, that is at least two groups of images"
+            raise InputError(f"{self.dataset.root}: {counts}; {need}")
         train, validation = parts
         return train, np.random.default_rng(0).permutation(validation)
 

@@ -16,7 +16,7 @@ Tracker = Callable[[Mapping[str, float], int], None]
 
 
 def say(text: str) -> None:
-    """A line on stderr that does not tear a progress bar apart, from the main process alone."""
+    """Print a line on stderr above the progress bar; only the main process prints."""
     if is_main():
         tqdm.write(text, file=sys.stderr)
 
@@ -33,9 +33,9 @@ class TrainingLog:
             return
         lines = self.path.read_bytes().splitlines(keepends=True)
         complete = [line for line in lines if line.endswith(b"\n")]
-        kept = [line for line in complete if not _after(json.loads(line), stage, step)]
-        if len(kept) != len(lines):
-            write_bytes(self.path, b"".join(kept))
+        past = [line for line in complete if (row := json.loads(line))["stage"] != stage or row["step"] <= step]
+        if len(past) != len(lines):
+            write_bytes(self.path, b"".join(past))
 
     def write(self, row: Mapping[str, str | int | float]) -> None:
         with open(self.path, "a", encoding="utf-8") as file:
@@ -46,7 +46,3 @@ class TrainingLog:
 
     def rows(self, stage: str) -> list[dict[str, float]]:
         return [row for _, row in read_jsonl(self.path) if row["stage"] == stage] if self.path.exists() else []
-
-
-def _after(row: Mapping[str, object], stage: str, step: int) -> bool:
-    return row["stage"] == stage and int(str(row["step"])) > step

@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from fastgen.errors import FastgenError, InputError
 from fastgen.presets import Training
+from fastgen.training.sources import Space
 from fastgen.training.tasks import loss_weights
 
 # Loss term -> its weight unless the preset says otherwise.
@@ -28,7 +29,7 @@ LPIPS_SIZE = 32  # px, the smallest image that its VGG-16 can see
 
 @dataclass(frozen=True)
 class Objective:
-    """The weight of each term, and the epoch at which it starts; made by `objective_of`."""
+    """The weight of each term, and the epoch at which it starts."""
 
     weights: Mapping[str, float] = field(default_factory=lambda: dict(TERMS))
     from_epoch: Mapping[str, float] = field(default_factory=dict)
@@ -36,37 +37,34 @@ class Objective:
     lpips: nn.Module | None = None
 
     def active(self, epoch: float) -> dict[str, float]:
-        """The weights of the terms that are used at this epoch, which may be a fraction."""
-        begun = {name for name in self.weights if self.from_epoch.get(name, 0) <= epoch}
-        return {name: weight for name, weight in self.weights.items() if weight > 0 and name in begun}
+        """The weights of the terms that count at this epoch, which may be a fraction."""
+        return {name: w for name, w in self.weights.items() if w > 0 and self.from_epoch.get(name, 0) <= epoch}
 
 
 @dataclass(frozen=True)
 class Denoised:
     """The inputs of the terms for a micro-batch of b examples. Tensors are float32."""
 
-    prediction: Tensor  # (b, C, h, w), the network's
-    target: Tensor  # (b, C, h, w), what it should be
+    prediction: Tensor  # (b, C, h, w), of the network
+    target: Tensor  # (b, C, h, w), of the prediction
     x0: Tensor  # (b, C, h, w), clean samples
     alphas_cumprod: Tensor  # (b,), at the examples' timesteps
     prediction_type: str
-    implied: Callable[[], Tensor]  # the clean samples that the prediction implies
-    images: Callable[[], Tensor]  # the examples' own images (b, 3, H, W) in [-1, 1]
-    decode: Callable[[Tensor], Tensor]  # (b, C, h, w) -> (b, 3, H, W), differentiable
-    vae: Any = None  # None where samples are pixels
-    scaling_factor: float = 1.0
+    implied_x0: Callable[[], Tensor]  # the clean samples that the prediction implies
+    images: Callable[[], Tensor]  # of the examples: (b, 3, H, W) in [-1, 1]
+    space: Space
 
     @cached_property
     def x0_hat(self) -> Tensor:
         """(b, C, h, w)."""
-        return self.implied()
+        return self.implied_x0()
 
 
 def objective_of(recipe: Training, *, latents: bool, image_size: int) -> Objective:
-    """The objective of a recipe, checked before hours of training; loads what its terms need.
+    """The objective of a recipe, checked before training; LPIPS is loaded where it has a weight.
 
     Raises InputError for unknown terms, negative weights, terms that need latents where there are none, an objective
-    that is empty at first, and a missing package; FastgenError when LPIPS cannot be loaded.
+    without a term in the first epoch, and a missing package; FastgenError when LPIPS cannot be loaded.
     """
     where = "unet.train.loss"
     weights = loss_weights(recipe.loss, TERMS)
@@ -81,15 +79,13 @@ def objective_of(recipe: Training, *, latents: bool, image_size: int) -> Objecti
             raise InputError(f"{where}.{name} = {weights[name]}: {reason}")
     objective = Objective(weights, dict(recipe.loss_from_epoch), recipe.min_snr_gamma)
     if not objective.active(0):
-        raise InputError(
-            f"{where} = {dict(recipe.loss)}: no term counts in the first epoch, so nothing would be learned"
-        )
+        reason = "no term counts in the first epoch, so nothing would be learned"
+        raise InputError(f"{where} = {dict(recipe.loss)}: {reason}")
     if weights["lpips"] == 0:
         return objective
     if image_size < LPIPS_SIZE:
-        raise InputError(
-            f"{where}.lpips = {weights['lpips']}: needs images of at least {LPIPS_SIZE} px, not {image_size}"
-        )
+        reason = f"needs images of at least {LPIPS_SIZE} px, not {image_size}"
+        raise InputError(f"{where}.lpips = {weights['lpips']}: {reason}")
     return replace(objective, lpips=load_lpips(weights["lpips"]))
 
 
@@ -106,26 +102,24 @@ def load_lpips(weight: float) -> nn.Module:
     place = f"unet.train.loss.lpips = {weight}"
     try:
         import lpips
-    except ImportError as error:
-        if error.name == "lpips":
-            raise InputError(f"{place} needs the package lpips: pip install lpips") from None
-        raise InputError(f"{place} needs the package lpips, which cannot be imported here: {error}") from None
-    except (RuntimeError, OSError) as error:  # a torchvision built for another torch
-        raise InputError(f"{place} needs the package lpips, which cannot be imported here: {error}") from None
+    except (ImportError, RuntimeError, OSError) as error:  # RuntimeError: a torchvision built for another torch
+        missing = isinstance(error, ImportError) and error.name == "lpips"
+        problem = ": pip install lpips" if missing else f", which cannot be imported here: {error}"
+        raise InputError(f"{place} needs the package lpips{problem}") from None
     try:
         return lpips.LPIPS(net="vgg", verbose=False).eval().requires_grad_(False)
     except (RuntimeError, OSError) as error:  # its backbone's weights are downloaded at the first use
         raise FastgenError(f"{place}: the weights of LPIPS cannot be loaded: {error}") from None
 
 
-def evaluate(objective: Objective, active: Mapping[str, float], seen: Denoised) -> tuple[Tensor, dict[str, Tensor]]:
-    """(weighted loss (b,), {term: its values before the weight (b,)}).
+def evaluate(objective: Objective, active: Mapping[str, float], batch: Denoised) -> tuple[Tensor, dict[str, Tensor]]:
+    """(weighted loss (b,), {term: its values before the weight (b,)}) of the terms `active`, with their weights.
 
     mse is weighted by min-SNR-gamma. The terms on the clean sample are multiplied by a = alphas_cumprod: the squared error of
     x0_hat = (x_t - sqrt(1 - a) eps) / sqrt(a) grows as 1 / a, so x0_hat is only a guess where x_t is nearly all noise. At
     zero terminal SNR these terms are 0.
     """
-    terms = {name: _TERMS[name](seen, objective) for name in active}  # (b,)
+    terms = {name: _TERMS[name](batch, objective) for name in active}  # (b,)
     total = torch.stack([active[name] * value for name, value in terms.items()]).sum(0)
     return total, terms
 
@@ -145,30 +139,31 @@ def min_snr_weights(alphas_cumprod: Tensor, gamma: float, prediction_type: str) 
     return (a / (1 - a)).clamp(max=gamma)
 
 
-def _mse(seen: Denoised, objective: Objective) -> Tensor:
-    error = functional.mse_loss(seen.prediction, seen.target, reduction="none").mean(dim=(1, 2, 3))
+def _mse(batch: Denoised, objective: Objective) -> Tensor:
+    error = functional.mse_loss(batch.prediction, batch.target, reduction="none").mean(dim=(1, 2, 3))
     if objective.min_snr_gamma == 0:
         return error
-    return error * min_snr_weights(seen.alphas_cumprod, objective.min_snr_gamma, seen.prediction_type)
+    return error * min_snr_weights(batch.alphas_cumprod, objective.min_snr_gamma, batch.prediction_type)
 
 
-def _lpips(seen: Denoised, objective: Objective) -> Tensor:
+def _lpips(batch: Denoised, objective: Objective) -> Tensor:
     assert objective.lpips is not None
-    with _wide_range(seen.x0):
-        distance = objective.lpips(seen.decode(seen.x0_hat).float(), seen.images())  # (b, 1, 1, 1)
-    return distance.float().flatten() * seen.alphas_cumprod
+    with _without_fp16(batch.x0):
+        distance = objective.lpips(batch.space.decode(batch.x0_hat).float(), batch.images())  # (b, 1, 1, 1)
+    return distance.float().flatten() * batch.alphas_cumprod
 
 
-def _kl(seen: Denoised, objective: Objective) -> Tensor:
-    return moments_kl(seen.x0_hat) * seen.alphas_cumprod
+def _kl(batch: Denoised, objective: Objective) -> Tensor:
+    return moments_kl(batch.x0_hat) * batch.alphas_cumprod
 
 
-def _latent_perceptual(seen: Denoised, objective: Objective) -> Tensor:
-    with _wide_range(seen.x0):
-        predicted = decoder_features(seen.vae, seen.x0_hat / seen.scaling_factor)
+def _latent_perceptual(batch: Denoised, objective: Objective) -> Tensor:
+    vae, scale = batch.space.vae, batch.space.scaling_factor
+    with _without_fp16(batch.x0):
+        predicted = decoder_features(vae, batch.x0_hat / scale)
         with torch.no_grad():
-            true = decoder_features(seen.vae, seen.x0 / seen.scaling_factor)
-    return feature_distance(predicted, true) * seen.alphas_cumprod
+            true = decoder_features(vae, batch.x0 / scale)
+    return feature_distance(predicted, true) * batch.alphas_cumprod
 
 
 _TERMS: dict[str, Callable[[Denoised, Objective], Tensor]] = {
@@ -183,16 +178,16 @@ def moments_kl(x: Tensor) -> Tensor:
     """KL(N(m, s^2) || N(0, 1)) = (m^2 + s^2 - 1 - ln s^2) / 2, where m and s^2 are the mean and the variance over space of
     one channel of one example of x (b, C, h, w); averaged over the channels: (b,).
 
-    It keeps the predicted latents at the scale that the autoencoder's were brought to. An image's own latents are not
-    at its minimum, so its weight should be small.
+    It keeps the predicted latents at unit variance, to which the autoencoder's latents are scaled. The latents of a real
+    image are not at its minimum, so its weight should be small.
     """
     mean, variance = x.mean(dim=(2, 3)), x.var(dim=(2, 3), correction=0).clamp(min=1e-6)  # (b, C)
     return 0.5 * (mean**2 + variance - 1 - variance.log()).mean(dim=1)
 
 
 def decoder_features(vae: Any, z: Tensor) -> list[Tensor]:
-    """What the first blocks of an AutoencoderKL's decoder make of its latents z (b, C, h, w), unscaled: the output of the
-    middle block and of up to UP_BLOCKS upward blocks, (b, D, H, W) each."""
+    """Features (b, D, H, W) of unscaled latents z (b, C, h, w) in an AutoencoderKL's decoder: the outputs of its middle block
+    and of its first UP_BLOCKS up blocks."""
     decoder = vae.decoder
     hidden = decoder.conv_in(z if vae.post_quant_conv is None else vae.post_quant_conv(z))
     features = []
@@ -203,24 +198,21 @@ def decoder_features(vae: Any, z: Tensor) -> list[Tensor]:
 
 
 def feature_distance(predicted: list[Tensor], true: list[Tensor]) -> Tensor:
-    """(b,): the squared distance of the feature vectors of every place, each of length 1, averaged over places and layers.
+    """Squared distance (b,) of the feature vectors, each scaled to length 1, averaged over pixels and layers.
 
     Zhang et al., The Unreasonable Effectiveness of Deep Features as a Perceptual Metric, 2018, eq. 1 without learned
     weights, on the autoencoder's own features as in Berrada et al., Boosting Latent Diffusion with Perceptual
     Objectives, 2024.
     """
-    layers = [
-        (functional.normalize(a.float(), dim=1, eps=1e-6) - functional.normalize(b.float(), dim=1, eps=1e-6))
-        .square()
-        .sum(dim=1)
-        .mean(dim=(1, 2))
-        for a, b in zip(predicted, true, strict=True)
-    ]
+    layers = []
+    for pair in zip(predicted, true, strict=True):
+        a, b = (functional.normalize(x.float(), dim=1, eps=1e-6) for x in pair)
+        layers.append((a - b).square().sum(dim=1).mean(dim=(1, 2)))  # (b,)
     return torch.stack(layers).mean(0)
 
 
-def _wide_range(x: Tensor) -> AbstractContextManager[None]:
-    """Autocast as it is, but none instead of fp16: a far-off x0_hat overflows it in the decoder."""
+def _without_fp16(x: Tensor) -> AbstractContextManager[None]:
+    """Keeps autocast to bf16, but turns off autocast to fp16, in which the decoder overflows on a bad x0_hat."""
     device = x.device.type
     dtype, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
     return torch.autocast(device, dtype=dtype, enabled=enabled and dtype is not torch.float16)

@@ -20,10 +20,9 @@ from fastgen.training.tasks import Task
 
 
 def optimise(task: Task, state: State, recipe: Training, precision: Precision, processes: Processes) -> Tensor:
-    """One optimiser step over one global batch; returns its (loss, gradient norm), still on the device, the loss being this
-    process's share of it.
+    """One optimiser step over one global batch; returns (this process's share of the loss, gradient norm), (2,) on the device.
 
-    Where memory runs out, the step is repeated with micro-batches of half the size, and so are those that follow.
+    Where memory runs out, this step and all later ones run with micro-batches of half the size.
     """
     rate = learning_rate(recipe, state.step) * state.progress.rate_scale
     for group in state.optimizer.param_groups:
@@ -40,8 +39,8 @@ def optimise(task: Task, state: State, recipe: Training, precision: Precision, p
 
 
 def learning_rate(recipe: Training, step: int) -> float:
-    """Linear warm-up, then constant, or half a cosine down to 0 (Loshchilov & Hutter, SGDR, 2017, eq. 5), or constant with
-    a linear decay to 0 at the end, up to which a run does not depend on its length (Hägele et al., Scaling Laws and
+    """Linear warm-up, then constant, or half a cosine down to 0 (Loshchilov & Hutter, SGDR, 2017, eq. 5), or constant with a
+    linear decay to 0 at the end; until that decay a run does not depend on its length (Hägele et al., Scaling Laws and
     Compute-Optimal Training Beyond Fixed Training Durations, 2024)."""
     if step < recipe.warmup_steps:
         return recipe.learning_rate * (step + 1) / recipe.warmup_steps
@@ -96,7 +95,6 @@ def _halve(task: Task, state: State, recipe: Training, brief: str) -> None:
         raise FastgenError(f"{task.name}: out of memory at step {state.step}, and {why}: {brief}")
     state.micro_batch = -(-state.micro_batch // 2)
     count = -(-recipe.batch_size // state.micro_batch)
-    say(
-        f"{task.name}: out of memory at step {state.step}; going on with micro-batches of {state.micro_batch}, "
-        f"accumulation {count} (train.accumulation={count} avoids the detour)"
-    )
+    change = f"going on with micro-batches of {state.micro_batch}, accumulation {count}"
+    hint = f"train.accumulation={count} avoids the detour"
+    say(f"{task.name}: out of memory at step {state.step}; {change} ({hint})")

@@ -1,4 +1,4 @@
-"""AdamW, Adam, and Muon: momentum made orthogonal, which needs about half as many steps for convolutional networks."""
+"""AdamW, Adam, and Muon: orthogonalised momentum, which needs about half as many steps for convolutional networks."""
 
 from __future__ import annotations
 
@@ -11,21 +11,20 @@ from torch import Tensor, nn
 from fastgen.presets import Training
 
 
-def build_optimizer(module: nn.Module, recipe: Training, fast: torch.dtype) -> torch.optim.Optimizer:
-    """The recipe's optimiser. `fast` is the type that Muon multiplies matrices in."""
+def build_optimizer(module: nn.Module, recipe: Training, dtype: torch.dtype) -> torch.optim.Optimizer:
+    """The recipe's optimiser. `dtype`: of the matrix products in Muon."""
     options = {"lr": recipe.learning_rate, "betas": recipe.adam_betas, "weight_decay": recipe.weight_decay}
     if recipe.optimizer in ("adamw", "adam"):
         kind = torch.optim.AdamW if recipe.optimizer == "adamw" else torch.optim.Adam
         return kind(module.parameters(), fused=True, **options)  # type: ignore[arg-type]
     embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
     matrices = [p for p in module.parameters() if p.ndim >= 2 and id(p) not in embeddings]
-    matrix_ids = {id(p) for p in matrices}
-    others = [p for p in module.parameters() if id(p) not in matrix_ids]
-    return Muon(matrices, others, fast, **options)  # type: ignore[arg-type]
+    others = [p for p in module.parameters() if p.ndim < 2 or id(p) in embeddings]
+    return Muon(matrices, others, dtype, **options)  # type: ignore[arg-type]
 
 
 class Muon(torch.optim.Optimizer):
-    """Nesterov momentum with its singular values set to about 1 (Jordan et al., Muon, 2024) for weights seen as matrices
+    """Nesterov momentum, its singular values set to about 1 (Jordan et al., Muon, 2024), for weights flattened to matrices
     (out, rest); AdamW for all other parameters.
 
     The update is scaled to AdamW's usual size, 0.2 per entry, so that both share one learning rate (Liu et al., Muon is
@@ -36,17 +35,14 @@ class Muon(torch.optim.Optimizer):
         self,
         matrices: Iterable[nn.Parameter],
         others: Iterable[nn.Parameter],
-        fast: torch.dtype = torch.float32,
+        dtype: torch.dtype = torch.float32,
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         weight_decay: float = 0.01,
         momentum: float = 0.95,
     ) -> None:
-        self.fast, self.momentum = fast, momentum
-        groups: list[dict[str, Any]] = [
-            {"params": list(matrices), "muon": True},
-            {"params": list(others), "muon": False},
-        ]
+        self.dtype, self.momentum = dtype, momentum
+        groups = [{"params": list(matrices), "muon": True}, {"params": list(others), "muon": False}]
         super().__init__([g for g in groups if g["params"]], {"lr": lr, "betas": betas, "weight_decay": weight_decay})
 
     @torch.no_grad()
@@ -65,7 +61,7 @@ class Muon(torch.optim.Optimizer):
             state["momentum"] = torch.zeros_like(parameter)
         state["momentum"].lerp_(gradient, 1 - self.momentum)
         direction = gradient.lerp(state["momentum"], self.momentum).flatten(1)  # (out, rest)
-        return orthogonal(direction, self.fast).view_as(parameter) * (0.2 * max(direction.shape) ** 0.5)
+        return orthogonal(direction, self.dtype).view_as(parameter) * (0.2 * max(direction.shape) ** 0.5)
 
     def _adam(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> Tensor:
         state = self.state[parameter]

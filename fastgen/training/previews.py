@@ -31,8 +31,8 @@ CELL = 96  # px, at least, so that captions can be read
 
 
 @dataclass(frozen=True)
-class Shown:
-    """Conditions to draw: (n, ...), and the caption of each."""
+class PresetConditions:
+    """The conditions (n, ...) of a preset's own previews, and their n captions."""
 
     condition: Tensor
     captions: tuple[str, ...]
@@ -59,7 +59,7 @@ def fixed_labels(preset: Preset, objects: Mapping[str, int]) -> tuple[tuple[str,
     return tuple(lists)
 
 
-def shown_rows(rows: np.ndarray) -> np.ndarray:
+def preview_rows(rows: np.ndarray) -> np.ndarray:
     """Up to COUNT of the examples, evenly spaced."""
     return rows[np.unique(np.linspace(0, len(rows) - 1, COUNT).astype(int))]
 
@@ -72,13 +72,10 @@ def sampled_preview(
     scheduler_config: Mapping[str, Any],
     sampling: Sampling,
     precision: Precision,
-    fixed: Shown | None = None,
+    extra: PresetConditions | None = None,
 ) -> Preview:
-    """A function that draws the same conditions from the same noise every time, as `generate` would by default.
-
-    Top: the images of the examples `rows`, with their `captions`; below: generated for the same conditions; then, for
-    those in `fixed`.
-    """
+    """A function that draws the conditions of the examples `rows`, with their `captions`, and then the `extra` ones: from the
+    same noise every time, as `generate` would by default."""
     table = default_table(scheduler_config, sampling)
 
     def preview(module: nn.Module) -> Image.Image:
@@ -87,7 +84,7 @@ def sampled_preview(
             with precision.autocast():
                 return module(x, timesteps, condition).float()
 
-        def generated(condition: Tensor, first_seed: int) -> list[np.ndarray]:
+        def generate(condition: Tensor, first_seed: int) -> list[np.ndarray]:
             images: list[np.ndarray] = []
             for part in condition.split(COUNT):
                 seeds = [first_seed + len(images) + i for i in range(len(part))]
@@ -97,12 +94,12 @@ def sampled_preview(
                 images += list(space.images(x))
             return images
 
-        cond, uncond = conditions.fixed(rows)
-        images: list[Any] = [space.truth(rows), generated(cond, 0)]
+        cond, uncond = conditions.pair(rows)
+        images: list[Any] = [space.pixels[rows], generate(cond, 0)]
         texts: list[Sequence[str]] = [[f"real: {text}" for text in captions], captions]
-        if fixed is not None:
-            images += in_rows(generated(fixed.condition, len(rows)), COUNT)
-            texts += in_rows(fixed.captions, COUNT)
+        if extra is not None:
+            images += in_rows(generate(extra.condition, len(rows)), COUNT)
+            texts += in_rows(extra.captions, COUNT)
         cells = [[Image.fromarray(image) for image in row] for row in images]
         return sheet(cells, texts, cell=max(CELL, cells[0][0].width))
 

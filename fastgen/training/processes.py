@@ -15,13 +15,13 @@ from torch import Tensor, nn
 BUCKET = 64 << 20  # bytes of gradients that are summed in one message
 
 
-def launched() -> int:
+def process_count() -> int:
     """How many processes the launcher started."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def is_main() -> bool:
-    """Whether this process writes the files and tells the user."""
+    """Whether this process is rank 0, which writes the files and prints."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
@@ -37,7 +37,7 @@ class Processes:
         return self.rank == 0
 
     def part(self, positions: np.ndarray) -> np.ndarray:
-        """This process's share of the positions of a batch; they are dealt out in order."""
+        """This process's share of the positions of a batch: consecutive ones."""
         return np.array_split(positions, self.count)[self.rank]
 
     def sum(self, tensor: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ class Processes:
     @contextmanager
     def main_first(self) -> Iterator[None]:
         """The main process runs the block first, so that the others can read what it writes, such as a cache entry."""
-        if self.count > 1 and not self.is_main:
+        if not self.is_main:
             torch.distributed.barrier()
         yield
         if self.count > 1 and self.is_main:
@@ -69,7 +69,7 @@ class Processes:
 
 def join(device: torch.device) -> Processes:
     """Meet the processes that the launcher started, over NCCL on GPUs and Gloo on CPUs."""
-    if launched() == 1:
+    if process_count() == 1:
         return Processes()
     from accelerate import PartialState
 
@@ -77,10 +77,10 @@ def join(device: torch.device) -> Processes:
     return Processes(state.process_index, state.num_processes)
 
 
-def _buckets(gradients: Iterable[Tensor | None]) -> Iterator[list[Tensor]]:
+def _buckets(gradients: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """The gradients in lists of up to BUCKET bytes."""
     bucket: list[Tensor] = []
     for gradient in gradients:
-        assert gradient is not None
         if bucket and sum(g.nbytes for g in bucket) + gradient.nbytes > BUCKET:
             yield bucket
             bucket = []

@@ -67,12 +67,12 @@ class Job:
             job=hashlib.sha256(text.encode()).hexdigest(),
             progress=self.progress,
             processes=self.processes,
-            resume=None if self.resume is None else _resumed(self.resume, stage),
+            resume=None if self.resume is None else _branch_point(self.resume, stage),
         )
 
     def outline(self, write: Callable[[Path], None]) -> None:
-        """Put the model folder that `write(folder)` writes, without trained weights, among the checkpoints, so that they can
-        be used before training is finished."""
+        """Save what `write(folder)` writes, a model folder without trained weights, among the checkpoints: with it a
+        checkpoint can generate before training is finished."""
         target = self.folder / "checkpoints" / OUTLINE
         if not self.processes.is_main or target.exists():
             return
@@ -96,7 +96,7 @@ class Job:
 
 
 def open_job(folder: Path, preset: Preset, fingerprint: str, **settings: Any) -> Job:
-    """Claim an empty folder for a job, or return to the job that was begun there. `settings`: further fields of Job.
+    """Claim an empty folder for a job, or open the same job's folder again. `settings`: further fields of Job.
 
     Raises InputError when the folder holds something else, or the job of another preset or other data; it names the
     first difference.
@@ -118,9 +118,9 @@ def open_job(folder: Path, preset: Preset, fingerprint: str, **settings: Any) ->
     return Job(folder, identity, **settings)
 
 
-def _resumed(checkpoint: Path, stage: str) -> Checkpoint | None:
-    """Where a stage begins that follows another run's checkpoint, RUN/checkpoints/STAGE/step-NNNNNN: at it, or, if it belongs
-    to a later stage, at the end of that run's same stage."""
+def _branch_point(checkpoint: Path, stage: str) -> Checkpoint | None:
+    """The checkpoint of another run at which `stage` begins. `checkpoint` is RUN/checkpoints/STAGE/step-NNNNNN: for its own
+    stage that one, for another the latest of the same stage in RUN."""
     if checkpoint.parent.name == stage:
         return checkpoints.read(checkpoint)
     return checkpoints.latest(checkpoint.parent.parent / stage, say)
@@ -136,13 +136,13 @@ def _plain(preset: Preset) -> dict[str, Any]:
     return values
 
 
-def _compare(folder: Path, recorded: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
-    there, here = (dict(flat(job.get("preset", {}))) for job in (recorded, identity))
+def _compare(folder: Path, record: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+    there, here = (dict(flat(job.get("preset", {}))) for job in (record, identity))
     for key in sorted(there.keys() | here.keys()):
         if there.get(key) != here.get(key):
             what = f"{key} = {there.get(key)!r} there and {here.get(key)!r} here"
             raise InputError(f"{folder}: holds another job ({what}); continue that one, or choose another --out")
-    if recorded.get("data") != identity["data"]:
+    if record.get("data") != identity["data"]:
         raise InputError(f"{folder}: holds a job on other data; continue with that data, or choose another --out")
 
 

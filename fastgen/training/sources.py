@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -17,37 +18,35 @@ from fastgen.training.draws import Draws
 NOISE, TIMESTEP, FLIP, CAPTION, DROPOUT, POSTERIOR = range(6)  # streams of Draws
 
 
-class Space(Protocol):
-    """The space of the diffusion process, pixels or latents: clean samples of examples, and samples as images.
+class Space(ABC):
+    """The space of the diffusion process, pixels or latents of the images `pixels` (N, H, W, 3) uint8.
 
     `flip` mirrors half of the examples; `jitter` is the largest relative change of brightness, contrast and saturation. The
     random numbers for both come from `draws`.
     """
 
     shape: tuple[int, int, int]
-    device: torch.device
-    vae: Any  # None where samples are pixels
-    scaling_factor: float
+    vae: Any = None  # None where samples are pixels
+    scaling_factor = 1.0
 
+    def __init__(self, pixels: np.ndarray, device: torch.device) -> None:
+        self.pixels, self.device = pixels, device
+
+    @abstractmethod
     def clean(self, rows: np.ndarray, draws: Draws, flip: bool = False, jitter: float = 0) -> Tensor:
-        """(b, *shape) float32."""
-        ...
+        """Clean samples (b, *shape) float32 of the examples `rows` (b,)."""
 
+    @abstractmethod
     def pictures(self, rows: np.ndarray, draws: Draws, flip: bool = False, jitter: float = 0) -> Tensor:
-        """The images behind `clean` of the same arguments: (b, 3, H, W) float32 in [-1, 1]."""
-        ...
+        """The images of which `clean` with the same arguments gives the samples: (b, 3, H, W) float32 in [-1, 1]."""
 
+    @abstractmethod
     def decode(self, samples: Tensor) -> Tensor:
         """(b, *shape) -> (b, 3, H, W), differentiable."""
-        ...
 
     def images(self, samples: Tensor) -> np.ndarray:
         """(b, *shape) -> (b, H, W, 3) uint8."""
-        ...
-
-    def truth(self, rows: np.ndarray) -> np.ndarray:
-        """The examples' own images (b, H, W, 3) uint8."""
-        ...
+        return to_uint8(self.decode(samples))
 
 
 class ConditionSource(Protocol):
@@ -55,21 +54,16 @@ class ConditionSource(Protocol):
 
     def of(self, rows: np.ndarray, draws: Draws, dropout: float) -> Tensor:
         """(b, ...) float32; a share `dropout` of the rows is the unconditional one."""
-        ...
 
-    def fixed(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+    def pair(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
         """(conditional, unconditional) of the examples, without random choices, for previews."""
-        ...
 
 
-class PixelSpace:
+class PixelSpace(Space):
     """Images themselves, scaled to [-1, 1]."""
 
-    vae = None
-    scaling_factor = 1.0
-
     def __init__(self, images: np.ndarray, device: torch.device) -> None:
-        self.pixels, self.device = images, device
+        super().__init__(images, device)
         self.shape = (3, images.shape[1], images.shape[2])
 
     def clean(self, rows: np.ndarray, draws: Draws, flip: bool = False, jitter: float = 0) -> Tensor:
@@ -78,31 +72,25 @@ class PixelSpace:
             x = color_jitter(x, draws, jitter)
         return flip_some(x, draws) if flip else x
 
-    def pictures(self, rows: np.ndarray, draws: Draws, flip: bool = False, jitter: float = 0) -> Tensor:
-        return self.clean(rows, draws, flip, jitter)
+    pictures = clean
 
     def decode(self, samples: Tensor) -> Tensor:
         return samples
 
-    def images(self, samples: Tensor) -> np.ndarray:
-        return to_uint8(samples)
 
-    def truth(self, rows: np.ndarray) -> np.ndarray:
-        return self.pixels[rows]
-
-
-class LatentSpace:
+class LatentSpace(Space):
     """Scaled VAE latents, sampled from cached moments (N, V, S, 2C, h, w) of V colour-jittered copies of each image (copy 0 is
     the image itself); S = 2 where the moments of the mirror images are cached too, else 1."""
 
     def __init__(self, moments: np.ndarray, images: np.ndarray, vae: Any, device: torch.device) -> None:
-        self.moments, self.pixels, self.vae, self.device = moments, images, vae, device
+        super().__init__(images, device)
+        self.moments, self.vae = moments, vae
         self.shape = (moments.shape[3] // 2, *moments.shape[4:])
         self.scaling_factor = float(vae.config.scaling_factor)
 
     def clean(self, rows: np.ndarray, draws: Draws, flip: bool = False, jitter: float = 0) -> Tensor:
-        mirrored = draws.integers(FLIP, 2) if flip else 0
-        moments = torch.from_numpy(self.moments[rows, self._variant(draws, jitter), mirrored]).to(self.device).float()
+        side = draws.integers(FLIP, 2) if flip else 0
+        moments = torch.from_numpy(self.moments[rows, self._variant(draws, jitter), side]).to(self.device).float()
         mean, logvar = moments.chunk(2, dim=1)  # (b, C, h, w) each
         return (mean + torch.exp(0.5 * logvar) * draws.normal(POSTERIOR, self.shape)) * self.scaling_factor
 
@@ -115,12 +103,6 @@ class LatentSpace:
     def decode(self, samples: Tensor) -> Tensor:
         return self.vae.decode(samples / self.scaling_factor, return_dict=False)[0]
 
-    def images(self, samples: Tensor) -> np.ndarray:
-        return to_uint8(self.decode(samples))
-
-    def truth(self, rows: np.ndarray) -> np.ndarray:
-        return self.pixels[rows]
-
     def _variant(self, draws: Draws, jitter: float) -> np.ndarray | int:
         return draws.integers(VARIANT, self.moments.shape[1]) if jitter else 0
 
@@ -132,10 +114,10 @@ class LabelSource:
         self.multi_hot, self.device = multi_hot, device
 
     def of(self, rows: np.ndarray, draws: Draws, dropout: float) -> Tensor:
-        kept = draws.uniform(DROPOUT) >= dropout
-        return torch.from_numpy(self.multi_hot[rows] * kept[:, None].astype(np.float32)).to(self.device)
+        mask = (draws.uniform(DROPOUT) >= dropout).astype(np.float32)  # (b,)
+        return torch.from_numpy(self.multi_hot[rows] * mask[:, None]).to(self.device)
 
-    def fixed(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+    def pair(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
         labels = torch.from_numpy(self.multi_hot[rows]).to(self.device)
         return labels, torch.zeros_like(labels)
 
@@ -147,17 +129,20 @@ class CaptionSource:
         self.states, self.choices, self.device = states, choices, device  # choices[example]: its rows of `states`
 
     def of(self, rows: np.ndarray, draws: Draws, dropout: float) -> Tensor:
-        counts = np.array([len(self.choices[row]) for row in rows])
-        picked = draws.integers(CAPTION, counts)
-        caption = np.array([self.choices[row][index] for row, index in zip(rows, picked, strict=True)])
-        return self._states(np.where(draws.uniform(DROPOUT) < dropout, 0, caption))
+        return self._states(np.where(draws.uniform(DROPOUT) < dropout, 0, draw_captions(self.choices, rows, draws)))
 
-    def fixed(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+    def pair(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
         first = np.array([self.choices[row][0] for row in rows])
         return self._states(first), self._states(np.zeros_like(first))
 
     def _states(self, captions: np.ndarray) -> Tensor:
         return torch.from_numpy(self.states[captions]).to(self.device).float()  # (b, 77, D)
+
+
+def draw_captions(choices: Sequence[np.ndarray], rows: np.ndarray, draws: Draws) -> np.ndarray:
+    """A random caption of each of `rows` (b,), as an index (b,) int64; `choices[row]` has the indices of a row's captions."""
+    counts = np.array([len(choices[row]) for row in rows])
+    return np.array([choices[row][i] for row, i in zip(rows, draws.integers(CAPTION, counts), strict=True)])
 
 
 def to_signed(images: np.ndarray, device: torch.device) -> Tensor:
@@ -171,8 +156,9 @@ def to_uint8(images: Tensor) -> np.ndarray:
 
 
 def flip_some(x: Tensor, draws: Draws) -> Tensor:
-    mirrored = torch.from_numpy(draws.integers(FLIP, 2) == 1).to(x.device)
-    return torch.where(mirrored[:, None, None, None], x.flip(-1), x)
+    """Mirror a random half of the images (b, 3, H, W)."""
+    mask = torch.from_numpy(draws.integers(FLIP, 2) == 1).to(x.device)
+    return torch.where(mask[:, None, None, None], x.flip(-1), x)
 
 
 def stack_rows(*rows: np.ndarray) -> Image.Image:

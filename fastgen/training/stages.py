@@ -1,4 +1,4 @@
-"""The stages of each family of models, in order. A stage that is finished is not repeated: it loads its checkpoint."""
+"""The stages of each family of models, in order. A finished stage loads its checkpoint in place of training again."""
 
 from __future__ import annotations
 
@@ -22,7 +22,14 @@ from fastgen.training.diffusion import DiffusionTask, NoiseSchedule
 from fastgen.training.encode import cached_moments, cached_states, latent_scale, tokenize
 from fastgen.training.examples import Examples
 from fastgen.training.losses import Objective, objective_of, refuse_unet_keys
-from fastgen.training.previews import Shown, default_table, fixed_labels, fixed_prompts, sampled_preview, shown_rows
+from fastgen.training.previews import (
+    PresetConditions,
+    default_table,
+    fixed_labels,
+    fixed_prompts,
+    preview_rows,
+    sampled_preview,
+)
 from fastgen.training.run_folder import Job
 from fastgen.training.sources import CaptionSource, ConditionSource, LabelSource, LatentSpace, PixelSpace, Space
 from fastgen.training.trainer import fit
@@ -31,10 +38,12 @@ from fastgen.training.vae import VaeTask
 
 def train_text(preset: Preset, data: Examples, job: Job) -> None:
     """Autoencoder, tokenizer and text encoder, then the UNet on their outputs."""
-    vae, (text_encoder, tokenizer), unet = _vae(preset), _text_encoder(preset, data), _text_unet(preset)
+    from diffusers import UNet2DConditionModel
+
+    vae, (text_encoder, tokenizer), recipe = _vae(preset), _text_encoder(preset, data), _recipe(preset.unet, "unet")
+    unet = build_module(UNet2DConditionModel, _network(preset.unet).config, "unet", recipe.seed)
     _check_text_unet(unet, vae, text_encoder, preset)
     _check_process(preset)
-    recipe = _recipe(preset.unet, "unet")
     objective = objective_of(recipe, latents=True, image_size=preset.image_size)
     prompts = fixed_prompts(preset)
     device = job.run("unet", recipe.precision).precision.device
@@ -52,17 +61,15 @@ def train_text(preset: Preset, data: Examples, job: Job) -> None:
     with job.processes.main_first():
         states = cached_states(text_encoder, ids, device, job.progress)
     space, conditions = LatentSpace(moments, data.images, vae, device), CaptionSource(states, choices, device)
-    fixed = None
+    extra = None
     if prompts:
         ids = tokenize(tokenizer, prompts, text_encoder.config.max_position_embeddings)
         with job.processes.main_first():
             prompt_states = np.array(cached_states(text_encoder, ids, device, job.progress))
-        fixed = Shown(torch.from_numpy(prompt_states).to(device).float(), prompts)
+        extra = PresetConditions(torch.from_numpy(prompt_states).to(device).float(), prompts)
     model = Model(None, "text", unet, dict(preset.scheduler), preset.sampling)
     model.text_encoder, model.tokenizer, model.vae = text_encoder, tokenizer, vae
-    job.outline(lambda folder: save_model(model, folder, trained=False))
-    _fit_unet(TextUNet(unet), space, conditions, objective, fixed, preset, data, job)
-    job.finish(lambda folder: save_model(_on_cpu(model), folder, record(preset, data, job)))
+    _train_unet(TextUNet(unet), model, space, conditions, objective, extra, preset, data, job)
 
 
 def train_labels(preset: Preset, data: Examples, job: Job) -> None:
@@ -74,22 +81,20 @@ def train_labels(preset: Preset, data: Examples, job: Job) -> None:
     unet = build_module(unet_class((preset.conditioner or {})["kind"], config), config, "unet", recipe.seed)
     conditioner = LabelConditioner(num_labels=len(objects), **_conditioner(preset, unet.config))
     if unet.config.sample_size != preset.image_size:
-        raise InputError(
-            f"unet.config.sample_size = {unet.config.sample_size}: expected image_size, {preset.image_size}"
-        )
+        size = unet.config.sample_size
+        raise InputError(f"unet.config.sample_size = {size}: expected image_size, {preset.image_size}")
     _check_process(preset)
     objective = objective_of(recipe, latents=False, image_size=preset.image_size)
     lists = fixed_labels(preset, objects)
-    fixed = None
+    extra = None
     if lists:
         requests = [Request(str(i), f"{i}.png", labels=labels) for i, labels in enumerate(lists)]
-        fixed = Shown(torch.from_numpy(multi_hot(requests, objects)).to(device), tuple(map(", ".join, lists)))
+        condition = torch.from_numpy(multi_hot(requests, objects)).to(device)
+        extra = PresetConditions(condition, tuple(map(", ".join, lists)))
 
     space, conditions = PixelSpace(data.images, device), LabelSource(data.multi_hot, device)
     model = Model(None, "labels", unet, dict(preset.scheduler), preset.sampling, conditioner, objects)
-    job.outline(lambda folder: save_model(model, folder, trained=False))
-    _fit_unet(LabelUNet(unet, conditioner), space, conditions, objective, fixed, preset, data, job)
-    job.finish(lambda folder: save_model(_on_cpu(model), folder, record(preset, data, job)))
+    _train_unet(LabelUNet(unet, conditioner), model, space, conditions, objective, extra, preset, data, job)
 
 
 def train_evaluator(preset: Preset, data: Examples, job: Job) -> None:
@@ -101,8 +106,8 @@ def train_evaluator(preset: Preset, data: Examples, job: Job) -> None:
     run = job.run("evaluator", recipe.precision)
     torch.manual_seed(recipe.seed)
     module = evaluator.ResNet18(len(objects), **_network(preset.evaluator).config)
-    what = module, data.images, data.multi_hot, data.rows(recipe), run.precision.device
-    fit(AttributeTask(*what, attributes=attributes) if attributes else ClassifierTask(*what), recipe, run)
+    inputs = module, data.images, data.multi_hot, data.rows(recipe), run.precision.device
+    fit(AttributeTask(*inputs, attributes=attributes) if attributes else ClassifierTask(*inputs), recipe, run)
     outputs = attributes or objects
     job.finish(lambda folder: evaluator.save(module.cpu(), folder, outputs, record(preset, data, job)))
 
@@ -116,7 +121,7 @@ def record(preset: Preset, data: Examples, job: Job) -> dict[str, Any]:
         "preset": preset.name,
         "image_mode": preset.image_mode,
         "data": data.dataset.fingerprint,
-        "images": len(data.kept),
+        "images": len(data.readable),
         "stages": {stage: {k: v for k, v in row.items() if k != "stage"} for stage, row in last.items()},
         "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},
     }
@@ -138,13 +143,6 @@ def _text_encoder(preset: Preset, data: Examples) -> tuple[Any, Any]:
     length = int(network.config.get("max_position_embeddings", 77))
     tokenizer = train_tokenizer(data.captions[0], int(network.config.get("vocab_size", 4096)), length)
     return build_text_encoder(network.config, tokenizer, _recipe(network, "text_encoder").seed), tokenizer
-
-
-def _text_unet(preset: Preset) -> Any:
-    from diffusers import UNet2DConditionModel
-
-    network = _network(preset.unet)
-    return build_module(UNet2DConditionModel, network.config, "unet", _recipe(network, "unet").seed)
 
 
 def _check_text_unet(unet: Any, vae: Any, text_encoder: Any, preset: Preset) -> None:
@@ -194,24 +192,25 @@ def _fit_text_encoder(encoder: Any, tokenizer: Any, preset: Preset, data: Exampl
     fit(ContrastiveTask(encoder, ids, choices, data.subjects, data.images, rows, run.precision.device), recipe, run)
 
 
-def _fit_unet(
+def _train_unet(
     module: Any,
+    model: Model,
     space: Space,
     conditions: ConditionSource,
     objective: Objective,
-    fixed: Shown | None,
+    extra: PresetConditions | None,
     preset: Preset,
     data: Examples,
     job: Job,
 ) -> None:
+    """Train `module`, the model's UNet with its conditioner, and save the model."""
+    job.outline(lambda folder: save_model(model, folder, trained=False))
     recipe = _recipe(preset.unet, "unet")
     run = job.run("unet", recipe.precision)
     rows = data.rows(recipe)
-    shown = shown_rows(rows[1])
-    captions = data.captions_of(shown)
-    preview = sampled_preview(
-        space, conditions, shown, captions, preset.scheduler, preset.sampling, run.precision, fixed
-    )
+    examples = preview_rows(rows[1])
+    process, captions = (preset.scheduler, preset.sampling, run.precision), data.captions_of(examples)
+    preview = sampled_preview(space, conditions, examples, captions, *process, extra)
     task = DiffusionTask(
         module,
         space,
@@ -226,6 +225,10 @@ def _fit_unet(
         preview=preview,
     )
     fit(task, recipe, run)
+    for network in (model.unet, model.conditioner, model.text_encoder, model.vae):
+        if network is not None:
+            network.cpu()
+    job.finish(lambda folder: save_model(model, folder, record(preset, data, job)))
 
 
 def _network(part: NetworkPreset | None) -> NetworkPreset:
@@ -240,10 +243,3 @@ def _recipe(part: NetworkPreset | None, name: str) -> Training:
     if name != "unet":
         refuse_unet_keys(network.train, name)
     return network.train
-
-
-def _on_cpu(model: Model) -> Model:
-    for module in (model.unet, model.conditioner, model.text_encoder, model.vae):
-        if module is not None:
-            module.cpu()
-    return model

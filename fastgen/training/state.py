@@ -20,7 +20,7 @@ from fastgen.training.autocast import Precision
 from fastgen.training.ema import Ema
 from fastgen.training.optimizers import build_optimizer
 
-GAIN = 1e-4  # relative; a smaller one is none (torch's ReduceLROnPlateau)
+GAIN = 1e-4  # the plateau schedule ignores relative gains below this, as torch's ReduceLROnPlateau does
 
 
 @dataclass
@@ -66,7 +66,9 @@ class State:
     micro_batch: int  # examples that a process runs at a time; halved where memory is short
     step: int = 0  # optimiser steps done
     progress: TrainingProgress = field(default_factory=TrainingProgress)
-    pending: list[Tensor] = field(default_factory=list)  # (loss, gradient norm) of steps not yet looked at
+    pending: list[Tensor] = field(
+        default_factory=list
+    )  # (loss, gradient norm) of the steps since the last row of the log
 
     @property
     def ema(self) -> Ema:
@@ -74,7 +76,7 @@ class State:
 
 
 def initial(module: nn.Module, recipe: Training, precision: Precision, examples: int) -> State:
-    """The state before the first step. `examples`: how many are trained on."""
+    """The state before the first step. `examples`: the number of training examples."""
     layout = torch.channels_last if precision.device.type == "cuda" else torch.contiguous_format
     module = module.to(device=precision.device, memory_format=layout).train()  # type: ignore[call-overload]
     if precision.device.type == "cpu":
@@ -104,7 +106,7 @@ def load(state: State, checkpoint: Checkpoint) -> None:
 
 
 def save(state: State, folder: Path, job: str, limit: int) -> None:
-    """Write a checkpoint of everything. A file is written for every average that is not the weights themselves."""
+    """Write a checkpoint; an average with decay 0 is the weights themselves and gets no file."""
     optimizer = {
         f"{index}.{name}": value
         for index, values in state.optimizer.state_dict()["state"].items()
@@ -112,11 +114,7 @@ def save(state: State, folder: Path, job: str, limit: int) -> None:
     }
     averages = {name: ema.weights for name, ema in state.emas.items() if ema.decay}
     parts = {"model": state.module.state_dict(), **averages, "optimizer": optimizer}
-    extra = {
-        "job": job,
-        "scaler": state.scaler.state_dict(),
-        "progress": dataclasses.asdict(state.progress),
-    }
+    extra = {"job": job, "scaler": state.scaler.state_dict(), "progress": dataclasses.asdict(state.progress)}
     checkpoints.save(folder, state.step, parts, extra, limit)
 
 

@@ -47,14 +47,15 @@ class Task(ABC):
 
 
 def check_accumulation(task: Task, accumulation: int) -> None:
+    """Raises InputError where `task` cannot split its batches."""
     if accumulation > 1 and not task.splits_batches:
         reason = "its loss compares the examples of a batch with each other"
         raise InputError(f"{task.name}.train.accumulation = {accumulation}: expected 1, because {reason}")
 
 
-def loss_weights(given: Mapping[str, float], defaults: Mapping[str, float]) -> dict[str, float]:
-    """The defaults with the given weights in their place; InputError for a term that the task does not have."""
-    for name in given:
+def loss_weights(weights: Mapping[str, float], defaults: Mapping[str, float]) -> dict[str, float]:
+    """`weights`, and the defaults of the other terms. Raises InputError for a term that has no default."""
+    for name in weights:
         if name not in defaults:
             raise unknown("loss term", name, defaults)
-    return {**defaults, **given}
+    return {**defaults, **weights}

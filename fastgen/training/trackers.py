@@ -14,6 +14,7 @@ from fastgen.training.logs import Tracker, say
 
 DEFAULT, NONE = "tensorboard", "none"
 FOLDER = "tracking"
+SCALARS = (int, float, str, bool)  # types that every tracker takes
 
 
 @contextmanager
@@ -30,18 +31,13 @@ def tracking(name: str | None, folder: Path, settings: Mapping[str, Any], cpu: b
     from accelerate import Accelerator
 
     accelerator = Accelerator(cpu=cpu, log_with=tracker_name, project_dir=folder / FOLDER)
-    accelerator.init_trackers(
-        folder.name or "fastgen", config={name: _plain(value) for name, value in settings.items()}
-    )
+    config = {key: value if isinstance(value, SCALARS) else json.dumps(value) for key, value in settings.items()}
+    accelerator.init_trackers(folder.name or "fastgen", config=config)
     try:
         yield lambda values, step: accelerator.log(dict(values), step=step)
     finally:
         for tracker in accelerator.trackers:
             tracker.finish()
-
-
-def _plain(value: Any) -> int | float | str | bool:
-    return value if isinstance(value, int | float | str | bool) else json.dumps(value)
 
 
 def _installed_tracker(name: str | None) -> str | None:

@@ -24,7 +24,7 @@ from fastgen.training.processes import Processes
 from fastgen.training.state import State, initial, load, save
 from fastgen.training.tasks import Task, check_accumulation
 
-LOG_EVERY = 10  # steps between rows of the log, and between looks at the loss, which make a GPU wait
+LOG_EVERY = 10  # steps between rows of the log; reading the loss makes a GPU wait
 PLOT_EVERY_S = 60
 
 
@@ -57,7 +57,7 @@ def fit(task: Task, recipe: Training, run: TrainingRun) -> None:
         state.module.compile()
     show = run.progress and run.processes.is_main
     with tqdm(total=recipe.steps, initial=state.step, desc=task.name, unit="step", disable=not show) as bar:
-        clock, plotted = (time.perf_counter(), state.step), time.perf_counter()
+        clock, last_plot = (time.perf_counter(), state.step), time.perf_counter()
         while state.step < recipe.steps:
             state.pending.append(optimise(task, state, recipe, run.precision, run.processes))
             state.step += 1
@@ -66,7 +66,7 @@ def fit(task: Task, recipe: Training, run: TrainingRun) -> None:
             if not due:
                 continue
             images_per_s = (state.step - clock[1]) * recipe.batch_size / (time.perf_counter() - clock[0])
-            row = look(task, state, recipe, run) | {"images_per_s": round(images_per_s, 1)}
+            row = log_row(task, state, recipe, run) | {"images_per_s": round(images_per_s, 1)}
             bar.set_postfix(loss=f"{row['loss']:.4f}", images_per_s=f"{images_per_s:.1f}")
             with torch.compiler.set_stance("force_eager"):  # other batch sizes would be compiled for
                 if "validation" in due:
@@ -77,9 +77,9 @@ def fit(task: Task, recipe: Training, run: TrainingRun) -> None:
                 run.log.write({"stage": task.name, "step": state.step, **row})
                 if "checkpoint" in due:
                     save(state, run.checkpoints, run.job, recipe.checkpoint_limit)
-                    if state.step == recipe.steps or time.perf_counter() - plotted > PLOT_EVERY_S:
+                    if state.step == recipe.steps or time.perf_counter() - last_plot > PLOT_EVERY_S:
                         plot_losses(run.log, task.name, run.checkpoints)
-                        plotted = time.perf_counter()
+                        last_plot = time.perf_counter()
             clock = time.perf_counter(), state.step
     state.module.load_state_dict(final_weights(state, recipe, run))
     state.module.eval().requires_grad_(False)
@@ -99,8 +99,8 @@ def begin(task: Task, recipe: Training, run: TrainingRun) -> State:
     return state
 
 
-def look(task: Task, state: State, recipe: Training, run: TrainingRun) -> dict[str, float]:
-    """A row of the log for the steps since the last one. Raises FastgenError for a loss that is not finite."""
+def log_row(task: Task, state: State, recipe: Training, run: TrainingRun) -> dict[str, float]:
+    """The training figures of the steps since the last row. Raises FastgenError for a loss that is not finite."""
     losses, norms = torch.stack(state.pending).T  # (n,) each
     losses = run.processes.sum(losses.contiguous()).double().cpu().numpy()
     norms = norms.double().cpu().numpy()
@@ -121,7 +121,7 @@ def look(task: Task, state: State, recipe: Training, run: TrainingRun) -> dict[s
 
 @torch.no_grad()
 def validate(task: Task, state: State, recipe: Training, run: TrainingRun) -> dict[str, float]:
-    """The averaged weights' loss on the validation examples, with the same noise every time; the best weights are kept."""
+    """The loss of the averaged weights on the validation examples, with the same noise every time; saves the best weights."""
     with state.ema.swapped_in(state.module):
         loss = _validation_loss(task, state, recipe, run)
         figures = dict(task.figures(state.module))
@@ -137,9 +137,9 @@ def validate(task: Task, state: State, recipe: Training, run: TrainingRun) -> di
 
 def _validation_loss(task: Task, state: State, recipe: Training, run: TrainingRun) -> float:
     rows = task.validation_rows[: recipe.validation_limit]
-    mine = run.processes.part(np.arange(len(rows))) if task.splits_batches else np.arange(len(rows))
+    share = run.processes.part(np.arange(len(rows))) if task.splits_batches else np.arange(len(rows))
     total = torch.zeros((), dtype=torch.float64, device=run.precision.device)
-    for positions in np.array_split(mine, max(1, -(-len(mine) // state.micro_batch))):
+    for positions in np.array_split(share, max(1, -(-len(share) // state.micro_batch))):
         if len(positions):
             draws = Draws(recipe.seed, VALIDATION, positions, len(rows), run.precision.device)
             with run.precision.autocast():

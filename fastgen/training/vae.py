@@ -11,15 +11,15 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fastgen.training.draws import Draws
+from fastgen.training.previews import preview_rows
 from fastgen.training.sources import POSTERIOR, flip_some, stack_rows, to_signed, to_uint8
 from fastgen.training.tasks import Task, loss_weights
 
 LOSS = {"l1": 1.0, "l2": 1.0, "edges": 1.0, "kl": 1e-6}
-PREVIEWS = 8
 
 
 class Autoencoding(nn.Module):
-    """AutoencoderKL whose noise comes from outside."""
+    """AutoencoderKL with its noise as an argument."""
 
     def __init__(self, vae: Any) -> None:
         super().__init__()
@@ -82,8 +82,7 @@ class VaeTask(Task):
 
     def preview(self, module: nn.Module) -> Image.Image:
         """Top: validation images; bottom: their reconstructions."""
-        spread = np.linspace(0, len(self.validation_rows) - 1, PREVIEWS).astype(int)
-        rows = self.validation_rows[np.unique(spread)]
+        rows = preview_rows(self.validation_rows)
         return stack_rows(self.images[rows], to_uint8(self._reconstructions(module, rows)[1]))
 
     def _reconstructions(self, module: nn.Module, rows: np.ndarray) -> tuple[Tensor, Tensor]:

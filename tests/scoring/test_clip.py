@@ -131,7 +131,7 @@ def test_the_context_length_is_counted_with_start_and_end(folder):
     assert length < 32
     words = "a " * (32 - 2)
     assert len(clip.tokenizer(words, truncation=False).input_ids) == 32
-    assert clip.truncated([words, words + "a"]) == 1
+    assert clip.count_truncated([words, words + "a"]) == 1
 
 
 def test_label_requests_have_no_clip_t(folder, tmp_path):

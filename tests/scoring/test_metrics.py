@@ -16,9 +16,14 @@ from fastgen.scoring.metrics import (
     accuracy_by_object,
     label_accuracy,
     label_hits,
+    ratio_standard_error,
     standard_error,
-    standard_error_over_images,
 )
+
+
+def standard_error_over_images(scores, targets):
+    return ratio_standard_error(label_hits(scores, targets).sum(axis=1), np.count_nonzero(targets, axis=1))
+
 
 SCORES = np.array([[0.9, 0.1, 0.8, 0.2], [0.1, 0.7, 0.6, 0.5], [0.4, 0.3, 0.2, 0.1]])
 TARGETS = np.array([[1, 1, 0, 0], [0, 1, 0, 0], [0, 1, 1, 1]])  # top k: {0, 2}, {1}, {0, 1, 2}

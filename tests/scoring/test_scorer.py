@@ -207,7 +207,7 @@ def test_a_dataset_folder_is_a_reference(judge, tmp_path):
     (data / "train.json").write_text(json.dumps({f"{i}.png": ["gray cube"] for i in (0, 1, 3)}))
     found = read_reference(data)
     assert [file.name for file in found.files] == ["0.png", "1.png", "3.png"]
-    assert read_reference(data / "iclevr").named(["2.png", "x.png"]) == {"2.png": data / "iclevr" / "2.png"}
+    assert read_reference(data / "iclevr").files_by_name(["2.png", "x.png"]) == {"2.png": data / "iclevr" / "2.png"}
     result = score(make_images(tmp_path / "out"), evaluator=judge, reference=data, features="evaluator")
     assert result.reference["images"] == 3
 

@@ -19,12 +19,12 @@ from fastgen.sampling.defaults import Sampling
 from fastgen.training.autocast import choose
 from fastgen.training.previews import (
     COUNT,
-    Shown,
+    PresetConditions,
     default_table,
     fixed_labels,
     fixed_prompts,
+    preview_rows,
     sampled_preview,
-    shown_rows,
 )
 from fastgen.training.sources import LabelSource, PixelSpace
 
@@ -50,7 +50,7 @@ class Painter(nn.Module):
         return (2 * labels - 1)[:, :, None, None].expand(x.shape)
 
 
-def preview(fixed: Shown | None) -> tuple[np.ndarray, Painter]:
+def preview(fixed: PresetConditions | None) -> tuple[np.ndarray, Painter]:
     labels = np.eye(3, dtype=np.float32)
     png = np.full((3, 8, 8, 3), 128, np.uint8)
     png[:, :4] = 40
@@ -77,7 +77,7 @@ def test_ground_truth_is_above_what_is_generated_for_the_same_conditions_and_the
     expected = real, list(zip(colours, TEXTS, strict=True))
     assert np.array_equal(preview(None)[0], sheet(*expected))
     yellow = np.full((8, 8, 3), (255, 255, 0), np.uint8)
-    own = Shown(torch.tensor([[1.0, 1.0, 0.0]] * 11), tuple(f"yellow {i}" for i in range(11)))
+    own = PresetConditions(torch.tensor([[1.0, 1.0, 0.0]] * 11), tuple(f"yellow {i}" for i in range(11)))
     found, painter = preview(own)
     cells = [(yellow, f"yellow {i}") for i in range(11)]
     assert np.array_equal(found, sheet(*expected, cells[:COUNT], cells[COUNT:]))
@@ -85,8 +85,8 @@ def test_ground_truth_is_above_what_is_generated_for_the_same_conditions_and_the
 
 
 def test_examples_shown_are_spread_over_the_validation_rows() -> None:
-    assert shown_rows(np.arange(100, 171)).tolist() == [100, 110, 120, 130, 140, 150, 160, 170]
-    assert shown_rows(np.array([7, 5])).tolist() == [7, 5]
+    assert preview_rows(np.arange(100, 171)).tolist() == [100, 110, 120, 130, 140, 150, 160, 170]
+    assert preview_rows(np.array([7, 5])).tolist() == [7, 5]
 
 
 def test_a_preview_samples_with_the_table_that_generate_compiles_also_at_every_training_timestep() -> None:

@@ -149,11 +149,11 @@ class Engine(TorchEngine):
     def _module(self, network: str) -> nn.Module:
         """The network in the precision that it is executed in, on the device."""
         from fastgen.engines.compile.package import named_weights
-        from fastgen.models.precision import lowered
+        from fastgen.models.precision import in_precision
 
         if network not in self._modules:
             with self._torch.inference_mode(False):  # weights are ordinary tensors, whoever asks for them first
-                module = lowered(self._networks[network], self.executed(network))
+                module = in_precision(self._networks[network], self.executed(network))
                 if module is self._networks[network] and self.capturable:
                     module = copy.deepcopy(module)  # the engine's own, to let go of
                 module = module.to(self.device).to(memory_format=self._torch.channels_last)  # type: ignore[call-overload]

@@ -147,13 +147,11 @@ class Engine(TorchEngine):
     def _module(self, network: str) -> nn.Module:
         """The network in the precision that it is executed in, on the device."""
         from fastgen.engines.compile.package import named_weights
-        from fastgen.models.precision import lowered
+        from fastgen.models.precision import in_precision
 
         if network not in self._modules:
-            with self._torch.inference_mode(
-                False
-            ):  # in inference mode weights would become tensors that cannot be changed
-                module = lowered(self._networks[network], self.executed(network))
+            with self._torch.inference_mode(False):  # in inference mode weights could not be changed later
+                module = in_precision(self._networks[network], self.executed(network))
                 if module is self._networks[network] and self.capturable:
                     module = copy.deepcopy(module)  # as `_free` takes its memory away
                 module = module.to(self.device).to(memory_format=self._torch.channels_last)  # type: ignore[call-overload]

@@ -1,4 +1,4 @@
-"""The base class of engines, which run a model's networks."""
+"""The base class of engines, which run a model's networks. An engine knows no scheduler, no seed and no request."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Engine(abc.ABC):
         from fastgen.engines.doctor.diagnosis import Problem
         from fastgen.engines.doctor.packages import package_problems
 
-        problems = [*package_problems(cls, machine), *cls.library_problems(machine)]
+        problems = [*package_problems(cls.packages, cls.install, machine), *cls.library_problems(machine)]
         if machine.cache.error and cls.recipe is not Engine.recipe:
             problems.append(Problem("its compiled networks have no place", machine.cache.error))
         return list(dict.fromkeys(problems))

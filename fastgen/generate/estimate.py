@@ -13,8 +13,8 @@ from fastgen.engines.batches import Batch, waste
 
 if TYPE_CHECKING:
     from fastgen.engines.base import Engine
-    from fastgen.generate.pipeline import Pipeline
     from fastgen.generate.run import Run
+    from fastgen.generate.runner import ModelRunner
     from fastgen.generate.settings import Settings
 
 CPU_BATCH = 16
@@ -45,7 +45,7 @@ class Estimate:
         )
 
 
-def automatic_batch_size(pipeline: Pipeline, settings: Settings) -> int:
+def automatic_batch_size(pipeline: ModelRunner, settings: Settings) -> int:
     """Images per batch by default. An engine with sizes of its own: the largest up to 128. Others: 16 on a CPU, on a GPU what
     fits into the free memory beside the VAE decoder, at most 128; that is measured on a few rows."""
     engine, sizes = pipeline.engine, pipeline.buckets(settings)
@@ -62,7 +62,7 @@ def automatic_batch_size(pipeline: Pipeline, settings: Settings) -> int:
     return max(1, min(MAX_BATCH, rows // 2 if settings.guided else rows))
 
 
-def decode_batch_size(pipeline: Pipeline) -> int | None:
+def decode_batch_size(pipeline: ModelRunner) -> int | None:
     """Images per forward of the VAE decoder: `Decoder.most`, on a GPU at most what fits into a quarter of its free memory. None
     for a model without a VAE."""
     if pipeline.spec.family == "labels":
@@ -72,12 +72,12 @@ def decode_batch_size(pipeline: Pipeline) -> int | None:
     return _decoded_at_once(pipeline)
 
 
-def _decoded_at_once(pipeline: Pipeline) -> int:
+def _decoded_at_once(pipeline: ModelRunner) -> int:
     room = DECODER_SHARE * engines_memory.free_memory(pipeline.engine)
     return min(pipeline.decoder.most, _memory_of(pipeline, "vae_decoder").rows_in(room))
 
 
-def _memory_of(pipeline: Pipeline, network: str) -> engines_memory.Memory:
+def _memory_of(pipeline: ModelRunner, network: str) -> engines_memory.Memory:
     """Memory of a network, measured once per pipeline."""
     if network not in pipeline.memory:
         pipeline.memory[network] = engines_memory.measure_memory(pipeline.engine, network)

@@ -16,9 +16,9 @@ from fastgen.errors import FastgenError, InputError, Say, first_line
 from fastgen.generate.decoder import Pictures
 from fastgen.generate.estimate import Estimate, automatic_batch_size, decode_batch_size, estimate
 from fastgen.generate.job_folder import MANIFEST, JobFolder, Limits, recorded_limits
-from fastgen.generate.pipeline import Pipeline
 from fastgen.generate.record import job_identity, manifest_line
 from fastgen.generate.run import Run
+from fastgen.generate.runner import ModelRunner
 from fastgen.generate.shards import Shard, save_part, whole_job
 from fastgen.generate.writer import StepBar, Writer, progress_bar
 
@@ -155,6 +155,6 @@ def _smaller(run: Run, todo: Iterable[Batch], error: str, say: Say) -> list[Batc
     return parts
 
 
-def _writers(pipeline: Pipeline) -> int:
+def _writers(pipeline: ModelRunner) -> int:
     """Threads that compress PNGs: on a CPU the networks need the cores."""
     return min(8, os.cpu_count() or 1) if pipeline.on_gpu else 1

@@ -12,7 +12,7 @@ from export.write import Wanted, write_bundle
 from fastgen.engines import bundle_engines, check_installed, create_engine, engine_class, no_engine
 from fastgen.engines.base import choose_dtype
 from fastgen.engines.trt.product import RTX, TENSORRT
-from fastgen.errors import FastgenError, InputError, unknown
+from fastgen.errors import FastgenError, InputError, Say, unknown
 from fastgen.models.bundle import LOWERED, Bundle, is_bundle, read_bundle
 from fastgen.models.checkpoint_choice import check_bundle_of
 from fastgen.models.signatures import network_dtype
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from fastgen.engines.base import Engine
 
 BATCH_SIZES = (1, 8, 64)
-Say = Callable[[str], None]
 
 
 def export(

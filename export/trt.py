@@ -7,14 +7,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from export.trt_build import Rows, Say, build_plan, check_networks, check_settings, network_rows
+from export.trt_build import Rows, build_plan, check_networks, check_settings, network_rows
 from export.trt_layers import check_layers
 from export.trt_timing import load_timings, save_timings, timing_file
 from fastgen.engines.cache.artifacts import Artifact, Recipe, obtain
 from fastgen.engines.trt.plan import LAYERS, PLAN, make_recipe, open_context, open_engine
 from fastgen.engines.trt.platform import Platform, open_platform
 from fastgen.engines.trt.product import TENSORRT
-from fastgen.errors import InputError
+from fastgen.errors import InputError, Say
 from fastgen.models.signatures import Signature
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from export.trt_layers import check_network
 from export.trt_progress import Progress
 from fastgen.engines.trt.platform import TrtLibrary
-from fastgen.errors import InputError, unknown
+from fastgen.errors import InputError, Say, unknown
 from fastgen.generate.conditions import ENCODE_BATCH
 from fastgen.models.signatures import Signature
 
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from fastgen.models.bundle import Bundle
 
 DECODE_PIXELS = 2**20  # per forward of the VAE decoder, as engines on a GPU decode: 16 images of 256 px fill any card
-Say = Callable[[str], None]
 
 
 class Rows(NamedTuple):

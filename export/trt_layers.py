@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
-from fastgen.errors import FastgenError
+from fastgen.errors import FastgenError, Say
 
 TYPES = {"fp32": "FLOAT", "fp16": "HALF", "bf16": "BF16"}  # -> trt.DataType
 PRODUCTS = ("CONVOLUTION", "DECONVOLUTION", "MATRIX_MULTIPLY", "EINSUM")  # trt.LayerType
@@ -56,7 +56,7 @@ def check_network(trt: Any, network: Any, dtype: str, what: str) -> set[str]:
     return islands
 
 
-def check_layers(report: str, dtype: str, islands: Collection[str], what: str, say: Callable[[str], None]) -> None:
+def check_layers(report: str, dtype: str, islands: Collection[str], what: str, say: Say) -> None:
     """FastgenError when the inspector's report shows a product that executes another precision than `dtype`.
 
     `islands`: ONNX names whose products may be fp32. Where the report tells no precision at all, that is said.

@@ -11,6 +11,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from fastgen.errors import Say
+
 LINE_SECONDS = 60.0  # between lines where there is no terminal
 
 
@@ -24,7 +26,7 @@ class _Phase:
 class Progress:
     """What TensorRT reports of its phases, which nest. It calls from threads of its own."""
 
-    def __init__(self, what: str, say: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, what: str, say: Say, clock: Callable[[], float] = time.monotonic) -> None:
         self._what, self._say, self._clock = what, say, clock
         self._phases: dict[str, _Phase] = {}
         self._lock = threading.Lock()

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from export.extend import add_files, sweep
-from export.trt_build import Rows, Say, build_plan, check_networks, check_settings, network_rows
+from export.trt_build import Rows, build_plan, check_networks, check_settings, network_rows
 from fastgen.engines.cache.artifacts import RECORD, Artifact, Recipe, read_record, write_record
 from fastgen.engines.trt.plan import CAPABILITIES, PLAN, make_recipe
 from fastgen.engines.trt.platform import TrtLibrary, open_library
 from fastgen.engines.trt.product import RTX
-from fastgen.errors import InputError
+from fastgen.errors import InputError, Say
 from fastgen.files.folders import scratch_folder
 from fastgen.models.bundle import COMPILED, read_bundle
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from fastgen.engines.trt.cache_files import private_file, read_hashed, write_hashed
 from fastgen.engines.trt.platform import Platform
+from fastgen.errors import Say
 
 
 def timing_file(platform: Platform) -> Path:
@@ -16,7 +16,7 @@ def timing_file(platform: Platform) -> Path:
     return private_file("timings", f"{platform.version} {gpu.name} {gpu.compute_capability}", ".timing")
 
 
-def load_timings(config: Any, path: Path, say: Callable[[str], None]) -> None:
+def load_timings(config: Any, path: Path, say: Say) -> None:
     """Give a build the timings of earlier ones; a damaged or foreign file is announced, and timing starts anew."""
     data = read_hashed(path, lambda: say(f"{path}: damaged; measuring anew"))
     cache = config.create_timing_cache(data)

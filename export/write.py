@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from export.extend import add_files, sweep
 from export.reference import IMAGE_STEPS, distances_name, write_distances, write_reference
 from fastgen import __version__
-from fastgen.errors import InputError
+from fastgen.errors import InputError, Say
 from fastgen.files.folders import new_folder, scratch_folder
 from fastgen.files.hashes import record_files, sha256_file
 from fastgen.files.jsonfiles import infinity_as_text, read_json, write_json
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from fastgen.models.folder import Model
     from fastgen.sampling.defaults import Sampling
 
-Say = Callable[[str], None]
 PACKAGES = ("torch", "diffusers", "transformers", "onnx", "onnxscript")
 
 

@@ -1,9 +1,11 @@
-"""Errors that reach the user as one line, and the exit code each kind ends with."""
+"""Errors that reach the user as one line, with their exit codes; and the type of the functions that tell other lines."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+
+Say = Callable[[str], None]  # what shows the user a line of progress or a note
 
 
 class FastgenError(Exception):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import os
 import re
@@ -80,6 +81,30 @@ def links(document: str) -> list[str]:
     text = FENCE.sub("", (REPO / document).read_text(encoding="utf-8"))
     targets = (target.partition("#")[0] for target in re.findall(r"\]\(([^)\s]+)", text))
     return [target for target in targets if target and "://" not in target]
+
+
+def named(document: str) -> Iterator[tuple[str, Path]]:
+    """(name, module) of every link such as [`Run.begin`](../fastgen/generate/run.py), to what a module defines."""
+    text = (REPO / document).read_text(encoding="utf-8")
+    for name, target in re.findall(r"\[`([\w.]+)`\]\(([^)\s]+\.py)\)", text):
+        yield name, (REPO / document).parent / target
+
+
+def definitions(module: Path) -> set[str]:
+    """The classes, functions and variables of a module, and the members of its classes as `Class.member`."""
+    names: set[str] = set()
+    for node in ast.parse(module.read_text(encoding="utf-8")).body:
+        names |= set(_defined(node))
+        if isinstance(node, ast.ClassDef):
+            names |= {f"{node.name}.{name}" for member in node.body for name in _defined(member)}
+    return names
+
+
+def _defined(node: ast.stmt) -> list[str]:
+    if isinstance(node, ast.ClassDef | ast.FunctionDef):
+        return [node.name]
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+    return [target.id for target in targets if isinstance(target, ast.Name)]
 
 
 def unmarked(document: str) -> Iterator[str]:

@@ -19,7 +19,7 @@ from pathlib import Path
 import click
 import pytest
 from click.testing import CliRunner
-from documents import DOCUMENTS, REPO, Step, check_words, inline, links, steps, unmarked
+from documents import DOCUMENTS, REPO, Step, check_words, definitions, inline, links, named, steps, unmarked
 from small_presets import SMALL
 
 from fastgen.models.find import MODELS as SHIPPED
@@ -291,6 +291,13 @@ def test_commands_that_a_document_mentions_exist_with_their_options(document):
 def test_pictures_and_files_that_a_document_links_to_are_there(document):
     assert [t for t in links(document) if not (REPO / document).parent.joinpath(t).exists()] == []
     assert "docs/measured.md" in links("README.md")
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_what_a_document_says_is_in_a_module_is_there(document):
+    missing = [f"{module}: {name}" for name, module in named(document) if name not in definitions(module)]
+    assert not missing, "\n".join(missing)
+    assert ("sample_steps", REPO / "docs/../fastgen/sampling/loop.py") in named("docs/how-it-works.md")
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)

@@ -1,4 +1,4 @@
-"""What an engine is: something that runs a model's networks. It knows nothing of diffusion."""
+"""What an engine is: something that runs a model's networks. It knows no scheduler, no seed and no request."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Engine(abc.ABC):
         from fastgen.engines.doctor.diagnosis import Problem
         from fastgen.engines.doctor.packages import package_problems
 
-        problems = [*package_problems(cls, machine), *cls.library_problems(machine)]
+        problems = [*package_problems(cls.packages, cls.install, machine), *cls.library_problems(machine)]
         if machine.cache.error and cls.recipe is not Engine.recipe:
             problems.append(Problem("its compiled networks have no place", machine.cache.error))
         return list(dict.fromkeys(problems))

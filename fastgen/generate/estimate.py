@@ -14,8 +14,8 @@ from fastgen.engines.batches import Batch, waste
 
 if TYPE_CHECKING:
     from fastgen.engines.base import Engine
-    from fastgen.generate.pipeline import Pipeline
     from fastgen.generate.run import Run
+    from fastgen.generate.runner import ModelRunner
     from fastgen.generate.settings import Settings
 
 CPU_BATCH = 16
@@ -47,7 +47,7 @@ class Estimate:
         )
 
 
-def automatic_batch_size(pipeline: Pipeline, settings: Settings) -> int:
+def automatic_batch_size(pipeline: ModelRunner, settings: Settings) -> int:
     """How many images run together by default: 16 on a CPU; on a GPU what fits into its free memory beside the VAE decoder, at
     most 128, measured on a few rows, or the largest size that the engine was compiled for."""
     engine, sizes = pipeline.engine, pipeline.buckets(settings)
@@ -64,7 +64,7 @@ def automatic_batch_size(pipeline: Pipeline, settings: Settings) -> int:
     return max(1, min(MAX_BATCH, rows // 2 if settings.guided else rows))
 
 
-def decode_batch_size(pipeline: Pipeline) -> int | None:
+def decode_batch_size(pipeline: ModelRunner) -> int | None:
     """How many images the VAE decodes together: what the engine takes at once, on a GPU no more than fits into a quarter of its
     free memory. None where there is nothing to decode."""
     if pipeline.spec.family == "labels":
@@ -74,12 +74,12 @@ def decode_batch_size(pipeline: Pipeline) -> int | None:
     return _decoded_at_once(pipeline)
 
 
-def _decoded_at_once(pipeline: Pipeline) -> int:
+def _decoded_at_once(pipeline: ModelRunner) -> int:
     room = DECODER_SHARE * engines_memory.free_memory(pipeline.engine)
     return min(pipeline.decoder.most, _memory_of(pipeline, "vae_decoder").rows_in(room))
 
 
-def _memory_of(pipeline: Pipeline, network: str) -> engines_memory.Memory:
+def _memory_of(pipeline: ModelRunner, network: str) -> engines_memory.Memory:
     """What a network takes, measured once per pipeline."""
     if network not in pipeline.measured:
         pipeline.measured[network] = engines_memory.measure_memory(pipeline.engine, network)

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from fastgen.engines.batches import Batch, halved
-from fastgen.errors import FastgenError, InputError, first_line
+from fastgen.errors import FastgenError, InputError, Say, first_line
 from fastgen.generate.decoder import Pictures
 from fastgen.generate.estimate import Estimate, automatic_batch_size, decode_batch_size, estimate
 from fastgen.generate.job_folder import MANIFEST, JobFolder, Limits, recorded_limits
-from fastgen.generate.pipeline import Pipeline
 from fastgen.generate.record import job_identity, manifest_line
 from fastgen.generate.run import Run
+from fastgen.generate.runner import ModelRunner
 from fastgen.generate.shards import Shard, save_part, whole_job
 from fastgen.generate.writer import StepBar, Writer, progress_bar
 
@@ -46,7 +46,7 @@ def run_job(
     grid: int | None = None,
     shard: Shard | None = None,
     progress: bool = True,
-    say: Callable[[str], None] = lambda line: None,
+    say: Say = lambda line: None,
 ) -> JobReport:
     """Generate every request's image below `out`, skipping batches whose files are all there.
 
@@ -116,7 +116,7 @@ def _generated(
     pending: Sequence[Batch],
     decode_batch_size: int | None,
     advance: StepBar,
-    say: Callable[[str], None],
+    say: Say,
 ) -> Iterator[tuple[Batch, Pictures]]:
     """The pictures of all batches; on a GPU the next batch is queued before the one before it is waited for. Elsewhere
     `advance` follows the rows of a batch."""
@@ -142,7 +142,7 @@ def _generated(
             todo = deque(_smaller(run, todo, short, say))
 
 
-def _smaller(run: Run, todo: Iterable[Batch], error: str, say: Callable[[str], None]) -> list[Batch]:
+def _smaller(run: Run, todo: Iterable[Batch], error: str, say: Say) -> list[Batch]:
     """What is still to do, in batches of half the size. `error`: what was said when memory ran out."""
     device, sizes = run.pipeline.engine.device, run.pipeline.buckets(run.settings)
     first, *rest = todo
@@ -157,6 +157,6 @@ def _smaller(run: Run, todo: Iterable[Batch], error: str, say: Callable[[str], N
     return parts
 
 
-def _writers(pipeline: Pipeline) -> int:
+def _writers(pipeline: ModelRunner) -> int:
     """Threads that compress PNGs: on a CPU the networks need the cores."""
     return min(8, os.cpu_count() or 1) if pipeline.on_gpu else 1

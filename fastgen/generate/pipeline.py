@@ -2,79 +2,30 @@
 
 from __future__ import annotations
 
-import gc
 import operator
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastgen.engines import check_installed, create_engine, engine_class
 from fastgen.engines.choose import default_engine
 from fastgen.errors import InputError
 from fastgen.files.names import check_labels
-from fastgen.generate.decoder import Decoder
 from fastgen.generate.requests import Request
 from fastgen.generate.run import Run
-from fastgen.generate.settings import Settings
+from fastgen.generate.runner import ModelRunner
 from fastgen.generate.start import StartSource, late_start
 from fastgen.models.checkpoint_choice import check_bundle_of
 from fastgen.models.find import ModelFolder, find_model, name_of
-from fastgen.sampling.device_loop import DeviceLoop
-from fastgen.sampling.tables import SolverTable
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from fastgen.engines.base import Array, Engine
-    from fastgen.engines.memory import Memory
     from fastgen.models.spec import Source
 
 
-class Pipeline:
-    """A model on an engine, ready to generate.
-
-    `graphs`: record the loop as CUDA graphs; by default on a GPU, except with the reference engine. `open_exact` makes the
-    same engine in fp32, in which images are decoded again that come out broken.
-    """
-
-    def __init__(
-        self,
-        source: Source,
-        engine: Engine,
-        *,
-        graphs: bool | None = None,
-        open_exact: Callable[[], Engine] | None = None,
-    ) -> None:
-        self.source, self.engine, self.spec = source, engine, source.spec
-        self.tokenizer = source.prompt_tokenizer() if self.spec.family == "text" else None
-        self.decoder = Decoder(engine, self.spec, open_exact)
-        self.on_gpu = engine.device.startswith("cuda")
-        if graphs and not self.on_gpu:
-            raise InputError(f"CUDA graphs need a GPU; engine {engine.name} runs on {engine.device}")
-        self._graphs = self.on_gpu and not engine.reference if graphs is None else graphs
-        self._loops: dict[tuple[str, int], DeviceLoop] = {}
-        self.measured: dict[str, Memory] = {}  # network -> what it takes on a GPU, once a job has measured it
-
-    def settings(
-        self,
-        *,
-        scheduler: str | None = None,
-        num_inference_steps: int | None = None,
-        guidance_scale: float | None = None,
-        guidance_interval: tuple[int, int] | None = None,
-        seed: int = 0,
-        normalize: str = "clamp",
-    ) -> Settings:
-        """Settings that begin with noise, with the model's own defaults for what is None."""
-        default = self.spec.sampling
-        return Settings(
-            scheduler or default.scheduler,
-            default.num_inference_steps if num_inference_steps is None else num_inference_steps,
-            default.guidance_scale if guidance_scale is None else guidance_scale,
-            guidance_interval,
-            seed,
-            normalize=normalize,
-        )
+class Pipeline(ModelRunner):
+    """A model on an engine, as `load` opens it: `generate` makes images."""
 
     def generate(
         self,
@@ -112,39 +63,6 @@ class Pipeline:
                     raise FloatingPointError(f"image {request.id}: {problem}")
             images += [Image.fromarray(p) for p in pictures.pixels]
         return images
-
-    def loop(self, table: SolverTable, x: Array, cond: Array) -> DeviceLoop:
-        """The loop on a GPU for this table and batch size; those of other tables are dropped with their memory."""
-        if any(held != table.key for held, _ in self._loops):
-            self._drop_loops()
-        key = (table.key, len(x))
-        if key not in self._loops:
-            pool = next((loop.pool for loop in self._loops.values() if loop.pool), None)
-            self._loops[key] = DeviceLoop(self.engine, table, x.shape, cond.shape, graphs=self._graphs, pool=pool)
-        return self._loops[key]
-
-    def _drop_loops(self) -> None:
-        """Let go of all loops, and of what else nobody uses any more but has references to itself, with their memory."""
-        self.engine.synchronize()  # none of them is running
-        self._loops.clear()
-        gc.collect()
-
-    def buckets(self, settings: Settings) -> Sequence[int] | None:
-        """The batch sizes that the engine was compiled for, if it was; with a guidance interval for both kinds of rows."""
-        sizes = self.engine.buckets(settings.guided)
-        if sizes is None or not settings.guided or settings.guidance_interval is None:
-            return sizes
-        both = sorted(set(sizes) & set(self.engine.buckets(False) or ()))
-        if not both:
-            raise InputError(
-                f"engine {self.engine.name} has no batch size for both guided and unguided rows; build for more"
-            )
-        return both
-
-    def free_memory(self) -> None:
-        """Let go of recorded graphs and unused device memory: the next batch allocates anew."""
-        self._drop_loops()
-        self.engine.release_memory()
 
 
 def _requests(

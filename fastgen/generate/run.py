@@ -21,7 +21,7 @@ from fastgen.sampling.loop import guided_rows, initial_latents, sample_steps
 
 if TYPE_CHECKING:
     from fastgen.engines.base import Array
-    from fastgen.generate.pipeline import Pipeline
+    from fastgen.generate.runner import ModelRunner
 
 
 class Run:
@@ -34,7 +34,7 @@ class Run:
 
     def __init__(
         self,
-        pipeline: Pipeline,
+        pipeline: ModelRunner,
         requests: Sequence[Request],
         settings: Settings,
         start: Start | None = None,

@@ -10,8 +10,8 @@ from fastgen.errors import InputError
 if TYPE_CHECKING:
     import numpy as np
 
-    from fastgen.generate.pipeline import Pipeline
     from fastgen.generate.requests import Request
+    from fastgen.generate.runner import ModelRunner
     from fastgen.generate.settings import Settings
 
 # What job.json says of a start, and a PNG's metadata if there is one.
@@ -40,13 +40,13 @@ class Start(Protocol):
 class StartSource(Protocol):
     """What gives every run its start, such as an index of training images."""
 
-    def start(self, pipeline: Pipeline, requests: Sequence[Request], *, seed: int, top_k: int) -> Start:
+    def start(self, pipeline: ModelRunner, requests: Sequence[Request], *, seed: int, top_k: int) -> Start:
         """Raises InputError where it was made for another model, and for a `top_k` below 1."""
 
 
 def late_start(
     source: StartSource | None,
-    pipeline: Pipeline,
+    pipeline: ModelRunner,
     requests: Sequence[Request],
     settings: Settings,
     *,

@@ -24,7 +24,7 @@ from fastgen.generate.requests import Request, resolve_seed
 from fastgen.retrieval.nearest import nearest_rows, unit
 
 if TYPE_CHECKING:
-    from fastgen.generate.pipeline import Pipeline
+    from fastgen.generate.runner import ModelRunner
     from fastgen.models.spec import Spec
 
 FORMAT_VERSION = 1
@@ -97,7 +97,7 @@ class Index:
             rows[q], similarities[q] = images, values[which]
         return rows, similarities
 
-    def start(self, pipeline: Pipeline, requests: Sequence[Request], *, seed: int, top_k: int = 1) -> Retrieval:
+    def start(self, pipeline: ModelRunner, requests: Sequence[Request], *, seed: int, top_k: int = 1) -> Retrieval:
         """The start of a run from this index, see `Retrieval`."""
         return Retrieval(self, pipeline, requests, seed=seed, top_k=top_k)
 
@@ -140,7 +140,7 @@ class Retrieval:
     """
 
     def __init__(
-        self, index: Index, pipeline: Pipeline, requests: Sequence[Request], *, seed: int, top_k: int = 1
+        self, index: Index, pipeline: ModelRunner, requests: Sequence[Request], *, seed: int, top_k: int = 1
     ) -> None:
         if top_k < 1:
             raise InputError(f"rag_top_k is {top_k}, expected at least 1")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from fastgen.data import Dataset, Example, read_dataset
 from fastgen.data.images import Mode, load_images
 from fastgen.engines.batches import cut
 from fastgen.engines.choose import default_engine
-from fastgen.errors import FastgenError, InputError, unknown
+from fastgen.errors import FastgenError, InputError, Say, unknown
 from fastgen.files.folders import new_folder
 from fastgen.files.hashes import record_files
 from fastgen.files.jsonfiles import write_bytes, write_json
@@ -84,7 +84,7 @@ def build_index(
     *,
     limit: int | None = None,
     progress: bool = True,
-    say: Callable[[str], None] = lambda line: None,
+    say: Say = lambda line: None,
 ) -> tuple[Index, bool]:
     """Index the training data in the folder `data` with the text encoder and the VAE of a pipeline; the folder `out` is
     written whole or not at all. `limit`: the first so many images. `say` hears where the data's JSON and images do not match,

@@ -9,8 +9,6 @@ import numpy
 
 
 def array_namespace(values: Any) -> Any:
-    """The functions for `values`: NumPy 2 itself for its arrays, array_api_compat's wrapper for others'.
-
-    (array_api_compat wraps NumPy too, but its wrapper imports all of NumPy, which takes longer than starting fastgen.)
-    """
+    """The array-API functions for `values`: of NumPy 2 itself for its arrays (array_api_compat's wrapper of NumPy imports all
+    of NumPy, which takes longer than starting fastgen), else array_api_compat's."""
     return numpy if isinstance(values, numpy.ndarray) else array_api_compat.array_namespace(values)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from fastgen.errors import InputError
-from fastgen.sampling.probe import CHECK, FIT, LENGTH, ZERO, ProbeStart, Trace, run_probe, start_run
+from fastgen.sampling.probe import CHECK, FIT, LENGTH, ZERO, Trace, run_probe, start_run
 from fastgen.sampling.schedulers import default_name, make_scheduler
 from fastgen.sampling.tables import SolverTable, format_key, parse_key
 
@@ -46,9 +46,8 @@ def compile_table(
     scheduler whose step is not linear in the state, the predictions and the noise of its own row.
     """
     with _labelled(scheduler, name, num_inference_steps):
-        _check_config(scheduler.config)
-        own = type(scheduler).from_config(scheduler.config)
-    return _compile(own, num_inference_steps, noise_steps, name, step_options)
+        fresh = type(scheduler).from_config(scheduler.config)
+    return _compile(fresh, num_inference_steps, noise_steps, name, step_options)
 
 
 def _compile(
@@ -64,7 +63,7 @@ def _compile(
         return SolverTable(
             timesteps=trace.timesteps,
             scale=_scale(trace),
-            streams=_streams(start),
+            streams=1 + start.skipped_rows + np.arange(len(start.timesteps), dtype=np.int64),
             clip=float(trace.clip_ranges[CHECK]) if clips else None,
             init_alpha=start.init_alpha,
             init_sigma=start.init_sigma,
@@ -82,14 +81,14 @@ class TableCompiler:
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self._config = config
-        self._schedulers: dict[tuple[str, bool], Any] = {}  # slow to make and quick to copy; copies are used up
+        self._schedulers: dict[tuple[str, bool], Any] = {}  # slow to make, quick to copy; probing uses a copy up
 
     def table(self, key: str) -> SolverTable:
         """The table of a key `NAME:STEPS[:NOISE_STEPS]`. Raises InputError."""
         name, steps, noise_steps = parse_key(key)
         whole = steps == self._config.get(
             "num_train_timesteps", 1000
-        )  # every timestep: an offset would leave the schedule
+        )  # with an offset the last one would be out of range
         if (name, whole) not in self._schedulers:
             config = {**self._config, "steps_offset": 0} if whole else self._config
             self._schedulers[name, whole] = make_scheduler(name, config)
@@ -112,7 +111,7 @@ class TableCompiler:
 
 @contextmanager
 def _labelled(scheduler: Any, name: str | None, steps: int) -> Iterator[None]:
-    """One line that names the solver, for whatever cannot be done."""
+    """Raises every error inside as an InputError of one line that begins with the solver's name."""
     class_name = type(scheduler).__name__
     label = f"solver {class_name if name in (None, class_name) else f'{name} ({class_name})'} at {steps} steps"
     try:
@@ -128,10 +127,6 @@ def _check_config(config: Mapping[str, Any]) -> None:
         raise InputError("thresholding=True scales each image by a quantile of itself, which no solver table can")
     if str(config.get("variance_type")).startswith("learned"):
         raise InputError(f"variance_type={config['variance_type']} needs a network that predicts variances")
-
-
-def _streams(start: ProbeStart) -> np.ndarray:
-    return 1 + start.skipped_rows + np.arange(len(start.timesteps), dtype=np.int64)
 
 
 def _scale(trace: Trace) -> np.ndarray:
@@ -161,7 +156,7 @@ def _solve(scheduler: Any, trace: Trace) -> tuple[str, Coefficients]:
 
 
 def _candidates(trace: Trace, x0: np.ndarray | None) -> Iterator[tuple[str, Coefficients]]:
-    """The ways to write the steps that fit the FIT vectors: what the history holds is tried in this order."""
+    """(basis, coefficients) of every basis in which the steps are linear on the FIT vectors."""
     bases = {
         "solver": None if trace.converted is None else _combination(trace, trace.converted[:, FIT]),
         "net": np.tile([0.0, 1.0], (len(trace.timesteps), 1)),

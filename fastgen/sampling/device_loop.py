@@ -33,7 +33,7 @@ class TorchNetworks(Protocol):
 
 
 class _Prepared(NamedTuple):
-    """What is known of a row before the network runs; `noise` None where the solver draws none."""
+    """A row's coefficients, noise (None where the solver draws none) and network inputs."""
 
     row: TableRow
     noise: Tensor | None
@@ -45,8 +45,8 @@ class DeviceLoop:
     """Runs one solver table at one batch size on a torch engine, as `loop.sample` does.
 
     `shape` (B, C, h, w) of the state, `cond_shape` (B, ...) of the conditions. With `graphs`, rows are recorded as CUDA
-    graphs when they are first needed: guided ones and others apart, as others cost B rows of the network, not 2B. `pool`: that
-    of a loop which still exists and never runs at the same time, such as one of another batch size.
+    graphs when they are first needed: one for guided rows (2B rows of the network), one for the others (B). `pool`: the memory
+    pool of a loop that still exists and never runs at the same time, such as one of another batch size.
     """
 
     def __init__(
@@ -72,14 +72,14 @@ class DeviceLoop:
         self._scale = torch.zeros((), **new)
         self._seeds = torch.zeros(batch, dtype=torch.int64, device=engine.device)
         self._index = torch.zeros(1, dtype=torch.int64, device=engine.device)
-        self._prepared: dict[bool, _Prepared] = {}  # guided or not -> what its rows begin with
+        self._prepared: dict[bool, _Prepared] = {}  # by whether the row is guided, as the next two
         self._prediction: dict[bool, Tensor] = {}
         self._stochastic = bool((table.c != 0).any())
         # A fork must end in the graph that it began in, and outside graphs it would save nothing.
         forks = graphs and engine.capturable and self._stochastic
         self._side: Any = streams.stream(engine.device, streams.NOISE) if forks else None
         self._forked = False
-        # Guided or not -> its rows, or what comes before and after a call of the engine.
+        # The graph of a whole row, or the two before and after the engine's own.
         self._recorded: dict[bool, tuple[Graph, ...]] = {}
         self._shared_pool = pool
 
@@ -187,13 +187,13 @@ class DeviceLoop:
             prediction = guide(prediction, self._scale)
         x, history = step(self._x, tuple(self._history), prediction, prepared.row, prepared.noise)
         self._x.copy_(x)
-        for held, new in reversed(list(zip(self._history, history, strict=True))):
-            held.copy_(new)  # each is read before it is overwritten
+        for buffer, m in reversed(list(zip(self._history, history, strict=True))):
+            buffer.copy_(m)  # the oldest first: each is read before it is overwritten
         self._index += 1
 
     @contextmanager
     def _beside(self) -> Iterator[None]:
-        """A stream beside the current one, where rows fork; `_join` brings them together again."""
+        """Within it work goes to the side stream, if there is one; `_join` makes the current stream wait for it."""
         if self._side is None:
             yield
             return

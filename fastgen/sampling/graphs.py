@@ -11,8 +11,8 @@ from typing import Any
 
 from fastgen.sampling import streams
 
-WARM_UP = 3  # calls before the recording: libraries choose their algorithms and allocate their workspaces there
-_recording = threading.Lock()  # work that another thread queues on the recording's stream would be recorded too
+WARM_UP = 3  # calls before the recording, in which libraries choose their algorithms and allocate their workspaces
+_lock = threading.Lock()  # of the recording's stream: what another thread queues there would be recorded too
 
 
 class Graph:
@@ -33,10 +33,10 @@ class Graph:
         import torch
 
         stream = streams.stream(device, streams.CAPTURE)
-        with _recording, torch.cuda.device(device):
+        with _lock, torch.cuda.device(device):
             self.pool = pool or torch.cuda.graph_pool_handle()
             _warm_up(function, stream, reset)
-            reset()  # lets go of what the last of these calls has made, for the recording to use its memory
+            reset()  # drops the tensors of the last call, so that the recording can use their memory
             self._graph = torch.cuda.CUDAGraph()
             _record(self._graph, function, stream, self.pool)
 
@@ -46,7 +46,7 @@ class Graph:
 
 
 def _warm_up(function: Callable[[], None], stream: Any, reset: Callable[[], Any]) -> None:
-    """Call the function on the stream that it is recorded on, between what the current stream holds and will hold."""
+    """Call the function on the recording's stream, which waits for the current one before, and the current one for it after."""
     import torch
 
     current = torch.cuda.current_stream()
@@ -71,10 +71,8 @@ def _record(graph: Any, function: Callable[[], None], stream: Any, pool: Any) ->
 
     current, failure = torch.cuda.current_stream(), None
     try:
-        with (
-            _no_collector(),
-            torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
-        ):
+        capture = torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local")
+        with _no_collector(), capture:
             try:
                 function()
             except BaseException as error:
@@ -103,8 +101,8 @@ def _no_collector() -> Iterator[None]:
 
 
 def _give_back(pool: Any) -> None:
-    """End what a recording that failed to begin or end has left open: the allocator would go on taking all that is freed for
-    memory that a recording may still use, and torch has no public way to tell it."""
+    """Close the pool that a failed recording left open: until then the allocator keeps all memory that is freed for the
+    recording. torch has no public function for it."""
     import torch
 
     device, names = torch.cuda.current_device(), ("_cuda_endAllocateToPool", "_cuda_endAllocateCurrentStreamToPool")

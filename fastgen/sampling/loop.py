@@ -43,7 +43,7 @@ class TableRow(NamedTuple):
 
 
 SCALARS = tuple(name for name in TableRow._fields if name not in ("stream", "b", "clip"))
-ROW_COLUMNS = ("timesteps", "streams", *TableRow._fields[2:-1])  # the table's columns, in a Row's order
+ROW_COLUMNS = ("timesteps", "streams", *TableRow._fields[2:-1])  # the table's columns, in the order of TableRow
 
 
 def table_rows(table: SolverTable) -> list[TableRow]:
@@ -89,7 +89,8 @@ def step(x: Array, history: History, prediction: Array, row: TableRow, z: Array 
     """
     x0 = None
     if row.clip is not None:
-        x0 = _clip(_weighted_sum((row.x0_p, x), (row.x0_q, prediction)), row.clip)
+        x0 = _weighted_sum((row.x0_p, x), (row.x0_q, prediction))
+        x0 = array_namespace(x0).clip(x0, -row.clip, row.clip)
     newest = _weighted_sum((row.p, x), (row.q, prediction), (row.r, x0))
     predictions = (newest, *history)
     x_next = _weighted_sum((row.a, x), *zip(row.b, predictions, strict=False), (row.d, x0), (row.c, z))
@@ -167,18 +168,16 @@ def initial_latents(
     """
     late = table.noise_steps is not None
     if late != (clean is not None):
-        found, expected = ("no", "them") if late else ("clean", "none")
-        raise InputError(
-            f"solver {table.key}: {found} latents to start from, a {'late' if late else 'full'} start needs {expected}"
-        )
+        words = "no latents to start from, a late start needs them"
+        words = words if late else "clean latents to start from, a full start needs none"
+        raise InputError(f"solver {table.key}: {words}")
     if clean is None:
         return table.init_sigma * normal(seeds, 0, shape, xp, device)
     if tuple(clean.shape) != (len(seeds), *shape):
         raise InputError(
             f"solver {table.key}: clean latents of shape {tuple(clean.shape)}, expected {(len(seeds), *shape)}"
         )
-    xp, device = array_namespace(clean), array_api_compat.device(clean)
-    x = table.init_sigma * normal(seeds, 0, shape, xp, device)
+    x = table.init_sigma * normal(seeds, 0, shape, array_namespace(clean), array_api_compat.device(clean))
     x += table.init_alpha * clean
     return x
 
@@ -217,7 +216,3 @@ def _weighted_sum(*terms: tuple[Any, Any]) -> Array:
         else:
             total += coefficient * array
     return 0.0 * terms[0][1] if total is None else total
-
-
-def _clip(values: Array, limit: float) -> Array:
-    return array_namespace(values).clip(values, -limit, limit)

@@ -18,8 +18,8 @@ FIT, ZERO, CHECK = 0, 1, -1  # groups of probe vectors, see Trace
 
 @dataclass(frozen=True)
 class ProbeStart:
-    """Where a run starts: alpha * clean + sigma * noise, then the rows of `timesteps` (a tensor), the last of the full
-    schedule's rows, of which `skipped_rows` come before."""
+    """Where a run starts: at init_alpha * clean + init_sigma * noise. It runs the rows of `timesteps` (a tensor): the full
+    schedule without its first `skipped_rows`."""
 
     timesteps: Any
     skipped_rows: int
@@ -76,7 +76,7 @@ def _set_begin(scheduler: Any, row: int) -> None:
 
 
 def _late(scheduler: Any, noise_steps: int) -> Any:
-    """A second-order solver takes two rows per step, but one for the last."""
+    """Timesteps of the last steps; a second-order solver takes two rows per step, but one for the last."""
     rows_per_step = getattr(scheduler, "order", 1)
     steps = -(-len(scheduler.timesteps) // rows_per_step)
     return scheduler.timesteps[(steps - noise_steps) * rows_per_step :]
@@ -115,7 +115,7 @@ def _noising(scheduler: Any, timestep: Any) -> tuple[float, float]:
 
 
 def run_probe(scheduler: Any, start: ProbeStart, step_options: Mapping[str, Any]) -> Trace:
-    """Run the schedule once, with all groups as one batch. Uses the scheduler up; it must be the caller's own copy."""
+    """Run the schedule once, all groups as one batch. It changes the scheduler: pass a copy of its own."""
     import torch
 
     class Exact(torch.Tensor):
@@ -144,11 +144,12 @@ def run_probe(scheduler: Any, start: ProbeStart, step_options: Mapping[str, Any]
         draws[row] += 1
         return z[row]
 
+    scale = getattr(scheduler, "scale_model_input", lambda x, timestep: x)
     _record_conversions(scheduler, record["converted"])
     with torch.inference_mode(), _noise_from(draw, type(scheduler)):
         for row, timestep in enumerate(start.timesteps):
             record["x"].append(x)
-            record["network_input"].append(_network_input(scheduler, x, timestep))
+            record["network_input"].append(scale(x, timestep))
             result = scheduler.step(net[row], timestep, x, **step_options)
             x = result.prev_sample
             record["out"].append(x)
@@ -166,10 +167,6 @@ def run_probe(scheduler: Any, start: ProbeStart, step_options: Mapping[str, Any]
     recorded["z"] = array(z) * np.array(draws, dtype=np.float64)[:, None, None]
     timesteps = start.timesteps.to(torch.float64).numpy()
     return Trace(timesteps=timesteps, clip_ranges=clip_ranges, net=array(net), **recorded)
-
-
-def _network_input(scheduler: Any, x: Any, timestep: Any) -> Any:
-    return scheduler.scale_model_input(x, timestep) if hasattr(scheduler, "scale_model_input") else x
 
 
 def _set_clip_ranges(scheduler: Any) -> np.ndarray:

@@ -45,7 +45,7 @@ TRAINED = (
     "prediction_type",
     "rescale_betas_zero_snr",
 )
-# How it is sampled: kept if the config says so, as diffusers' from_config does; the rest is the solver's own business.
+# How it is sampled: kept if the config says so, as diffusers' from_config does; all others are the solver's defaults.
 CARRIED = (
     "timestep_spacing",
     "steps_offset",
@@ -71,16 +71,16 @@ def make_scheduler(name: str, config: Mapping[str, Any], *, timestep_spacing: st
     accepted = set(inspect.signature(cls.__init__).parameters)
     explicit = set(config) - set(config.get("_use_default_values", ()))
     if cls is source:
-        chosen = {key: value for key, value in trained.items() if key in accepted}
+        values = {key: value for key, value in trained.items() if key in accepted}
     else:
-        chosen = _carry(cls, trained, accepted, explicit)
+        values = _carry(cls, trained, accepted, explicit)
     if timestep_spacing is not None:
         options = {**options, "timestep_spacing": timestep_spacing}
     for key in options:
         if key not in accepted:
             raise InputError(f"scheduler {name!r}: {cls.__name__} has no option {key}")
     try:
-        return cls(**{**chosen, **options})
+        return cls(**{**values, **options})
     except (ValueError, TypeError, NotImplementedError, ImportError) as error:
         raise InputError(f"scheduler {name!r}: {cls.__name__} refuses the model's scheduler config: {error}") from error
 

@@ -1,4 +1,4 @@
-"""The CUDA streams that fastgen works on beside the caller's: one for each use on each device, made once.
+"""The CUDA streams that fastgen uses beside the caller's: one for each use on each device, made once.
 
 torch has 32 streams and hands them out in rotation. A new stream for every recording would sooner or later be one that
 something else uses. All work on a stream shares one cuBLAS workspace, and a recorded graph keeps its address: two users of
@@ -35,7 +35,7 @@ def stream(device: str, use: str) -> Any:
 
 @cache
 def _streams(index: int) -> dict[str, Any]:
-    """All of a device's, made together: 32 that follow one another are different ones."""
+    """Use -> stream, for one device; made together, as only 32 in a row are sure to differ."""
     import torch
 
     return {use: torch.cuda.Stream(index) for use in USES}

@@ -1,10 +1,10 @@
-"""Solver tables: what a sampler is once it has been compiled, and the file that keeps many of them. NumPy only."""
+"""Solver tables: a sampler compiled to numbers, and the file that stores many of them. NumPy only."""
 
 from __future__ import annotations
 
 import difflib
+import io
 import json
-import os
 import zipfile
 import zlib
 from collections.abc import Iterable, Mapping
@@ -16,6 +16,7 @@ import numpy as np
 
 from fastgen.errors import InputError
 from fastgen.files.installing import hint
+from fastgen.files.jsonfiles import write_bytes
 
 FORMAT = 1
 COLUMNS = ("timesteps", "scale", "p", "q", "r", "x0_p", "x0_q", "a", "d", "c", "streams")
@@ -111,14 +112,11 @@ def nearest_key(key: str, keys: Iterable[str]) -> str | None:
     if not names:
         return None
 
-    def distance(other: tuple[str, int, int | None]) -> tuple[bool, int, int]:
-        return (
-            (other[2] is None) != (noise_steps is None),
-            abs(other[1] - steps),
-            abs((other[2] or 0) - (noise_steps or 0)),
-        )
+    def distance(steps_there: int, noise_there: int | None) -> tuple[bool, int, int]:
+        late = (noise_there is None) != (noise_steps is None)
+        return late, abs(steps_there - steps), abs((noise_there or 0) - (noise_steps or 0))
 
-    return min((distance(other), text) for other, text in parsed if other[0] == names[0])[1]
+    return min((distance(*other[1:]), text) for other, text in parsed if other[0] == names[0])[1]
 
 
 def save_tables(path: str | Path, tables: Mapping[str, SolverTable]) -> None:
@@ -132,13 +130,9 @@ def save_tables(path: str | Path, tables: Mapping[str, SolverTable]) -> None:
         group.append(matrix.astype("<f8").ravel())
     header = json.dumps({"format": FORMAT, "tables": index}, separators=(",", ":"))
     arrays = {f"solver_{name}": np.concatenate(group) for name, group in groups.items()}
-    temporary = Path(f"{path}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            np.savez_compressed(file, index=np.frombuffer(header.encode(), np.uint8), **arrays)  # type: ignore[arg-type]
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, index=np.frombuffer(header.encode(), np.uint8), **arrays)  # type: ignore[arg-type]
+    write_bytes(path, buffer.getvalue())
 
 
 class TableStore:

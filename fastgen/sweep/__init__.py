@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastgen.data.attributes import FILE as ATTRIBUTES
-from fastgen.errors import InputError
+from fastgen.errors import InputError, Say
 from fastgen.files.folders import make_folder
 from fastgen.files.hashes import sha256_file
 from fastgen.files.jsonfiles import read_json, write_bytes, write_json
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 __all__ = ["Grid", "Point", "Points", "Rule", "ScoredPoint", "Sweep", "network_evaluations", "sweep"]
 
 REQUESTS, OBJECTS, SCORE = "requests.json", "objects.json", "score.json"
-Say = Callable[[str], None]
 
 
 def sweep(

@@ -10,6 +10,7 @@ from typing import Any
 
 from PIL import Image
 
+from fastgen.errors import Say
 from fastgen.files.installing import hint
 from fastgen.files.jsonfiles import write_bytes
 from fastgen.files.png import TINT, read_pixels, save_image, sheet
@@ -25,7 +26,7 @@ MARKERS = "osD^vP*X<>"
 EDGE = "#e6a700"
 
 
-def save_pictures(sweep: Sweep, requests: Sequence[Request], say: Callable[[str], None]) -> None:
+def save_pictures(sweep: Sweep, requests: Sequence[Request], say: Say) -> None:
     """Write contact_sheet.png and, where matplotlib is installed, plot.png; else `say` gets a line about it."""
     save_image(sweep.folder / SHEET, contact_sheet(sweep, requests))
     if sweep.choice is None:

@@ -137,7 +137,7 @@ def test_openvino_in_bf16_is_about_as_near_to_fp32_as_eager_in_bf16(request, kin
     assert relative(found, expected) <= 1.5 * eagers
 
 
-def test_engines_are_found_by_file_name():
+def test_engines_are_found_by_folder():
     assert {"eager", "ort", "openvino"} <= set(engine_names())
     for name in engine_names():
         cls = engine_class(name)

@@ -1,7 +1,6 @@
-"""Rendered training data in exactly the schemas of the real tasks, for whoever has not got their images."""
+"""Rendered training data in the schemas of the real tasks, for users who do not have their images."""
 
 from fastgen.data.synthetic.iclevr import write_iclevr
-from fastgen.data.synthetic.label_lists import OBJECTS
 from fastgen.data.synthetic.monsters import write_monsters
 
-__all__ = ["OBJECTS", "write_iclevr", "write_monsters"]
+__all__ = ["write_iclevr", "write_monsters"]

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import numpy as np
 
-from fastgen.data.synthetic.label_lists import OBJECTS, Labels, LabelSet, all_label_sets, read_held_out, read_train
-from fastgen.data.synthetic.output import check_range, claim, remove_others, render_all, write_image, write_json
+from fastgen.data.synthetic.label_lists import Labels, LabelSet, all_label_sets, read_held_out, read_train
+from fastgen.data.synthetic.output import check_range, claim, remove_others, render_all, write_image
 from fastgen.data.synthetic.scenes import SLOTS, draw_scene, render
 from fastgen.errors import InputError
+from fastgen.files.jsonfiles import write_json
+from fastgen.files.names import ICLEVR_OBJECTS
 
-TEST_SIZES = {
-    "test.json": {1: 6, 2: 12, 3: 14},
-    "new_test.json": {2: 12, 3: 20},
-}  # objects -> lists, as in the real files
+# {number of objects: how many lists}, as in the real files
+TEST_SIZES = {"test.json": {1: 6, 2: 12, 3: 14}, "new_test.json": {2: 12, 3: 20}}
 TRIES = 1000
 
 
@@ -67,10 +67,10 @@ def write_iclevr(
     draw = partial(_write_scene, out / "iclevr", size, seed)
     render_all(draw, scenes, total=len(train), workers=workers, progress=progress, label="iclevr")
     remove_others(out / "iclevr", train.keys())
-    write_json(out / "objects.json", OBJECTS)
+    write_json(out / "objects.json", ICLEVR_OBJECTS, indent=1)
     for name, lists in tests.items():
-        write_json(out / name, lists)
-    write_json(out / "train.json", train)
+        write_json(out / name, lists, indent=1)
+    write_json(out / "train.json", train, indent=1)
 
 
 def _write_scene(folder: Path, size: int, seed: int, group: tuple[str, dict[str, Labels]]) -> int:
@@ -124,7 +124,7 @@ def _draw_train(seed: int, count: int, held: set[LabelSet]) -> dict[str, Labels]
 
 def _draw_labels(rng: np.random.Generator, held: set[LabelSet]) -> Labels:
     for _ in range(TRIES):
-        labels = tuple(str(label) for label in rng.choice(list(OBJECTS), SLOTS, replace=False))
+        labels = tuple(str(label) for label in rng.choice(list(ICLEVR_OBJECTS), SLOTS, replace=False))
         if not any(frozenset(labels[:k]) in held for k in range(1, SLOTS + 1)):
             return labels
     raise InputError(f"hold_out leaves no label sets for training ({TRIES} draws were all held out); hold out fewer")

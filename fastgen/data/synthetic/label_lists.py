@@ -1,7 +1,7 @@
-"""The 24 objects of i-CLEVR, files that list them, and fingerprints of label sets.
+"""Files that list label sets of i-CLEVR's 24 objects, and fingerprints of such sets.
 
-A fingerprint is the first 16 hex digits of SHA-256 over the sorted labels joined by ",", in UTF-8: a list of them keeps
-label sets out of training data where the files that name them cannot be passed on.
+A fingerprint is the first 16 hex digits of SHA-256 over the sorted labels joined by ",", in UTF-8. A list of fingerprints keeps
+label sets out of training data where the file of the sets themselves must not be published.
 """
 
 from __future__ import annotations
@@ -12,13 +12,11 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from fastgen.data.synthetic.output import read_json
-from fastgen.data.synthetic.scenes import COLOURS, SHAPES, SLOTS
+from fastgen.data.synthetic.scenes import SLOTS
 from fastgen.errors import InputError, unknown
+from fastgen.files.jsonfiles import read_json
+from fastgen.files.names import ICLEVR_OBJECTS
 
-OBJECTS: dict[str, int] = {
-    f"{colour} {shape}": i for i, (shape, colour) in enumerate((s, c) for s in SHAPES for c in COLOURS)
-}
 REFERENCE = "reference"  # the name of the list in HELD_OUT
 HELD_OUT = Path(__file__).with_name("held_out.txt")
 
@@ -27,8 +25,8 @@ LabelSet = frozenset[str]
 
 
 def all_label_sets() -> Iterator[Labels]:
-    """Every set of one to three objects, each in the order of OBJECTS: 2,324 of them."""
-    return (labels for k in range(1, SLOTS + 1) for labels in combinations(OBJECTS, k))
+    """Every set of one to three objects, each in the order of ICLEVR_OBJECTS: 2,324 of them."""
+    return (labels for k in range(1, SLOTS + 1) for labels in combinations(ICLEVR_OBJECTS, k))
 
 
 def fingerprint(labels: Iterable[str]) -> str:
@@ -37,7 +35,7 @@ def fingerprint(labels: Iterable[str]) -> str:
 
 
 def read_held_out(source: Path | str) -> list[LabelSet]:
-    """The label sets of a request file, of a .txt file of fingerprints, or of "reference", the list that comes along.
+    """The label sets of a request file, of a .txt file of fingerprints, or of "reference", the list in HELD_OUT.
 
     Raises InputError with file and row or line.
     """
@@ -68,7 +66,7 @@ def _read_fingerprints(path: Path) -> list[LabelSet]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
-    found = []
+    label_sets = []
     for number, line in enumerate(lines, 1):
         word = line.partition("#")[0].strip().lower()
         if word and word not in known:
@@ -76,8 +74,8 @@ def _read_fingerprints(path: Path) -> list[LabelSet]:
                 f"{path}: line {number}: {word!r} is not the fingerprint of 1 to {SLOTS} of the 24 objects"
             )
         if word:
-            found.append(known[word])
-    return found
+            label_sets.append(known[word])
+    return label_sets
 
 
 def _read_requests(path: Path) -> list[Labels]:
@@ -93,6 +91,6 @@ def _labels(where: str, labels: Any) -> Labels:
     if not isinstance(labels, list) or not 1 <= len(labels) <= SLOTS:
         raise InputError(f"{where} is {labels!r}, expected a list of 1 to {SLOTS} labels")
     for label in labels:
-        if not isinstance(label, str) or label not in OBJECTS:
-            raise InputError(f"{where}: {unknown('object', str(label), OBJECTS)}")
+        if not isinstance(label, str) or label not in ICLEVR_OBJECTS:
+            raise InputError(f"{where}: {unknown('object', str(label), ICLEVR_OBJECTS)}")
     return tuple(labels)

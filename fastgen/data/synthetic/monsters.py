@@ -11,9 +11,10 @@ import numpy as np
 
 from fastgen.data.synthetic.creature import render_action
 from fastgen.data.synthetic.descriptions import draw_descriptions, draw_name
-from fastgen.data.synthetic.output import check_range, claim, remove_others, render_all, write_image, write_json
+from fastgen.data.synthetic.output import check_range, claim, remove_others, render_all, write_image
 from fastgen.data.synthetic.poses import frame_count
 from fastgen.data.synthetic.traits import ACTIONS, Look, Traits, draw_look, draw_traits
+from fastgen.files.jsonfiles import write_json
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def write_monsters(
 
     Writes `train/<key>_<frame>.png` and `train_info.json` for `count` monsters in eight actions (key
     `<monster>_<action>`; one frame of `main`, at most two of `hit1`, `frames` of the others), `test.json` with
-    `test_count` requests, each for another monster whose combination of attributes no training set has, and
+    `test_count` requests, each for another monster whose combination of attributes is in no training set of any seed, and
     `attributes.json` with the attributes and the action of every key of both. The monsters of the tests are numbered
     on from `count`. The same arguments give the same bytes, whatever `workers` (None: one per CPU core) is; monster i
     depends on `seed` and i alone.
@@ -74,19 +75,17 @@ def write_monsters(
     names = {f"{key}_{i}.png" for key, (_, action) in train.items() for i in range(frame_count(action, frames))}
     render_all(draw, range(count), total=len(names), workers=workers, progress=progress, label="monsters")
     remove_others(out / "train", names)
-    write_json(out / "attributes.json", {key: _attributes(*about) for key, about in (train | tests).items()})
-    write_json(out / "test.json", {key: _request(key, *about) for key, about in tests.items()})
-    write_json(out / "train_info.json", {key: _record(*about, frames) for key, about in train.items()})
+    write_json(out / "attributes.json", {key: _attributes(*about) for key, about in (train | tests).items()}, indent=1)
+    write_json(out / "test.json", {key: _request(key, *about) for key, about in tests.items()}, indent=1)
+    write_json(out / "train_info.json", {key: _record(*about, frames) for key, about in train.items()}, indent=1)
 
 
 def _write_monster(folder: Path, seed: int, frames: int, size: int, index: int) -> int:
     monster = draw_monster(seed, index)
-    written = 0
     for action in ACTIONS:
         for frame, image in enumerate(render_action(monster.traits, monster.look, action, frames, size)):
             write_image(folder / f"{index}_{action}_{frame}.png", image)
-            written += 1
-    return written
+    return sum(frame_count(action, frames) for action in ACTIONS)
 
 
 def _record(monster: Monster, action: str, frames: int) -> dict[str, Any]:

@@ -1,8 +1,7 @@
-"""What both renderers share: checking arguments, claiming the output folder, rendering in parallel, atomic files."""
+"""What both renderers share: argument checks, the output folder's claim, rendering in parallel, image files."""
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -14,8 +13,9 @@ from typing import Any, TypeVar
 from PIL import Image
 
 from fastgen.errors import FastgenError, InputError
+from fastgen.files.jsonfiles import read_json, write_json
 
-MARKER = "synthetic.json"  # written first: tells a folder of ours, finished or not, from somebody's real data
+MARKER = "synthetic.json"  # written first: tells a rendered folder, finished or not, from real data
 T = TypeVar("T")
 
 
@@ -27,7 +27,8 @@ def check_range(name: str, value: int, low: int, high: int | None = None) -> Non
 
 
 def claim(out: Path, arguments: dict[str, Any], json_names: Sequence[str], image_dir: str) -> None:
-    """Make `out` a folder for `arguments["dataset"]`, without JSON files: a killed run must not claim images it lacks.
+    """Make `out` a folder for `arguments["dataset"]`, with a `MARKER` that holds `arguments`. An earlier run's JSON files are
+    deleted: they would list images that are not there if this run is killed.
 
     Raises InputError if `out` holds anything that an earlier run of the same renderer did not write.
     """
@@ -42,15 +43,15 @@ def claim(out: Path, arguments: dict[str, Any], json_names: Sequence[str], image
         for name in json_names:
             (out / name).unlink(missing_ok=True)
         (out / image_dir).mkdir(parents=True, exist_ok=True)
-        write_json(out / MARKER, arguments)
     except OSError as error:
         raise InputError(f"cannot use {out} as the output folder: {error.strerror}") from error
+    write_json(out / MARKER, arguments, indent=1)
 
 
 def _dataset_of(folder: Path) -> str | None:
     try:
-        return json.loads((folder / MARKER).read_text(encoding="utf-8"))["dataset"]
-    except (OSError, ValueError, KeyError, TypeError):
+        return read_json(folder / MARKER)["dataset"]
+    except (InputError, KeyError, TypeError):
         return None
 
 
@@ -88,23 +89,6 @@ def write_image(path: Path, image: Image.Image) -> None:
     temporary = path.with_name(path.name + ".tmp")
     image.save(temporary, format="PNG")
     os.replace(temporary, path)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write indented JSON under a temporary name and rename it."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def read_json(path: Path) -> Any:
-    """The content of a JSON file; raises InputError if it is missing or not JSON."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise InputError(f"{path} is not valid JSON: {error}") from error
 
 
 def remove_others(folder: Path, names: Collection[str]) -> None:

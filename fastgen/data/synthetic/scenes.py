@@ -23,7 +23,6 @@ COLOURS = {
     "cyan": (41, 208, 208),
     "yellow": (255, 238, 51),
 }
-SHAPES = ("cube", "sphere", "cylinder")
 SLOTS = 3
 SUPERSAMPLING = 4  # rays per pixel and axis; each of the 16 sees another point of the light, which makes shadows soft
 HALF_VIEW = 0.225  # half the width of the image plane at distance 1

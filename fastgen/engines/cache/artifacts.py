@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fastgen.errors import InputError
+from fastgen.errors import InputError, Say
 from fastgen.files.cachedir import cache_dir, check_private
 from fastgen.files.folders import new_folder
 from fastgen.files.hashes import check_file, record_files
@@ -29,7 +29,6 @@ from fastgen.models.bundle import COMPILED, Bundle
 
 FORMAT, RECORD = 1, "artifact.json"
 _ADDRESS = re.compile(r"[0-9a-f]{64}|\.[0-9a-f]{64}\.partial")
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from fastgen import __version__
 from fastgen.engines.base import Engine
 from fastgen.engines.cache.listing import folder_bytes, size_text
 from fastgen.engines.doctor.diagnosis import Cache, Machine, Problem
-from fastgen.engines.doctor.libraries import Library, distributions, libraries
+from fastgen.engines.doctor.libraries import Library, distributions, inspect_all
 from fastgen.engines.machine import Gpu, cpu, gpus, version
 from fastgen.engines.trt.platform import driver_cuda
 from fastgen.engines.trt.problems import tensorrt_parts
@@ -79,7 +79,7 @@ def examine() -> MachineReport:
 def probe(names: list[str]) -> Machine:
     """Everything about this machine, with these libraries imported, each in a process of its own."""
     found, driver = gpus()
-    imported = libraries(names)
+    imported = inspect_all(names)
     if not found and (torch := imported.get("torch")):
         found = [Gpu(g["name"], g["memory_mib"], g["capability"]) for g in torch.facts.get("gpus", ())]
     if driver.version and driver.cuda is None and (told := driver_cuda()):

@@ -42,7 +42,7 @@ class Library:
         return self.version is not None and self.error is None
 
 
-def libraries(names: Iterable[str]) -> dict[str, Library]:
+def inspect_all(names: Iterable[str]) -> dict[str, Library]:
     """Import each library in a process of its own, several at once."""
     chosen = list(names)
     with ThreadPoolExecutor(max_workers=4) as pool:

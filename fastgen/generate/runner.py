@@ -1,0 +1,98 @@
+"""A model on an engine: the loops that are recorded for it on a GPU, its decoder, and the memory that both take."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from fastgen.errors import InputError
+from fastgen.generate.decoder import Decoder
+from fastgen.generate.settings import Settings
+from fastgen.sampling.device_loop import DeviceLoop
+from fastgen.sampling.tables import SolverTable
+
+if TYPE_CHECKING:
+    from fastgen.engines.base import Array, Engine
+    from fastgen.engines.memory import Memory
+    from fastgen.models.spec import Source
+
+
+class ModelRunner:
+    """Runs a model on an engine.
+
+    `graphs`: record the loop as CUDA graphs; by default on a GPU, except with the reference engine. `open_exact` builds this
+    engine in fp32; NaN or flat images are decoded again on it. Raises InputError for graphs without a GPU.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        engine: Engine,
+        *,
+        graphs: bool | None = None,
+        open_exact: Callable[[], Engine] | None = None,
+    ) -> None:
+        self.source, self.engine, self.spec = source, engine, source.spec
+        self.tokenizer = source.prompt_tokenizer() if self.spec.family == "text" else None
+        self.decoder = Decoder(engine, self.spec, open_exact)
+        self.on_gpu = engine.device.startswith("cuda")
+        if graphs and not self.on_gpu:
+            raise InputError(f"CUDA graphs need a GPU; engine {engine.name} runs on {engine.device}")
+        self._graphs = self.on_gpu and not engine.reference if graphs is None else graphs
+        self._loops: dict[tuple[str, int], DeviceLoop] = {}
+        self.measured: dict[str, Memory] = {}  # network -> what it takes on a GPU, once a job has measured it
+
+    def settings(
+        self,
+        *,
+        scheduler: str | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        guidance_interval: tuple[int, int] | None = None,
+        seed: int = 0,
+        normalize: str = "clamp",
+    ) -> Settings:
+        """Settings that begin with noise, with the model's own defaults for what is None."""
+        default = self.spec.sampling
+        return Settings(
+            scheduler or default.scheduler,
+            default.num_inference_steps if num_inference_steps is None else num_inference_steps,
+            default.guidance_scale if guidance_scale is None else guidance_scale,
+            guidance_interval,
+            seed,
+            normalize=normalize,
+        )
+
+    def loop(self, table: SolverTable, x: Array, cond: Array) -> DeviceLoop:
+        """The loop on a GPU for this table and batch size; those of other tables are dropped with their memory."""
+        if any(key != table.key for key, _ in self._loops):
+            self._drop_loops()
+        key = (table.key, len(x))
+        if key not in self._loops:
+            pool = next((loop.pool for loop in self._loops.values() if loop.pool), None)
+            self._loops[key] = DeviceLoop(self.engine, table, x.shape, cond.shape, graphs=self._graphs, pool=pool)
+        return self._loops[key]
+
+    def _drop_loops(self) -> None:
+        """Free the memory of all loops, and of unused objects that refer to themselves, which only the collector frees."""
+        self.engine.synchronize()  # none of them is running
+        self._loops.clear()
+        gc.collect()
+
+    def buckets(self, settings: Settings) -> Sequence[int] | None:
+        """The batch sizes that the engine was compiled for, if it was; with a guidance interval for both kinds of rows."""
+        sizes = self.engine.buckets(settings.guided)
+        if sizes is None or not settings.guided or settings.guidance_interval is None:
+            return sizes
+        both = sorted(set(sizes) & set(self.engine.buckets(False) or ()))
+        if not both:
+            raise InputError(
+                f"engine {self.engine.name} has no batch size for both guided and unguided rows; build for more"
+            )
+        return both
+
+    def free_memory(self) -> None:
+        """Let go of recorded graphs and unused device memory: the next batch allocates anew."""
+        self._drop_loops()
+        self.engine.release_memory()

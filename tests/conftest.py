@@ -56,7 +56,7 @@ def once(tmp_path_factory) -> Callable[[str, Callable[[Path], object]], Path]:
 
     def get(name: str, fill: Callable[[Path], object]) -> Path:
         folder = root / "once" / name
-        folder.parent.mkdir(exist_ok=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
             if not folder.exists():
                 try:
@@ -130,7 +130,7 @@ def text_model(once) -> Path:
     }
     model = Model(None, "text", unet.eval(), schedule, Sampling("ddim", 5, 3.0))
     model.text_encoder, model.tokenizer, model.vae = text_encoder.eval(), tokenizer, vae.eval()
-    return once("model-text", partial(save_model, model))
+    return once("models-text/text", partial(save_model, model))
 
 
 @pytest.fixture(scope="session")
@@ -166,7 +166,7 @@ def label_model(once) -> Path:
         "clip_sample": True,
     }
     model = Model(None, "labels", unet.eval(), schedule, Sampling("ddpm", 5, 1.5), conditioner.eval(), ICLEVR_OBJECTS)
-    return once("model-labels", partial(save_model, model))
+    return once("models-labels/labels", partial(save_model, model))
 
 
 @pytest.fixture(scope="session")

@@ -140,8 +140,8 @@ def test_a_dropped_loop_is_gone_at_once_with_its_graphs_and_state(cuda, engine, 
 
 def test_every_recording_is_on_one_stream_that_nothing_else_runs_on(cuda, engine):
     decode = streams.stream("cpu", streams.DECODE)
-    for steps in range(2, 24):
-        table = TableCompiler(SCHEDULE).table(f"ddpm:{steps}")
+    table = TableCompiler(SCHEDULE).table("ddpm:2")
+    for _ in range(22):
         run(recorded_loop(Capturable(engine), table), table, guidance_scale=2.0, guidance_interval=(0, 1))
     assert len(cuda.recorded_on) == 44  # more than torch has streams
     assert set(cuda.recorded_on) == {streams.stream("cpu", streams.CAPTURE)}

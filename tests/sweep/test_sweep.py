@@ -333,6 +333,8 @@ def test_a_text_model_is_swept_over_noise_steps_of_an_index(
     manifest = (out / "points" / "ddim-5steps-g1-noise2" / "seed-0" / "manifest.jsonl").read_text().splitlines()
     assert len(manifest) == 3
     assert json.loads(manifest[0])["noise_steps"] == 2
+    jobs = [json.loads((out / "points" / name / "seed-0" / "job.json").read_text())["job"] for name in found]
+    assert [job["rag_sha256"] is None for job in jobs] == [True, False, False]  # `none` starts from noise
     assert "clip_t" in next(iter(found.values()))
 
 

@@ -67,6 +67,7 @@ class Engine(base.Engine):
     install = Install("cpu")
     dtypes = ("bf16", "fp32", "fp16")
     static_shapes = True
+    batch_invariant = True
     decode_pixels = 2**17  # two halves of one image each
 
     def __init__(

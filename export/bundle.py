@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from export.certificate import Certificate, certify
-from export.write import Wanted, write_bundle
+from export.trt_build import check_settings
+from export.write import BundleOptions, write_bundle
 from fastgen.engines import bundle_engines, check_installed, create_engine, engine_class, no_engine
 from fastgen.engines.base import choose_dtype
 from fastgen.engines.trt.product import RTX, TENSORRT
-from fastgen.errors import FastgenError, InputError, Say, unknown
-from fastgen.models.bundle import LOWERED, Bundle, is_bundle, read_bundle
+from fastgen.errors import FastgenError, InputError, Say
+from fastgen.models.bundle import Bundle, is_bundle, read_bundle
 from fastgen.models.checkpoint_choice import check_bundle_of
 from fastgen.models.signatures import network_dtype
 
@@ -52,24 +53,24 @@ def export(
     `checkpoint`: which of a training run's weights, see `fastgen.models.checkpoint_choice`.
 
     A bundle of the same weights at `out` is kept, gets the graphs that it lacks, and is certified; another one is replaced
-    with `overwrite`, which also builds plans of TensorRT for RTX again. A `model` that is a bundle itself is only built for and
-    certified. `show` gets each certificate as it is
-    made; all are returned, and the caller decides what a miss means. Raises InputError for wrong options, a folder that is
-    neither, or an `out` that must not be replaced; FastgenError when engines cannot be built here: the bundle is kept.
+    with `overwrite`, which also builds plans of TensorRT for RTX again. Where `model` is a bundle itself, which must be `out`
+    too, only engines are built and certified. `show` gets each certificate as soon as it is there; all are returned, and the
+    caller decides what a miss means. Raises InputError for wrong options, a `model` that is neither a model folder nor a
+    bundle, or an `out` that must not be replaced; FastgenError when engines cannot be built here: the bundle is kept.
     """
     model, out = Path(model), Path(out)
-    dtype = _check_dtype(dtype, trt or rtx)
-    _check_batch_sizes(batch_sizes)
+    dtype = dtype or ("fp16" if trt or rtx else "fp32")
+    check_settings(dtype, batch_sizes)
     if rtx:
         _check_rtx(capabilities)
-    chosen = _engines(engines, model, trt or rtx)
-    whole = is_bundle(model)
-    if whole and model.resolve() != out.resolve():
+    certified = _engines(engines, model, trt or rtx)
+    if not is_bundle(model):
+        write_bundle(model, out, BundleOptions(solvers, dtype), overwrite, say, checkpoint)
+        bundle = read_bundle(out)
+    elif model.resolve() != out.resolve():
         raise InputError(f"{model} is a bundle already; to certify engines on it give it as --out too")
-    if not whole:
-        write_bundle(model, out, Wanted(solvers, dtype), overwrite, say, checkpoint)
-    bundle = read_bundle(out)  # once: each `Bundle` verifies the files that are asked of it anew
-    if whole:
+    else:
+        bundle = read_bundle(out)
         _check_holds(bundle, dtype)
         check_bundle_of(model, bundle.spec.checkpoint, checkpoint)
     certificates = []
@@ -80,7 +81,7 @@ def export(
         certificates.append(certify(engine, bundle, networks))
         show(certificates[-1])
 
-    for name, precision in chosen:
+    for name, precision in certified:
         add(name, precision)
     if trt:
         _build_trt(bundle, dtype, batch_sizes, say)
@@ -89,12 +90,6 @@ def export(
     if rtx:
         _build_rtx(bundle, dtype, batch_sizes, capabilities, overwrite, say)
     return certificates
-
-
-def _check_dtype(dtype: str | None, plans: bool) -> str:
-    if dtype not in (None, "fp32", *LOWERED):
-        raise unknown("dtype", str(dtype), ("fp32", *LOWERED))
-    return dtype or ("fp16" if plans else "fp32")
 
 
 def _check_rtx(capabilities: Sequence[str] | None) -> None:
@@ -108,11 +103,6 @@ def _check_rtx(capabilities: Sequence[str] | None) -> None:
     open_library(RTX)
 
 
-def _check_batch_sizes(batch_sizes: Sequence[int]) -> None:
-    if not batch_sizes or min(batch_sizes) < 1:
-        raise InputError(f"batch sizes are {list(batch_sizes)}, expected one or more positive integers")
-
-
 def _check_holds(bundle: Bundle, dtype: str) -> None:
     """InputError, with the command that adds them, when a bundle lacks graphs in this precision."""
     if dtype != "fp32":
@@ -120,16 +110,19 @@ def _check_holds(bundle: Bundle, dtype: str) -> None:
             bundle.network(name, network_dtype(name, dtype))
 
 
-def _engines(asked: Sequence[str] | None, model: Path, plans: bool) -> list[tuple[str, str | None]]:
-    """(engine, precision or None for its default) to certify: those asked for, if they can be, else all that are installed
-    and need nothing built beforehand. `plans`: TensorRT plans are built, so that there may be none."""
-    if not asked:
+def _engines(texts: Sequence[str] | None, model: Path, plans: bool) -> list[tuple[str, str | None]]:
+    """(engine, precision or None for its default) to certify: those that `texts` name, else all that are installed and need
+    nothing built beforehand. `plans`: TensorRT plans are built and certified besides, so there may be no other engine.
+
+    Raises InputError for an engine that is unknown, not installed, or cannot be certified on this model.
+    """
+    if not texts:
         names = [engine.name for engine in bundle_engines() if engine.built_by is None]
         if not names and not plans:
             raise no_engine()
         return [(name, None) for name in names]
-    chosen = []
-    for text in dict.fromkeys(asked):
+    engines = []
+    for text in dict.fromkeys(texts):
         name, _, dtype = text.partition(":")
         cls = engine_class(name)
         if cls.reference:
@@ -137,8 +130,8 @@ def _engines(asked: Sequence[str] | None, model: Path, plans: bool) -> list[tupl
         if cls.source_kind != "bundle" and is_bundle(model):
             raise InputError(f"engine {name} runs model folders; give MODEL, the folder that {model} was exported from")
         check_installed(name)
-        chosen.append((name, choose_dtype(cls, dtype, "") if dtype else None))
-    return chosen
+        engines.append((name, choose_dtype(cls, dtype, "") if dtype else None))
+    return engines
 
 
 def _open(name: str, dtype: str | None, bundle: Bundle, model: Path, checkpoint: str | None) -> Engine:
@@ -156,7 +149,7 @@ def _build_trt(bundle: Bundle, dtype: str, batch_sizes: Sequence[int], say: Say)
 
         sizes = sorted(set(batch_sizes))
         build_engines(bundle, dtype=dtype, batch_sizes=sizes, say=say)
-        if dtype != "fp32" and bundle.spec.family == "text":  # in which pictures that come out broken are decoded again
+        if dtype != "fp32" and bundle.spec.family == "text":  # NaN or flat images are decoded again in fp32
             build_engines(bundle, dtype="fp32", batch_sizes=sizes, networks=["vae_decoder"], say=say)
     except FastgenError as error:
         raise type(error)(f"{bundle.folder} is complete, but no TensorRT engines were built: {error}") from None
@@ -172,8 +165,8 @@ def _build_rtx(
 ) -> None:
     from export.trt_rtx import DEFAULT_CAPABILITIES, build_plans
 
-    options = {"capabilities": DEFAULT_CAPABILITIES if capabilities is None else capabilities, "overwrite": overwrite}
+    cards = DEFAULT_CAPABILITIES if capabilities is None else capabilities
     try:
-        build_plans(bundle, dtype=dtype, batch_sizes=batch_sizes, say=say, **options)  # type: ignore[arg-type]
+        build_plans(bundle, dtype=dtype, batch_sizes=batch_sizes, capabilities=cards, overwrite=overwrite, say=say)
     except FastgenError as error:
         raise type(error)(f"{bundle.folder} is complete, but has no new plans for RTX cards: {error}") from None

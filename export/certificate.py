@@ -31,13 +31,13 @@ from fastgen.models.bundle import CERTIFICATES, REFERENCE, Bundle
 
 MIN_PSNR_DB = 30.0
 MAX_GREY_LEVELS = 2.0
-FACTORS = {"fp16": 1.5, "bf16": 1.5}  # of eager's own distance in the same precision
+FACTORS = {"fp16": 1.5, "bf16": 1.5}  # largest distance from fp32, as a multiple of eager's in the same precision
 MIN_COSINE = {"fp16": 0.9999, "bf16": 0.999}
 
 
 @dataclass(frozen=True)
 class ParityRow:
-    """One comparison with the reference. `allowed` is in the words of the tolerance that `figure` was held against."""
+    """One comparison with the reference; `allowed` names the tolerance."""
 
     what: str
     max_abs: float
@@ -85,19 +85,20 @@ def certificate_name(engine: Engine) -> str:
 
 
 def is_certified(engine: Engine, bundle: Bundle, folders: Sequence[Path]) -> bool:
-    """Whether one of the folders holds a certificate that an engine has passed on this very bundle."""
+    """Whether one of the folders has a certificate of this bundle that the engine passed."""
     files = [folder / certificate_name(engine) for folder in folders]
-    found = [read_json(file) for file in files if file.is_file()]
-    return any(value.get("bundle_sha256") == bundle.sha256 and value.get("passed") is True for value in found)
+    certificates = [read_json(file) for file in files if file.is_file()]
+    return any(c.get("bundle_sha256") == bundle.sha256 and c.get("passed") is True for c in certificates)
 
 
 def certify(
     engine: Engine, bundle: Bundle, networks: Sequence[str] | None = None, folder: Path | None = None
 ) -> Certificate:
-    """Compare an engine with the bundle's stored reference and file the certificate in the bundle, or in another folder.
+    """Compare an engine with the bundle's stored reference, and write the certificate into the bundle or into `folder`.
 
-    `networks`: by default all; whole images besides. What an engine of less precision executes in fp32 is held to fp32.
-    Raises FastgenError when an output is not finite, or an image flat; an earlier certificate is withdrawn then.
+    `networks`: by default all; whole images are compared besides. A network that the engine executes in fp32 is compared with
+    fp32's tolerance, whatever the engine's precision. Raises FastgenError when an output is not finite, or an image flat; an
+    earlier certificate is deleted then.
     """
     path = (folder or bundle.folder / CERTIFICATES) / certificate_name(engine)
     path.unlink(missing_ok=True)
@@ -106,10 +107,10 @@ def certify(
     for name in networks or bundle.spec.signatures:
         signature = bundle.spec.signatures[name]
         expected = flat([reference[f"{name}.{t.name}"] for t in signature.outputs])
-        found = flat(run_network(engine, name, signature, reference))
-        if not np.isfinite(found).all():
+        outputs = flat(run_network(engine, name, signature, reference))
+        if not np.isfinite(outputs).all():
             raise FastgenError(f"engine {engine.name} {engine.dtype}: {name} produced values that are not finite")
-        rows.append(_network_row(bundle, name, expected, found, engine.executed(name)))
+        rows.append(_network_row(bundle, name, expected, outputs, engine.executed(name)))
     images = generate_images(Pipeline(bundle, engine))
     check_images(f"engine {engine.name} {engine.dtype}", images)
     rows.append(_image_row(reference["images"], images, engine.dtype))
@@ -120,32 +121,32 @@ def certify(
     return certificate
 
 
-def _network_row(bundle: Bundle, name: str, expected: np.ndarray, found: np.ndarray, dtype: str) -> ParityRow:
-    """One network's outputs against the reference, held to the tolerance of the precision that was executed."""
-    cosine, relative = _cosine(expected, found), relative_l2(expected, found)
-    error = np.abs(expected - found)
+def _network_row(bundle: Bundle, name: str, expected: np.ndarray, outputs: np.ndarray, dtype: str) -> ParityRow:
+    """One network's outputs against the reference, with the tolerance of the precision `dtype` that was executed."""
+    cosine, relative = _cosine(expected, outputs), relative_l2(expected, outputs)
+    error = np.abs(expected - outputs)
     if dtype == "fp32":
         floor = 3e-4 if name.startswith("vae") else 1e-4
         passed = bool((error <= floor + 1e-2 * np.abs(expected)).all())
         allowed = f"abs <= {floor:g} + 1e-2 relative"
     else:
         distances, device = read_distances(bundle, dtype)
-        own, factor, least = distances[name], FACTORS[dtype], MIN_COSINE[dtype]
-        passed = cosine >= least and relative <= factor * own
-        allowed = f"cosine >= {least}, relative <= {factor} x eager's {own:.2e} in {dtype} on {device}"
+        distance, factor, least = distances[name], FACTORS[dtype], MIN_COSINE[dtype]
+        passed = cosine >= least and relative <= factor * distance
+        allowed = f"cosine >= {least}, relative <= {factor} x eager's {distance:.2e} in {dtype} on {device}"
     return ParityRow(name, float(error.max()), relative, cosine, None, allowed, passed)
 
 
-def _image_row(expected: np.ndarray, found: np.ndarray, dtype: str) -> ParityRow:
-    expected, found = np.clip(expected, -1, 1), np.clip(found, -1, 1)
-    levels = float(np.abs(expected - found).max()) * 127.5
-    psnr = 10 * math.log10(4 / max(float(np.mean((expected - found) ** 2)), 1e-20))
+def _image_row(expected: np.ndarray, images: np.ndarray, dtype: str) -> ParityRow:
+    expected, images = np.clip(expected, -1, 1), np.clip(images, -1, 1)
+    levels = float(np.abs(expected - images).max()) * 127.5
+    psnr = 10 * math.log10(4 / max(float(np.mean((expected - images) ** 2)), 1e-20))
     if dtype == "fp32":
         allowed, passed = f"{MAX_GREY_LEVELS:g}/255", levels <= MAX_GREY_LEVELS
     else:
         allowed, passed = f"PSNR >= {MIN_PSNR_DB:g} dB", psnr >= MIN_PSNR_DB
-    flat = expected.reshape(-1), found.reshape(-1)
-    return ParityRow("images", levels / 127.5, relative_l2(*flat), _cosine(*flat), psnr, allowed, passed)
+    pair = expected.reshape(-1), images.reshape(-1)
+    return ParityRow("images", levels / 127.5, relative_l2(*pair), _cosine(*pair), psnr, allowed, passed)
 
 
 def _cosine(a: np.ndarray, b: np.ndarray) -> float:
@@ -154,11 +155,10 @@ def _cosine(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def _versions(engine: Engine) -> dict[str, str]:
-    packages = ["fastgen-diffusion", "numpy", *type(engine).packages]
-    found = {}
-    for package in packages:
+    versions = {}
+    for package in ("fastgen-diffusion", "numpy", *type(engine).packages):
         try:
-            found[package] = importlib.metadata.version(package)
+            versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:  # TensorRT's distributions have other names than its modules
-            found[package] = str(getattr(sys.modules.get(package), "__version__", "not installed as a distribution"))
-    return found | {"python": platform.python_version(), "machine": platform.machine()}
+            versions[package] = str(getattr(sys.modules.get(package), "__version__", "not installed as a distribution"))
+    return versions | {"python": platform.python_version(), "machine": platform.machine()}

@@ -1,4 +1,4 @@
-"""Files are added to a bundle, and taken out of it, without ever breaking it."""
+"""Adding files to a bundle and removing them, so that it is valid at every moment."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from fastgen.files.jsonfiles import read_json, write_json
 from fastgen.models.bundle import CERTIFICATES, COMPILED, MANIFEST, Bundle, read_bundle
 
 
-def add_files(held: Bundle, partial: Path, dropped: Collection[str] = ()) -> None:
-    """Move the files below `partial` into a bundle, and take out those that are `dropped`.
+def add_files(bundle: Bundle, partial: Path, dropped: Collection[str] = ()) -> None:
+    """Move the files below `partial` into a bundle, and remove those called `dropped`.
 
-    The bundle is whole at every moment: a file is there before bundle.json lists it, and is deleted when it no longer does.
+    A file is there before bundle.json lists it, and is deleted when it no longer does.
     """
-    out = held.folder
+    out = bundle.folder
     added = record_files(partial)
     sync_tree(partial)
-    if again := [name for name in added if name in held.files]:
-        _list_files(out, {}, again)
+    if replaced := [name for name in added if name in bundle.files]:
+        _list_files(out, {}, replaced)
     for name in added:
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         (partial / name).replace(out / name)
     _list_files(out, added, dropped)
-    _carry_certificates(held, {name.partition("/")[0] for name in (*added, *dropped)})
+    _carry_certificates(bundle, {name.partition("/")[0] for name in (*added, *dropped)})
     for name in dropped:
         (out / name).unlink(missing_ok=True)
     _remove_empty({(out / name).parent for name in dropped} - {out})
@@ -35,23 +35,23 @@ def add_files(held: Bundle, partial: Path, dropped: Collection[str] = ()) -> Non
 def _list_files(out: Path, added: Mapping[str, Any], dropped: Collection[str]) -> None:
     """Change the files that bundle.json lists."""
     manifest = read_json(out / MANIFEST)
-    kept = {name: file for name, file in manifest["files"].items() if name not in dropped}
-    write_json(out / MANIFEST, manifest | {"files": dict(sorted((kept | dict(added)).items()))})
+    files = {name: file for name, file in manifest["files"].items() if name not in dropped} | dict(added)
+    write_json(out / MANIFEST, manifest | {"files": dict(sorted(files.items()))})
 
 
-def sweep(held: Bundle) -> None:
-    """Remove what an extension that was killed left behind: files of our names that bundle.json does not list."""
+def sweep(bundle: Bundle) -> None:
+    """Remove the files that a killed `add_files` left: those under a bundle's names that bundle.json does not list."""
     patterns = [
-        *(f"{name}/model.*" for name in held.spec.signatures),
+        *(f"{name}/model.*" for name in bundle.spec.signatures),
         "reference.*",
         ".tmp-*",
         f"{CERTIFICATES}/.tmp-*",
         f"{COMPILED}/*/*",
     ]
-    for file in (file for pattern in patterns for file in held.folder.glob(pattern)):
-        if file.relative_to(held.folder).as_posix() not in held.files:
+    for file in (file for pattern in patterns for file in bundle.folder.glob(pattern)):
+        if file.relative_to(bundle.folder).as_posix() not in bundle.files:
             file.unlink()
-    _remove_empty(held.folder.glob(f"{COMPILED}/*"))
+    _remove_empty(bundle.folder.glob(f"{COMPILED}/*"))
 
 
 def _remove_empty(folders: Iterable[Path]) -> None:
@@ -61,8 +61,8 @@ def _remove_empty(folders: Iterable[Path]) -> None:
 
 
 def _carry_certificates(before: Bundle, changed: Collection[str]) -> None:
-    """Certificates stay valid when files are added: those that they vouch for are the same. Not so those of an engine whose
-    plans lie in a folder that was `changed`."""
+    """Give certificates the hash of the changed bundle: the files that they certify are the same, except those of an engine
+    whose plans are in a `changed` folder."""
     after = read_bundle(before.folder)
     for path in sorted((before.folder / CERTIFICATES).glob("*.json")):
         certificate = read_json(path)

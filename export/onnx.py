@@ -19,7 +19,7 @@ from export.rewrite import attention, fuse_attention, subpixel_upsampling
 from export.shapes import fix_shapes
 from fastgen.engines.ort.session import fused_name
 from fastgen.errors import FastgenError
-from fastgen.models.precision import lowered
+from fastgen.models.precision import in_precision
 from fastgen.models.signatures import BATCH, Signature
 
 OPSETS = {"fp32": 20, "fp16": 20, "bf16": 22}  # the first with convolutions in bf16 is 22; older readers know 20
@@ -27,18 +27,18 @@ TRACED_BATCH = 2  # 1 would be specialised: the batch axis frozen
 
 
 def export_onnx(module: nn.Module, signature: Signature, path: Path, dtype: str = "fp32") -> None:
-    """Trace `module` with the inputs of its signature and write `path`, its weights in `path`.data, and beside them the graph
-    with fused attention that engine ort runs, if there is any to fuse.
+    """Trace `module` with the inputs of its signature; write the graph to `path`, its weights to `path`.data, and, where there
+    is attention to fuse, the graph with fused attention that engine ort runs beside them.
 
-    `dtype`: what it computes in (`precision.lowered`), with float32 inputs and outputs. Raises FastgenError when torch cannot
-    export it.
+    `dtype`: the precision it computes in, see `in_precision`; inputs and outputs are float32. Raises FastgenError when torch
+    cannot export it, or the disk refuses.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     inputs = signature.sample_inputs(TRACED_BATCH, np.random.default_rng(0))
     tensors = tuple(torch.from_numpy(inputs[t.name]) for t in signature.inputs)
     try:
         with _quiet(), subpixel_upsampling(module):
-            traced = lowered(module, dtype)  # after the rewriting: its sums of weights are rounded once
+            traced = in_precision(module, dtype)  # after the rewrite, so that its sums of weights are rounded once
             program = torch.onnx.export(
                 traced,
                 tensors,
@@ -65,10 +65,10 @@ def export_onnx(module: nn.Module, signature: Signature, path: Path, dtype: str 
 
 
 def _dynamic_shapes(module: nn.Module, inputs: int) -> Any:
-    """The batch axis of every input; `*inputs` are one parameter in the eyes of torch.export.
+    """The batch axis of every input; for torch.export `*inputs` is one parameter.
 
-    It has a name and no bounds: diffusers' upsampling branches at 64 rows, and torch traces a network a second time when a
-    bound that was given does not survive such a branch.
+    The axis has a name and no bounds: diffusers' upsampling branches at 64 rows, and torch traces a network a second time when
+    a bound contradicts such a branch.
     """
     shapes = tuple({0: BATCH} for _ in range(inputs))
     parameters = inspect.signature(module.forward).parameters.values()
@@ -76,7 +76,7 @@ def _dynamic_shapes(module: nn.Module, inputs: int) -> Any:
 
 
 def _strip(model: Any) -> None:
-    """Drop the exporter's notes (source lines, paths of this machine): they double the file and differ between machines."""
+    """Drop the exporter's notes (source lines, local paths): they double the file and differ between machines."""
     for node in model.graph.all_nodes():
         node.metadata_props.clear()
         node.doc_string = None
@@ -92,12 +92,13 @@ def _strip(model: Any) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Any:
-    """The exporter's progress prints and deprecation warnings are not the user's concern."""
-    level = logging.getLogger("torch.onnx").level
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    """Silence the exporter's progress prints and deprecation warnings."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        logging.getLogger("torch.onnx").setLevel(level)
+        logger.setLevel(level)

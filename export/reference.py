@@ -1,5 +1,5 @@
-"""What certificates compare with: inputs for every network, what eager computes from them in fp32, whole images, and how far
-eager itself moves in fp16 and bf16."""
+"""The reference of certificates: inputs for every network, eager's fp32 outputs for them, whole images, and the distance from
+fp32 of eager itself in fp16 and bf16."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import copy
 import importlib.metadata
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -72,8 +73,8 @@ def read_reference(path: Path) -> dict[str, np.ndarray]:
 
 
 def write_distances(model: Model, reference: Path, dtype: str, path: Path) -> None:
-    """Measure how far eager itself moves in `dtype` from the fp32 reference, network by network (relative L2), on a GPU if
-    there is one: the yardstick for engines that compute in `dtype`."""
+    """Measure the distance (relative L2) of eager in `dtype` from the fp32 reference, network by network, on a GPU if there is
+    one: engines that compute in `dtype` are compared with it. Raises FastgenError when a network overflows."""
     import torch
 
     from fastgen.engines.eager.engine import Engine as Eager
@@ -82,14 +83,14 @@ def write_distances(model: Model, reference: Path, dtype: str, path: Path) -> No
     eager = Eager(copy.deepcopy(model), device="cuda" if torch.cuda.is_available() else "cpu", dtype=dtype)
     distances = {}
     for name, signature in model.spec.signatures.items():
-        found = flat(_run_in_threads(eager, name, signature, tensors))
-        if not np.isfinite(found).all():
+        outputs = flat(_run_in_threads(eager, name, signature, tensors))
+        if not np.isfinite(outputs).all():
             other = "bf16" if dtype == "fp16" else "fp32"
             raise FastgenError(f"{model.folder}: {name} overflows in {dtype} (eager itself); use --dtype {other}")
-        distances[name] = relative_l2(flat([tensors[f"{name}.{t.name}"] for t in signature.outputs]), found)
-    where = torch.cuda.get_device_name() if eager.device == "cuda" else "cpu"
+        distances[name] = relative_l2(flat([tensors[f"{name}.{t.name}"] for t in signature.outputs]), outputs)
+    device = torch.cuda.get_device_name() if eager.device == "cuda" else "cpu"
     versions = {package: importlib.metadata.version(package) for package in ("torch", "diffusers")}
-    write_json(path, {"dtype": dtype, "device": where, "versions": versions, "relative_l2": distances})
+    write_json(path, {"dtype": dtype, "device": device, "versions": versions, "relative_l2": distances})
 
 
 def distances_name(dtype: str) -> str:
@@ -98,7 +99,7 @@ def distances_name(dtype: str) -> str:
 
 
 def read_distances(bundle: Bundle, dtype: str) -> tuple[Mapping[str, float], str]:
-    """Eager's own distance in `dtype` per network, and the device it was measured on.
+    """Eager's distance from fp32 in `dtype` per network, and the device it was measured on.
 
     Raises InputError when the bundle was exported without it.
     """
@@ -122,14 +123,14 @@ def run_network(engine: Engine, name: str, signature: Signature, tensors: Mappin
 def _run_in_threads(
     eager: Engine, name: str, signature: Signature, tensors: Mapping[str, np.ndarray]
 ) -> list[np.ndarray]:
-    """`run_network`, its rows shared out among threads where that helps: torch's fp16 convolutions on a CPU use one core, and
-    would take a third of an export's time. A row's output does not depend on the others."""
+    """`run_network` with its rows divided among threads for fp16 on a CPU: torch's fp16 convolutions use one core there, and
+    would take a third of an export's time. A row's output does not depend on the other rows."""
     names = [f"{name}.{t.name}" for t in signature.inputs]
     threads = min(usable_cores(), len(tensors[names[0]])) if (eager.device, eager.dtype) == ("cpu", "fp16") else 1
     parts = zip(*(np.array_split(tensors[key], threads) for key in names), strict=True)
-    shares = [dict(zip(names, part, strict=True)) for part in parts]
     with ThreadPoolExecutor(threads) as pool:
-        outputs = list(pool.map(lambda share: run_network(eager, name, signature, share), shares))
+        run = partial(run_network, eager, name, signature)
+        outputs = list(pool.map(run, (dict(zip(names, part, strict=True)) for part in parts)))
     return [np.concatenate(column) for column in zip(*outputs, strict=True)]
 
 
@@ -154,8 +155,8 @@ def flat(arrays: Sequence[np.ndarray]) -> np.ndarray:
     return np.concatenate([array.reshape(-1) for array in arrays])
 
 
-def relative_l2(expected: np.ndarray, found: np.ndarray) -> float:
-    return float(np.linalg.norm(expected - found) / np.linalg.norm(expected))
+def relative_l2(expected: np.ndarray, outputs: np.ndarray) -> float:
+    return float(np.linalg.norm(expected - outputs) / np.linalg.norm(expected))
 
 
 def _requests(objects: Sequence[str]) -> list[Request]:
@@ -169,12 +170,11 @@ def _requests(objects: Sequence[str]) -> list[Request]:
 
 
 def _inputs(
-    pipeline: Pipeline, name: str, signature: Signature, done: Mapping[str, np.ndarray]
+    pipeline: Pipeline, name: str, signature: Signature, tensors: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """Inputs of one network: real prompts and the empty one for the text encoder, its states for the UNet, labels or none
-    for the label UNet, timesteps over the whole schedule; noise elsewhere."""
-    rng = np.random.default_rng(0)
-    batch = TIMESTEPS * SEEDS
+    """Inputs of one network: for the text encoder PROMPTS and the empty prompt; for a UNet timesteps over the whole schedule,
+    with the text encoder's states out of `tensors` or multi-hot labels; else noise."""
+    rng, batch = np.random.default_rng(0), TIMESTEPS * SEEDS
     if name == "text_encoder":
         assert pipeline.tokenizer is not None
         return {"input_ids": pipeline.tokenizer.encode([*PROMPTS, ""])[0]}
@@ -184,7 +184,7 @@ def _inputs(
     last = int(pipeline.spec.scheduler_config.get("num_train_timesteps", 1000)) - 1
     inputs["timestep"] = np.repeat(np.linspace(0, last, TIMESTEPS).round(), SEEDS).astype(np.float32)
     if pipeline.spec.family == "text":
-        states = done["text_encoder.last_hidden_state"]  # (9, tokens, D), the last one of the empty prompt
+        states = tensors["text_encoder.last_hidden_state"]  # (9, tokens, D), the last one of the empty prompt
         inputs["encoder_hidden_states"] = states[np.arange(batch) % len(states)]
     else:
         labels = np.zeros_like(inputs["class_labels"])

@@ -1,4 +1,4 @@
-"""Exact rewrites that make the exported graphs cheaper: other operations, the same function up to rounding."""
+"""Rewrites that make the exported graphs cheaper: other operations that compute the same up to rounding."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from onnxscript.optimizer import remove_unused_nodes
 from onnxscript.rewriter import RewriteRuleClassBase, RewriteRuleSet
 from torch import Tensor, nn
 
-MIN_CHANNELS = 128  # below, interleaving costs more than the products it saves
+MIN_CHANNELS = 128  # with fewer, interleaving costs more than the products it saves
 
 
 class SubpixelUpsample(nn.Module):
@@ -56,19 +56,19 @@ def _merge_taps(weight: Tensor, dim: int, parity: int) -> Tensor:
 @contextlib.contextmanager
 def subpixel_upsampling(module: nn.Module) -> Iterator[None]:
     """Within the context, diffusers' wide upsamplers in `module` (nearest, 3x3 convolution) are SubpixelUpsample."""
-    found = [(parent, name, child) for parent in module.modules() for name, child in parent.named_children()]
-    swapped = [(parent, name, child) for parent, name, child in found if _is_upsample_conv(child)]
+    children = [(parent, name, child) for parent in module.modules() for name, child in parent.named_children()]
+    upsamplers = [(parent, name, child) for parent, name, child in children if _is_upsample_conv(child)]
     try:
-        for parent, name, child in swapped:
+        for parent, name, child in upsamplers:
             setattr(parent, name, _Upsample(child))
         yield
     finally:
-        for parent, name, child in swapped:
+        for parent, name, child in upsamplers:
             setattr(parent, name, child)
 
 
 class _Upsample(nn.Module):
-    """An Upsample2D that is left as it was where it is asked for an odd size."""
+    """SubpixelUpsample in place of an Upsample2D, which still runs where an `output_size`, such as an odd one, is given."""
 
     def __init__(self, upsample: Any) -> None:
         super().__init__()
@@ -99,8 +99,8 @@ def attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Any:
-    """torch's scaled_dot_product_attention, (B, heads, N, d), as the five nodes that compilers know as attention; torch's
-    own translation takes fifteen, with shapes computed at run time. A custom translation of torch.onnx.export."""
+    """A custom translation for torch.onnx.export: scaled_dot_product_attention, (B, heads, N, d), as the five nodes that
+    compilers recognise as attention. torch's own translation has fifteen nodes, with shapes computed at run time."""
     assert not enable_gqa
     dtype = query.dtype.numpy()  # of the whole attention: fp32, or fp16 or bf16 in a lowered graph
     factor = np.asarray(1 / math.sqrt(query.shape[-1]) if scale is None else scale, dtype)

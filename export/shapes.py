@@ -1,6 +1,6 @@
-"""Shapes that the exporter computes at run time -> constants: only the batch is dynamic, and a reshape may leave one axis open.
+"""Shapes that the exporter computes at run time -> constants: only the batch is dynamic.
 
-What is left has no arithmetic on the host: a GPU runs every node, and its runs can be recorded.
+The graph then has no arithmetic on the host: a GPU runs every node, and a CUDA graph can record the run.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def _fix_reshape(graph: ir.Graph, node: ir.Node) -> None:
     target, output = node.inputs[1], node.outputs[0]
     source = target.producer() if target is not None else None
     if source is None or source.op_type != "Shape" or any(attribute.value for attribute in source.attributes.values()):
-        return  # start and end select axes
+        return  # attributes start and end: Shape gives only some axes
     like = source.inputs[0]
     if like is None or like.shape is None:
         return
@@ -38,7 +38,7 @@ def _fix_reshape(graph: ir.Graph, node: ir.Node) -> None:
 
 
 def _drop_expand(node: ir.Node) -> None:
-    """A value need not be expanded for operators that broadcast, where another input has the full shape."""
+    """Give operators that broadcast the value before its expansion, where another input has the full shape."""
     value, expanded = node.inputs[0], node.outputs[0]
     for user, place in list(expanded.uses()):
         shape = user.outputs[0].shape

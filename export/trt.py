@@ -1,4 +1,4 @@
-"""ONNX graphs of a bundle -> TensorRT plans in the cache of compiled engines, each checked for the precision it executes."""
+"""ONNX graphs of a bundle -> TensorRT plans in the cache of compiled engines; each plan's precision is checked."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from fastgen.models.bundle import Bundle
 
 OPTIMIZATION_LEVEL = 3  # of 0 to 5, TensorRT's default; 4 and 5 time more kernels, for several times the build time
-WORKSPACE_GIB = 4.0  # scratch memory of one layer; unlimited, a plan may claim what larger batches need
+WORKSPACE_GIB = 4.0  # scratch memory of one layer; without a limit a plan may take what larger batches need
 
 
 def build_engines(
@@ -49,8 +49,11 @@ def build_engines(
     platform = open_platform(device)
     _check_card(platform, dtype)
     bound = platform.fields | {"optimization_level": optimization_level, "workspace_gib": workspace_gib}
-    wanted = [(name, rows) for name in names for rows in network_rows(name, batch_sizes, bundle.spec.image_size)]
-    recipes = [make_recipe(bundle, name, rows, dtype, TENSORRT, bound) for name, rows in wanted]
+    recipes = [
+        make_recipe(bundle, name, rows, dtype, TENSORRT, bound)
+        for name in names
+        for rows in network_rows(name, batch_sizes, bundle.spec.image_size)
+    ]
     timings = timing_cache or timing_file(platform)
     return [obtain(recipe, partial(_make, bundle, platform, recipe, timings, say), say) for recipe in recipes]
 
@@ -71,7 +74,7 @@ def _check_card(platform: Platform, dtype: str) -> None:
 
 
 def _make(bundle: Bundle, platform: Platform, recipe: Recipe, timings: Path, say: Say, folder: Path) -> None:
-    """Build one plan, prove what it executes, and write it into `folder` with the inspector's report beside it."""
+    """Build one plan, check what precision it executes, and write it and the inspector's report into `folder`."""
     name, rows, dtype = str(recipe.fields["network"]), int(recipe.fields["batch"] or 0), str(recipe.fields["dtype"])
     signature, what = bundle.spec.signatures[name], f"{bundle.folder}: {recipe}"
 
@@ -80,8 +83,7 @@ def _make(bundle: Bundle, platform: Platform, recipe: Recipe, timings: Path, say
         load_timings(config, timings, say)
 
     with platform.gpu.active():
-        graph, profile = bundle.network(name, dtype), Rows(rows, rows, rows)
-        current = platform.gpu.active
+        graph, profile, current = bundle.network(name, dtype), Rows(rows, rows, rows), platform.gpu.active
         built = build_plan(platform, graph, signature, dtype, profile, str(recipe), say, prepare, current)
         save_timings(built.config, timings)
         report = _inspect(platform, built.plan, what, signature, rows)
@@ -91,7 +93,7 @@ def _make(bundle: Bundle, platform: Platform, recipe: Recipe, timings: Path, say
 
 
 def _configure(platform: Platform, config: Any, recipe: Recipe) -> None:
-    """How much effort and scratch memory the build may take, and a plan that tells the inspector everything."""
+    """Set the build's effort and scratch memory; the plan keeps the layers' details for the inspector."""
     trt, fields = platform.trt, recipe.fields
     config.builder_optimization_level = fields["optimization_level"]
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
@@ -105,6 +107,6 @@ def _inspect(platform: Platform, plan: Any, what: str, signature: Signature, row
     strategy = platform.trt.ExecutionContextAllocationStrategy.USER_MANAGED
     context = open_context(platform, engine, strategy, what, signature, rows)
     inspector = engine.create_engine_inspector()
-    inspector.execution_context = context  # without it, it tells no datatypes
+    inspector.execution_context = context  # without a context the report has no datatypes
     report: str = inspector.get_engine_information(platform.trt.LayerInformationFormat.JSON)
     return report

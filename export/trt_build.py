@@ -29,12 +29,10 @@ class Rows(NamedTuple):
     most: int
 
 
-class Built(NamedTuple):
-    """A serialised plan, the ONNX names of its products that stay fp32, and the IBuilderConfig after the build."""
-
-    plan: Any
-    islands: set[str]
-    config: Any
+class BuiltPlan(NamedTuple):
+    plan: Any  # serialised
+    islands: set[str]  # ONNX names of the convolutions and matrix products that stay fp32
+    config: Any  # the IBuilderConfig after the build
 
 
 def build_plan(
@@ -47,24 +45,24 @@ def build_plan(
     say: Say,
     prepare: Callable[[Any], None],
     current: Callable[[], AbstractContextManager[Any]] = nullcontext,
-) -> Built:
+) -> BuiltPlan:
     """Compile a graph.
 
-    `what`: its name in progress and errors. `prepare`: makes further settings of an IBuilderConfig. `current`: makes the GPU
-    the current one of a thread, where the product needs a GPU. Ctrl-C stops a build. Raises FastgenError when TensorRT refuses
-    the graph or the profile, or the graph does not compute in `dtype`.
+    `what`: its name in progress and errors. `prepare`: sets further options of an IBuilderConfig. `current`: a context in which
+    the GPU is the thread's current one, where the product needs a GPU. Ctrl-C stops a build. Raises FastgenError when TensorRT
+    refuses the graph or the profile, or the graph does not compute in `dtype`.
     """
     builder = library.create(library.trt.Builder, "builder")
     network = builder.create_network(1 << int(library.trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = _parse(library, network, graph)
     islands = check_network(library.trt, network, dtype, what)
     config = builder.create_builder_config()
-    config.clear_flag(library.trt.BuilderFlag.TF32)  # fp32 that is fp32
+    config.clear_flag(library.trt.BuilderFlag.TF32)  # else TensorRT computes fp32 with 10 bits of mantissa
     _add_profile(library, builder, config, signature, rows, what)
     prepare(config)
     plan = _build(library, builder, network, config, what, say, current)
     del parser  # until here: it owns the weights
-    return Built(plan, islands, config)
+    return BuiltPlan(plan, islands, config)
 
 
 def network_rows(network: str, batch_sizes: Sequence[int], image_size: int) -> list[int]:
@@ -80,21 +78,24 @@ def network_rows(network: str, batch_sizes: Sequence[int], image_size: int) -> l
     return sorted({min(size, max(1, DECODE_PIXELS // image_size**2)) for size in batch_sizes})
 
 
-def check_networks(bundle: Bundle, asked: Sequence[str] | None) -> list[str]:
-    """The networks to build: those asked for, by default all that generation runs, so not the VAE encoder."""
+def check_networks(bundle: Bundle, names: Sequence[str] | None) -> list[str]:
+    """The networks to build: `names`, each once; by default all that generation runs, so not the VAE encoder.
+
+    Raises InputError for a name that the bundle does not have.
+    """
     known = list(bundle.spec.signatures)
-    for name in asked or ():
+    for name in names or ():
         if name not in known:
             raise unknown("network", name, known)
-    return list(dict.fromkeys(asked)) if asked else [name for name in known if name != "vae_encoder"]
+    return list(dict.fromkeys(names)) if names else [name for name in known if name != "vae_encoder"]
 
 
 def check_settings(dtype: str, batch_sizes: Sequence[int]) -> None:
-    """InputError for an unknown precision, and for batch sizes that are none."""
+    """InputError for an unknown precision, and for batch sizes below 1 or none at all."""
     if dtype not in ("fp16", "bf16", "fp32"):
         raise unknown("dtype", dtype, ("fp16", "bf16", "fp32"))
     if not batch_sizes or min(batch_sizes) < 1:
-        raise InputError(f"batch sizes are {list(batch_sizes)}, expected at least one, each 1 or more")
+        raise InputError(f"batch sizes are {list(batch_sizes)}, expected one or more positive integers")
 
 
 def _parse(library: TrtLibrary, network: Any, path: Path) -> Any:
@@ -102,8 +103,8 @@ def _parse(library: TrtLibrary, network: Any, path: Path) -> Any:
     parser = library.create(library.trt.OnnxParser, "ONNX parser", network)
     if not parser.parse_from_file(str(path)):
         errors = [parser.get_error(i) for i in range(parser.num_errors)]
-        told = [f"{error.node_operator()} {error.node_name()}: {error.desc()}" for error in errors]
-        library.log.errors[:] = told or library.log.errors
+        lines = [f"{error.node_operator()} {error.node_name()}: {error.desc()}" for error in errors]
+        library.log.errors[:] = lines or library.log.errors
         raise library.failure(f"{path}: cannot be parsed")
     return parser
 
@@ -126,12 +127,12 @@ def _build(
     say: Say,
     current: Callable[[], AbstractContextManager[Any]],
 ) -> Any:
-    """The serialised plan. It is built in a thread, as no signal reaches Python while TensorRT holds the main one."""
+    """The serialised plan. It is built in another thread: while TensorRT runs in the main one, Python sees no Ctrl-C."""
     progress = Progress(what, say)
     config.progress_monitor = progress.monitor(library.trt)
 
     def build() -> Any:
-        with current():  # is the thread's own
+        with current():  # each thread has a current GPU of its own
             return builder.build_serialized_network(network, config)
 
     with progress, ThreadPoolExecutor(1) as pool:

@@ -1,7 +1,7 @@
-"""Which precision a TensorRT network asks for, and its plan executes: layer by layer, against what was wanted.
+"""The precision of a TensorRT network and of its plan, checked layer by layer.
 
-Two looks. The network that was parsed is strongly typed: TensorRT must execute the types that it holds, and its bindings name
-them exactly. The inspector's report on the finished plan says in words what the compiler made of it.
+There are two checks. The parsed network is strongly typed: TensorRT must execute its types, and the bindings tell them exactly.
+The inspector's report on the finished plan names, in words, the types and kernels that the compiler chose.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from fastgen.errors import FastgenError, Say
 TYPES = {"fp32": "FLOAT", "fp16": "HALF", "bf16": "BF16"}  # -> trt.DataType
 PRODUCTS = ("CONVOLUTION", "DECONVOLUTION", "MATRIX_MULTIPLY", "EINSUM")  # trt.LayerType
 ISLAND_INPUT = "timestep"  # what is computed from it alone may stay fp32 (fastgen.models.precision)
-SHOWN = 5
+SHOWN = 5  # layers that an error names
 
 # The inspector's words, of TensorRT 10 and 11: LayerType "gemm", "CaskConvolution", "correlation" (a fused convolution), ...;
 # datatypes "Half", "Row major linear FP16 format"; TacticName "sm80_xmma_gemm_f16f16_f16f32_f32_..."
@@ -37,7 +37,7 @@ def check_network(trt: Any, network: Any, dtype: str, what: str) -> set[str]:
 
     Returns the ONNX names of the products of that fp32 island.
     """
-    wanted, exact = getattr(trt.DataType, TYPES[dtype]), trt.DataType.FLOAT
+    expected, exact = getattr(trt.DataType, TYPES[dtype]), trt.DataType.FLOAT
     products = {getattr(trt.LayerType, name) for name in PRODUCTS}
     inputs = [network.get_input(i).name for i in range(network.num_inputs)]
     origins = {name: {name} for name in inputs}  # tensor -> the network's inputs that it is computed from
@@ -46,7 +46,7 @@ def check_network(trt: Any, network: Any, dtype: str, what: str) -> set[str]:
         tensors = [t for j in range(layer.num_inputs) if (t := layer.get_input(j)) is not None]
         origin = set().union(*(origins.get(t.name, ()) for t in tensors))
         origins |= {layer.get_output(j).name: origin for j in range(layer.num_outputs)}
-        if layer.type not in products or tensors[0].dtype == wanted:
+        if layer.type not in products or tensors[0].dtype == expected:
             continue
         if tensors[0].dtype == exact and origin <= {ISLAND_INPUT}:
             islands |= {layer.name, *_ONNX_NODE.findall(layer.metadata)}
@@ -59,7 +59,7 @@ def check_network(trt: Any, network: Any, dtype: str, what: str) -> set[str]:
 def check_layers(report: str, dtype: str, islands: Collection[str], what: str, say: Say) -> None:
     """FastgenError when the inspector's report shows a product that executes another precision than `dtype`.
 
-    `islands`: ONNX names whose products may be fp32. Where the report tells no precision at all, that is said.
+    `islands`: ONNX names whose products may be fp32. `say` gets a line where the report has no precisions at all.
     """
     try:
         entries = json.loads(report, strict=False)["Layers"]  # it holds raw separators
@@ -67,12 +67,12 @@ def check_layers(report: str, dtype: str, islands: Collection[str], what: str, s
         raise FastgenError(f"{what}: TensorRT's inspector gives no JSON of layers: {report[:80]!r}") from None
     products = [entry for entry in entries if isinstance(entry, dict) and _is_product(entry)]
     executed = [(entry, precisions(entry)) for entry in products]
-    if not any(found for _, found in executed):
+    if not any(types for _, types in executed):
         say(f"{what}: TensorRT's inspector tells no precisions; only the network's own types were checked")
     offenders = [
-        f"{str(entry.get('Name'))[:80]} ({entry.get('LayerType')}) executes {', '.join(sorted(found))}"
-        for entry, found in executed
-        if _offends(found, dtype) and not (found == {"fp32"} and _names_any(entry, islands))
+        f"{str(entry.get('Name'))[:80]} ({entry.get('LayerType')}) executes {', '.join(sorted(types))}"
+        for entry, types in executed
+        if _offends(types, dtype) and not (types == {"fp32"} and _names_any(entry, islands))
     ]
     _refuse(offenders, f"{what}: the plan does not execute {dtype}")
 
@@ -86,11 +86,9 @@ def precisions(entry: Mapping[str, Any]) -> set[str]:
     return {name for name, pattern in _WORDS.items() if any(pattern.search(text) for text in words)}
 
 
-def _offends(found: set[str], dtype: str) -> bool:
+def _offends(types: set[str], dtype: str) -> bool:
     """In fp16 and bf16 a product accumulates in fp32 and may have an fp32 neighbour fused to it, but is never fp32 alone."""
-    if dtype == "fp32":
-        return bool(found - {"fp32"})
-    return bool(found) and dtype not in found
+    return bool(types - {"fp32"}) if dtype == "fp32" else bool(types) and dtype not in types
 
 
 def _is_product(entry: Mapping[str, Any]) -> bool:

@@ -1,4 +1,4 @@
-"""How far a TensorRT build is: a bar on a terminal, now and then a line elsewhere; and the way to stop it."""
+"""Progress of a TensorRT build: a bar on a terminal, elsewhere a line a minute; and the way to stop the build."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class _Phase:
 
 
 class Progress:
-    """What TensorRT reports of its phases, which nest. It calls from threads of its own."""
+    """Collects what TensorRT reports, from its own threads, of its build's phases, which nest."""
 
     def __init__(self, what: str, say: Say, clock: Callable[[], float] = time.monotonic) -> None:
         self._what, self._say, self._clock = what, say, clock
@@ -65,7 +65,7 @@ class Progress:
                 self._bar.close()
 
     def cancel(self) -> None:
-        """The build stops at its next step."""
+        """Stop the build at its next step."""
         self._cancelled = True
 
     def start(self, phase: str, parent: str | None, steps: int) -> None:
@@ -85,7 +85,7 @@ class Progress:
             self._phases.pop(phase, None)
 
     def fraction(self, parent: str | None = None) -> float:
-        """The share that is done of the phases inside `parent` (None: of the whole build), 0 to 1."""
+        """The share, 0 to 1, of the phases inside `parent` (None: of the whole build) that is complete."""
         inside = [(name, phase) for name, phase in self._phases.items() if phase.parent == parent]
         return max((min(1.0, (phase.done + self.fraction(name)) / phase.steps) for name, phase in inside), default=0.0)
 

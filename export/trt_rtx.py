@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +32,7 @@ DEFAULT_CAPABILITIES = ("8.0", "8.6", "8.9", "12.0")  # A100; RTX 30, 40 and 50
 
 @dataclass(frozen=True)
 class Order:
-    """A plan that is wanted: of a network's graph in the precision it executes, with its profile and its address."""
+    """A plan to build: of a network's graph in the precision `dtype` that it executes, with its profile and its address."""
 
     network: str
     dtype: str
@@ -39,10 +40,10 @@ class Order:
     recipe: Recipe
 
     def replaces(self, other: Recipe) -> bool:
-        """Whether a plan is of no use beside this one: of the same network and precision, for no card that this one lacks."""
+        """Whether another plan is of no use beside this one: of the same network and precision, for no other card."""
         same = all(other.fields.get(key) == self.recipe.fields[key] for key in ("network", "dtype"))
-        cards = [set(str(recipe.fields.get(CAPABILITIES)).split()) for recipe in (other, self.recipe)]
-        return same and cards[0] <= cards[1]
+        theirs, ours = (set(str(recipe.fields.get(CAPABILITIES)).split()) for recipe in (other, self.recipe))
+        return same and theirs <= ours
 
 
 def build_plans(
@@ -56,12 +57,12 @@ def build_plans(
     say: Say = lambda line: None,
 ) -> Bundle:
     """Build the plans that generating batches of up to max(batch_sizes) images needs and the bundle does not hold; returns the
-    bundle as it is then.
+    bundle read again.
 
-    `networks`: by default all that generation runs, and the VAE decoder in fp32 besides, in which pictures that come out broken
-    are decoded again. A new plan replaces older ones of its network and precision, unless they serve a card that it does not.
-    `overwrite`: build all of them again. Ctrl-C stops a build; the bundle is then as it was. Raises InputError for wrong
-    options and missing graphs, FastgenError when the builder refuses a graph.
+    `networks`: by default all that generation runs, and the VAE decoder in fp32 besides, for images that are NaN or flat
+    otherwise. A new plan replaces older ones of its network and precision, unless they run on a card that the new one does not
+    run on. `overwrite`: build all of them again. Ctrl-C stops a build and leaves the bundle unchanged. Raises InputError for
+    wrong options and missing graphs, FastgenError when the builder refuses a graph.
     """
     check_settings(dtype, batch_sizes)
     cards = check_capabilities(capabilities)
@@ -71,52 +72,48 @@ def build_plans(
     library = open_library(RTX)
     sweep(bundle)
     orders = [_order(bundle, library, name, kind, batch_sizes, cards) for name, kind in pairs]
-    held, damaged = _held(bundle)
-    wanted = [order for order in orders if overwrite or order.recipe.digest not in held]
-    addresses = {order.recipe.digest for order in wanted}
+    sound, damaged = _plans(bundle)
+    orders = [order for order in orders if overwrite or order.recipe.digest not in sound]
+    addresses = {order.recipe.digest for order in orders}
     for address, reason in damaged.items():
         say(f"{reason}; the plan is {'built again' if address in addresses else 'taken out'}")
-    if not wanted and not damaged:
+    if not orders and not damaged:
         say(f"{bundle.folder} holds these plans already")
         return bundle
-    replaced = [digest for digest, a in held.items() if any(order.replaces(a.recipe) for order in wanted)]
+    replaced = [digest for digest, a in sound.items() if any(order.replaces(a.recipe) for order in orders)]
     gone = {*damaged, *replaced} - addresses
     with scratch_folder(bundle.folder, alone=True) as partial:
-        for order in wanted:
+        for order in orders:
             _make(bundle, library, order, partial / COMPILED / order.recipe.digest, say)
         add_files(bundle, partial, [name for name in bundle.files if _address(name) in gone])
     return read_bundle(bundle.folder)
 
 
-def check_capabilities(asked: Sequence[str]) -> list[str]:
+def check_capabilities(capabilities: Sequence[str]) -> list[str]:
     """The compute capabilities in ascending order, each once. Raises InputError for one that plans cannot be built for."""
-    for text in asked:
+    for text in capabilities:
         if not re.fullmatch(r"\d{1,2}\.\d", text):
             raise InputError(f"capabilities: found {text!r}, expected compute capabilities such as 8.6,8.9")
         if refusal := RTX.refusal(text):
             raise InputError(f"capabilities: {refusal}; on that card use `fastgen export --trt`")
-    if not asked:
+    if not capabilities:
         raise InputError("capabilities: found none, expected compute capabilities such as 8.6,8.9")
-    return sorted(set(asked), key=float)
+    return sorted(set(capabilities), key=float)
 
 
 def _order(
     bundle: Bundle, library: TrtLibrary, network: str, dtype: str, batch_sizes: Sequence[int], cards: Sequence[str]
 ) -> Order:
-    """What to build for a network. The text encoder is run with one number of rows only; the rest with any up to the most."""
+    """The plan to build for a network. The text encoder always runs the same number of rows; the others any up to the most."""
     most = network_rows(network, batch_sizes, bundle.spec.image_size)[-1]
     rows = Rows(most if network == "text_encoder" else 1, most, most)
-    bound: dict[str, str | float | None] = {
-        RTX.module: library.version,
-        CAPABILITIES: " ".join(cards),
-        "least_rows": rows.least,
-        "best_rows": rows.best,
-    }
+    bound: dict[str, str | float | None] = {RTX.module: library.version, CAPABILITIES: " ".join(cards)}
+    bound |= {"least_rows": rows.least, "best_rows": rows.best}
     recipe = make_recipe(bundle, network, most, dtype, RTX, bound)
     return Order(network, str(recipe.fields["dtype"]), rows, recipe)
 
 
-def _held(bundle: Bundle) -> tuple[dict[str, Artifact], dict[str, str]]:
+def _plans(bundle: Bundle) -> tuple[dict[str, Artifact], dict[str, str]]:
     """The sound plans of a bundle by their address, and what is wrong with each of the others."""
     sound, damaged = {}, {}
     for name in (name for name in bundle.files if _address(name) and name.endswith(f"/{RECORD}")):
@@ -140,7 +137,7 @@ def _make(bundle: Bundle, library: TrtLibrary, order: Order, folder: Path, say: 
     say(f"building {RTX.engine}: {recipe}, compute capabilities {recipe.fields[CAPABILITIES]}")
     start = time.perf_counter()
     graph, signature = bundle.network(order.network, order.dtype), bundle.spec.signatures[order.network]
-    prepare = _targets(library, str(recipe.fields[CAPABILITIES]).split(), str(recipe))
+    prepare = partial(_set_targets, library, str(recipe.fields[CAPABILITIES]).split(), str(recipe))
     built = build_plan(library, graph, signature, order.dtype, order.rows, str(recipe), say, prepare)
     folder.mkdir(parents=True)
     size = (folder / PLAN).write_bytes(built.plan)
@@ -149,14 +146,10 @@ def _make(bundle: Bundle, library: TrtLibrary, order: Order, folder: Path, say: 
     say(f"built {RTX.engine}: {recipe} in {seconds:.1f} s, {size / 1e6:.1f} MB")
 
 
-def _targets(library: TrtLibrary, cards: Sequence[str], what: str) -> Callable[[Any], None]:
-    """Tells an IBuilderConfig the compute capabilities to compile for."""
-
-    def prepare(config: Any) -> None:
-        config.num_compute_capabilities = len(cards)
-        for index, card in enumerate(cards):
-            capability = getattr(library.trt.ComputeCapability, f"SM{card.replace('.', '')}")
-            if not config.set_compute_capability(capability, index):
-                raise library.failure(f"{what}: compute capability {card} is refused")
-
-    return prepare
+def _set_targets(library: TrtLibrary, cards: Sequence[str], what: str, config: Any) -> None:
+    """Set the compute capabilities that an IBuilderConfig compiles for."""
+    config.num_compute_capabilities = len(cards)
+    for index, card in enumerate(cards):
+        capability = getattr(library.trt.ComputeCapability, f"SM{card.replace('.', '')}")
+        if not config.set_compute_capability(capability, index):
+            raise library.failure(f"{what}: compute capability {card} is refused")

@@ -1,4 +1,4 @@
-"""TensorRT's timing cache: how long kernels take on this card, so that the next build need not measure them again."""
+"""TensorRT's timing cache: measured times of kernels on this card, which the next build need not measure again."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def timing_file(platform: Platform) -> Path:
 
 
 def load_timings(config: Any, path: Path, say: Say) -> None:
-    """Give a build the timings of earlier ones; a damaged or foreign file is announced, and timing starts anew."""
+    """Give a build the timings of earlier ones; where the file is damaged or foreign, `say` gets a line and none are used."""
     data = read_hashed(path, lambda: say(f"{path}: damaged; measuring anew"))
     cache = config.create_timing_cache(data)
     if cache is None or not config.set_timing_cache(cache, False):

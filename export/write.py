@@ -1,4 +1,4 @@
-"""Writing a bundle: whole or not at all, and adding what a bundle of the same weights lacks without ever breaking it."""
+"""Writing a bundle, complete or not at all; and adding to a bundle of the same weights what it lacks."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import importlib.metadata
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,6 @@ from fastgen.files.jsonfiles import infinity_as_text, read_json, write_json
 from fastgen.generate.settings import late_steps
 from fastgen.models.bundle import (
     FORMAT_VERSION,
-    LOWERED,
     MANIFEST,
     REFERENCE,
     TABLES,
@@ -41,41 +40,44 @@ PACKAGES = ("torch", "diffusers", "transformers", "onnx", "onnxscript")
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What a bundle shall hold besides the model itself: solver tables, and graphs in `dtype` besides fp32."""
+class BundleOptions:
+    """What a bundle holds besides the model itself: tables of `solvers`, `NAME:STEPS[:NOISE_STEPS]`, and graphs in `dtype`."""
 
     solvers: Sequence[str] = ()
     dtype: str = "fp32"
 
     def graphs(self, model: Model) -> dict[str, str]:
         """Network -> precision, of all graphs in less than fp32."""
-        dtypes = {name: network_dtype(name, self.dtype) for name in model.networks()}
+        dtypes = {name: network_dtype(name, self.dtype) for name in model.spec.signatures}
         return {name: dtype for name, dtype in dtypes.items() if dtype != "fp32"}
 
     def distances(self) -> list[str]:
-        """Precisions in which eager's own distance is needed: engines on a CPU compute in bf16 unasked."""
-        return list(dict.fromkeys(["bf16", *([self.dtype] if self.dtype in LOWERED else [])]))
+        """Precisions whose distance from fp32 in eager certificates need: `dtype`, and bf16, a CPU's default."""
+        return ["bf16"] if self.dtype in ("fp32", "bf16") else ["bf16", self.dtype]
 
 
 def write_bundle(
-    model_folder: Path, out: Path, wanted: Wanted, overwrite: bool, say: Say, checkpoint: str | None = None
+    model_folder: Path, out: Path, options: BundleOptions, overwrite: bool, say: Say, checkpoint: str | None = None
 ) -> None:
-    """Make `out` the bundle of this model folder: written anew, extended by what it lacks, or left as it is."""
+    """Make `out` the bundle of this model folder: write it, add what it lacks, or leave it as it is.
+
+    Raises InputError for an unknown solver, and where `out` is something else, or another bundle without `overwrite`.
+    """
     from fastgen.models.folder import load_model
 
-    for key in wanted.solvers:
+    for key in options.solvers:
         parse_key(key)
     model = load_model(model_folder, checkpoint)
-    held = _held(out, model, wanted, overwrite)
-    if held is None:
+    bundle = _existing(out, model, options, overwrite)
+    if bundle is None:
         with new_folder(out, existing="replace", alone=True) as partial:
-            _fill(partial, out, model, wanted, say)
+            _fill(partial, out, model, options, say)
     else:
         with scratch_folder(out, alone=True) as partial:
-            _extend(held, partial, model, wanted, say)
+            _extend(bundle, partial, model, options, say)
 
 
-def _fill(partial: Path, out: Path, model: Model, wanted: Wanted, say: Say) -> None:
+def _fill(partial: Path, out: Path, model: Model, options: BundleOptions, say: Say) -> None:
     from export.onnx import export_onnx
 
     for name, file in _config_files(model).items():
@@ -83,8 +85,8 @@ def _fill(partial: Path, out: Path, model: Model, wanted: Wanted, say: Say) -> N
         shutil.copyfile(file, partial / name)
     if model.family == "text" and not (partial / "tokenizer" / "tokenizer.json").exists():
         model.tokenizer.backend_tokenizer.save(str(partial / "tokenizer" / "tokenizer.json"))
-    say("compiling solver tables")  # first: a solver that does not exist is the quickest thing to find out
-    _write_tables(model, partial / TABLES, wanted.solvers, say)
+    say("compiling solver tables")  # first: it fails soonest, for a solver that does not exist
+    _write_tables(model, partial / TABLES, options.solvers, say)
     for name, module in model.networks().items():
         say(f"exporting {name}")
         export_onnx(module, model.spec.signatures[name], partial / graph_name(name, "fp32"))
@@ -94,14 +96,14 @@ def _fill(partial: Path, out: Path, model: Model, wanted: Wanted, say: Say) -> N
     else:
         say("running the eager fp32 reference")
         write_reference(model, partial / REFERENCE)
-    _fill_lowered(partial, model, wanted.graphs(model), wanted.distances(), partial / REFERENCE, say)
+    _fill_lowered(partial, model, options.graphs(model), options.distances(), partial / REFERENCE, say)
     write_json(partial / MANIFEST, _manifest(model.spec) | {"files": record_files(partial)})  # the last file
 
 
 def _fill_lowered(
     folder: Path, model: Model, graphs: dict[str, str], distances: Sequence[str], reference: Path, say: Say
 ) -> None:
-    """Write graphs of these networks in these precisions, and eager's own distances in these, into `folder`."""
+    """Write the `graphs` (network -> precision) and the distances of eager from fp32 in the precisions `distances`."""
     from export.onnx import export_onnx
 
     for name, dtype in graphs.items():
@@ -112,53 +114,53 @@ def _fill_lowered(
         write_distances(model, reference, dtype, folder / distances_name(dtype))
 
 
-def _extend(held: Bundle, partial: Path, model: Model, wanted: Wanted, say: Say) -> None:
+def _extend(bundle: Bundle, partial: Path, model: Model, options: BundleOptions, say: Say) -> None:
     """Add what is missing. Files are moved in before bundle.json lists them: until then the old bundle is whole."""
-    out = held.folder
-    sweep(held)
-    graphs = {name: dtype for name, dtype in wanted.graphs(model).items() if graph_name(name, dtype) not in held.files}
-    distances = [dtype for dtype in wanted.distances() if distances_name(dtype) not in held.files]
+    out = bundle.folder
+    sweep(bundle)
+    graphs = {
+        name: dtype for name, dtype in options.graphs(model).items() if graph_name(name, dtype) not in bundle.files
+    }
+    distances = [dtype for dtype in options.distances() if distances_name(dtype) not in bundle.files]
     if not graphs and not distances:
         say(f"{out} holds these weights already")
         return
     say(f"{out} holds these weights already, but not all in {', '.join(dict.fromkeys([*graphs.values(), *distances]))}")
-    _fill_lowered(partial, model, graphs, distances, held.file(REFERENCE), say)
-    add_files(held, partial)
+    _fill_lowered(partial, model, graphs, distances, bundle.file(REFERENCE), say)
+    add_files(bundle, partial)
 
 
-def _held(out: Path, model: Model, wanted: Wanted, overwrite: bool) -> Bundle | None:
-    """The bundle at `out` that is to be kept; None when a new one is to be written. Raises InputError for anything else."""
+def _existing(out: Path, model: Model, options: BundleOptions, overwrite: bool) -> Bundle | None:
+    """The bundle at `out` to keep; None where a new one is written. Raises InputError where neither is allowed."""
     if not os.path.lexists(out) or (out.is_dir() and not any(out.iterdir())):
         return None
     if not is_bundle(out):
         raise InputError(f"{out}: exists and is not a bundle; choose another --out")
     if overwrite:
         return None
-    held = read_bundle(out)
-    if other := _differences(held, model):
+    bundle = read_bundle(out)
+    if other := _differences(bundle, model):
         raise InputError(f"{out}: holds another bundle ({other[0]} differs); choose another --out, or --overwrite")
-    missing = [key for key in wanted.solvers if key not in held.solver_keys()]
-    if missing:
+    if missing := [key for key in options.solvers if key not in bundle.solver_keys()]:
         raise InputError(f"{out}: holds a bundle without solver {missing[0]}; --overwrite exports it again")
-    return held
+    return bundle
 
 
-def _differences(held: Bundle, model: Model) -> list[str]:
-    """What of a model is not as in the bundle: config files and fields of its spec, the weights' hash among them."""
+def _differences(bundle: Bundle, model: Model) -> list[str]:
+    """Config files and fields of the spec, such as the weights' hash, in which a model differs from a bundle."""
     configs = {name: sha256_file(file) for name, file in _config_files(model).items()}
-    other = [name for name, sha256 in configs.items() if held.files.get(name, {}).get("sha256") != sha256]
-    return other + [
-        f.name for f in fields(Spec) if f.compare and getattr(held.spec, f.name) != getattr(model.spec, f.name)
-    ]
+    files = [name for name, sha256 in configs.items() if bundle.files.get(name, {}).get("sha256") != sha256]
+    compared = [f.name for f in fields(Spec) if f.compare]
+    return files + [name for name in compared if getattr(bundle.spec, name) != getattr(model.spec, name)]
 
 
 def _stored_reference(out: Path, model: Model) -> Path | None:
     """The reference of the bundle that is being replaced, if the same model made it with the same versions."""
-    if not is_bundle(out) or read_json(out / MANIFEST).get("format_version") != FORMAT_VERSION:
+    manifest = read_json(out / MANIFEST) if is_bundle(out) else {}
+    if manifest.get("format_version") != FORMAT_VERSION or manifest.get("versions") != _versions():
         return None
-    held = read_bundle(out)
-    same = read_json(out / MANIFEST).get("versions") == _versions() and not _differences(held, model)
-    return held.file(REFERENCE) if same else None
+    bundle = read_bundle(out)
+    return None if _differences(bundle, model) else bundle.file(REFERENCE)
 
 
 def _config_files(model: Model) -> dict[str, Path]:
@@ -181,8 +183,7 @@ def _write_tables(model: Model, path: Path, solvers: Sequence[str], say: Say) ->
     compiler = TableCompiler(config)
     tables = dict(compiler.common(on_skip=lambda key, error: skipped.append(key)))
     default = model.sampling
-    own = f"{default.scheduler}:{default.num_inference_steps}"
-    for key in (own, f"{default.scheduler}:{IMAGE_STEPS}", *solvers):
+    for key in (*(format_key(default.scheduler, n) for n in (default.num_inference_steps, IMAGE_STEPS)), *solvers):
         if key not in tables:
             tables[key] = compiler.table(key)
     for key in _late_keys(default) if model.family == "text" else ():
@@ -198,15 +199,14 @@ def _write_tables(model: Model, path: Path, solvers: Sequence[str], say: Say) ->
 
 
 def _late_keys(default: Sampling) -> list[str]:
-    """The model's own solver begun late, `generate --rag`: with the default share of its steps, and every tenth of them."""
+    """Keys of the model's own solver for `generate --rag`: the default share of its steps, and every tenth of them."""
     steps = default.num_inference_steps
-    kept = {late_steps(steps), *(late_steps(steps, strength=tenth / 10) for tenth in range(1, 11))}
-    return [format_key(default.scheduler, steps, count) for count in sorted(kept)]
+    counts = {late_steps(steps), *(late_steps(steps, strength=tenth / 10) for tenth in range(1, 11))}
+    return [format_key(default.scheduler, steps, count) for count in sorted(counts)]
 
 
 def _manifest(spec: Spec) -> dict[str, Any]:
     """bundle.json, but for the list of files."""
-    sampling = spec.sampling
     return {
         "format_version": FORMAT_VERSION,
         "family": spec.family,
@@ -215,11 +215,7 @@ def _manifest(spec: Spec) -> dict[str, Any]:
         "image_mode": spec.image_mode,
         "component_sha256": dict(spec.component_sha256),
         "versions": _versions(),
-        "sampling": {
-            "scheduler": sampling.scheduler,
-            "num_inference_steps": sampling.num_inference_steps,
-            "guidance_scale": sampling.guidance_scale,
-        },
+        "sampling": asdict(spec.sampling),
         "scheduler_config": infinity_as_text(spec.scheduler_config),
         "scaling_factor": spec.scaling_factor,
         "objects": spec.objects,

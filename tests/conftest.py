@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import logging
 import os
+import pickle
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 from gpu_needs import lacking
 
 REPO = Path(__file__).parents[1]
@@ -45,7 +48,29 @@ def _cache(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def text_model(tmp_path_factory) -> Path:
+def once(tmp_path_factory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """(name, fill) -> folder of that name after `fill(folder)`, which one process of pytest-xdist does for all of them."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+
+    def get(name: str, fill: Callable[[Path], object]) -> Path:
+        folder = root / "once" / name
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if not folder.exists():
+                try:
+                    fill(folder)
+                except BaseException:
+                    shutil.rmtree(folder, ignore_errors=True)
+                    raise
+        return folder
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def text_model(once) -> Path:
     """A text-to-latent model folder: 4x8x8 latents, 32 px images."""
     torch = pytest.importorskip("torch")
     pytest.importorskip("diffusers")
@@ -105,13 +130,11 @@ def text_model(tmp_path_factory) -> Path:
     }
     model = Model(None, "text", unet.eval(), schedule, Sampling("ddim", 5, 3.0))
     model.text_encoder, model.tokenizer, model.vae = text_encoder.eval(), tokenizer, vae.eval()
-    folder = tmp_path_factory.mktemp("models") / "text"
-    save_model(model, folder)
-    return folder
+    return once("models-text/text", partial(save_model, model))
 
 
 @pytest.fixture(scope="session")
-def label_model(tmp_path_factory) -> Path:
+def label_model(once) -> Path:
     """A label-to-pixels model folder: the 24 objects of i-CLEVR, 16 px images."""
     torch = pytest.importorskip("torch")
     pytest.importorskip("diffusers")
@@ -143,13 +166,11 @@ def label_model(tmp_path_factory) -> Path:
         "clip_sample": True,
     }
     model = Model(None, "labels", unet.eval(), schedule, Sampling("ddpm", 5, 1.5), conditioner.eval(), ICLEVR_OBJECTS)
-    folder = tmp_path_factory.mktemp("models") / "labels"
-    save_model(model, folder)
-    return folder
+    return once("models-labels/labels", partial(save_model, model))
 
 
 @pytest.fixture(scope="session")
-def export_few(tmp_path_factory) -> Callable[..., Any]:
+def export_few() -> Callable[..., Any]:
     """`export.export` that stores solver tables at a few numbers of steps, for speed."""
     from unittest import mock
 
@@ -166,31 +187,32 @@ def export_few(tmp_path_factory) -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="session")
-def exports(text_model, label_model, export_few, tmp_path_factory) -> Callable[[str], tuple[Path, list[Any]]]:
+def exports(text_model, label_model, export_few, once) -> Callable[[str], tuple[Path, list[Any]]]:
     """kind ("text", "labels") -> (bundle folder, certificates of ort and openvino); each exported when first asked for."""
-    done: dict[str, tuple[Path, list[Any]]] = {}
+    models = {"text": text_model, "labels": label_model}
 
     def get(kind: str) -> tuple[Path, list[Any]]:
-        if kind not in done:
-            folder = tmp_path_factory.mktemp("bundles") / kind
-            model = text_model if kind == "text" else label_model
-            done[kind] = folder, export_few(model, folder)
-        return done[kind]
+        def fill(folder: Path) -> None:
+            certificates = export_few(models[kind], folder / "bundle")
+            (folder / "certificates").write_bytes(pickle.dumps(certificates))
+
+        folder = once(f"export-{kind}", fill)
+        return folder / "bundle", pickle.loads((folder / "certificates").read_bytes())
 
     return get
 
 
 @pytest.fixture(scope="session")
-def lowered_bundle(exports, text_model, label_model, export_few, tmp_path_factory) -> Callable[[str, str], Path]:
+def lowered_bundle(exports, text_model, label_model, export_few, once) -> Callable[[str, str], Path]:
     """(kind, dtype) -> a copy of the bundle of that kind to which `--dtype` added its graphs."""
-    done: dict[tuple[str, str], Path] = {}
+    models = {"text": text_model, "labels": label_model}
 
     def get(kind: str, dtype: str) -> Path:
-        if (kind, dtype) not in done:
-            folder = shutil.copytree(exports(kind)[0], tmp_path_factory.mktemp("lowered") / f"{kind}-{dtype}")
-            export_few(text_model if kind == "text" else label_model, folder, dtype=dtype, engines=["ort"])
-            done[kind, dtype] = folder
-        return done[kind, dtype]
+        def fill(folder: Path) -> None:
+            shutil.copytree(exports(kind)[0], folder)
+            export_few(models[kind], folder, dtype=dtype, engines=["ort"])
+
+        return once(f"{kind}-{dtype}", fill)
 
     return get
 

@@ -10,7 +10,7 @@ import torch
 
 from fastgen.files.names import ICLEVR_OBJECTS
 from fastgen.models.folder import load_model
-from fastgen.models.precision import lowered
+from fastgen.models.precision import in_precision
 
 LABELS = len(ICLEVR_OBJECTS)
 
@@ -44,5 +44,5 @@ def check_bf16(folder: Path) -> None:
     unet = load_model(folder).networks()["unet"]
     x, timesteps, labels = inputs(4)
     with torch.no_grad():
-        exact, rounded = unet(x, timesteps, labels), lowered(unet, "bf16")(x, timesteps, labels)
+        exact, rounded = unet(x, timesteps, labels), in_precision(unet, "bf16")(x, timesteps, labels)
     assert torch.nn.functional.cosine_similarity(exact.flatten(), rounded.flatten(), dim=0) > 0.999

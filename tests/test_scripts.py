@@ -24,7 +24,7 @@ def repository(tmp_path_factory) -> Path:
     """A copy of what the scripts use, but for the shipped models."""
     copy = tmp_path_factory.mktemp("scripts") / "repository"
     for name in ("bin", "fastgen", "export", "benchmarks"):
-        shutil.copytree(REPO / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "models", "results"))
+        shutil.copytree(REPO / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "shipped", "results"))
     return copy
 
 
@@ -50,7 +50,8 @@ def trained(repository, script) -> Path:
     """What a rehearsal of bin/train-models makes from nothing, as the copy's shipped models."""
     done = script("bin/train-models", QUICK="1")
     assert done.returncode == 0, done.stderr[-3000:]
-    return Path(shutil.copytree(repository / "train-models-quick" / "models", repository / "fastgen" / "models"))
+    shipped = repository / "fastgen" / "models" / "shipped"
+    return Path(shutil.copytree(repository / "train-models-quick" / "models", shipped))
 
 
 @pytest.mark.parametrize("name", sorted(file.name for file in (REPO / "bin").iterdir() if file.suffix != ".txt"))

@@ -46,28 +46,29 @@ for command in (data, train, export, generate, score, sweep, compare, index, cop
 
 
 def main() -> None:
-    """The `fastgen` command: errors are one line on stderr, exit code 2 for the user's input, 1 otherwise."""
+    """The `fastgen` command: errors are lines on stderr, exit code 2 for the user's input, 1 otherwise."""
     start = time.perf_counter()
     try:
         cli(prog_name="fastgen", standalone_mode=False)
     except FastgenError as error:
-        _fail(str(error), error.exit_code)
+        _fail(error.exit_code, *getattr(error, "problems", [str(error)]))
     except click.exceptions.NoArgsIsHelpError as error:
         say(error.format_message())
         sys.exit(2)
     except click.UsageError as error:
-        _fail(f"{error.format_message()} (see `{error.ctx.command_path if error.ctx else 'fastgen'} --help`)", 2)
+        _fail(2, f"{error.format_message()} (see `{error.ctx.command_path if error.ctx else 'fastgen'} --help`)")
     except click.Abort:
         say(f"fastgen: interrupted after {time.perf_counter() - start:.0f} s; the same command continues")
         sys.exit(130)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] in ("fastgen", "export"):
             raise
-        _fail(f"this command needs {error.name}, not installed here: {hint('export')}", 2)
+        _fail(2, f"this command needs {error.name}, not installed here: {hint('export')}")
     except OSError as error:
-        _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), 1)
+        _fail(1, f"{error.filename}: {error.strerror}" if error.filename else str(error))
 
 
-def _fail(message: str, exit_code: int) -> None:
-    say(f"fastgen: error: {' '.join(message.split())}")
+def _fail(exit_code: int, *messages: str) -> None:
+    for message in messages:
+        say(f"fastgen: error: {' '.join(message.split())}")
     sys.exit(exit_code)

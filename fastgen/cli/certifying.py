@@ -1,4 +1,4 @@
-"""The certificate of an engine that was built on another machine: made when it first runs on a card."""
+"""Certifying an engine that was built on another machine, when it first runs on a card."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 
 def ensure_certified(pipeline: Pipeline) -> None:
-    """Certify an engine whose plans run on many cards, unless that was done on a card like this one with this very bundle.
+    """Certify an engine whose plans run on many cards, unless this bundle has a certificate for this kind of card.
 
-    The certificate goes into the bundle, or into the cache where the bundle cannot be written. Raises FastgenError when the
-    engine misses its tolerance, with the table on stderr; InputError when the bundle lacks what to compare with.
+    The certificate goes into the bundle, or into the cache if the bundle is not writable. Raises FastgenError when the engine
+    misses its tolerance, with the table on stderr; InputError when the bundle lacks the reference.
     """
     engine, bundle = pipeline.engine, pipeline.source
     if engine.gpu is None:
@@ -40,5 +40,5 @@ def ensure_certified(pipeline: Pipeline) -> None:
 
 
 def _writable(folder: Path) -> bool:
-    """Whether files can be made in a folder, which may itself be missing."""
+    """Whether files can be created in a folder, which may not exist yet."""
     return os.access(folder if folder.is_dir() else folder.parent, os.W_OK)

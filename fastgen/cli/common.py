@@ -1,4 +1,4 @@
-"""What commands share: kinds of arguments, and how they talk."""
+"""Types of arguments, and functions that commands share."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def say(line: str) -> None:
 
 
 def model_for(kind: str, engine: str | None) -> Path:
-    """The model that generates requests of this kind, "text" or "labels", when none is named; said on stderr. Raises InputError
-    as `find.default_model` does."""
+    """The default model for requests of this kind, "text" or "labels"; its name goes to stderr. Raises InputError as
+    `find.default_model` does."""
     from fastgen.engines import source_kind
     from fastgen.models.find import default_model
 

@@ -1,4 +1,4 @@
-"""Commands about engines: what can run here (`doctor`), and the compiled ones on disk (`engines`)."""
+"""Commands about engines: which can run here (`doctor`), and the compiled ones on disk (`engines`)."""
 
 from __future__ import annotations
 
@@ -93,12 +93,7 @@ def why(model: Path | None, engine: str, dtype: str | None, batch_size: int | No
 @click.option("--damaged", is_flag=True, help="Verify every file, and delete what is damaged.")
 @click.option("--dry-run", is_flag=True, help="Only list what would be deleted.")
 def gc(
-    everything: bool,
-    engine: str | None,
-    unused_days: float | None,
-    max_size: str | None,
-    damaged: bool,
-    dry_run: bool,
+    everything: bool, engine: str | None, unused_days: float | None, max_size: str | None, damaged: bool, dry_run: bool
 ) -> None:
     """Delete compiled engines that are of no use any more; never one that another process is building.
 
@@ -110,11 +105,10 @@ def gc(
     check_engine(engine)
     selection = Selection(everything, damaged, unused_days, None if max_size is None else parse_size(max_size))
     freed = count = 0
-    for doomed, gone in collect(selection, engine, dry_run=dry_run):
-        click.echo(
-            f"{doomed.what} ({size_text(doomed.bytes)}): {doomed.why}" + ("" if gone else "; in use, left alone")
-        )
-        freed, count = freed + gone * doomed.bytes, count + gone
+    for deletion, gone in collect(selection, engine, dry_run=dry_run):
+        line = f"{deletion.what} ({size_text(deletion.bytes)}): {deletion.why}"
+        click.echo(line if gone else f"{line}; in use, left alone")
+        freed, count = freed + gone * deletion.bytes, count + gone
     click.echo(
         f"{count} {'would be deleted' if dry_run else 'deleted'}, {size_text(freed)} {'in all' if dry_run else 'freed'}"
     )

@@ -65,7 +65,7 @@ def export(
     from export.bundle import BATCH_SIZES
     from export.bundle import export as run
     from fastgen.models.bundle import is_bundle
-    from fastgen.models.find import made_from
+    from fastgen.models.find import output_folder
     from fastgen.models.runs import latest_run
 
     if batch_sizes is not None and not (trt or rtx):
@@ -75,7 +75,7 @@ def export(
     cards = None if capabilities is None else [word.strip() for word in capabilities.split(",")]
     sizes = _batch_sizes(batch_sizes) if batch_sizes is not None else BATCH_SIZES
     source = model or latest_run()
-    target = out or (source if is_bundle(source) else made_from(source, "bundle"))
+    target = out or (source if is_bundle(source) else output_folder(source, "bundle"))
     options |= {"engines": engines or None, "trt": trt, "rtx": rtx, "capabilities": cards, "batch_sizes": sizes}
     certificates = run(source, target, say=say, show=lambda c: click.echo(c.table()), **options)
     click.echo(f"bundle: {target}")

@@ -12,7 +12,6 @@ import click
 
 from fastgen.cli.certifying import ensure_certified
 from fastgen.cli.common import FOLDER, MODEL, POSITIVE, say
-from fastgen.cli.index import rag_options
 from fastgen.errors import FastgenError, InputError
 
 if TYPE_CHECKING:
@@ -41,7 +40,10 @@ if TYPE_CHECKING:
 @click.option("--num-inference-steps", type=POSITIVE, help="Denoising steps.  [default: the model's]")
 @click.option("--guidance-scale", type=float, help="1 turns guidance off.  [default: the model's]")
 @click.option("--guidance-interval", type=(int, int), metavar="LO HI", help="Guide only the steps LO <= i < HI.")
-@rag_options
+@click.option("--rag", type=FOLDER, help="Start from the nearest training image of this index (`fastgen index`).")
+@click.option("--noise-steps", type=POSITIVE, help="Steps that run from there, with --rag.  [default: 6/7 of all]")
+@click.option("--strength", type=float, help="The same as a share of the steps, more than 0 and at most 1.")
+@click.option("--rag-top-k", type=POSITIVE, help="Start from one of the K nearest, by the seed.  [default: 1]")
 @click.option("--seed", default=0, show_default=True, help="Base of the images' seeds; a file's own seeds win.")
 @click.option(
     "--batch-size", type=POSITIVE, help="Images per batch, at most.  [default: 16 on a CPU, what fits on a GPU]"
@@ -126,9 +128,9 @@ def generate(
     names = parse_devices(devices) if devices else None
     if names and (part or device):
         raise InputError(f"--devices chooses --{'shard' if part else 'device'} itself; give one of them")
-    asked = read_input(requests_file, prompts, labels, out, seed=seed, count=count)
-    asked.refuse({"--strip": strip, "--grid": grid, "--shard": shard, "--devices": devices})
-    folder, requests = choose_model(asked.requests, model, engine, checkpoint)
+    job = read_input(requests_file, prompts, labels, out, seed=seed, count=count)
+    job.refuse({"--strip": strip, "--grid": grid, "--shard": shard, "--devices": devices})
+    folder, requests = choose_model(job.requests, model, engine, checkpoint)
     if folder.why:
         say(f"model: {folder}")
     if names:
@@ -149,15 +151,15 @@ def generate(
     settings, start = late_start(source, pipeline, requests, settings, **late)
     run = Run(pipeline, requests, settings, start, strip=timesteps)
     if dry_run:
-        estimated = estimate_job(run, batch_size=batch_size, shard=part)
-        click.echo(f"{f'shard {part}: ' if part else ''}{estimated}; nothing was written")
-    elif asked.single:
+        estimate = estimate_job(run, batch_size=batch_size, shard=part)
+        click.echo(f"{f'shard {part}: ' if part else ''}{estimate}; nothing was written")
+    elif job.single:
         begin = time.perf_counter()
-        write_image(run, asked.out)
+        write_image(run, job.out)
         _warn_of_truncated(run.conditions.truncated)
-        click.echo(f"{asked.out}: 1 image in {time.perf_counter() - begin:.1f} s")
+        click.echo(f"{job.out}: 1 image in {time.perf_counter() - begin:.1f} s")
     else:
-        _tell(run_job(run, asked.out, batch_size=batch_size, grid=grid, shard=part, say=say), part)
+        _report(run_job(run, job.out, batch_size=batch_size, grid=grid, shard=part, say=say), part)
 
 
 def _without_devices(words: Sequence[str]) -> list[str]:
@@ -171,8 +173,8 @@ def _without_devices(words: Sequence[str]) -> list[str]:
     return rest
 
 
-def _tell(report: JobReport, part: Shard | None) -> None:
-    """What a job did. Raises FastgenError when an image failed."""
+def _report(report: JobReport, part: Shard | None) -> None:
+    """Print what a job did. Raises FastgenError when an image failed."""
     _warn_of_truncated(report.truncated)
     rate = f", {report.generated / report.seconds:.2f} images/s" if report.generated else ""
     name = f"{report.folder}, shard {part}" if part else f"{report.folder}"

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from fastgen.cli.common import FOLDER
+from fastgen.cli.common import FOLDER, POSITIVE, say
 
 
 @click.command("import")
@@ -22,9 +22,7 @@ from fastgen.cli.common import FOLDER
     help="Noise schedule trained on: linear, scaled_linear:0.00085:0.012, squaredcos_cap_v2, KEY=VALUE,... of a "
     "DDPMScheduler, or a scheduler_config.json.  [default: the preset's]",
 )
-@click.option(
-    "--num-train-timesteps", type=click.IntRange(min=1), help="Timesteps of it.  [default: 1000, or the preset's]"
-)
+@click.option("--num-train-timesteps", type=POSITIVE, help="Timesteps of it.  [default: 1000, or the preset's]")
 @click.option("--prediction-type", help="epsilon, v_prediction or sample.  [default: epsilon, or the preset's]")
 @click.option("--text-encoder", metavar="PATH_OR_ID[:SUBFOLDER]", help="CLIP text encoder.  [default: the preset's]")
 @click.option("--vae", metavar="PATH_OR_ID[:SUBFOLDER]", help="Autoencoder of the latents.  [default: the preset's]")
@@ -44,6 +42,6 @@ def import_(source: Path, out: Path, **options: Any) -> None:
         imported = import_model(source, out, **options)
     except MismatchError as error:
         for line in error.lines():
-            click.echo(line, err=True)
+            say(line)
         raise
     click.echo("\n".join(imported.lines()))

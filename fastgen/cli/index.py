@@ -1,19 +1,15 @@
-"""Commands about the training set behind a model: an index to start images from (`index`), and how near generated images are
-to it (`copies`)."""
+"""Commands about a model's training set: an index to start images from (`index`), and a search for near copies (`copies`)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
-from fastgen.cli.common import FOLDER, MODEL, POSITIVE, model_for
+from fastgen.cli.common import FOLDER, MODEL, POSITIVE, model_for, say
 from fastgen.errors import InputError
-
-Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 @click.command()
@@ -47,15 +43,14 @@ def index(
     from fastgen.generate.pipeline import load
     from fastgen.retrieval.indexing import IndexOptions, build_index, default_folder, indexing_engine
 
-    chosen = IndexOptions(text, frames, image_mode)  # type: ignore[arg-type]  # it checks them
+    index_options = IndexOptions(text, frames, image_mode)  # type: ignore[arg-type]  # it checks them
     folder = model or model_for("text", engine)
     pipeline = load(folder, engine or indexing_engine(folder, options["device"]), **options)
     target = out or default_folder(folder)
-    say = partial(click.echo, err=True)
-    held, fresh = build_index(data, pipeline, target, chosen, limit=limit, say=say)
-    counts, state = held.info["counts"], "written" if fresh else "up to date"
-    size = f"{held.info['image_size']} px, {held.info['image_mode']}"
-    click.echo(f"{held.folder}: {counts['images']:,} images ({size}), {counts['texts']:,} distinct texts; {state}")
+    built, fresh = build_index(data, pipeline, target, index_options, limit=limit, say=say)
+    counts, state = built.info["counts"], "written" if fresh else "up to date"
+    size = f"{built.info['image_size']} px, {built.info['image_mode']}"
+    click.echo(f"{built.folder}: {counts['images']:,} images ({size}), {counts['texts']:,} distinct texts; {state}")
 
 
 @click.command()
@@ -77,20 +72,3 @@ def copies(images: Sequence[Path], index_folder: Path, out: Path | None, sheet: 
         save_sheet(sheet, report, data)
     write_json(out or images[0] / "copies.json", report.to_json())
     click.echo(report.table())
-
-
-def rag_options(command: Command) -> Command:
-    """The options of `generate` for starting from training images."""
-    options = (
-        click.option(
-            "--rag", type=FOLDER, help="Start from the nearest training image of this index (`fastgen index`)."
-        ),
-        click.option(
-            "--noise-steps", type=POSITIVE, help="Steps that run from there, with --rag.  [default: 6/7 of all]"
-        ),
-        click.option("--strength", type=float, help="The same as a share of the steps, more than 0 and at most 1."),
-        click.option("--rag-top-k", type=POSITIVE, help="Start from one of the K nearest, by the seed.  [default: 1]"),
-    )
-    for option in reversed(options):
-        command = option(command)
-    return command

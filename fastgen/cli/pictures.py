@@ -6,14 +6,14 @@ from pathlib import Path
 
 import click
 
-from fastgen.cli.common import FOLDER
+from fastgen.cli.common import FOLDER, POSITIVE, say
 
 
 @click.command()
 @click.argument("a", metavar="A", type=FOLDER)
 @click.argument("b", metavar="B", type=FOLDER)
 @click.option("--out", type=FOLDER, required=True, help="PNG to write; the figures go into a JSON file beside it.")
-@click.option("--limit", type=click.IntRange(min=1), help="Only the first N images.")
+@click.option("--limit", type=POSITIVE, help="Only the first N images.")
 def compare(a: Path, b: Path, out: Path, limit: int | None) -> None:
     """Compare the images of two folders, from two engines or two samplers: PSNR, largest difference, side by side.
 
@@ -21,8 +21,8 @@ def compare(a: Path, b: Path, out: Path, limit: int | None) -> None:
     """
     from fastgen.scoring.pairs import compare as run
 
-    found = run(a, b, out, limit)
-    for warning in found.warnings:
-        click.echo(f"warning: {warning}", err=True)
-    click.echo("\n".join(found.lines()))
+    comparison = run(a, b, out, limit)
+    for warning in comparison.warnings:
+        say(f"warning: {warning}")
+    click.echo("\n".join(comparison.lines()))
     click.echo(f"wrote {out} and {out.with_suffix('.json')}")

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
-from fastgen.cli.common import FOLDER, MODEL
+from fastgen.cli.common import FOLDER, MODEL, POSITIVE, say
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -49,7 +49,7 @@ def scoring_options(command: Command) -> Command:
 @scoring_options
 @click.option("--checkpoint", help="Refuse images that were not made by these weights: best, last, ema or a step.")
 @click.option("--against", multiple=True, type=FOLDER, help="Folder of another run to compare with; once per seed.")
-@click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True, help="Images per batch.")
+@click.option("--batch-size", type=POSITIVE, default=64, show_default=True, help="Images per batch.")
 @click.option("--device", help="cpu, cuda, cuda:1, ...  [default: the GPU if there is one]")
 @click.option("--out", type=FOLDER, help="JSON file for the result.  [default: score.json in the first folder]")
 def score(
@@ -83,5 +83,5 @@ def score(
         warnings += [warning for warning in (*other.warnings, *difference.warnings) if warning not in warnings]
     click.echo("\n".join(tables))
     for warning in warnings:
-        click.echo(f"warning: {warning}", err=True)
+        say(f"warning: {warning}")
     write_json(out or images[0] / "score.json", value)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +81,7 @@ def sweep(
     dtype: str | None,
     threads: int | None,
     rag: Path | None,
-    **given: Any,
+    **lists: Any,
 ) -> None:
     """Generate REQUESTS.json at every point of a grid of settings, score each, and name the best under a rule.
 
@@ -90,62 +89,34 @@ def sweep(
     (sweep.json, sweep.csv), plot.png and contact_sheet.png. The same command continues a sweep that was interrupted; another
     grid keeps the points that it shares.
     """
-    from fastgen.sweep.grid import RefusedError
-
-    try:
-        found = _run(
-            requests_file,
-            out,
-            model,
-            engine,
-            {"seeds": seeds, "rule": rule, "within": within, "against": against},
-            {name: given.pop(name) for name in SCORING} | {"device": device},
-            given,
-            {"device": device, "dtype": dtype, "threads": threads, "limit": limit, "batch_size": batch_size}
-            | {"metric": metric, "rag": rag, "minutes": minutes},
-        )
-    except RefusedError as error:
-        for problem in error.problems:
-            say(f"fastgen: error: {' '.join(problem.split())}")
-        sys.exit(error.exit_code)
-    click.echo(found.table())
-    for warning in found.warnings:
-        say(f"warning: {warning}")
-    click.echo(f"wrote {out}")
-    if found.unfinished:
-        say(f"{len(found.unfinished)} points are unfinished after {minutes:g} minutes; the same command continues")
-    if found.failed:
-        raise FastgenError(f"{len(found.failed)} points failed: {found.failed[0].point}: {found.failed[0].error}")
-
-
-def _run(
-    requests_file: Path,
-    out: Path,
-    model: Path | None,
-    engine: str | None,
-    words: dict[str, str],
-    scoring: dict[str, Any],
-    lists: dict[str, Any],
-    options: dict[str, Any],
-) -> Any:
-    """Parse what was typed, all of it before anything is loaded, and sweep."""
     from fastgen.generate.requests import parse_requests
     from fastgen.scoring.options import ScoringOptions, need
     from fastgen.sweep.choice import Rule, parse_within
     from fastgen.sweep.grid import Problems, integer, parse_grid, parse_list
 
-    found = Problems()
-    grid = found.attempt(lambda: parse_grid(**lists))
-    seeds = parse_list("--seeds", words["seeds"], integer, "integers such as 0,1,2", found)
-    within = found.attempt(lambda: parse_within(words["within"]))
-    rule = found.attempt(lambda: Rule(words["rule"], *(within or (2.0, "%")), words["against"]))
-    found.attempt(lambda: ScoringOptions(**scoring))
-    folder = found.attempt(lambda: model or model_for(parse_requests(requests_file).kind, engine))
-    found.check()
+    problems = Problems()  # of all options, before anything is loaded
+    scoring = {name: lists.pop(name) for name in SCORING} | {"device": device}
+    grid = problems.attempt(lambda: parse_grid(**lists))
+    base_seeds = parse_list("--seeds", seeds, integer, "integers such as 0,1,2", problems)
+    tolerance = problems.attempt(lambda: parse_within(within))
+    selection = problems.attempt(lambda: Rule(rule, *(tolerance or (2.0, "%")), against))
+    problems.attempt(lambda: ScoringOptions(**scoring))
+    folder = problems.attempt(lambda: model or model_for(parse_requests(requests_file).kind, engine))
+    problems.check()
     assert grid is not None
     assert folder is not None
     scorer = need("fastgen.scoring.scorer").Scorer(**scoring)
     from fastgen.sweep import sweep as run
 
-    options |= {"say": say, "check": ensure_certified}
-    return run(folder, requests_file, out, grid, scorer=scorer, rule=rule, seeds=seeds, engine=engine, **options)
+    options: dict[str, Any] = {"engine": engine, "device": device, "dtype": dtype, "threads": threads, "rag": rag}
+    options |= {"limit": limit, "batch_size": batch_size, "metric": metric, "minutes": minutes}
+    options |= {"rule": selection, "seeds": base_seeds, "say": say, "check": ensure_certified}
+    result = run(folder, requests_file, out, grid, scorer=scorer, **options)
+    click.echo(result.table())
+    for warning in result.warnings:
+        say(f"warning: {warning}")
+    click.echo(f"wrote {out}")
+    if result.unfinished:
+        say(f"{len(result.unfinished)} points are unfinished after {minutes:g} minutes; the same command continues")
+    if result.failed:
+        raise FastgenError(f"{len(result.failed)} points failed: {result.failed[0].point}: {result.failed[0].error}")

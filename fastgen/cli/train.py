@@ -14,7 +14,7 @@ from fastgen.errors import InputError
 
 
 class Train(click.Command):
-    """Its help names the presets."""
+    """A command whose help lists the presets."""
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         from fastgen.presets import preset_names
@@ -43,7 +43,7 @@ def train(preset: str, data_folder: Path | None, out: Path | None, overrides: Se
     from fastgen.models.runs import new_run, set_latest
     from fastgen.presets import load_preset
 
-    chosen = load_preset(preset, overrides)
+    loaded = load_preset(preset, overrides)
     folder = data_folder or find_dataset(Path())
     if folder is None:
         raise InputError("no dataset in this folder; give --data DATA, or render one: `fastgen data iclevr DATA`")
@@ -52,9 +52,9 @@ def train(preset: str, data_folder: Path | None, out: Path | None, overrides: Se
 
     if out is None and process_count() > 1:
         raise InputError("several processes need one output folder: give --out")
-    target = out or new_run(chosen.name)
-    run(chosen, folder, target, **options)
-    if out is None and chosen.family != "evaluator":
+    target = out or new_run(loaded.name)
+    run(loaded, folder, target, **options)
+    if out is None and loaded.family != "evaluator":
         set_latest(target)
     if is_main():
         click.echo(f"model: {target}")

@@ -71,7 +71,7 @@ def labels_of(entry: Mapping[str, str], attributes: Attributes) -> tuple[str, ..
     return tuple(label(name, entry[name]) for name in attributes)
 
 
-def labelled(dataset: Dataset) -> Dataset:
+def with_labels(dataset: Dataset) -> Dataset:
     """The dataset with labels for an evaluator to learn: unchanged if it has labels; if it has captions, with the values in
     its attributes.json as labels. InputError where there is no such file, or no entry for an animation."""
     if dataset.kind == "labels":

@@ -44,7 +44,7 @@ def bundle_engines() -> list[type[Engine]]:
 
 
 def no_engine() -> InputError:
-    """That no engine for bundles is installed, with the command that installs those that need nothing built beforehand."""
+    """The error for a machine without engines for bundles, with the command that installs some that need no build."""
     classes = [e for e in map(engine_class, engine_names()) if e.source_kind == "bundle" and e.built_by is None]
     return InputError(f"no engine for bundles is installed: {classes[0].install}")
 

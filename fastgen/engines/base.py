@@ -1,4 +1,4 @@
-"""What an engine is: something that runs a model's networks. It knows no scheduler, no seed and no request."""
+"""The base class of engines, which run a model's networks. An engine knows no scheduler, no seed and no request."""
 
 from __future__ import annotations
 
@@ -38,7 +38,9 @@ class Engine(abc.ABC):
     static_shapes: ClassVar[bool] = False  # compiles per batch size: callers pad their last batch
     # The option of `fastgen export` that builds it beforehand; None: it is ready, or built when it is first needed.
     built_by: ClassVar[str | None] = None
-    reference: ClassVar[bool] = False  # what others are held against: run as its users run it, without graphs
+    reference: ClassVar[bool] = (
+        False  # the others are compared with it; it runs without CUDA graphs, as its users run it
+    )
 
     xp: Any  # array namespace of its arrays
     device: str
@@ -50,13 +52,13 @@ class Engine(abc.ABC):
 
     @classmethod
     def open(cls, source: Any, *, device: str | None, dtype: str | None, threads: int | None) -> Engine:
-        """An engine over a model folder or bundle: of this class or, where a name stands for several, of the device's.
+        """An engine over a model folder or bundle, of this class, or of the device's where a name has a class per device.
         Raises InputError for a precision or device that it does not have."""
         return cls(source, device=device, dtype=dtype, threads=threads)  # type: ignore[call-arg]
 
     @classmethod
     def problems(cls, machine: Machine) -> list[Problem]:
-        """What is in the way of this engine on a machine, and what helps: packages, its libraries, the cache."""
+        """Why this engine cannot run on a machine, and what helps: packages, its libraries, the cache."""
         from fastgen.engines.doctor.diagnosis import Problem
         from fastgen.engines.doctor.packages import package_problems
 
@@ -67,13 +69,13 @@ class Engine(abc.ABC):
 
     @classmethod
     def library_problems(cls, machine: Machine) -> Iterator[Problem]:
-        """What is wrong with its libraries, of those that can be imported, and with the tools that it needs."""
+        """Problems of its libraries, of those that can be imported, and of the tools that it needs."""
         return iter(())
 
     @classmethod
     def priority(cls, folder: Path, device: str | None) -> int:
-        """Of the engines for bundles the one of the highest priority runs when none was asked for, never one of 0. Looks at
-        what is installed and built, and imports no package of the engine. `device`: the one that was asked for."""
+        """Of the engines for bundles the one of the highest priority is the default, never one of 0. It depends on what is
+        installed and built; no package of the engine is imported. `device`: the user's, None for none."""
         return 0
 
     @abc.abstractmethod
@@ -84,8 +86,8 @@ class Engine(abc.ABC):
         """
 
     def checked_rows(self, network: str, inputs: Sequence[Array]) -> int:
-        """The rows of a network's inputs. Raises InputError unless each has the dtype and shape of the signature: libraries
-        read past the end of another one, or broadcast it."""
+        """The number of rows of a network's inputs. Raises InputError unless each has the dtype and shape of the signature:
+        libraries broadcast a wrong one, or read past its end."""
         tensors, shapes = self.signatures[network].inputs, [tuple(x.shape) for x in inputs]
         if len(shapes) != len(tensors):
             raise InputError(f"engine {self.name}: {network} takes {len(tensors)} inputs, not {len(shapes)}")
@@ -127,8 +129,8 @@ class Engine(abc.ABC):
         return None
 
     def recipe(self, network: str, rows: int | None) -> Recipe | None:
-        """Cache key of this network compiled for `rows` rows, or for any number of them (None); a field that is None matches
-        every value. No key at all (None) for an engine that keeps nothing on disk."""
+        """Cache key of this network compiled for `rows` rows (None: any number); a None field matches anything. None for an
+        engine that keeps nothing on disk."""
         return None
 
     def buckets(self, guided: bool) -> Sequence[int] | None:
@@ -148,8 +150,12 @@ class Engine(abc.ABC):
 
     def probe(self, network: str, rows: int) -> None:
         """One forward of so many rows, to measure time and memory."""
-        rng = np.random.default_rng(0)
-        self.run_any(network, *(self.array(x) for x in self.signatures[network].sample_inputs(rows, rng).values()))
+        self.run_any(network, *self.samples(network, rows))
+
+    def samples(self, network: str, rows: int) -> list[Array]:
+        """Random inputs of so many rows, always the same."""
+        inputs = self.signatures[network].sample_inputs(rows, np.random.default_rng(0))
+        return [self.array(x) for x in inputs.values()]
 
     def synchronize(self) -> None:  # noqa: B027
         """Wait until everything that was queued on the device has run."""
@@ -175,7 +181,7 @@ class Engine(abc.ABC):
 
 
 def choose_dtype(engine: type[Engine], dtype: str | None, default: str) -> str:
-    """The asked-for precision, or the default; InputError when the engine cannot execute it."""
+    """`dtype`, or the default if it is None. Raises InputError when the engine cannot execute it."""
     if dtype is None:
         return default
     if dtype not in engine.dtypes:
@@ -184,5 +190,5 @@ def choose_dtype(engine: type[Engine], dtype: str | None, default: str) -> str:
 
 
 def announce(line: str) -> None:
-    """Tell the user about something that takes long, or is not what they might expect."""
+    """A line to the user, on stderr, about something slow or unexpected."""
     print(line, file=sys.stderr, flush=True)

@@ -29,11 +29,10 @@ class Batch(NamedTuple):
 def cut(count: int, limit: int, sizes: Sequence[int] | None = None) -> list[Batch]:
     """Batches of at most `limit` rows that cover `count` requests in order, the larger ones first.
 
-    With free sizes (None) they are as few and as even as can be: one size, whose last batch is padded where that wastes at
-    most 3% of the rows, else two sizes that differ by one. The same holds for `sizes` without a gap from 1 on, up to the
-    largest of them. With other `sizes` (engines compiled per batch size) the largest that fits `limit` is used as often as it
-    can be filled, and the rest takes the fewest batches that waste at most 3% of the job, or where there are none, those with
-    the least waste. Raises InputError when `limit` is below 1 or below all sizes.
+    `sizes` None, or all sizes from 1 to a largest one: as few batches as possible. They have one size, the last one padded,
+    if that wastes at most 3% of the rows; else two sizes that differ by one. Other `sizes` (engines compiled per batch size):
+    the largest up to `limit` as often as it can be filled; the rest takes the fewest batches that waste at most 3% of the job,
+    or if there are none, those with the least waste. Raises InputError when `limit` is below 1 or below all sizes.
     """
     if limit < 1:
         raise InputError(f"batch_size is {limit}, expected at least 1")
@@ -61,10 +60,7 @@ def waste(batches: Sequence[Batch]) -> float:
 
 
 def halved(batch: Batch, sizes: Sequence[int] | None = None) -> list[Batch]:
-    """The same requests in batches of at most half the size, rounded up: what to try when memory runs out.
-
-    Raises InputError when there is no smaller size.
-    """
+    """The same requests in batches of at most half the size, rounded up. Raises InputError when there is no smaller size."""
     if batch.bucket == 1:
         raise InputError("batch_size is 1 already")
     parts = cut(len(batch), math.ceil(batch.bucket / 2), sizes)
@@ -90,7 +86,7 @@ def _fixed(count: int, limit: int, sizes: Sequence[int]) -> list[int]:
     for rows in range(1, rest + largest + 1):
         options = [[*before, s] for s in usable if s <= rows and (before := fewest[rows - s]) is not None]
         fewest.append(min(options, key=len, default=None))
-    covers = [found for found in fewest[rest:] if found is not None]
-    within = [found for found in covers if sum(found) - rest <= MAX_WASTE * count]
-    chosen = min(within, key=lambda found: (len(found), sum(found))) if within else covers[0]
-    return [largest] * full + sorted(chosen, reverse=True)
+    covers = [cover for cover in fewest[rest:] if cover is not None]
+    within = [cover for cover in covers if sum(cover) - rest <= MAX_WASTE * count]
+    best = min(within, key=lambda cover: (len(cover), sum(cover))) if within else covers[0]
+    return [largest] * full + sorted(best, reverse=True)

@@ -1,4 +1,4 @@
-"""Which engine runs a model when none was asked for."""
+"""The default engine of a model."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from fastgen.models.bundle import is_bundle
 
 
 def default_engine(folder: Path, device: str | None = None, *, built: bool = True) -> str:
-    """For a model folder `eager`, the reference. For a bundle the installed engine of the highest `priority`:
-    `trt` where plans were built from it, `trt-rtx` where it holds plans and an RTX card is here, on a GPU `ort`, on a CPU
-    `openvino`. `built=False`: none that must be built beforehand.
+    """For a model folder `eager`, the reference. For a bundle the installed engine of the highest `priority`: `trt` if it has
+    plans in the cache, `trt-rtx` if it holds plans and an RTX card is here, else `ort` on a GPU and `openvino` on a CPU.
+    `built=False`: none that must be built beforehand.
 
-    The choice looks at what is here, installed and built, imports nothing, and tries nothing out: if the engine then cannot
-    run, that is an error. Raises InputError when no engine for bundles is installed.
+    Nothing is imported or tried out: an engine that then cannot run is an error. Raises InputError when no engine for bundles
+    is installed.
     """
     if not is_bundle(folder):
         return next(name for name in engine_names() if engine_class(name).reference)

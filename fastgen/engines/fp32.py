@@ -1,8 +1,8 @@
-"""fp32 that is fp32: while a network runs in it, torch may not round its products to TF32 or bf16.
+"""Exact fp32: while a network runs in fp32, torch may not round its products to TF32 or bf16.
 
-torch rounds the inputs of cuDNN's convolutions to TF32 (10 bits of mantissa) unless it is told otherwise, and those of matrix
-products, on CPUs to bf16 too, after `torch.set_float32_matmul_precision`. These are settings of the whole process, where other
-code may want them: they are changed only while a network runs, which includes warming up and recording.
+By default torch rounds the inputs of cuDNN's convolutions to TF32 (10 bits of mantissa). After
+`torch.set_float32_matmul_precision` it also rounds those of matrix products, on CPUs to bf16. These are settings of the whole
+process, which other code may need: they are changed only while a network runs, which includes warming up and recording.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 _lock = threading.Lock()
-_inside = 0  # threads and nested calls that want fp32
+_inside = 0  # threads and nested calls within `exact_fp32`
 _restore: Callable[[], None]
 
 
@@ -36,15 +37,15 @@ def exact_fp32() -> Iterator[None]:
 
 
 def _set_exact() -> Callable[[], None]:
-    """Set everything to fp32; returns what sets it back.
+    """Set everything to fp32, and return a function that restores the settings.
 
-    torch 2.9 and newer have a setting per library and operation beside the older ones for all, which they change too. An older
-    one cannot be read where the user has set the newer ones apart from it; it then decides nothing, and is left as it is.
+    torch 2.9 and newer have a setting per library and operation, beside the older ones for all operations. Both change each
+    other. An older one cannot be read if the user gave the newer ones different values: then it has no effect, and stays.
     """
     import torch
 
     older: list[Any] = [
-        (lambda: torch.backends.cudnn.allow_tf32, _allow_tf32, False),
+        (lambda: torch.backends.cudnn.allow_tf32, partial(setattr, torch.backends.cudnn, "allow_tf32"), False),
         (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest"),
     ]
     legacy: list[tuple[Callable[[Any], None], Any, Any]] = []
@@ -68,9 +69,3 @@ def _set_exact() -> Callable[[], None]:
             one.fp32_precision = value
 
     return restore
-
-
-def _allow_tf32(value: bool) -> None:
-    import torch
-
-    torch.backends.cudnn.allow_tf32 = value

@@ -1,4 +1,4 @@
-"""What hardware is here: GPUs and driver as nvidia-smi tells, CPU, memory. Parsers take text: any machine can be fed in."""
+"""The hardware: GPUs and driver as nvidia-smi prints them, CPU, memory. The parsers take text, so that tests need no GPU."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from pathlib import Path
 
 X86 = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_int8", "amx_bf16", "amx_fp16")
 ARM = ("asimd", "asimddp", "fphp", "i8mm", "bf16", "sve", "sve2")
-ISA = (*X86, *ARM)  # what decides which kernels a CPU runs
+ISA = (*X86, *ARM)  # kernels are chosen by these
 QUERIES = ("name,memory.total,driver_version,compute_cap", "name,memory.total,driver_version")  # drivers before 510
 Smi = Callable[..., tuple[int, str]]  # nvidia-smi's arguments -> (exit status, stdout and stderr)
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """An NVIDIA GPU. `memory_mib` and `compute_capability` ("9.0") are None where they are not told."""
+    """An NVIDIA GPU. `memory_mib` and `compute_capability` ("9.0") are None where nvidia-smi does not print them."""
 
     name: str
     memory_mib: int | None
@@ -38,7 +38,7 @@ class Driver:
 
 @dataclass(frozen=True)
 class Cpu:
-    """`cores`: those this process may use; `isa`: the instruction sets among `ISA`; memory in bytes, None if not told."""
+    """`cores`: those that this process may use; `isa`: its instruction sets among `ISA`; memory in bytes, None if unknown."""
 
     name: str
     cores: int
@@ -74,11 +74,11 @@ def gpus(smi: Smi = nvidia_smi) -> tuple[list[Gpu], Driver]:
         first_failure = first_failure or f"nvidia-smi fails with status {status}: {_first_line(text)}"
     if status != 0:
         return [], Driver(None, None, first_failure)
-    rows = [row for row in map(_cells, text.splitlines()) if len(row) >= 3]
+    rows = [[cell.strip() for cell in line.split(",")] for line in text.splitlines() if line.count(",") >= 2]
     if not rows:
         return [], Driver(None, None, f"nvidia-smi lists no GPU: {_first_line(text)}")
-    found = [Gpu(name, _mib(memory), _capability(rest)) for name, memory, _, *rest in rows]
-    return found, Driver(rows[0][2], _driver_cuda(smi))
+    cards = [Gpu(name, _mib(memory), _capability(rest)) for name, memory, _, *rest in rows]
+    return cards, Driver(rows[0][2], _driver_cuda(smi))
 
 
 def cpu(cpuinfo: str | None = None, meminfo: str | None = None) -> Cpu:
@@ -104,17 +104,13 @@ def version(text: str) -> tuple[int, ...]:
 
 def _driver_cuda(smi: Smi) -> str | None:
     status, text = smi()
-    found = re.search(r"CUDA (?:UMD )?Version\s*:\s*(\d+\.\d+)", text)
-    return found[1] if status == 0 and found else None
-
-
-def _cells(line: str) -> list[str]:
-    return [cell.strip() for cell in line.split(",")]
+    match = re.search(r"CUDA (?:UMD )?Version\s*:\s*(\d+\.\d+)", text)
+    return match[1] if status == 0 and match else None
 
 
 def _mib(text: str) -> int | None:
-    found = re.fullmatch(r"(\d+) MiB", text)
-    return int(found[1]) if found else None
+    match = re.fullmatch(r"(\d+) MiB", text)
+    return int(match[1]) if match else None
 
 
 def _capability(cells: list[str]) -> str | None:
@@ -136,8 +132,8 @@ def _pairs(text: str) -> dict[str, str]:
 
 
 def _kib(pairs: Mapping[str, str], key: str) -> int | None:
-    found = re.fullmatch(r"(\d+) kB", pairs.get(key, ""))
-    return int(found[1]) * 1024 if found else None
+    match = re.fullmatch(r"(\d+) kB", pairs.get(key, ""))
+    return int(match[1]) * 1024 if match else None
 
 
 def _read(path: str) -> str:

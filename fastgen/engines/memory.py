@@ -1,4 +1,4 @@
-"""What a network takes of a GPU's memory: measured, as libraries and hardware decide it."""
+"""The GPU memory of a network: measured, as it depends on libraries and hardware."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ PROBED_ROWS = 2, 8
 
 
 class Memory(NamedTuple):
-    """Bytes that a network takes on a GPU: `fixed`, and `row` for each row. `limit`: rows that fitted, where more did not."""
+    """GPU memory of a network in bytes: `fixed`, and `row` for each row. `limit`: most rows, if more ran out of memory."""
 
     fixed: float
     row: float
@@ -24,9 +24,9 @@ class Memory(NamedTuple):
 
 
 def measure_memory(engine: Engine, network: str) -> Memory:
-    """Run a network with a few rows and with more, and see what is gone of the GPU's free memory.
+    """Measure the free memory of the GPU while a network runs with a few rows and with more.
 
-    Both run once before: the first use of a library loads its kernels and workspaces, which is not memory of the rows.
+    Both run once before: the first call loads the library's kernels and workspaces, which do not depend on the rows.
     """
     few, many = PROBED_ROWS
     if not _fits(engine, network, few):

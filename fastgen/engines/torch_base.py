@@ -1,4 +1,4 @@
-"""What the engines whose arrays are torch tensors have in common."""
+"""The base class of engines whose arrays are torch tensors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastgen.errors import InputError
 if TYPE_CHECKING:
     from fastgen.engines.doctor.diagnosis import Machine, Problem
 
-# What libraries say when memory runs out, through other exceptions than torch's own.
+# Words of errors, other than torch's OutOfMemoryError, that mean that memory ran out.
 OUT_OF_MEMORY = (
     "out of memory",
     "not enough memory",  # torch on a CPU
@@ -61,7 +61,7 @@ class TorchEngine(base.Engine):
         return values.cpu().numpy()
 
     def precisely(self, network: str) -> AbstractContextManager[Any]:
-        """What torch must run this network in: where it executes fp32, without rounding to TF32 or bf16 on the way."""
+        """The context in which torch must run this network: fp32 networks without rounding to TF32 or bf16."""
         return exact_fp32() if self.executed(network) == "fp32" else nullcontext()
 
     def is_out_of_memory(self, error: BaseException) -> bool:
@@ -77,7 +77,7 @@ class TorchEngine(base.Engine):
 
 
 def is_out_of_memory(error: BaseException, library_errors: type[Exception] = RuntimeError) -> bool:
-    """Whether memory ran out, on a GPU or on the host: told by an error of its own, or in the words of a library's error."""
+    """Whether memory ran out, on a GPU or on the host, by the error's class or, for `library_errors`, its words."""
     import torch
 
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
@@ -95,6 +95,6 @@ def check_device(engine: str, device: str, kinds: tuple[str, ...] = ("cpu", "cud
         choices = [*(k for k in kinds if k != "cuda"), *(("cuda", "cuda:N") if "cuda" in kinds else ())]
         raise InputError(f"device {device!r}: engine {engine} runs on {', '.join(choices)}")
     if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
-        found = f"{torch.cuda.device_count()} CUDA GPUs" if torch.cuda.is_available() else "no CUDA GPU"
-        raise InputError(f"device {device}: torch {torch.__version__} sees {found} here")
+        gpus = f"{torch.cuda.device_count()} CUDA GPUs" if torch.cuda.is_available() else "no CUDA GPU"
+        raise InputError(f"device {device}: torch {torch.__version__} sees {gpus} here")
     return device

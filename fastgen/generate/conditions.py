@@ -1,4 +1,4 @@
-"""What the UNet is conditioned on: prompts or label lists, as rows of an engine's arrays."""
+"""Prompts or label lists -> the conditions that the UNet sees, as arrays of an engine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from fastgen.models.spec import Spec
 
 ENCODE_BATCH = 16  # prompts per forward of the text encoder
-HELD_BYTES = 2**28  # 1,700 prompts of 77 tokens, 512 wide: ten batches of a large job
+STATE_BYTES = 2**28  # 1,700 prompts of 77 tokens, 512 wide: ten batches of a large job
 
 
 class LabelConditions:
@@ -37,16 +37,16 @@ class LabelConditions:
 
 
 class PromptConditions:
-    """Prompts -> text states (B, tokens, D), the unconditional row is the empty prompt.
+    """Prompts -> text states (B, tokens, D); the unconditional row is the empty prompt.
 
-    Distinct prompts are encoded in fixed batches of the whole job when they are first needed, hence a resumed job encodes each
-    in the same batch, to the same bits. The states of the batches used last stay on the engine's device, `held_bytes` of them
-    (always one batch); a prompt whose states were let go is encoded again. `texts`: the distinct prompts; `truncated`: prompt
-    -> its number of tokens, of those that are longer than the text encoder takes.
+    The batches of the text encoder are fixed by the prompts of the whole job: a resumed job encodes each prompt in the same
+    batch, hence to the same bits. A batch runs when it is first needed. The latest ones stay on the engine's device, up to
+    `state_bytes` (at least one batch); older ones are encoded again. `texts`: each prompt once; `truncated`: prompt -> its
+    number of tokens, for prompts that are too long for the text encoder.
     """
 
     def __init__(
-        self, engine: Engine, tokenizer: Any, prompts: Sequence[str], guided: bool, held_bytes: int = HELD_BYTES
+        self, engine: Engine, tokenizer: Any, prompts: Sequence[str], guided: bool, state_bytes: int = STATE_BYTES
     ) -> None:
         distinct = dict.fromkeys([*([""] if guided else []), *prompts])
         self._engine = engine
@@ -55,8 +55,8 @@ class PromptConditions:
         self._batches = _batches(engine, len(distinct))
         places = [(number, row) for number, batch in enumerate(self._batches) for row in range(len(batch))]
         self._place = dict(zip(distinct, places, strict=True))
-        self._states: OrderedDict[int, Array] = OrderedDict()  # number of a batch -> its states; used last at the end
-        self._held_bytes = held_bytes
+        self._states: OrderedDict[int, Array] = OrderedDict()  # number of a batch -> its states; the latest at the end
+        self._state_bytes = state_bytes
         self._uncond: Array | None = None
         self.truncated = {p: n for p, n in zip(distinct, counts, strict=True) if n > tokenizer.length}
 
@@ -65,7 +65,7 @@ class PromptConditions:
 
     def uncond(self) -> Array:
         """(1, tokens, D)"""
-        if self._uncond is None:  # a tensor of its own: a view would hold all states of its batch
+        if self._uncond is None:  # stack copies: a view would keep the whole batch in memory
             self._uncond = self._engine.xp.stack([self._state("")])
         return self._uncond
 
@@ -73,7 +73,7 @@ class PromptConditions:
         number, row = self._place[prompt]
         if number not in self._states:
             self._states[number] = _encode(self._engine, self._ids, self._batches[number])[0]
-            while len(self._states) > 1 and sum(s.nbytes for s in self._states.values()) > self._held_bytes:
+            while len(self._states) > 1 and sum(s.nbytes for s in self._states.values()) > self._state_bytes:
                 self._states.popitem(last=False)
         self._states.move_to_end(number)
         return self._states[number][row]
@@ -101,7 +101,7 @@ def check_kind(requests: Sequence[Request], family: str) -> None:
 def pooled_states(
     engine: Engine, tokenizer: Any, texts: Sequence[str], done: Callable[[int], None] = lambda count: None
 ) -> np.ndarray:
-    """The text encoder's pooled state of every text, (N, D) float32; `done(n)` hears of each batch of n texts."""
+    """The text encoder's pooled state of every text, (N, D) float32. `done(n)` is called after each batch of n texts."""
     ids, _ = tokenizer.encode(list(texts))
     parts = []
     for batch in _batches(engine, len(texts)):
@@ -116,6 +116,7 @@ def _batches(engine: Engine, count: int) -> list[Batch]:
 
 
 def _encode(engine: Engine, ids: np.ndarray, batch: Batch) -> tuple[Array, ...]:
-    """The text encoder on one batch of token ids: states (B, tokens, D), pooled states (B, D), perhaps padded."""
+    """The text encoder on one batch of token ids: states (B, tokens, D) and pooled states (B, D), of B = bucket rows where
+    the engine has static shapes."""
     rows = engine.array(ids[batch.rows])
     return engine.run("text_encoder", engine.padded(rows, batch.bucket) if engine.static_shapes else rows)

@@ -1,4 +1,4 @@
-"""Final latents -> pictures: decoded, looked at for broken ones, and quantised; on a GPU beside the next batch's sampling."""
+"""Final latents -> pictures: decode, quantise, and check for broken ones; on a GPU while the next batch is sampled."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Pictures:
-    """Finished images (B, H, W, 3) uint8, and for each what is wrong with it: not finite, or flat; None for a picture.
-    `strips`: for each its denoising side by side, where that was asked for."""
+    """Images (B, H, W, 3) uint8, the problem of each (not finite, or flat; None for a good one), and with --strip the
+    denoising strip of each."""
 
     pixels: np.ndarray
     problems: list[ImageProblem | None]
@@ -30,7 +30,7 @@ class Pictures:
 
 
 class Decoder:
-    """Latents -> images on an engine. `open_exact` makes the same engine in fp32, for what comes out broken in less."""
+    """Latents -> images on an engine. `open_exact` builds this engine in fp32: broken images are decoded again on it."""
 
     def __init__(self, engine: Engine, spec: Spec, open_exact: Callable[[], Engine] | None = None) -> None:
         self._engine, self._spec, self._open_exact = engine, spec, open_exact
@@ -38,14 +38,14 @@ class Decoder:
 
     @property
     def most(self) -> int:
-        """Images that the engine decodes at once."""
+        """How many images the engine decodes in one forward by default."""
         return max(1, self._engine.decode_pixels // self._spec.image_size**2)
 
     def decode(self, x: Array, limit: int | None = None) -> Array:
         """(B, C, h, w) -> (B, 3, H, W) float32, nominally in [-1, 1], in forwards of at most `limit` images (default: `most`).
 
-        An engine that compiles a network for each number of rows decodes larger batches in parts of exactly `limit` images,
-        the last one padded, so that it compiles once; others decode in parts as even as can be.
+        An engine with static shapes decodes a larger batch in parts of exactly `limit` images, the last one padded, so that
+        it compiles once. Other engines decode parts of nearly equal size.
         """
         engine = self._engine
         if self._spec.family == "labels":
@@ -63,67 +63,58 @@ class Decoder:
             parts.append(engine.run("vae_decoder", rows)[0][: len(batch)])
         return parts[0] if len(parts) == 1 else engine.xp.concatenate(parts)
 
-    @np.errstate(over="ignore", invalid="ignore")  # broken images are looked for in the end
+    @np.errstate(over="ignore", invalid="ignore")  # `_finish` checks for broken images
     def start(self, x: Array, normalize: str = "clamp", limit: int | None = None) -> Callable[[], Pictures]:
-        """Begin to decode x (B, C, h, w); the call that is returned waits for the pictures. `normalize`: see `quantised`.
+        """Begin to decode x (B, C, h, w), and return a function that waits for the pictures. `normalize`: see `quantised`.
         `limit`: see `decode`.
 
-        On a GPU everything is queued on a stream of its own behind what is queued already, down to the copy into the host's
-        memory; elsewhere the pictures are ready at once.
+        On a GPU the decoding, and the copy to the host, are queued on the stream DECODE after all work that is queued already.
+        On a CPU the pictures are ready when this returns.
         """
         if not self._engine.device.startswith("cuda"):
-            ready = quantised(self._engine.numpy(self.decode(x, limit)), normalize)
-            return lambda: self._finish(x, normalize, limit, *ready)
+            arrays = quantised(self._engine.numpy(self.decode(x, limit)), normalize)
+            return lambda: self._finish(x, normalize, limit, *arrays)
         import torch
 
         device = self._engine.device
         stream = streams.stream(device, streams.DECODE)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.device(device), torch.cuda.stream(stream):
-            found = quantised(self.decode(x, limit), normalize)
-            host = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True) for t in found]
-            done = torch.cuda.Event()
-            done.record(stream)
+            tensors = quantised(self.decode(x, limit), normalize)
+            host = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True) for t in tensors]
+            event = torch.cuda.Event()
+            event.record(stream)
 
         def wait() -> Pictures:
-            done.synchronize()
-            return self._finish(x, normalize, limit, *(t.numpy() for t in host))  # and x lives until here
+            event.synchronize()
+            return self._finish(x, normalize, limit, *(t.numpy() for t in host))  # keeps x alive until here
 
         return wait
 
     def _finish(
-        self,
-        x: Array,
-        normalize: str,
-        limit: int | None,
-        pixels: np.ndarray,
-        broken: np.ndarray,
-        low: np.ndarray,
-        high: np.ndarray,
+        self, x: Array, normalize: str, limit: int | None, pixels: np.ndarray, *statistics: np.ndarray
     ) -> Pictures:
-        size = pixels[0].size
-        problems = [problem_of(size, *values) for values in zip(broken, low, high, strict=True)]
-        retry = [i for i, problem in enumerate(problems) if problem]
-        if not retry or self._spec.family == "labels" or self._engine.dtype == "fp32" or self._open_exact is None:
+        """The pictures of x from what `quantised` returned; broken ones are decoded again in fp32."""
+        problems = [problem_of(pixels[0].size, *values) for values in zip(*statistics, strict=True)]
+        broken = {i: problem for i, problem in enumerate(problems) if problem}
+        if not broken or self._spec.family == "labels" or self._engine.dtype == "fp32" or self._open_exact is None:
             return Pictures(pixels, problems)
         pixels = np.array(pixels)
         try:
-            again = self._decoded_exactly(x, retry, normalize, limit)
+            exact = self._decode_exactly(x, list(broken), normalize, limit)
         except Exception as error:
             if not isinstance(error, FastgenError) and not self._engine.is_out_of_memory(error):
                 raise
-            for i, problem in enumerate(problems):
-                if problem:
-                    text = f"{problem}; decoding in fp32 instead failed: {first_line(error)}"
-                    problems[i] = problem._replace(text=text)
+            for i, problem in broken.items():
+                problems[i] = problem._replace(text=f"{problem}; decoding in fp32 instead failed: {first_line(error)}")
             return Pictures(pixels, problems)
-        for j, i in enumerate(retry):
-            pixels[i], problems[i] = again.pixels[j], again.problems[j]
+        for j, i in enumerate(broken):
+            pixels[i], problems[i] = exact.pixels[j], exact.problems[j]
         return Pictures(pixels, problems)
 
-    def _decoded_exactly(self, x: Array, rows: list[int], normalize: str, limit: int | None) -> Pictures:
-        """These rows of x decoded in fp32, beside what is queued. An engine that compiles for each number of rows takes them
-        one by one: how many are broken differs from batch to batch."""
+    def _decode_exactly(self, x: Array, rows: list[int], normalize: str, limit: int | None) -> Pictures:
+        """These rows of x, decoded in fp32 on the stream DECODE. An engine with static shapes decodes them one by one, as their
+        number differs from batch to batch."""
         assert self._open_exact is not None
         self._exact = self._exact or Decoder(self._open_exact(), self._spec)
         one_by_one, device = self._engine.static_shapes, self._engine.device
@@ -133,5 +124,5 @@ class Decoder:
 
                 stack.enter_context(torch.cuda.device(device))
                 stack.enter_context(torch.cuda.stream(streams.stream(device, streams.DECODE)))
-            broken = self._engine.xp.stack([x[i] for i in rows])
-            return self._exact.start(broken, normalize, 1 if one_by_one else limit)()
+            x = self._engine.xp.stack([x[i] for i in rows])
+            return self._exact.start(x, normalize, 1 if one_by_one else limit)()

@@ -1,13 +1,12 @@
-"""What a job will take, and the batch size that fits: measured on a few rows before the job begins."""
+"""The time and memory of a job, and the batch size that fits: measured on a few rows before the job begins."""
 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from fastgen.engines import memory as engines_memory
 from fastgen.engines.batches import Batch, waste
@@ -27,7 +26,8 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a job takes. `memory` in bytes: on a GPU what is in use there with the largest batch, else the process's peak."""
+    """What a job takes. `memory` in bytes, described by `where`: on a GPU all that is in use with the largest batch, on a CPU
+    the peak of this process."""
 
     images: int
     batches: Sequence[Batch]
@@ -37,10 +37,8 @@ class Estimate:
     where: str
 
     def __str__(self) -> str:
-        sizes = ", ".join(
-            f"{sum(b.bucket == size for b in self.batches)} of {size}"
-            for size in sorted({b.bucket for b in self.batches}, reverse=True)
-        )
+        counts = Counter(batch.bucket for batch in self.batches)
+        sizes = ", ".join(f"{count} of {size}" for size, count in sorted(counts.items(), reverse=True))
         return (
             f"{self.images} images in {len(self.batches)} batches ({sizes}; padding {100 * waste(self.batches):.1f}%), "
             f"{self.evaluations} evaluations each: about {_duration(self.seconds)}, {self.memory / GIB:.1f} GiB {self.where}"
@@ -48,25 +46,25 @@ class Estimate:
 
 
 def automatic_batch_size(pipeline: ModelRunner, settings: Settings) -> int:
-    """How many images run together by default: 16 on a CPU; on a GPU what fits into its free memory beside the VAE decoder, at
-    most 128, measured on a few rows, or the largest size that the engine was compiled for."""
+    """Images per batch by default. An engine with sizes of its own: the largest up to 128. Others: 16 on a CPU, on a GPU what
+    fits into the free memory beside the VAE decoder, at most 128; that is measured on a few rows."""
     engine, sizes = pipeline.engine, pipeline.buckets(settings)
     if sizes is not None:
         return max([size for size in sizes if size <= MAX_BATCH] or [min(sizes)])
     if not pipeline.on_gpu:
         return CPU_BATCH
-    taken = 0.0
+    beside = 0.0  # bytes of the VAE decoder, which decodes one batch while the next one is sampled
     if pipeline.spec.family == "text":
-        cost = _memory_of(pipeline, "vae_decoder")  # which decodes one batch while the next one is sampled
-        taken = cost.fixed + cost.row * _decoded_at_once(pipeline)
-    cost = _memory_of(pipeline, "unet")
-    rows = cost.rows_in(USABLE * engines_memory.free_memory(engine) - taken)
+        decoder = _memory_of(pipeline, "vae_decoder")
+        beside = decoder.fixed + decoder.row * _decoded_at_once(pipeline)
+    unet = _memory_of(pipeline, "unet")
+    rows = unet.rows_in(USABLE * engines_memory.free_memory(engine) - beside)
     return max(1, min(MAX_BATCH, rows // 2 if settings.guided else rows))
 
 
 def decode_batch_size(pipeline: ModelRunner) -> int | None:
-    """How many images the VAE decodes together: what the engine takes at once, on a GPU no more than fits into a quarter of its
-    free memory. None where there is nothing to decode."""
+    """Images per forward of the VAE decoder: `Decoder.most`, on a GPU at most what fits into a quarter of its free memory. None
+    for a model without a VAE."""
     if pipeline.spec.family == "labels":
         return None
     if not pipeline.on_gpu or pipeline.engine.batch_sizes("vae_decoder") is not None:
@@ -80,22 +78,20 @@ def _decoded_at_once(pipeline: ModelRunner) -> int:
 
 
 def _memory_of(pipeline: ModelRunner, network: str) -> engines_memory.Memory:
-    """What a network takes, measured once per pipeline."""
-    if network not in pipeline.measured:
-        pipeline.measured[network] = engines_memory.measure_memory(pipeline.engine, network)
-    return pipeline.measured[network]
+    """Memory of a network, measured once per pipeline."""
+    if network not in pipeline.memory:
+        pipeline.memory[network] = engines_memory.measure_memory(pipeline.engine, network)
+    return pipeline.memory[network]
 
 
 def estimate(run: Run, batches: Sequence[Batch], decode: int | None = None) -> Estimate:
-    """Time one row of each kind at the largest batch size, and multiply. Engines that compile do so here. `decode`: images that
-    the VAE decodes together."""
-    engine, spec = run.pipeline.engine, run.pipeline.spec
+    """Time one row of the table of each kind, guided or not, at the largest batch size, and multiply. Engines that compile
+    networks do it here. `decode`: images per forward of the VAE decoder."""
+    engine = run.pipeline.engine
     largest = max(batch.bucket for batch in batches)
     first, last = run.guided
     guided, plain = last - first, len(run.table) - (last - first)
-    inputs = [
-        engine.array(x) for x in spec.signatures["unet"].sample_inputs(largest, np.random.default_rng(0)).values()
-    ]
+    inputs = engine.samples("unet", largest)
     seconds = 0.0
     if guided:
         both = engine.xp.concatenate([inputs[2], inputs[2]])
@@ -112,7 +108,7 @@ def estimate(run: Run, batches: Sequence[Batch], decode: int | None = None) -> E
 
 
 def _seconds(engine: Engine, call: Callable[[], Any]) -> float:
-    """Of the second call, with whatever the first one queued, compiled or allocated behind it."""
+    """Seconds of the second call; the first warms up."""
     call()
     engine.synchronize()
     start = time.perf_counter()

@@ -22,7 +22,7 @@ from fastgen.generate.runner import ModelRunner
 from fastgen.generate.shards import Shard, save_part, whole_job
 from fastgen.generate.writer import StepBar, Writer, progress_bar
 
-QUEUED = 2  # batches on a GPU at a time: one is sampled while the one before it is decoded
+QUEUED = 2  # batches on a GPU at a time: one is sampled while the previous one is decoded
 
 
 @dataclass(frozen=True)
@@ -48,18 +48,18 @@ def run_job(
     progress: bool = True,
     say: Say = lambda line: None,
 ) -> JobReport:
-    """Generate every request's image below `out`, skipping batches whose files are all there.
+    """Generate every request's image below `out`; batches whose files all exist are skipped.
 
-    Writes the PNGs, manifest.jsonl, job.json and contact_sheet.png; with a `shard` only that part of the batches, and what
-    concerns the whole job when the last part is done. `batch_size` None: what suits the engine and its memory. Where memory
-    runs out all the same, the rest runs in batches of half the size, and `say` is told. Where the run has a strip, each image's
-    denoising is shown in strips/<image_name>; `grid`: columns of grid.png, with all images.
-    Raises InputError when `out` holds another job, and FastgenError when a file cannot be written or not even one image fits
-    into memory; whole files written before that stay.
+    Writes the PNGs, manifest.jsonl, job.json and contact_sheet.png. With a `shard`: only that part of the batches, and the
+    files of the whole job when the last part is done. `batch_size`: by default what suits the engine and its memory; where
+    memory runs out, the other batches run at half the size, and `say` gets a line. A run with a strip writes each image's
+    denoising to strips/<image_name>. `grid`: columns of grid.png, which shows all images.
+    Raises InputError when `out` is the folder of another job, and FastgenError when a file cannot be written or not even one
+    image fits into memory; complete files stay.
     """
     start = time.perf_counter()
     folder = JobFolder.of(run, out, grid)
-    limits, identity = _claim(run, folder, batch_size, sweep=shard is None)
+    limits, identity = _claim(run, folder, batch_size, clean=shard is None)
     lines = [manifest_line(run, r, identity) for r in run.requests]
     batches = run.batches(limits.batch)
     part = batches if shard is None else shard.part(batches)
@@ -73,14 +73,12 @@ def run_job(
     errors = {line["image_name"]: line["error"] for line in lines if "error" in line}
     seconds = time.perf_counter() - start
     truncated = dict(run.conditions.truncated)
-    timing = (
-        {"images": count, "seconds": round(seconds, 3), "smallest_batch": min(map(len, pending))} if count else None
-    )
+    timing = {"images": count, "seconds": round(seconds, 3), "smallest_batch": min(map(len, pending), default=0)}
     if shard is None:
-        folder.finish(run.requests, lines, identity, [timing] if timing else [])
+        folder.finish(run.requests, lines, identity, [timing] if count else [])
         return JobReport(out, len(lines), count, seconds, errors, truncated)
     positions = [i for batch in part for i in range(batch.start, batch.stop)]
-    save_part(out, shard, [(i, lines[i]) for i in positions], timing)
+    save_part(out, shard, [(i, lines[i]) for i in positions], timing if count else None)
     with whole_job(out, shard) as parts:
         if parts is not None:
             folder.finish(run.requests, [line for _, line in parts.lines], identity, parts.runs)
@@ -94,20 +92,20 @@ def estimate_job(run: Run, *, batch_size: int | None = None, shard: Shard | None
 
 
 def job_limits(run: Run, out: Path, batch_size: int | None) -> Limits:
-    """What was asked for, else what the job in `out` began with, else what suits the engine and its memory."""
+    """`batch_size`, else that of the job in `out`, else what suits the engine and its memory."""
     recorded = recorded_limits(out)
     batch = batch_size or (recorded.batch if recorded else automatic_batch_size(run.pipeline, run.settings))
     return Limits(batch, recorded.decode if recorded and recorded.decode else decode_batch_size(run.pipeline))
 
 
-def _claim(run: Run, folder: JobFolder, batch_size: int | None, *, sweep: bool) -> tuple[Limits, dict[str, Any]]:
-    """Make the folder this job's: its limits and identity. Another shard may claim it while this one measures its memory; then
-    the other one's limits hold."""
+def _claim(run: Run, folder: JobFolder, batch_size: int | None, *, clean: bool) -> tuple[Limits, dict[str, Any]]:
+    """Make the folder this job's, and return its limits and identity. If another shard does so while this one measures its
+    memory, the other one's limits count."""
     while True:
         limits = job_limits(run, folder.out, batch_size)
         run.batches(limits.batch)  # refuses a size that the engine lacks before the folder is made
         identity = job_identity(run, limits.batch)
-        if folder.claim(identity, limits, sweep=sweep):
+        if folder.claim(identity, limits, clean=clean):
             return limits, identity
 
 
@@ -118,12 +116,12 @@ def _generated(
     advance: StepBar,
     say: Say,
 ) -> Iterator[tuple[Batch, Pictures]]:
-    """The pictures of all batches; on a GPU the next batch is queued before the one before it is waited for. Elsewhere
-    `advance` follows the rows of a batch."""
+    """The pictures of all batches. On a GPU the next batch is queued before this waits for one; on a CPU `advance` is told of
+    each row of the solver table."""
     queue: deque[tuple[Batch, Callable[[], Pictures]]] = deque()
     todo, pipeline = deque(pending), run.pipeline
     while todo or queue:
-        short = None
+        out_of_memory = None
         try:
             while todo and len(queue) < (QUEUED if pipeline.on_gpu else 1):
                 batch = todo[0]
@@ -133,17 +131,17 @@ def _generated(
         except Exception as error:
             if not pipeline.engine.is_out_of_memory(error):
                 raise
-            short = first_line(error)  # the error itself and its causes hold on to the tensors of the failed batch
+            out_of_memory = first_line(error)  # the error itself keeps the tensors of the failed batch alive
         if queue:
             batch, wait = queue.popleft()
             yield batch, wait()
-        if short is not None and not queue:
+        if out_of_memory is not None and not queue:
             pipeline.free_memory()
-            todo = deque(_smaller(run, todo, short, say))
+            todo = deque(_smaller(run, todo, out_of_memory, say))
 
 
 def _smaller(run: Run, todo: Iterable[Batch], error: str, say: Say) -> list[Batch]:
-    """What is still to do, in batches of half the size. `error`: what was said when memory ran out."""
+    """The batches `todo` at half the size. `error`: the message when memory ran out."""
     device, sizes = run.pipeline.engine.device, run.pipeline.buckets(run.settings)
     first, *rest = todo
     try:

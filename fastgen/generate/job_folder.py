@@ -30,8 +30,8 @@ MANIFEST, JOB = "manifest.jsonl", "job.json"
 
 
 class Limits(NamedTuple):
-    """How many images run together at most, and how many the VAE decodes together (None: not recorded, or nothing to decode).
-    A job that is continued keeps both, to the same bytes: they may follow from the memory that was free."""
+    """Most images per batch, and per forward of the VAE decoder (None: not recorded, or no VAE). They may depend on the memory
+    that was free, and the images' bytes depend on them: a job that is continued keeps both."""
 
     batch: int
     decode: int | None
@@ -39,8 +39,8 @@ class Limits(NamedTuple):
 
 @dataclass(frozen=True)
 class JobFolder:
-    """The output folder of a job: its images' `files`, in request order, and where asked for their `strips` and a `grid` of all
-    images in so many columns."""
+    """The output folder of a job: the image `files` in request order, and if wanted their `strips` and the columns of a `grid`
+    of all images."""
 
     out: Path
     files: Sequence[Path]
@@ -49,28 +49,28 @@ class JobFolder:
 
     @classmethod
     def of(cls, run: Run, out: Path, grid: int | None = None) -> JobFolder:
-        """InputError for an image that would lie outside `out`, or has the name of something else that is written."""
+        """InputError for an image outside `out`, or one with the name of another file that the job writes."""
         files = [safe_path(out, r.image_name) for r in run.requests]
         strips = None if run.strip is None else StripFiles.beside(files, out, run.strip)
         folder = cls(out, files, strips, grid)
-        taken = {str(file).casefold() for file in files} & {str(file).casefold() for file in folder._extra}
-        if taken:
+        twice = {str(file).casefold() for file in files} & {str(file).casefold() for file in folder._extra}
+        if twice:
             raise InputError(
-                f"{min(taken)}: is a request's image, and what --strip or --grid would write; rename the image"
+                f"{min(twice)}: is a request's image, and what --strip or --grid would write; rename the image"
             )
         return folder
 
     @property
     def _extra(self) -> list[Path]:
-        """What is written besides the images where it is asked for."""
+        """The files of --grid and --strip."""
         extra = [] if self.grid is None else [self.out / GRID]
         return extra if self.strips is None else [*extra, *self.strips.files, self.out / STRIP_SHEET]
 
-    def claim(self, identity: dict[str, Any], limits: Limits, *, sweep: bool) -> bool:
-        """Make the folder this job's, or refuse: it belongs to another job, or holds files that would be overwritten.
+    def claim(self, identity: dict[str, Any], limits: Limits, *, clean: bool) -> bool:
+        """Make the folder this job's. False when another process, such as another shard's, has just done so: its limits count.
 
-        `sweep`: delete what killed processes left. False when another process, such as another shard's, has made the folder its
-        own meanwhile: then its limits hold. Raises InputError.
+        `clean`: delete temporary files of killed processes. Raises InputError when the folder belongs to another job, or holds
+        files that would be overwritten.
         """
         out, path = self.out, self.out / JOB
         for folder in (out, *out.parents):
@@ -78,17 +78,17 @@ class JobFolder:
                 raise InputError(f"{folder}: is not a folder; choose another --out")
         if not os.path.lexists(path):
             written = (*self.files, *self._extra, out / MANIFEST, out / CONTACT_SHEET)
-            taken = [file for file in written if os.path.lexists(file)]
-            if taken and not os.path.lexists(path):  # which another shard may have written meanwhile
+            there = [file for file in written if os.path.lexists(file)]
+            if there and not os.path.lexists(path):  # another shard may have written it by now
                 raise InputError(
-                    f"{out}: {len(taken)} of the files to write exist already, such as {taken[0].name}, but no {JOB}; "
+                    f"{out}: {len(there)} of the files to write exist already, such as {there[0].name}, but no {JOB}; "
                     "choose another --out"
                 )
             make_folder(out)
             return write_new_json(path, {"job": identity, "limits": limits._asdict(), "runs": []})
         check_same_job(out, identity)
-        if sweep:
-            self._sweep()
+        if clean:
+            self._clean()
         return True
 
     def is_complete(self, batch: Batch) -> bool:
@@ -97,8 +97,8 @@ class JobFolder:
         return all(self.files[i].exists() and (strips is None or strips.present(i)) for i in range(*batch[:2]))
 
     def write(self, writer: Writer, batch: Batch, pictures: Pictures, lines: Sequence[dict[str, Any]]) -> None:
-        """Hand a batch's images and strips to the writer, with their manifest lines; a line of what is no picture gets an
-        "error" instead."""
+        """Hand a batch's images and strips to the writer, with their manifest lines. A broken image is not written; its line
+        gets an "error"."""
         rows = zip(self.files[batch.rows], pictures.pixels, pictures.problems, lines[batch.rows], strict=True)
         for file, pixels, problem, line in rows:
             if problem:
@@ -115,8 +115,8 @@ class JobFolder:
         identity: dict[str, Any],
         runs: Sequence[dict[str, Any]],
     ) -> None:
-        """Write what concerns the whole job: the manifest of these `lines`, one per request, the contact sheet, grid and strip
-        sheet, and the record with these `runs` more."""
+        """Write the files of the whole job: the manifest (`lines`, one per request), the contact sheet, the grid and the strip
+        sheet if wanted, and the record with `runs` added."""
         out = self.out
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         write_bytes(out / MANIFEST, text.encode())
@@ -133,10 +133,10 @@ class JobFolder:
         record = _read_record(out / JOB)
         write_json(out / JOB, record | {"job": identity, "runs": [*record["runs"], *runs]})
         remove_parts(out)
-        self._sweep()
+        self._clean()
 
-    def _sweep(self) -> None:
-        """Delete what processes left that were killed while writing."""
+    def _clean(self) -> None:
+        """Delete temporary files of processes that were killed."""
         for folder in {file.parent for file in (*self.files, *(self.strips.files if self.strips else ()))}:
             for leftover in folder.glob(".tmp-*"):
                 leftover.unlink(missing_ok=True)
@@ -146,29 +146,29 @@ def check_same_job(out: Path, identity: dict[str, Any]) -> None:
     """InputError when the job that `out` holds, if any, is another one."""
     if not os.path.lexists(out / JOB):
         return
-    held = _read_record(out / JOB)["job"]
+    job = _read_record(out / JOB)["job"]
     for key, value in identity.items():
-        if held.get(key) != value:
+        if job.get(key) != value:
             raise InputError(
-                f"{out}: holds another job: {key} is {held.get(key)!r} there and {value!r} now; choose another --out"
+                f"{out}: holds another job: {key} is {job.get(key)!r} there and {value!r} now; choose another --out"
             )
 
 
 def recorded_runs(out: Path) -> list[dict[str, Any]]:
-    """What each run of the job in `out` that ended well took: {"images", "seconds", ...}."""
+    """Images and seconds of each finished run of the job in `out`: {"images", "seconds", ...}."""
     return _read_record(out / JOB)["runs"]
 
 
 def recorded_limits(out: Path) -> Limits | None:
-    """The limits of the job that `out` holds, so that a resumed one cuts its requests in the same way; None without a job."""
+    """The limits of the job in `out`, so that a resumed one cuts its requests into the same batches; None without a job."""
     path = out / JOB
     if not path.is_file():
         return None
     record = _read_record(path)
-    held = record.get("limits")
-    if not isinstance(held, dict):  # of an older version, which recorded no more than this
-        held = {"batch": record["job"].get("batch_size")}
-    batch, decode = (value if isinstance(value, int) and value > 0 else None for value in map(held.get, Limits._fields))
+    limits = record.get("limits")
+    if not isinstance(limits, dict):  # an older version recorded the batch size alone
+        limits = {"batch": record["job"].get("batch_size")}
+    batch, decode = (v if isinstance(v, int) and v > 0 else None for v in map(limits.get, Limits._fields))
     return None if batch is None else Limits(batch, decode)
 
 

@@ -1,4 +1,4 @@
-"""What the user asked for: a file of requests, or prompts and labels typed on the command line; and where it goes."""
+"""A job as the user typed it: a file of requests, prompts or labels, and the output."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ LONGEST_NAME = 60  # characters of a prompt that name its file
 
 @dataclass(frozen=True)
 class JobInput:
-    """Requests, and where their images go: below the folder `out`, or with `single` one image to exactly this file."""
+    """Requests and their output: the folder `out`, or with `single` the file `out` for one image."""
 
     requests: Requests
     out: Path
     single: bool = False
 
     def refuse(self, options: Mapping[str, object]) -> None:
-        """InputError for one of these options, which concern a folder of images, where there is a single file."""
+        """InputError for one of these options, which need a folder of images, when the output is a file."""
         for name, value in options.items():
             if self.single and value is not None:
                 raise InputError(f"{name} belongs to a folder of images, and {self.out} is a file; give --out FOLDER")
@@ -42,12 +42,12 @@ def read_input(
     seed: int = 0,
     count: int | None = None,
 ) -> JobInput:
-    """Read what is asked for in exactly one of the three ways. `count`: images of each prompt or list of labels, with the seeds
-    `seed`, `seed` + 1, ... A single one goes to a file, unless `out` names a folder. Raises InputError."""
-    given = [bool(file), bool(prompts), bool(labels)]
-    if sum(given) != 1:
-        found = "several of them" if any(given) else "none"
-        raise InputError(f"give one of REQUESTS.json, --prompt TEXT and --labels NAMES; found {found}")
+    """Read exactly one of `file`, `prompts` and `labels`. `count`: images of each prompt or list of labels, with the seeds
+    `seed`, `seed` + 1, ... A single image goes to a file, unless `out` names a folder. Raises InputError."""
+    ways = sum(map(bool, (file, prompts, labels)))
+    if ways != 1:
+        what = "several of them" if ways else "none"
+        raise InputError(f"give one of REQUESTS.json, --prompt TEXT and --labels NAMES; found {what}")
     if file is not None:
         if count is not None:
             raise InputError("--count goes with --prompt and --labels; a file of requests lists every image")
@@ -58,11 +58,10 @@ def read_input(
         name = re.sub(r"[^a-z0-9]+", "-", (prompts or labels)[0].lower()).strip("-")[:LONGEST_NAME].rstrip("-")
         name = f"{name or 'image'}-{seed}"
         return JobInput(requests, GENERATED / (f"{name}.png" if images == 1 else name), images == 1)
-    if is_image_file(out):
-        if images > 1:
-            raise InputError(f"--out {out}: is one file, and there are {images} images; give a folder")
-        return JobInput(requests, out, single=True)
-    return JobInput(requests, out)
+    single = is_image_file(out)
+    if single and images > 1:
+        raise InputError(f"--out {out}: is one file, and there are {images} images; give a folder")
+    return JobInput(requests, out, single)
 
 
 def is_image_file(out: Path) -> bool:
@@ -81,15 +80,15 @@ def is_image_file(out: Path) -> bool:
 
 
 def choose_model(
-    asked: Requests, model: Path | None, engine: str | None, checkpoint: str | None = None
+    requests: Requests, model: Path | None, engine: str | None, checkpoint: str | None = None
 ) -> tuple[ModelFolder, list[Request]]:
-    """The model for these requests, not loaded yet: `model`, else what `find.default_model` says; and the requests, whose
-    labels it knows. Raises InputError where there is none, and for labels that it does not know."""
+    """The model for these requests, not loaded yet: `model`, else that of `find.default_model`; and the checked requests.
+    Raises InputError where there is no model, and for labels that it does not know."""
     if model:
         folder = find_model(model, checkpoint)
     else:
-        folder = default_model(asked.kind, source_kind(engine), checkpoint)
+        folder = default_model(requests.kind, source_kind(engine), checkpoint)
     try:
-        return folder, asked.known(folder.objects)
+        return folder, requests.known(folder.objects)
     except InputError as error:
         raise InputError(f"{error}; the model is {folder}" if folder.why else str(error)) from None

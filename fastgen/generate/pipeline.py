@@ -21,6 +21,7 @@ from fastgen.models.find import ModelFolder, find_model, name_of
 if TYPE_CHECKING:
     from PIL import Image
 
+    from fastgen.engines.base import Engine
     from fastgen.models.spec import Source
 
 
@@ -42,10 +43,10 @@ class Pipeline(ModelRunner):
     ) -> list[Image.Image]:
         """Images for prompts (text family) or label lists (label family), as PIL images of spec.image_size.
 
-        `seeds`: one per image; without them they follow from `seed` and the position. `rag`: an index, or its folder, from
-        whose nearest training images these start; `noise_steps`, `strength`, `rag_top_k`: see `start.late_start`. Other
-        keywords are those of `settings`. Raises InputError for conditions of the wrong kind, unknown labels, settings out of
-        range and another model's index, and FloatingPointError where the network produces values that are not finite.
+        `seeds`: one per image, by default derived from `seed` and the position. `rag`: an index, or its folder; images start
+        from its nearest training images. `noise_steps`, `strength`, `rag_top_k`: see `start.late_start`. Other keywords:
+        see `settings`. Raises InputError for conditions of the wrong kind, unknown labels, settings out of range and another
+        model's index, and FloatingPointError for an image with values that are not finite.
         """
         from PIL import Image
 
@@ -68,7 +69,7 @@ class Pipeline(ModelRunner):
 def _requests(
     prompts: Sequence[str] | None, labels: Sequence[Sequence[str]] | None, seeds: Sequence[int] | None
 ) -> list[Request]:
-    """The arguments of `Pipeline.generate` as requests that are named by their position."""
+    """The arguments of `Pipeline.generate` as requests; ids are positions."""
     conditions: Any = prompts if labels is None else labels
     if (prompts is None) == (labels is None) or isinstance(conditions, str) or not len(conditions):
         raise InputError("generate() takes either a list of prompts or a list of label lists, at least one")
@@ -98,9 +99,9 @@ def load(
 ) -> Pipeline:
     """Load a bundle, a model folder or a shipped model, by its name, onto an engine.
 
-    `engine`: by default what `choose.default_engine` says. `dtype`: fp32, bf16 or fp16, by default what suits the engine and
-    the hardware. `graphs`: see Pipeline. `checkpoint`: which of a training run's weights, see `checkpoint_choice`. Raises
-    InputError when the folder is neither, is damaged, or does not suit the engine.
+    `engine`: by default that of `choose.default_engine`. `dtype`: fp32, bf16 or fp16, by default what suits the engine and the
+    hardware. `graphs`: see Pipeline. `checkpoint`: which of a training run's weights, see `checkpoint_choice`. Raises
+    InputError when the folder is no model or bundle, is damaged, or does not suit the engine.
     """
     model = path if isinstance(path, ModelFolder) else find_model(path, checkpoint)
     name = engine or default_engine(model.folder, device)
@@ -125,10 +126,8 @@ def load(
 
     source = open_source()
     options: dict[str, Any] = {"device": device, "threads": threads}
-    created = create_engine(name, source, dtype=dtype, **options)
-    return Pipeline(
-        source,
-        created,
-        graphs=graphs,
-        open_exact=lambda: create_engine(name, open_source(), dtype="fp32", **options),
-    )
+
+    def open_exact() -> Engine:
+        return create_engine(name, open_source(), dtype="fp32", **options)
+
+    return Pipeline(source, create_engine(name, source, dtype=dtype, **options), graphs=graphs, open_exact=open_exact)

@@ -1,4 +1,4 @@
-"""Floating-point images -> 8 bits, and which of them are no pictures."""
+"""Floating-point images -> 8 bits, and which of them are broken."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ NORMALIZE = ("clamp", "min-max")  # how values become pixels
 
 
 def quantised(images: Any, normalize: str = "clamp") -> tuple[Any, Any, Any, Any]:
-    """Images (B, C, H, W) float32 of any array library -> pixels (B, H, W, C) uint8, and per image how many values are not
-    finite, the lowest and the highest value, clamped to [-1, 1]: all (B,), all on the images' device.
+    """Images (B, C, H, W) float32 of any array library -> pixels (B, H, W, C) uint8, and of each image the number of values
+    that are not finite, the lowest and the highest value, clamped to [-1, 1]: (B,) each. All stay on the images' device.
 
-    `normalize`: "clamp" maps [-1, 1] to 0 to 255; "min-max" the clamped image's own lowest value to 0 and highest to 255, as
-    torchvision's `save_image(image, normalize=True)` does with one image.
+    `normalize`: "clamp" maps [-1, 1] to 0 to 255; "min-max" maps the lowest value of a clamped image to 0 and its highest to
+    255, as torchvision's `save_image(image, normalize=True)` does with one image.
     """
     xp = array_namespace(images)
     finite, axes = xp.isfinite(images), (1, 2, 3)
@@ -33,7 +33,7 @@ def quantised(images: Any, normalize: str = "clamp") -> tuple[Any, Any, Any, Any
 
 
 class ImageProblem(NamedTuple):
-    """Why a generated image is no picture: values that are not `finite`, or a flat one; `text` says it."""
+    """Why an image is broken: some values are not finite, or (`finite`) it is flat. `text`: the same in words."""
 
     finite: bool
     text: str
@@ -43,13 +43,13 @@ class ImageProblem(NamedTuple):
 
 
 def problem(image: np.ndarray) -> ImageProblem | None:
-    """What is wrong with a generated image (C, H, W); None for a picture."""
+    """What is wrong with an image (C, H, W); None for a good one."""
     _, broken, low, high = quantised(image[None])
     return problem_of(image.size, broken[0], low[0], high[0])
 
 
 def problem_of(size: int, broken: int, low: float, high: float) -> ImageProblem | None:
-    """`problem` of an image with `size` values, from what `quantised` returns of it."""
+    """`problem` of an image of `size` values, from the numbers that `quantised` returns."""
     if broken:
         return ImageProblem(False, f"{int(broken)} of {size} values are not finite")
     if high - low < 1 / 255:

@@ -1,4 +1,4 @@
-"""What is recorded of a job and of each image: everything that its pixels depend on."""
+"""The records of a job and of each image: everything that the pixels depend on."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastgen.generate.start import NO_START
 
 
 def job_identity(run: Run, limit: int) -> dict[str, Any]:
-    """Everything the pixels depend on, in batches of at most `limit`: two runs with the same identity are one job."""
+    """Everything that the pixels depend on, for batches of at most `limit`. Runs with the same identity are one job."""
     spec, engine, settings = run.pipeline.spec, run.pipeline.engine, run.settings
     identity = {
         "fastgen": __version__,
@@ -36,7 +36,7 @@ def job_identity(run: Run, limit: int) -> dict[str, Any]:
 
 
 def manifest_line(run: Run, request: Request, identity: dict[str, Any]) -> dict[str, Any]:
-    """What a job's manifest and a PNG's metadata say of an image: its request, and how it is made."""
+    """An image's line in the manifest, which is also its PNG's metadata: the request, and how the image is made."""
     line: dict[str, Any] = {"id": request.id, "image_name": request.image_name}
     if request.prompt is not None:
         line["prompt"] = request.prompt
@@ -45,6 +45,6 @@ def manifest_line(run: Run, request: Request, identity: dict[str, Any]) -> dict[
     else:
         line["labels"] = list(request.labels or ())
     line["seed"] = resolve_seed(request, run.settings.seed)
-    left_out = {"requests_sha256", "queries_sha256", "seed", "batch_size", *(NO_START if run.start is None else ())}
-    line |= {k: v for k, v in identity.items() if k not in left_out}
+    omit = {"requests_sha256", "queries_sha256", "seed", "batch_size", *(NO_START if run.start is None else ())}
+    line |= {k: v for k, v in identity.items() if k not in omit}
     return line if run.start is None else line | dict(run.start.record(request))

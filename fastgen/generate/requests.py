@@ -15,7 +15,6 @@ import numpy as np
 from fastgen.errors import InputError
 from fastgen.files.jsonfiles import brief, located, read_json, read_jsonl
 from fastgen.files.names import (
-    CONTACT_SHEET,
     ICLEVR_OBJECTS,
     check_image_name,
     check_known,
@@ -23,20 +22,7 @@ from fastgen.files.names import (
     check_objects,
     check_text,
     read_objects,
-    safe_path,
 )
-
-__all__ = [
-    "CONTACT_SHEET",
-    "Request",
-    "Requests",
-    "multi_hot",
-    "parse_requests",
-    "read_requests",
-    "resolve_seed",
-    "safe_path",
-    "typed_requests",
-]
 
 MAX_SEED = 2**63  # exclusive
 SCHEMAS = (
@@ -47,7 +33,7 @@ SCHEMAS = (
 
 @dataclass(frozen=True)
 class Request:
-    """One image to generate. InputError if a field is not what is said here."""
+    """One image to generate. Raises InputError for a field that is not as described here."""
 
     id: str  # the key in the file, or the position
     image_name: str  # relative POSIX path below the output folder, ends in .png
@@ -59,8 +45,8 @@ class Request:
     def __post_init__(self) -> None:
         check_image_name(self.image_name)
         if (self.prompt is None) == (self.labels is None):
-            found = "neither" if self.prompt is None else "both"
-            raise InputError(f"found {found} of prompt and labels, expected exactly one")
+            which = "neither" if self.prompt is None else "both"
+            raise InputError(f"found {which} of prompt and labels, expected exactly one")
         if self.prompt is not None:
             check_text(self.prompt, "prompt")
         if self.labels is not None:
@@ -83,7 +69,7 @@ class Labelled(Protocol):
 
 
 class Requests(NamedTuple):
-    """Requests of one kind, whose labels were not looked up yet, and where each stands, for messages."""
+    """Requests of one kind, with the place of each in its file for messages. `known` checks their labels."""
 
     requests: list[Request]
     places: list[str]
@@ -93,8 +79,8 @@ class Requests(NamedTuple):
         return self.requests[0].kind
 
     def known(self, objects: Mapping[str, int] | None) -> list[Request]:
-        """The requests, after looking up their labels in `objects` (None: a text model's, which has none, and refuses labels
-        itself). InputError, with place, for an unknown one."""
+        """The requests, their labels checked against `objects` (None, of a text model: not checked, as it takes no labels).
+        Raises InputError, with the place, for an unknown label."""
         for request, place in zip(self.requests, self.places, strict=True):
             if request.labels is not None and objects is not None:
                 with located(place):
@@ -103,12 +89,13 @@ class Requests(NamedTuple):
 
 
 def read_requests(path: str | os.PathLike[str], objects: Mapping[str, int] | None = None) -> list[Request]:
-    """Every request of a JSON or JSONL file, as `parse_requests` reads them, with labels that are known: in `objects`, else in
-    objects.json beside the file, else among the 24 of i-CLEVR. Raises InputError with file, entry and field."""
-    found = parse_requests(path)
-    if found.kind == "labels" and objects is None:
-        objects = _objects_beside(Path(path))
-    return found.known(objects)
+    """Every request of a JSON or JSONL file, see `parse_requests`. Labels must be in `objects`, by default in objects.json
+    beside the file, else among the 24 of i-CLEVR. Raises InputError with file, entry and field."""
+    requests = parse_requests(path)
+    if requests.kind == "labels" and objects is None:
+        beside = Path(path).parent / "objects.json"
+        objects = read_objects(beside) if beside.exists() else ICLEVR_OBJECTS
+    return requests.known(objects)
 
 
 def parse_requests(path: str | os.PathLike[str]) -> Requests:
@@ -134,29 +121,27 @@ def parse_requests(path: str | os.PathLike[str]) -> Requests:
 def typed_requests(
     prompts: Sequence[str] = (), labels: Sequence[str] = (), *, seed: int = 0, count: int = 1
 ) -> Requests:
-    """Requests as somebody types them: for each prompt, or each list "red cube, blue sphere" of labels, `count` images with
-    the seeds `seed`, `seed` + 1, ... So an image does not depend on what else was asked for. Raises InputError."""
+    """Requests from the command line: for each prompt, or each list "red cube, blue sphere" of labels, `count` images with the
+    seeds `seed`, `seed` + 1, ... So an image does not depend on the other prompts. Raises InputError."""
     if bool(prompts) == bool(labels):
         raise InputError("give either --prompt or --labels")
     requests: list[Request] = []
     places: list[str] = []
     for text in prompts or labels:
         place = f"--{'prompt' if prompts else 'labels'} {brief(text)}"
-        for own in range(seed, seed + count):
-            name = f"{len(requests)}.png"
+        for image_seed in range(seed, seed + count):
+            position = len(requests)
             with located(place):
-                if prompts:
-                    requests.append(Request(str(len(requests)), name, prompt=text, seed=own))
-                else:
-                    names = check_labels([label.strip() for label in text.split(",")])
-                    requests.append(Request(str(len(requests)), name, labels=names, seed=own))
+                names = None if prompts else check_labels([label.strip() for label in text.split(",")])
+                prompt = text if prompts else None
+                requests.append(Request(str(position), f"{position}.png", prompt, names, image_seed))
             places.append(place)
     return Requests(requests, places)
 
 
 def resolve_seed(request: Request, base_seed: int) -> int:
-    """The seed of the request's noise: its own, else SHA-256 of "{base_seed}:{image_name}" (UTF-8), the 32 bytes of the
-    digest read as one big-endian integer, modulo 2**63. So it depends on neither position nor neighbours."""
+    """The seed of the request's noise: the one in the request, else SHA-256 of "{base_seed}:{image_name}" (UTF-8), its 32 bytes
+    read as a big-endian integer, modulo 2**63. So it depends on neither the position nor the other requests."""
     if request.seed is not None:
         return request.seed
     digest = hashlib.sha256(f"{base_seed}:{request.image_name}".encode()).digest()
@@ -175,13 +160,8 @@ def multi_hot(requests: Sequence[Labelled], objects: Mapping[str, int]) -> np.nd
     return rows
 
 
-def _objects_beside(path: Path) -> Mapping[str, int]:
-    beside = path.parent / "objects.json"
-    return read_objects(beside) if beside.exists() else ICLEVR_OBJECTS
-
-
 def _entries(path: Path) -> Iterator[tuple[str, str, Any]]:
-    """(id, place for messages, value) of every entry, whatever holds them."""
+    """(id, place for messages, value) of every entry of a list, a dict or a JSONL file."""
     if path.suffix.lower() in (".jsonl", ".ndjson"):
         for position, (line, value) in enumerate(read_jsonl(path)):
             yield str(position), f"{path}: line {line}", value
@@ -206,20 +186,15 @@ def _request(key: str, position: int, value: Any) -> Request:
         value = {"labels": value}
     if not isinstance(value, dict):
         raise InputError(f"found {brief(value)}; {SCHEMAS}")
-    labels = value.get("labels")
+    labels, description = value.get("labels"), value.get("given_description")
     return Request(
         id=key,
         image_name=value.get("image_name", f"{position}.png"),
         prompt=_prompt(value),
         labels=None if labels is None else check_labels(labels),
         seed=value.get("seed"),
-        description=_description(value),
+        description=description.strip() or None if isinstance(description, str) else None,
     )
-
-
-def _description(value: dict[str, Any]) -> str | None:
-    text = value.get("given_description")
-    return text.strip() or None if isinstance(text, str) else None
 
 
 def _prompt(value: dict[str, Any]) -> str | None:
@@ -237,10 +212,8 @@ def _prompt(value: dict[str, Any]) -> str | None:
 
 
 def _check_together(requests: list[Request], places: list[str]) -> None:
-    """InputError for mixed kinds, and for image names that collide: the same file, or one's file is another's folder.
-
-    Names are compared without case and in Unicode's composed form, as some file systems do.
-    """
+    """InputError for mixed kinds, and for image names that collide: the same file, or a file where another needs a folder.
+    Names are compared without case and in Unicode's composed form, as some file systems do."""
     names = [unicodedata.normalize("NFC", request.image_name).casefold() for request in requests]
     first: dict[str, int] = {}
     for i, (request, name) in enumerate(zip(requests, names, strict=True)):
@@ -252,6 +225,6 @@ def _check_together(requests: list[Request], places: list[str]) -> None:
         first[name] = i
     for place, request, name in zip(places, requests, names, strict=True):
         for folder in PurePosixPath(name).parents:
-            if (taken := first.get(str(folder))) is not None:
-                found = f"image_name {brief(request.image_name)}"
-                raise InputError(f"{place}: {found} needs a folder where {places[taken]} has a file")
+            if (other := first.get(str(folder))) is not None:
+                name = f"image_name {brief(request.image_name)}"
+                raise InputError(f"{place}: {name} needs a folder where {places[other]} has a file")

@@ -1,4 +1,4 @@
-"""One run: requests with their settings on a pipeline, cut into batches that share a solver table, conditions and a start."""
+"""One run: requests with settings on a pipeline, in batches that share a solver table, conditions and a start."""
 
 from __future__ import annotations
 
@@ -25,11 +25,12 @@ if TYPE_CHECKING:
 
 
 class Run:
-    """What all batches of a run share: `table`, `conditions`, and the row range `guided` = (first, last + 1) of the table.
+    """Requests with settings on a pipeline. All batches share `table`, `conditions`, and the guided rows of the table: `guided`
+    = (first, last + 1).
 
     `start`: where images start, None for noise. `strip`: training timesteps at which each image's denoising is shown.
-    Raises InputError for requests of another kind than the model takes, a solver or guidance interval that this model cannot
-    have, settings that start late without a `start`, or the reverse, and timesteps that training never saw.
+    Raises InputError for requests of the wrong kind, a solver or guidance interval that this model cannot have, a late start
+    in `settings` without `start` or the reverse, and timesteps that training never saw.
     """
 
     def __init__(
@@ -52,24 +53,20 @@ class Run:
         self.strip = None if strip is None else StripPlan.of(self.table, strip, timesteps)
 
     def batches(self, limit: int) -> list[Batch]:
-        """All requests, in order, in batches of at most `limit` that suit the engine, see `batches.cut`. Raises InputError."""
+        """All requests in batches of at most `limit`, of sizes that the engine has, see `batches.cut`. Raises InputError."""
         return cut(len(self.requests), limit, self.pipeline.buckets(self.settings))
 
     def begin(
-        self,
-        batch: Batch,
-        *,
-        decode_batch_size: int | None = None,
-        on_row: Callable[[int], None] | None = None,
+        self, batch: Batch, *, decode_batch_size: int | None = None, on_row: Callable[[int], None] | None = None
     ) -> Callable[[], Pictures]:
-        """Begin with one batch; the call that is returned waits for its pictures.
+        """Begin with one batch, and return a function that waits for its pictures.
 
-        On a GPU this returns when everything is queued: begin with the next batch before you wait for this one.
-        `decode_batch_size`: images that the VAE decodes together, by default what the engine takes at once. `on_row(i)` is
-        called when row i of the table has run, or is queued; with -1 before the first.
+        On a GPU this returns when all work is queued: begin with the next batch before you wait for this one.
+        `decode_batch_size`: images per forward of the VAE decoder, by default `Decoder.most`. `on_row(i)` is called when row i
+        of the table has run (on a GPU: is queued), and with -1 before the first row.
         """
         frames = None if self.strip is None else Frames(self.strip, len(batch))
-        with np.errstate(over="ignore", invalid="ignore"):  # broken images are looked for in the end
+        with np.errstate(over="ignore", invalid="ignore"):  # the decoder checks for broken images
             for row, x in self.steps(batch):
                 if frames is not None:
                     frames.keep(row, x)
@@ -80,7 +77,7 @@ class Run:
         return wait if frames is None else frames.start(decode, wait)
 
     def images(self, batch: Batch) -> np.ndarray:
-        """The batch's images (B, 3, H, W) float32, nominally in [-1, 1], whatever they look like."""
+        """The batch's images (B, 3, H, W) float32, nominally in [-1, 1], not checked."""
         return self.pipeline.engine.numpy(self.pipeline.decoder.decode(self.latents(batch)))
 
     def latents(self, batch: Batch) -> Array:
@@ -89,9 +86,8 @@ class Run:
             return deque(self.steps(batch), maxlen=1)[0][1][: len(batch)]
 
     def steps(self, batch: Batch) -> Iterator[tuple[int, Array]]:
-        """The loop: (i, the batch's states after row i of the table), from -1 on, the states it starts from. States are arrays
-        of the engine (B, C, h, w), where it has static shapes filled up to the bucket; on a GPU they may be overwritten by
-        the next row."""
+        """The loop: yields (i, state after row i of the table); i = -1 for the state it starts from. States are arrays of the
+        engine (B, C, h, w), with B = bucket where it has static shapes. On a GPU the next row may overwrite them."""
         pipeline, settings = self.pipeline, self.settings
         engine, requests = pipeline.engine, self.requests[batch.rows]
         if engine.static_shapes:  # the last request fills the batch up

@@ -22,7 +22,7 @@ class ModelRunner:
     """Runs a model on an engine.
 
     `graphs`: record the loop as CUDA graphs; by default on a GPU, except with the reference engine. `open_exact` builds this
-    engine in fp32; NaN or flat images are decoded again on it. Raises InputError for graphs without a GPU.
+    engine in fp32; NaN or flat images are decoded again on it.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class ModelRunner:
             raise InputError(f"CUDA graphs need a GPU; engine {engine.name} runs on {engine.device}")
         self._graphs = self.on_gpu and not engine.reference if graphs is None else graphs
         self._loops: dict[tuple[str, int], DeviceLoop] = {}
-        self.measured: dict[str, Memory] = {}  # network -> what it takes on a GPU, once a job has measured it
+        self.memory: dict[str, Memory] = {}  # of each network on a GPU, once a job has measured it
 
     def settings(
         self,
@@ -53,7 +53,7 @@ class ModelRunner:
         seed: int = 0,
         normalize: str = "clamp",
     ) -> Settings:
-        """Settings that begin with noise, with the model's own defaults for what is None."""
+        """Settings of a run that starts from noise; None: the model's default."""
         default = self.spec.sampling
         return Settings(
             scheduler or default.scheduler,
@@ -65,8 +65,8 @@ class ModelRunner:
         )
 
     def loop(self, table: SolverTable, x: Array, cond: Array) -> DeviceLoop:
-        """The loop on a GPU for this table and batch size; those of other tables are dropped with their memory."""
-        if any(key != table.key for key, _ in self._loops):
+        """The loop on a GPU for this table and batch size; loops of other tables are dropped with their memory."""
+        if any(other != table.key for other, _ in self._loops):
             self._drop_loops()
         key = (table.key, len(x))
         if key not in self._loops:
@@ -75,13 +75,14 @@ class ModelRunner:
         return self._loops[key]
 
     def _drop_loops(self) -> None:
-        """Free the memory of all loops, and of unused objects that refer to themselves, which only the collector frees."""
+        """Drop all loops and free their memory; the collector is needed for those in reference cycles."""
         self.engine.synchronize()  # none of them is running
         self._loops.clear()
         gc.collect()
 
     def buckets(self, settings: Settings) -> Sequence[int] | None:
-        """The batch sizes that the engine was compiled for, if it was; with a guidance interval for both kinds of rows."""
+        """Batch sizes in images that the engine was compiled for; None for any. With a guidance interval those that it has for
+        guided and for other rows."""
         sizes = self.engine.buckets(settings.guided)
         if sizes is None or not settings.guided or settings.guidance_interval is None:
             return sizes
@@ -93,6 +94,6 @@ class ModelRunner:
         return both
 
     def free_memory(self) -> None:
-        """Let go of recorded graphs and unused device memory: the next batch allocates anew."""
+        """Drop recorded graphs and give unused device memory back."""
         self._drop_loops()
         self.engine.release_memory()

@@ -15,10 +15,10 @@ STRENGTH = 6 / 7
 
 @dataclass(frozen=True)
 class Settings:
-    """How images are sampled. `guidance_interval` limits guidance to the steps lo <= i < hi.
+    """How images are sampled. `guidance_interval` (lo, hi): only the steps lo <= i < hi are guided.
 
-    `noise_steps`: a late start from clean latents (start.py); the so many least noisy of the steps run. `normalize`: how values
-    become pixels, see `quantise.quantised`.
+    `noise_steps`: a late start from clean latents (start.py) that runs this many of the steps, the least noisy ones.
+    `normalize`: how values become pixels, see `quantise.quantised`. Raises InputError for a value out of range.
     """
 
     scheduler: str
@@ -52,7 +52,7 @@ class Settings:
         return self.guidance_scale != 1.0
 
     def late(self, noise_steps: int | None = None, strength: float | None = None) -> Settings:
-        """The same settings with a late start, see `late_steps`. Raises InputError."""
+        """The same settings with a late start. Raises InputError as `late_steps` does."""
         return replace(self, noise_steps=late_steps(self.num_inference_steps, noise_steps, strength))
 
 

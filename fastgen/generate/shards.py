@@ -50,12 +50,12 @@ class Shard:
 
 
 def save_part(out: Path, shard: Shard, lines: Sequence[Any], run: dict[str, Any] | None) -> None:
-    """Record a finished part: its manifest lines in request order, each with its position in the job, and its timing."""
+    """Record a finished part: its (position in the job, manifest line) pairs in request order, and its timing."""
     write_json(shard.file(out), {"lines": list(lines), "run": run})
 
 
 class JobParts(NamedTuple):
-    """All parts of a job together: its manifest's (position, line) pairs in order, and the runs that made it."""
+    """All parts of a job together: the (position, line) pairs of its manifest in order, and the timing of each run."""
 
     lines: list[Any]
     runs: list[dict[str, Any]]
@@ -63,14 +63,14 @@ class JobParts(NamedTuple):
 
 @contextmanager
 def whole_job(out: Path, shard: Shard) -> Iterator[JobParts | None]:
-    """All parts, for the process that may put them together now; None while some are missing, or when another one did it."""
+    """All parts, for the process that merges them; None while some are missing, or when another process has merged them."""
     from filelock import FileLock
 
     with FileLock(out / MERGE_LOCK):
         paths = [Shard(index, shard.count).file(out) for index in range(1, shard.count + 1)]
         parts = [read_json(path) for path in paths] if all(path.exists() for path in paths) else None
         if parts is None:
-            if not any(path.exists() for path in paths):  # put together meanwhile
+            if not any(path.exists() for path in paths):  # another process has merged them
                 remove_parts(out)
             yield None
         else:
@@ -79,7 +79,7 @@ def whole_job(out: Path, shard: Shard) -> Iterator[JobParts | None]:
 
 
 def remove_parts(out: Path) -> None:
-    """Delete what parts left for one another, once the manifest is written."""
+    """Delete the files of the parts, once the manifest is written."""
     for path in (*out.glob("shard-*-of-*.json"), out / MERGE_LOCK):
         path.unlink(missing_ok=True)
 
@@ -93,14 +93,14 @@ def parse_devices(text: str) -> list[str]:
 
 
 def run_on_devices(arguments: Sequence[str], devices: Sequence[str]) -> None:
-    """`fastgen ARGUMENTS` once per device, each with its shard, at the same time.
+    """Run `fastgen ARGUMENTS` on all devices at the same time, a shard each.
 
-    Raises FastgenError when one of them fails, after all have ended; what they wrote stays, and the same command continues.
+    Raises FastgenError when one of them fails, after all have ended; their images stay, and the same command continues.
     """
     processes = []
     for index, device in enumerate(devices, start=1):
-        own = ["--device", device, "--shard", f"{index}/{len(devices)}"]
-        processes.append(subprocess.Popen([sys.executable, "-m", "fastgen", *arguments, *own]))
+        part = ["--device", device, "--shard", f"{index}/{len(devices)}"]
+        processes.append(subprocess.Popen([sys.executable, "-m", "fastgen", *arguments, *part]))
     try:
         codes = [process.wait() for process in processes]
     except KeyboardInterrupt:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from fastgen.generate.runner import ModelRunner
     from fastgen.generate.settings import Settings
 
-# What job.json says of a start, and a PNG's metadata if there is one.
+# Fields of job.json about a start, and of a PNG's metadata if there is one.
 NO_START: dict[str, Any] = dict.fromkeys(("rag_sha256", "noise_steps", "rag_top_k", "queries_sha256"))
 HELP = "give --rag INDEX too (fastgen index DATA --model MODEL --out INDEX)"
 
@@ -28,20 +28,20 @@ class Start(Protocol):
 
     @property
     def texts(self) -> Sequence[str]:
-        """What the text encoder reads before the latents are known, each text once."""
+        """The texts that must be encoded before the latents are known, each once."""
 
     def latents(self, requests: Sequence[Request]) -> np.ndarray:
-        """(B, C, h, w) float32, in the scale in which the UNet sees them."""
+        """(B, C, h, w) float32, in the scale that the UNet sees."""
 
     def record(self, request: Request) -> Mapping[str, Any]:
-        """What the manifest says of this request's start."""
+        """Fields of the manifest line about this request's start."""
 
 
 class StartSource(Protocol):
-    """What gives every run its start, such as an index of training images."""
+    """Gives each run its start; an index of training images does."""
 
     def start(self, pipeline: ModelRunner, requests: Sequence[Request], *, seed: int, top_k: int) -> Start:
-        """Raises InputError where it was made for another model, and for a `top_k` below 1."""
+        """The start of one run. Raises InputError for another model's source, and for a `top_k` below 1."""
 
 
 def late_start(
@@ -54,10 +54,10 @@ def late_start(
     strength: float | None = None,
     rag_top_k: int | None = None,
 ) -> tuple[Settings, Start | None]:
-    """The settings of a run that starts from `source`, and its start; without a source the settings as they are, and None.
+    """The settings and the start of a run from `source`; without a source the same settings, and None.
 
-    `noise_steps`, or the share `strength`, of the steps run, see `settings.late_steps`; `rag_top_k`: each image starts from one
-    of its so many nearest training images (1 if None). Raises InputError for these three without a source.
+    `noise_steps`, or the share `strength` of the steps, is run, see `settings.late_steps`. `rag_top_k`: each image starts from
+    one of its K nearest training images (1 if None). Raises InputError for these three without a source.
     """
     if source is None:
         if (noise_steps, strength, rag_top_k) != (None, None, None):

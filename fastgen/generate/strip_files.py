@@ -37,14 +37,14 @@ class StripFiles:
         return cls(plan, [out / STRIP_FOLDER / file.relative_to(out) for file in files])
 
     def present(self, index: int) -> bool:
-        """Whether the strip of image `index` is there, and shows these timesteps."""
+        """Whether the strip of image `index` exists and shows these timesteps."""
         try:
             return read_metadata(self.files[index]).get("strip") == self.plan.to_json()
         except (OSError, KeyError, json.JSONDecodeError):
             return False
 
     def submit(self, writer: Writer, batch: Batch, pictures: Pictures, lines: Sequence[dict[str, Any]]) -> None:
-        """Have the strips of a batch written, with their images' manifest lines; of pictures only."""
+        """Hand the strips of a batch to the writer, with the manifest lines of their images; broken images have none."""
         rows = zip(self.files[batch.rows], pictures.strips or (), pictures.problems, lines[batch.rows], strict=True)
         for file, strip, problem, line in rows:
             if problem is None:
@@ -52,12 +52,12 @@ class StripFiles:
 
 
 def save_strip_sheet(path: Path, files: Sequence[Path], captions: Sequence[str], plan: StripPlan) -> None:
-    """The first 16 strips below one another, timesteps above, what was asked for above each."""
-    rows = [_frames(read_pixels(file), len(plan.wanted)) for file in files[:SHEET]]
+    """The first 16 strips below one another: timesteps above the columns, a caption above each row."""
+    rows = [_frames(read_pixels(file), len(plan.timesteps)) for file in files[:SHEET]]
     size = rows[0][0].width
     heads = [
-        "final" if not wanted else f"t={wanted}" if shown == wanted else f"t={wanted} ({shown:g})"
-        for wanted, shown in zip(plan.wanted, plan.shown, strict=True)
+        "final" if not t else f"t={t}" if nearest == t else f"t={t} ({nearest:g})"
+        for t, nearest in zip(plan.timesteps, plan.nearest, strict=True)
     ]
     save_image(path, sheet(rows, cell=size * math.ceil(96 / size), heads=heads, titles=captions))
 

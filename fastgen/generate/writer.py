@@ -1,4 +1,4 @@
-"""While images are generated: the threads that write them, and the progress bar."""
+"""Threads that write images while others are generated, and the progress bar."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ class Writer:
         return self
 
     def submit(self, file: Path, pixels: np.ndarray, metadata: dict[str, Any]) -> None:
-        self._futures.append(self._pool.submit(_write_png, file, pixels, metadata))
+        self._futures.append(self._pool.submit(write_png, file, pixels, metadata))
         while len(self._futures) > UNWRITTEN:
             self._futures.popleft().result()
 
     def raise_error(self) -> None:
-        """Raise what went wrong with a file so far, if anything."""
+        """Raise the error of a file that could not be written, if there is one by now."""
         while self._futures and self._futures[0].done():
             self._futures.popleft().result()
 
@@ -47,7 +47,8 @@ class Writer:
                 future.result()
 
 
-def _write_png(file: Path, pixels: np.ndarray, metadata: dict[str, Any]) -> None:
+def write_png(file: Path, pixels: np.ndarray, metadata: dict[str, Any]) -> None:
+    """Write an image (H, W, 3) uint8, see `png_bytes`; its folder is made. Raises FastgenError."""
     make_folder(file.parent)
     write_bytes(file, png_bytes(pixels, metadata))
 
@@ -76,7 +77,7 @@ class StepBar:
 
 
 def progress_bar(count: int, show: bool, shard: Shard | None) -> AbstractContextManager[Any]:
-    """A bar on stderr, or None where it is no terminal: importing tqdm takes a tenth of the time to a first small image."""
+    """A bar on stderr, or None where that is no terminal: importing tqdm takes a tenth of the time to a first small image."""
     if not (show and count and sys.stderr.isatty()):
         return nullcontext()
     from tqdm import tqdm

@@ -20,8 +20,10 @@ WHOLE_CLIP = ("vision_model.", "visual_projection.", "text_projection.", "logit_
 
 
 def build_module(cls: Any, config: Mapping[str, Any], name: str, seed: int) -> Any:
-    """A diffusers model with weights that depend on the seed alone. InputError for an argument it does not have, or
-    values that do not fit together."""
+    """`cls(**config)`, a diffusers model, with weights that depend on the seed alone.
+
+    Raises InputError, which names `{name}.config`, for an argument that `cls` does not have, and for values that it refuses.
+    """
     _check_keys(config, [p for p in inspect.signature(cls.__init__).parameters if p != "self"], name)
     torch.manual_seed(seed)
     try:
@@ -32,8 +34,8 @@ def build_module(cls: Any, config: Mapping[str, Any], name: str, seed: int) -> A
 
 @torch.no_grad()
 def calm_start(module: Any) -> Any:
-    """Residual branches and a UNet's output begin at 0 (Dhariwal & Nichol, 2021), latents' noise at exp(-3): the network
-    starts as a short, quiet one, and learns faster."""
+    """Set the last layer of each residual branch and of a UNet to 0 (Dhariwal & Nichol, 2021), and a VAE's log-variance to
+    about -6, a deviation of exp(-3): the network learns faster."""
     from diffusers import Transformer2DModel
     from diffusers.models.attention_processor import Attention
     from diffusers.models.resnet import ResnetBlock2D
@@ -63,17 +65,16 @@ def _zero(layer: Any) -> None:
 
 
 def build_text_encoder(config: Mapping[str, Any], tokenizer: Any, seed: int) -> Any:
-    """A CLIPTextModel for the tokenizer's vocabulary and special tokens."""
+    """A CLIPTextModel for the tokenizer's vocabulary and special tokens, with weights that depend on the seed alone.
+
+    Raises InputError for an argument that CLIPTextConfig does not have, and for values that CLIPTextModel refuses.
+    """
     from transformers import CLIPTextConfig, CLIPTextModel
 
     known = CLIPTextConfig().to_dict()
     _check_keys(config, known, "text_encoder")
-    tokens = {
-        "vocab_size": len(tokenizer),
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,  # where pooler_output is taken
-        "pad_token_id": tokenizer.pad_token_id,
-    }
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")  # pooler_output is the state at the end token
+    tokens = {"vocab_size": len(tokenizer), **{name: getattr(tokenizer, name) for name in names}}
     settings = {"projection_dim": config.get("hidden_size", known["hidden_size"]), **config, **tokens}
     torch.manual_seed(seed)
     try:

@@ -1,11 +1,10 @@
-"""Reading a bundle: the folder that `fastgen export` writes, which generates without torch, diffusers or transformers.
+"""Reading a bundle: the folder that `fastgen export` writes, from which one generates without torch and diffusers.
 
-Nothing is handed to a runtime before its size and SHA-256 agree with bundle.json.
+A file's size and SHA-256 are compared with bundle.json before a runtime gets it.
 """
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import os
 from collections.abc import Mapping
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastgen.errors import InputError
-from fastgen.files.hashes import check_file
+from fastgen.files.hashes import check_file, sha256_file
 from fastgen.files.jsonfiles import infinity_from_text, located, read_json
 from fastgen.models.signatures import Signature
 from fastgen.models.spec import Spec
@@ -32,7 +31,7 @@ REFERENCE = "reference.safetensors"
 NETWORKS = {"text": {"text_encoder", "unet", "vae_decoder", "vae_encoder"}, "labels": {"unet"}}
 LOWERED = ("fp16", "bf16")  # precisions that a bundle may hold graphs in, besides fp32
 CERTIFICATES = "certificates"  # beside the hashed files: added to a bundle after it was written
-COMPILED = "trt-rtx"  # the engine whose plans a bundle may hold, and their folder: trt-rtx/<address>/
+COMPILED = "trt-rtx"  # name of the engine whose plans a bundle may hold, and of their folder: trt-rtx/<address>/
 
 
 @dataclass(frozen=True)
@@ -72,12 +71,11 @@ class Bundle:
         return self.file(graph)
 
     def verify(self, dtype: str = "fp32") -> None:
-        """Verify every file that generating in this precision reads, before the first image is made rather than when it is
-        reached. Graphs of other precisions are left to `network`, compiled engines to the engine that runs them."""
+        """Verify every file that generating in this precision reads, before the first image. `network` verifies graphs of other
+        precisions, and an engine its compiled networks. Raises InputError for a missing or altered file."""
+        others = ("vae_encoder/", "reference.", f"{COMPILED}/")
         for name in self.files:
-            if _precision(name) in ("fp32", dtype) and not name.startswith(
-                ("vae_encoder/", "reference.", f"{COMPILED}/")
-            ):
+            if _precision(name) in ("fp32", dtype) and not name.startswith(others):
                 self.file(name)
 
     def prompt_tokenizer(self) -> Tokenizer:
@@ -100,7 +98,7 @@ class Bundle:
     def table(self, key: str) -> SolverTable:
         """The stored solver table `NAME:STEPS[:NOISE_STEPS]`; one that is not stored is compiled if diffusers is installed.
 
-        Raises InputError (with the nearest stored key) when it is neither stored nor diffusers is there.
+        Raises InputError (with the nearest stored key) when it is not stored and diffusers is not installed.
         """
         if key in self._tables or importlib.util.find_spec("diffusers") is None:
             return self._tables.get(key)
@@ -132,11 +130,10 @@ def read_bundle(folder: str | os.PathLike[str]) -> Bundle:
             f"{folder}: not a bundle ({MANIFEST} is missing); make one with `fastgen export MODEL --out BUNDLE`"
         )
     value = read_json(path)
-    if not isinstance(value, dict) or value.get("format_version") != FORMAT_VERSION:
-        found = value.get("format_version") if isinstance(value, dict) else value
-        raise InputError(
-            f"{path}: format_version is {found!r}, this fastgen reads {FORMAT_VERSION}; export the model again"
-        )
+    version = value.get("format_version") if isinstance(value, dict) else value
+    if not isinstance(value, dict) or version != FORMAT_VERSION:
+        problem = f"format_version is {version!r}, this fastgen reads {FORMAT_VERSION}"
+        raise InputError(f"{path}: {problem}; export the model again")
     field_name = "signatures"
     try:
         signatures = {name: Signature.from_json(s) for name, s in value["signatures"].items()}
@@ -144,9 +141,7 @@ def read_bundle(folder: str | os.PathLike[str]) -> Bundle:
         with located(path):
             sampling = Sampling(**value["sampling"])
         field_name = "files"
-        files = {
-            str(name): {"bytes": int(f["bytes"]), "sha256": str(f["sha256"])} for name, f in value["files"].items()
-        }
+        files = {name: {"bytes": int(f["bytes"]), "sha256": str(f["sha256"])} for name, f in value["files"].items()}
         field_name = "family"
         needed = NETWORKS[value["family"]]
         field_name = "scheduler_config, scaling_factor, objects, source_sha256"
@@ -160,10 +155,10 @@ def read_bundle(folder: str | os.PathLike[str]) -> Bundle:
             sha256=value["source_sha256"],
             checkpoint=value.get("checkpoint"),
             image_mode=value.get("image_mode"),
-            component_sha256={str(k): str(v) for k, v in value.get("component_sha256", {}).items()},
+            component_sha256=dict(value.get("component_sha256", {})),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{path}: {field_name}: malformed ({type(error).__name__}: {error})") from None
     if set(signatures) != needed:
         raise InputError(f"{path}: signatures: found {sorted(signatures)}, expected {sorted(needed)}")
-    return Bundle(folder, spec, files, hashlib.sha256(path.read_bytes()).hexdigest())
+    return Bundle(folder, spec, files, sha256_file(path))

@@ -1,4 +1,4 @@
-"""Which of a run's weights are meant by `--checkpoint best | last | ema | STEP`."""
+"""The choice of a run's weights: `--checkpoint best | last | ema | STEP`."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ if TYPE_CHECKING:
     from fastgen.models.checkpoints import Checkpoint
 
 CHOICES = "best, last, ema, ema-DECAY or a step such as 500"
-OUTLINE = "model"  # in a run's checkpoints: the model folder without the UNet's weights, until training is finished
+OUTLINE = "model"  # in an unfinished run's checkpoints: the model folder without the UNet's weights
 
 
 @dataclass(frozen=True)
 class RunWeights:
     """The UNet's weights (in the label family the conditioner's too) in a checkpoint of a run.
 
-    `label` names them for good: best@115, last@230, ema@230.
+    `label` is their lasting name: best@115, last@230, ema@230. `part`: the checkpoint's file, "model", "ema" or "ema-DECAY".
     """
 
     label: str
@@ -34,15 +34,16 @@ class RunWeights:
 
     def weights(self, network: str) -> dict[str, Any]:
         """The state dict of "unet" or "conditioner"."""
-        found: Mapping[str, Any] = self.checkpoint.load(self.part)
-        return {k.removeprefix(f"{network}."): v for k, v in found.items() if k.startswith(f"{network}.")}
+        state: Mapping[str, Any] = self.checkpoint.load(self.part)
+        return {k.removeprefix(f"{network}."): v for k, v in state.items() if k.startswith(f"{network}.")}
 
 
 def choose_checkpoint(run: Path, name: str) -> RunWeights:
-    """`name`: best (lowest loss, by the recipe's measure), last (the weights themselves at the newest checkpoint), ema (their
-    average there; the weights where the recipe keeps none), ema-DECAY (another average), or a step (ema of that checkpoint).
+    """The weights of a run that `name` stands for.
 
-    Raises InputError, listing what there is, when the run has no such checkpoint, or it is damaged.
+    best: with the lowest loss, by the recipe's measure. last: the newest checkpoint's weights. ema: their average there, or
+    the weights where the recipe keeps no average. ema-DECAY: another average. A step: ema of that checkpoint. Raises
+    InputError, which lists the checkpoints, when the run does not have this one, or it is damaged.
     """
     from fastgen.models import checkpoints
 
@@ -63,19 +64,21 @@ def choose_checkpoint(run: Path, name: str) -> RunWeights:
     step = int(name) if name.isdigit() else steps[-1]
     if step not in steps:
         raise InputError(f"{parent}: no checkpoint of step {step}; there are {_listed(steps)}")
-    found = checkpoints.read(parent / f"step-{step:06d}")
+    checkpoint = checkpoints.read(parent / f"step-{step:06d}")
     part = "model" if name == "last" else name if average else "ema"
-    if part == "ema" and part not in found.parts:
+    if part == "ema" and part not in checkpoint.parts:
         part = "model"
-    if part not in found.parts:
-        kept = ", ".join(sorted(p for p in found.parts if p.startswith("ema"))) or "none"
-        raise InputError(f"{found.folder}: holds no average {part!r}; there are: {kept}")
-    return RunWeights(f"{'last' if part == 'model' else part}@{step}", found, part)
+    if part not in checkpoint.parts:
+        averages = ", ".join(sorted(p for p in checkpoint.parts if p.startswith("ema"))) or "none"
+        raise InputError(f"{checkpoint.folder}: holds no average {part!r}; there are: {averages}")
+    return RunWeights(f"{'last' if part == 'model' else part}@{step}", checkpoint, part)
 
 
 def model_parts(folder: Path, checkpoint: str | None) -> Path:
-    """Where a model's configs and frozen networks lie: the folder, or what an unfinished run has of it; the latter only to go
-    with a checkpoint. Raises InputError for an unfinished run without one."""
+    """The folder of a model's configs and frozen networks: `folder`, or the outline in an unfinished run's checkpoints.
+
+    Raises InputError for an unfinished run without a checkpoint.
+    """
     outline = folder / "checkpoints" / OUTLINE
     if (folder / "model_index.json").is_file() or not (outline / "model_index.json").is_file():
         return folder
@@ -84,24 +87,24 @@ def model_parts(folder: Path, checkpoint: str | None) -> Path:
     return outline
 
 
-def check_bundle_of(bundle: Path, label: str | None, wanted: str | None) -> None:
-    """InputError when a bundle's weights, `label`, are not those that are asked for."""
-    if wanted is None or is_called(label, wanted):
+def check_bundle_of(bundle: Path, label: str | None, name: str | None) -> None:
+    """InputError when a bundle's weights, `label`, are not those that `name` stands for."""
+    if name is None or is_called(label, name):
         return
-    found = f"checkpoint {label}" if label else "the model folder's own weights"
-    command = f"fastgen export RUN --checkpoint {wanted} --out BUNDLE"
-    raise InputError(f"{bundle}: was exported from {found}, not from checkpoint {wanted}; `{command}` makes that one")
+    source = f"checkpoint {label}" if label else "the model folder's own weights"
+    command = f"fastgen export RUN --checkpoint {name} --out BUNDLE"
+    raise InputError(f"{bundle}: was exported from {source}, not from checkpoint {name}; `{command}` makes that one")
 
 
-def check_made_from(label: str | None, wanted: str, images: Sequence[Path]) -> None:
-    """InputError when images' metadata name other weights than those that are asked for."""
-    if not is_called(label, wanted):
-        found = f"made from checkpoint {label}" if label else "not from a checkpoint, by their metadata"
-        raise InputError(f"{', '.join(map(str, images))}: images are {found}, expected checkpoint {wanted}")
+def check_made_from(label: str | None, name: str, images: Sequence[Path]) -> None:
+    """InputError when images' metadata name other weights, `label`, than those that `name` stands for."""
+    if not is_called(label, name):
+        source = f"made from checkpoint {label}" if label else "not from a checkpoint, by their metadata"
+        raise InputError(f"{', '.join(map(str, images))}: images are {source}, expected checkpoint {name}")
 
 
 def is_called(label: str | None, name: str) -> bool:
-    """Whether weights with this label, such as ema@500, may be called so: ema, ema@500, 500. Only "best" calls best@500."""
+    """Whether `name` stands for weights with this label: ema, ema@500 and 500 for ema@500, but not 500 for best@500."""
     part, _, step = (label or "").partition("@")
     return name in (part, label) or (name == step and part != "best")
 

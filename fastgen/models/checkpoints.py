@@ -1,4 +1,4 @@
-"""Checkpoints: folders that appear complete or not at all, and whose damage is noticed.
+"""Checkpoints: folders that are written complete or not at all, with hashes that show damage.
 
 step-000500/  model.safetensors  ema.safetensors  optimizer.safetensors  state.json (step, job, SHA-256 of the files)
 best/         ema.safetensors  state.json: the averaged weights with the lowest loss
@@ -47,7 +47,7 @@ class Checkpoint:
 
 
 def save(parent: Path, step: int, parts: Mapping[str, Tensors], extra: Mapping[str, Any], limit: int) -> Path:
-    """Write `parent/step-NNNNNN` and delete all but the newest `limit` checkpoints; none where that is 0.
+    """Write `parent/step-NNNNNN`, and delete all but the newest `limit` checkpoints (0: delete none).
 
     Raises FastgenError when the disk refuses; the older checkpoints are untouched then.
     """
@@ -59,12 +59,12 @@ def save(parent: Path, step: int, parts: Mapping[str, Tensors], extra: Mapping[s
 
 
 def save_best(parent: Path, step: int, weights: Tensors, extra: Mapping[str, Any]) -> None:
-    """Write `parent/best`, in the place of the one before. Raises FastgenError when the disk refuses."""
+    """Write `parent/best` in place of an earlier one. Raises FastgenError when the disk refuses."""
     _write(parent / BEST, step, {"ema": weights}, extra)
 
 
 def _write(target: Path, step: int, parts: Mapping[str, Tensors], extra: Mapping[str, Any]) -> None:
-    """`target` may exist: the best before, a damaged one, or of a run that went on from an older checkpoint."""
+    """`target` may exist: an earlier best, a damaged one, or one of a run that continued from an older checkpoint."""
     with new_folder(target, existing="replace") as folder:
         try:
             hashes = {name: _write_part(folder / f"{name}.safetensors", tensors) for name, tensors in parts.items()}
@@ -74,7 +74,7 @@ def _write(target: Path, step: int, parts: Mapping[str, Tensors], extra: Mapping
 
 
 def latest(parent: Path, warn: Callable[[str], None]) -> Checkpoint | None:
-    """The newest checkpoint that is intact; a damaged one is named to `warn` and passed over."""
+    """The newest checkpoint that is intact; `warn` gets a line for each damaged one."""
     for leftover in parent.glob(".tmp-*"):
         if leftover.is_dir():
             shutil.rmtree(leftover)
@@ -116,7 +116,7 @@ def _verify(folder: Path) -> tuple[str, Checkpoint | None]:
 
 
 def _folders(parent: Path) -> list[Path]:
-    """Newest first."""
+    """The checkpoints of steps, the newest first."""
     numbered = [(int(match[1]), folder) for folder in parent.glob("step-*") if (match := _NAME.fullmatch(folder.name))]
     return [folder for _, folder in sorted(numbered, reverse=True)]
 

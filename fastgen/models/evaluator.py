@@ -87,8 +87,8 @@ class ResNet18(nn.Module):
 
 @dataclass(frozen=True)
 class Evaluator:
-    """A trained evaluator in eval mode, of objects (name -> output index) or of attributes; both are None where the file
-    holds weights only, which then are taken for those of objects."""
+    """A trained evaluator in eval mode, of objects (name -> output index) or of attributes. Both are None where the file
+    holds weights alone; the outputs then are those of objects."""
 
     module: ResNet18
     objects: Mapping[str, int] | None
@@ -99,11 +99,8 @@ class Evaluator:
         return self.module.num_labels
 
     def predict(self, images: np.ndarray, batch_size: int = 64) -> np.ndarray:
-        """images (N, 3, 64, 64) float32 in [-1, 1] -> scores (N, num_labels) float32 in [0, 1]; those of an attribute add up
-        to 1.
-
-        Raises FastgenError when a score is not finite.
-        """
+        """images (N, 3, 64, 64) float32 in [-1, 1] -> scores (N, num_labels) float32 in [0, 1]; the scores of an attribute's
+        values add up to 1. Raises InputError for images of another shape, FastgenError when a score is not finite."""
         return self._batched(lambda x: self.scores(self.module.features(x)), images, batch_size)
 
     def scores(self, features: Tensor) -> Tensor:
@@ -139,7 +136,7 @@ def save(module: ResNet18, folder: Path, outputs: Mapping[str, int] | Attributes
     """
     from safetensors.torch import save as to_bytes
 
-    _named(outputs, module)
+    _evaluator(outputs, module)
     folder.mkdir(parents=True, exist_ok=True)
     state = {key: value.detach().cpu().contiguous() for key, value in module.state_dict().items()}
     write_bytes(folder / WEIGHTS, to_bytes(state, metadata={"format": "pt"}))
@@ -176,20 +173,21 @@ def _load_folder(folder: Path) -> Evaluator:
     module = _with_weights(read_state(folder / WEIGHTS), folder / WEIGHTS)
     outputs = read_json(folder / LABELS)
     with located(folder / LABELS):
-        return _named(outputs, module)
+        return _evaluator(outputs, module)
 
 
-def _named(outputs: Any, module: ResNet18) -> Evaluator:
-    """The evaluator whose outputs are called so: lists of values are those of attributes. InputError where they do not fit."""
+def _evaluator(outputs: Any, module: ResNet18) -> Evaluator:
+    """The evaluator of objects (name -> output), or of attributes (name -> list of values). InputError where their number is
+    not that of the module's outputs."""
     if isinstance(outputs, Mapping) and any(isinstance(value, list | tuple) for value in outputs.values()):
-        named = Evaluator(module, None, check_attributes(outputs))
+        evaluator = Evaluator(module, None, check_attributes(outputs))
         count, what = sum(map(len, outputs.values())), "values"
     else:
         check_objects(outputs)
-        named, count, what = Evaluator(module, outputs), len(outputs), "objects"
+        evaluator, count, what = Evaluator(module, outputs), len(outputs), "objects"
     if count != module.num_labels:
         raise InputError(f"found {count} {what}, expected one for each of the {module.num_labels} outputs")
-    return named
+    return evaluator
 
 
 def _with_weights(state: Mapping[str, Any], path: Path) -> ResNet18:

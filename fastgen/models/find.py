@@ -1,4 +1,4 @@
-"""Which model is meant, found without loading it: by a name or folder, the latest run's, or the one that comes with fastgen."""
+"""Finding a model without loading it: by a name or folder, the latest run's, or the one that comes with fastgen."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastgen.models.runs import LATEST, latest_model, latest_run
 MODELS = Path(__file__).with_name("shipped")
 INDEX, EVALUATOR = "model_index.json", "config.json"
 HELP = "give --model, or train one with `fastgen train PRESET --data DATA`"
-KINDS = {"text": "prompts", "labels": "labels"}  # of requests: what is asked by
+KINDS = {"text": "prompts", "labels": "labels"}  # what the requests of a model's kind hold
 
 
 def shipped_names() -> list[str]:
@@ -37,11 +37,9 @@ def shipped_model(kind: str) -> Path:
 
 
 def find_folder(name: str | os.PathLike[str]) -> Path:
-    """The folder that is meant by `name`: itself where something of that name is there, else the shipped model called so."""
+    """`name` as a path where it exists, else the folder of the shipped model of this name, else the path all the same."""
     folder = Path(name)
-    if not os.path.lexists(folder) and os.fspath(name) in shipped_names():
-        return MODELS / folder
-    return folder
+    return MODELS / folder if not os.path.lexists(folder) and os.fspath(name) in shipped_names() else folder
 
 
 def is_shipped(folder: Path) -> bool:
@@ -53,14 +51,14 @@ def name_of(folder: Path) -> str:
     return folder.name if is_shipped(folder) else str(folder)
 
 
-def made_from(model: Path, what: str) -> Path:
-    """Where goes what is made from a model and was given no place: into the model's folder, but for a shipped one, whose folder
-    is the package's, to the current folder, as `iclevr-64-bundle`."""
+def output_folder(model: Path, what: str) -> Path:
+    """The default folder of what (such as "bundle") is made from a model: inside the model's folder; for a shipped model,
+    whose folder belongs to the package, in the current folder, as `iclevr-64-bundle`."""
     return Path(f"{model.name}-{what}") if is_shipped(model) else model / what
 
 
 def model_kind(folder: Path) -> str | None:
-    """What a bundle or model folder is asked by, "text" or "labels", without loading it; None for other folders."""
+    """The kind of requests that a bundle or model folder takes, "text" or "labels", without loading it; None for others."""
     if (folder / MANIFEST).is_file():
         value = read_json(folder / MANIFEST)
         family = value.get("family") if isinstance(value, dict) else None
@@ -73,10 +71,10 @@ def model_kind(folder: Path) -> str | None:
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A bundle, then opened, or a model folder, which are not loaded yet.
+    """A model folder, or a bundle, whose bundle.json is read; the networks are not loaded.
 
-    `kind`: what it is asked by, see `model_kind`. `objects`: label names and their indices, None where it has none. `why`: the
-    reason why it is this one, where nobody named it.
+    `kind`: of its requests, see `model_kind`. `objects`: label name -> index, None where it has no labels. `why`: the reason of
+    this choice, where the user named no model.
     """
 
     folder: Path
@@ -90,7 +88,7 @@ class ModelFolder:
 
 
 def find_model(name: str | os.PathLike[str], checkpoint: str | None = None, why: str | None = None) -> ModelFolder:
-    """The bundle or model folder that is meant by `name`, a folder or a shipped model's name.
+    """The bundle or model folder called `name`, a folder or a shipped model's name.
 
     `checkpoint`: which of a run's weights, see `checkpoint_choice`. Raises InputError for what is neither, for a malformed
     bundle, and for an unfinished run without a checkpoint.

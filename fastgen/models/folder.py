@@ -9,7 +9,7 @@ import copy
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ from fastgen.sampling.defaults import Sampling
 from fastgen.sampling.schedulers import default_name
 from fastgen.sampling.tables import SolverTable
 
-COMPONENTS = ("text_encoder", "vae")  # each has a hash in the spec: an index depends on them, not on the UNet
+COMPONENTS = ("text_encoder", "vae")  # the spec has a hash of each: an index depends on them, not on the UNet
 WEIGHTS = ("unet", "conditioner", *COMPONENTS)  # folders whose weights identify a model
 SETTINGS = "fastgen.json"  # generation defaults and training record, beside model_index.json
 
@@ -58,8 +58,7 @@ class Model:
     text_encoder: nn.Module | None = None
     tokenizer: Any = None  # transformers' CLIPTokenizer
     vae: nn.Module | None = None
-    # The checkpoint that the weights of the UNet and the conditioner come from; None: the folder itself.
-    run_weights: RunWeights | None = None
+    run_weights: RunWeights | None = None  # of the UNet and the conditioner, where they come from a checkpoint
 
     def networks(self) -> dict[str, nn.Module]:
         """The modules under the names and interfaces of `signatures`."""
@@ -94,7 +93,7 @@ class Model:
 
     @cached_property
     def spec(self) -> Spec:
-        """Raises InputError for a model that was never saved: its weights have no hash."""
+        """Raises InputError for a model that was never saved: it has no files to hash."""
         if self.folder is None:
             raise InputError("this model lives in memory only; save it with save_model and load the folder")
         identifying = WEIGHTS if self.run_weights is None else COMPONENTS
@@ -132,17 +131,16 @@ class Model:
 
 
 def save_model(model: Model, folder: Path, record: Mapping[str, Any] | None = None, *, trained: bool = True) -> None:
-    """Write the model folder (diffusers layout). `record` (how it was trained) goes into fastgen.json. Without `trained` the
-    weights of the UNet and the conditioner are left out: checkpoints hold them.
+    """Write the model folder (diffusers layout; StableDiffusionPipeline.from_pretrained loads the text family).
 
-    The text family loads with StableDiffusionPipeline.from_pretrained.
+    `record`, how the model was trained, goes into fastgen.json. `trained`: False leaves out the weights of the UNet and the
+    conditioner, which an unfinished run has in its checkpoints.
     """
     folder.mkdir(parents=True, exist_ok=True)
     _save_module(model.unet, folder / "unet", trained)
     (folder / "scheduler").mkdir(exist_ok=True)
     write_json(folder / "scheduler" / "scheduler_config.json", model.scheduler_config, infinity=True)
-    scheduler_class = model.scheduler_config["_class_name"]
-    index: dict[str, Any] = {"scheduler": ["diffusers", scheduler_class]}
+    index: dict[str, Any] = {"scheduler": ["diffusers", model.scheduler_config["_class_name"]]}
     if model.family == "labels":
         assert model.conditioner is not None
         save_conditioner(model.conditioner, folder / "conditioner", trained)
@@ -165,8 +163,7 @@ def save_model(model: Model, folder: Path, record: Mapping[str, Any] | None = No
             "image_encoder": [None, None],
             "requires_safety_checker": False,
         }
-    sampling = {k: getattr(model.sampling, k) for k in ("scheduler", "num_inference_steps", "guidance_scale")}
-    write_json(folder / SETTINGS, {"sampling": sampling, "training": dict(record or {})})
+    write_json(folder / SETTINGS, {"sampling": asdict(model.sampling), "training": dict(record or {})})
     write_json(folder / "model_index.json", index)
 
 
@@ -178,8 +175,8 @@ def _save_module(module: Any, folder: Path, weights: bool) -> None:
 
 
 def save_text_encoder(text_encoder: Any, tokenizer: Any, folder: Path) -> None:
-    """text_encoder/ and tokenizer/ in the layout that transformers 4 and 5 both read: `text_model.*` weight keys (version 5
-    drops the prefix, version 4 then silently keeps random weights), vocab.json and merges.txt beside tokenizer.json."""
+    """Write text_encoder/ and tokenizer/ in the layout that transformers 4 and 5 both read: `text_model.*` weight keys (version
+    5 writes no prefix, and version 4 then keeps random weights silently), vocab.json and merges.txt beside tokenizer.json."""
     from safetensors.torch import save_file
 
     text_encoder.save_pretrained(folder / "text_encoder", safe_serialization=True)
@@ -254,13 +251,10 @@ def _load_labels(
     except (KeyError, IndexError, TypeError, InputError) as error:
         raise InputError(f"{folder / 'model_index.json'}: unet: {error}") from None
     unet = _unet(cls, folder / "unet", run_weights)
-    conditioner = load_conditioner(
-        folder / "conditioner", None if run_weights is None else run_weights.weights("conditioner")
-    )
+    weights = None if run_weights is None else run_weights.weights("conditioner")
+    conditioner = load_conditioner(folder / "conditioner", weights).eval()
     objects = read_objects(folder / "labels.json")
-    return Model(
-        folder, "labels", unet, scheduler_config, sampling, conditioner.eval(), objects, run_weights=run_weights
-    )
+    return Model(folder, "labels", unet, scheduler_config, sampling, conditioner, objects, run_weights=run_weights)
 
 
 def _load_text(

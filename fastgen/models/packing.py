@@ -1,4 +1,4 @@
-"""A finished model or evaluator folder, written compactly: what loading it needs and how it was trained, nothing else."""
+"""Packing a finished model or evaluator folder: what loading it needs and how it was trained, nothing else."""
 
 from __future__ import annotations
 
@@ -27,26 +27,25 @@ MEGABYTE = 1e6
 
 @dataclass(frozen=True)
 class PackedNetwork:
-    """One file of weights. `error`: the largest rounding error, of the weight `worst`; `relative`: the root mean square of all
-    errors by that of all weights."""
+    """One file of weights."""
 
     name: str
     parameters: int
     bytes: int
-    error: float
-    worst: str
-    relative: float
+    error: float  # the largest rounding error
+    worst: str  # the weight that it is in
+    relative: float  # root mean square of all errors, divided by that of all weights
 
 
 @dataclass(frozen=True)
-class Packed:
-    """A folder that `pack` wrote. Sizes in bytes: of its source's weights, and of all its files."""
+class PackReport:
+    """A folder that `pack` wrote."""
 
     folder: Path
     dtype: str
     networks: tuple[PackedNetwork, ...]
-    weights_before: int
-    bytes: int
+    weights_before: int  # bytes of the source's weights
+    bytes: int  # of all files of the folder
 
     def lines(self) -> list[str]:
         """What was packed, a line for each network, and the sum."""
@@ -60,11 +59,11 @@ class Packed:
         return [*rows, f"{self.folder}: {after:.2f} MB in {self.dtype}; its weights were {before:.2f} MB"]
 
 
-def pack(model: str | os.PathLike[str], out: str | os.PathLike[str], dtype: str = "fp16") -> Packed:
+def pack(model: str | os.PathLike[str], out: str | os.PathLike[str], dtype: str = "fp16") -> PackReport:
     """Write the model or evaluator folder `model` to the new folder `out`, its weights in `dtype` under their own names.
 
-    Checkpoints, previews, bundles and indices stay behind; the training record stays, the log is thinned, and the preset that
-    is recorded is written out as preset.toml. The same folder gives the same bytes. Loading it gives float32 networks with the
+    Checkpoints, previews, bundles and indices are left out; the training record is kept, the log keeps some of its rows, and
+    the recorded preset becomes preset.toml. The same folder gives the same bytes. Loading it gives float32 networks with the
     rounded weights. Raises InputError when `model` is neither or is not finished, when a weight is not finite or overflows, or
     when `out` exists; FastgenError when the disk refuses. Nothing is written then.
     """
@@ -78,11 +77,11 @@ def pack(model: str | os.PathLike[str], out: str | os.PathLike[str], dtype: str 
         networks = tuple(_write(source, folder, files, dtype))
     before = sum((source / file).stat().st_size for file in files if file.suffix == ".safetensors")
     size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
-    return Packed(target, dtype, networks, before, size)
+    return PackReport(target, dtype, networks, before, size)
 
 
 def _files(source: Path) -> list[Path]:
-    """What belongs into a packed folder, relative to `source`. Raises InputError when it is no finished model."""
+    """The files to pack, relative to `source`. Raises InputError when it is no finished model or evaluator."""
     if (source / INDEX).is_file():
         folders = [source, *(source / name for name in _components(source / INDEX))]
     elif (source / "config.json").is_file() and (source / "model.safetensors").is_file():
@@ -95,11 +94,11 @@ def _files(source: Path) -> list[Path]:
         raise InputError(
             f"{source}: its training is not finished; `fastgen train` with the same arguments continues it"
         )
-    found = [file for folder in folders for file in sorted(folder.glob("*")) if file.is_file()]
-    for file in found:
+    files = [file for folder in folders for file in sorted(folder.glob("*")) if file.is_file()]
+    for file in files:
         if file.suffix in (".bin", ".pt", ".pth", ".ckpt"):
             raise InputError(f"{file}: is a pickle, expected weights in safetensors; save the model with safetensors")
-    kept = [file.relative_to(source) for file in found if file.suffix in (*KEPT, ".safetensors") or file.name == LOG]
+    kept = [file.relative_to(source) for file in files if file.suffix in (*KEPT, ".safetensors") or file.name == LOG]
     if not any(file.suffix == ".safetensors" for file in kept):
         raise InputError(f"{source}: holds no weights (*.safetensors)")
     return kept
@@ -126,7 +125,7 @@ def _write(source: Path, folder: Path, files: list[Path], dtype: str) -> Iterato
         if file.suffix == ".safetensors":
             yield _write_weights(source, folder, file, dtype)
         elif file == Path(LOG):
-            rows = thinned([row for _, row in read_jsonl(source / file)])
+            rows = thin_log([row for _, row in read_jsonl(source / file)])
             write_bytes(folder / file, "".join(json.dumps(row) + "\n" for row in rows).encode())
         else:
             write_bytes(folder / file, (source / file).read_bytes())
@@ -138,7 +137,7 @@ def _write(source: Path, folder: Path, files: list[Path], dtype: str) -> Iterato
 
 
 def without_empty(value: Any) -> Any:
-    """A preset without None, which TOML lacks, and without empty tables: it means the same."""
+    """A preset without None, which TOML lacks, and without empty tables: leaving these out changes nothing."""
     if isinstance(value, list):
         return [without_empty(item) for item in value]
     if not isinstance(value, dict):
@@ -176,7 +175,7 @@ def _rounded(value: Tensor, dtype: str, where: str) -> Tensor:
 
 
 def _errors(state: Mapping[str, Tensor], rounded: Mapping[str, Tensor]) -> tuple[float, str, float]:
-    """(largest rounding error, the weight it is in, root mean square of the errors by that of the weights)."""
+    """(largest rounding error, the weight it is in, root mean square of the errors divided by that of the weights)."""
     largest, worst, squares, total = 0.0, next(iter(state), ""), 0.0, 0.0
     for name, value in state.items():
         error = (value.double() - rounded[name].double()).abs()
@@ -186,7 +185,7 @@ def _errors(state: Mapping[str, Tensor], rounded: Mapping[str, Tensor]) -> tuple
     return largest, worst, math.sqrt(squares / total) if total else 0.0
 
 
-def thinned(rows: list[dict[str, Any]], limit: int = LOG_ROWS) -> list[dict[str, Any]]:
+def thin_log(rows: list[dict[str, Any]], limit: int = LOG_ROWS) -> list[dict[str, Any]]:
     """At most `limit` evenly spaced rows of each stage, and all that a validation wrote, in their order."""
     kept: set[int] = {i for i, row in enumerate(rows) if any(key.startswith("validation") for key in row)}
     for stage in {row.get("stage") for row in rows}:

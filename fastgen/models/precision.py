@@ -1,4 +1,4 @@
-"""Networks in fp16 and bf16 with fp32 islands: what must not be rounded is not."""
+"""Networks in fp16 and bf16; norms and the time embedding stay in fp32."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def device_of(name: str | None) -> torch.device:
     return device
 
 
-def lowered(module: nn.Module, dtype: str) -> nn.Module:
+def in_precision(module: nn.Module, dtype: str) -> nn.Module:
     """A copy of `module` that computes in `dtype` ("fp16" | "bf16"), with float32 inputs and outputs.
 
     Islands in fp32: normalisations (their statistics overflow fp16 and lose bf16's eight bits) and the time embedding's
@@ -36,17 +36,13 @@ def lowered(module: nn.Module, dtype: str) -> nn.Module:
     inner = copy.deepcopy(module).to(TORCH_DTYPES[dtype])
     for parent in list(inner.modules()):
         for name, child in list(parent.named_children()):
-            if _is_island(name, child):
+            if isinstance(child, nn.GroupNorm | nn.LayerNorm) or name == "time_embedding":
                 setattr(parent, name, _Island(child, TORCH_DTYPES[dtype]))
     return _Lowered(inner, TORCH_DTYPES[dtype]).eval()
 
 
-def _is_island(name: str, module: nn.Module) -> bool:
-    return isinstance(module, nn.GroupNorm | nn.LayerNorm) or name == "time_embedding"
-
-
 class _Island(nn.Module):
-    """A module that is executed in float32 between neighbours of another dtype."""
+    """A module in float32 whose output is cast back to the network's dtype."""
 
     def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Where runs go when nobody says where: runs/<preset>-<time>/, with runs/latest pointing at the newest finished one."""
+"""The default folders of runs: runs/<preset>-<time>/, with runs/latest pointing at the newest finished one."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ LATEST = RUNS / "latest"
 
 
 def new_run(preset: str) -> Path:
-    """A new run's folder, or that of an unfinished run of the same preset, which then continues."""
-    named = re.compile(re.escape(preset) + r"-\d{8}-\d{6}")  # `monsters` must not match `monsters-64-<time>`
-    runs = [f for f in sorted(RUNS.glob("*")) if f.is_dir() and named.fullmatch(f.name)]
+    """A new run's folder, or that of the newest unfinished run of the same preset, which then continues."""
+    pattern = re.compile(re.escape(preset) + r"-\d{8}-\d{6}")  # `monsters` must not match `monsters-64-<time>`
+    runs = [f for f in sorted(RUNS.glob("*")) if f.is_dir() and pattern.fullmatch(f.name)]
     unfinished = [f for f in runs if _unfinished(f)]
     return unfinished[-1] if unfinished else RUNS / f"{preset}-{time.strftime('%Y%m%d-%H%M%S')}"
 

@@ -1,7 +1,7 @@
-"""One declaration per network: input and output names, dtypes and symbolic shapes.
+"""One declaration per network: names, dtypes and symbolic shapes of its inputs and outputs.
 
-ONNX dynamic axes, sample inputs, engine shapes and buffers all derive from it. Names follow optimum's, so that its pipelines
-load our bundles.
+ONNX dynamic axes, sample inputs, engine shapes and buffers derive from it. The names are optimum's, so that its pipelines load
+our bundles.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What generation needs to know of a model besides running its networks: the same for a model folder and for a bundle."""
+"""The facts about a model that generation needs besides its networks, the same for a model folder and a bundle."""
 
 from __future__ import annotations
 
@@ -20,10 +20,9 @@ class Spec:
     """Facts about a conditional diffusion model.
 
     `scaling_factor`: diffusion latents = VAE latents x this. `objects`: label name -> index (label family).
-    `sha256`: of the weights of all its networks; `component_sha256`: of single ones (text_encoder, vae), for what depends on
-    them alone. Bundles that were exported before it was recorded have none. `checkpoint`: which of a training run's weights
-    were chosen, such as best@115; None for those of the model folder itself. `image_mode`: how its training made images
-    square, where that is recorded.
+    `sha256`: of the weights of all networks; `component_sha256`: of each of text_encoder and vae, for what depends on them
+    alone; old bundles have none. `checkpoint`: the label of a training run's weights, such as best@115; None for the model
+    folder's own. `image_mode`: how training made images square, where that is recorded.
     """
 
     family: str  # "text" | "labels"
@@ -51,7 +50,7 @@ class Spec:
 
 
 class Source(Protocol):
-    """A model folder or a bundle: where an engine takes its networks from."""
+    """A model folder or a bundle, from which an engine takes its networks."""
 
     @property
     def spec(self) -> Spec: ...

@@ -36,8 +36,8 @@ class Tokenizer:
             backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
         except Exception as error:  # the library raises bare Exception
             raise InputError(f"{folder / 'tokenizer.json'}: cannot be read as a tokenizer: {error}") from None
-        named = [folder / name for name in ("special_tokens_map.json", "tokenizer_config.json")]  # the first one wins
-        pads = [read_json(file).get("pad_token") for file in named if file.is_file()]
+        configs = [folder / name for name in ("special_tokens_map.json", "tokenizer_config.json")]  # the first one wins
+        pads = [read_json(file).get("pad_token") for file in configs if file.is_file()]
         pad = next((pad for pad in pads if pad), "<|endoftext|>")
         return Tokenizer(backend, pad["content"] if isinstance(pad, dict) else pad, length)
 

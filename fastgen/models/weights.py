@@ -1,4 +1,4 @@
-"""Weights on disk and in memory: reading files of tensors, loading networks strictly, the hash of a module."""
+"""Weights: reading files of tensors, loading networks strictly, the hash of a module."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ def read_state(path: Path, allow_pickle: bool = False) -> Mapping[str, Any]:
         raise InputError(f"{path}: no such file, expected weights")
     if path.suffix == ".safetensors":
         return read_safetensors(path)
-    found = unpickle(path, allow_pickle)
-    state = found.get("model", found) if isinstance(found, Mapping) else found
+    content = unpickle(path, allow_pickle)
+    state = content.get("model", content) if isinstance(content, Mapping) else content
     if not isinstance(state, Mapping):
         raise InputError(f'{path}: holds a {type(state).__name__}, expected {{"model": state_dict}}')
     return state
 
 
 def load_state(module: nn.Module, state: Mapping[str, Any], path: Path, kind: str) -> None:
-    """Load weights that fit exactly; else InputError that names the ones that are missing, unexpected, of the wrong shape
-    or not finite, one by one, the first ten. `kind` says what the module is."""
+    """Load weights that fit exactly. Else InputError names the first ten that are missing, unexpected, of the wrong shape or
+    not finite. `kind`: what the message calls the module."""
     wrong = _mismatches(module.state_dict(), state)
     if wrong:
         first = f" (the first {LISTED} listed)" if len(wrong) > LISTED else ""
@@ -71,8 +71,8 @@ def pretrained(
 
 
 def pretrained_tokenizer(source: str | Path, where: str, **options: Any) -> Any:
-    """The CLIPTokenizer in `source`. Raises InputError, which begins with `where`; `from_pretrained` makes an empty one of a
-    folder without files."""
+    """The CLIPTokenizer in `source`. Raises InputError, which begins with `where`, where it is missing (`from_pretrained` would
+    make an empty tokenizer of a folder without files) or cannot be read."""
     from transformers import CLIPTokenizer
 
     folder = Path(source, options.get("subfolder", ""))
@@ -86,7 +86,7 @@ def pretrained_tokenizer(source: str | Path, where: str, **options: Any) -> Any:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Without transformers' warnings and progress bars: what they warn about becomes an error of `pretrained`."""
+    """Silence transformers' warnings and progress bars; `pretrained` raises errors for what the warnings say."""
     from transformers.utils import logging
 
     verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -122,8 +122,8 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def unpickle(path: Path, allow_pickle: bool) -> Any:
-    """What `torch.save` wrote, tensors and plain containers only, on the CPU. Raises InputError for a file that holds more,
-    that cannot be read, and without permission."""
+    """The content of a `torch.save` file, tensors and plain containers only, on the CPU. Raises InputError without
+    `allow_pickle`, and for a file that holds anything else or cannot be read."""
     import pickle
 
     if not allow_pickle:
@@ -139,10 +139,10 @@ def unpickle(path: Path, allow_pickle: bool) -> Any:
         raise InputError(f"{path}: not a readable PyTorch checkpoint ({type(error).__name__})") from None
 
 
-def _mismatches(expected: Mapping[str, Tensor], found: Mapping[str, Any]) -> list[str]:
+def _mismatches(expected: Mapping[str, Tensor], state: Mapping[str, Any]) -> list[str]:
     wrong = []
     for key, tensor in expected.items():
-        value = found.get(key)
+        value = state.get(key)
         if value is None:
             wrong.append(f"{key} is missing")
         elif not isinstance(value, Tensor):
@@ -151,4 +151,4 @@ def _mismatches(expected: Mapping[str, Tensor], found: Mapping[str, Any]) -> lis
             wrong.append(f"{key} is {tuple(value.shape)}, expected {tuple(tensor.shape)}")
         elif not torch.isfinite(value).all():
             wrong.append(f"{key} holds NaN or infinity")
-    return wrong + [f"{key} is unexpected" for key in found if key not in expected]
+    return wrong + [f"{key} is unexpected" for key in state if key not in expected]

@@ -1,11 +1,11 @@
-"""Copy check: how near generated images are to the training images, and which are near copies.
+"""Copy check: the distance of generated images from the training images, and which are near copies.
 
-Images are compared as thumbnails, mirrored too, by the root mean square difference of their values: 0 for the same, 1 for
-black against white. Thumbnails see what a copy through a VAE keeps, and need no model. What is near is calibrated on the
+Images are compared as thumbnails, mirrored too, by the root mean square difference of their values: 0 for equal images, 1 for
+black and white. A copy through a VAE has the same thumbnail, and no model is needed. The thresholds are calibrated on the
 training set itself: the nearest image of another subject (one that shares no description) cannot be a copy. A near copy is
 nearer to a training image than 95% of the training images are to another subject's, both in distance and in the ratio of
-Carlini et al. 2023 ("Extracting Training Data from Diffusion Models", section 5): the distance over the mean distance to the
-50 next subjects, which tells a copy from a picture that is near to everything, such as a small figure on white.
+Carlini et al. 2023 ("Extracting Training Data from Diffusion Models", section 5): the distance divided by the mean distance to
+the 50 next subjects, which is near 1 for a picture that resembles everything, such as a small figure on white.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from fastgen.retrieval.index import Index
 
 SAMPLE = 1000  # training images that the thresholds are calibrated on
-PERCENTILE = 5.0  # a fresh picture passes for a near copy about as often
+PERCENTILE = 5.0  # of the training images' distances; so many per cent of new pictures count as near copies by chance
 NEIGHBOURS = 50  # subjects behind the nearest, as in Carlini et al.
 AT_ONCE = 64  # images compared with the whole training set at a time
 SHEET_PAIRS, SHEET_COLUMNS = 24, 8
@@ -37,18 +37,18 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 class Nearest(NamedTuple):
-    """For G images the nearest training images."""
+    """The nearest training image of each of G images."""
 
     rows: np.ndarray  # (G,) int64
     distances: np.ndarray  # (G,) float64
-    ratios: np.ndarray  # (G,) to the next subjects; nan where there is only one
+    ratios: np.ndarray  # (G,) distance / mean distance to the next subjects; NaN where there is only one subject
     mirrored: np.ndarray  # (G,) bool
 
 
 @dataclass(frozen=True)
 class Match:
-    """A generated image and its nearest training image. `copy` is None where nothing could be calibrated; `retrieved` is the
-    image that it was started from."""
+    """A generated image and its nearest training image. `copy`: None without thresholds. `retrieved`: the training image that
+    it started from, if any."""
 
     image: str
     nearest: str
@@ -61,7 +61,7 @@ class Match:
 
 @dataclass(frozen=True)
 class CopyReport:
-    """The copy check of several folders, with the thresholds that it used; None where the data have too few subjects."""
+    """The copy check of several folders. `thresholds`: None where the data have too few subjects."""
 
     index: str
     index_sha256: str
@@ -79,16 +79,13 @@ class CopyReport:
 
     def _summary(self, folder: str) -> dict[str, Any]:
         matches = self.folders[folder]
-        started = [m for m in matches if m.retrieved]
-        share = None if self.thresholds is None else sum(bool(m.copy) for m in matches) / len(matches)
+        retrieved = [m.nearest == m.retrieved for m in matches if m.retrieved]
         return {
             "images": len(matches),
-            "near_copy_share": share,
+            "near_copy_share": sum(bool(m.copy) for m in matches) / len(matches) if self.thresholds else None,
             "median_distance": float(np.median([m.distance for m in matches])),
             "smallest_distance": min(m.distance for m in matches),
-            "nearest_is_retrieved_share": sum(m.nearest == m.retrieved for m in started) / len(started)
-            if started
-            else None,
+            "nearest_is_retrieved_share": sum(retrieved) / len(retrieved) if retrieved else None,
         }
 
     def table(self) -> str:
@@ -96,16 +93,14 @@ class CopyReport:
         lines = ["images  near copies  median distance  smallest  nearest is the retrieved one  folder"]
         for name in self.folders:
             s = self._summary(name)
-            share, own = _percent(s["near_copy_share"]), _percent(s["nearest_is_retrieved_share"])
+            copies, retrieved = _percent(s["near_copy_share"]), _percent(s["nearest_is_retrieved_share"])
             numbers = f"{s['median_distance']:15.4f}  {s['smallest_distance']:8.4f}"
-            lines.append(f"{s['images']:6}  {share:>11}  {numbers}  {own:>28}  {name}")
+            lines.append(f"{s['images']:6}  {copies:>11}  {numbers}  {retrieved:>28}  {name}")
         if self.thresholds is None:
             return "\n".join([*lines, "no near copies counted: fewer than three subjects to calibrate on"])
-        limit, ratio, passing = (self.thresholds[name] for name in ("distance", "ratio", "percentile"))
-        rule = (
-            f"distance below {limit:.4f} and ratio below {ratio:.3f}; about {passing:g}% of fresh pictures are so near"
-        )
-        return "\n".join([*lines, f"near copy: {rule}"])
+        limit, ratio, percent = (self.thresholds[name] for name in ("distance", "ratio", "percentile"))
+        rule = f"near copy: distance below {limit:.4f} and ratio below {ratio:.3f}"
+        return "\n".join([*lines, f"{rule}; about {percent:g}% of fresh pictures are so near"])
 
 
 def _percent(share: float | None) -> str:
@@ -114,8 +109,8 @@ def _percent(share: float | None) -> str:
 
 def check_copies(folders: Sequence[Path], index: Index) -> CopyReport:
     """The nearest training image of every image in these folders. Raises InputError for a folder without images."""
-    found = {str(folder): _check_folder(folder, index) for folder in folders}
-    return CopyReport(str(index.folder), index.sha256, index.info["copies"], found)
+    matches = {str(folder): _check_folder(folder, index) for folder in folders}
+    return CopyReport(str(index.folder), index.sha256, index.info["copies"], matches)
 
 
 def _check_folder(folder: Path, index: Index) -> list[Match]:
@@ -128,14 +123,14 @@ def _check_folder(folder: Path, index: Index) -> list[Match]:
     matches = []
     for (name, retrieved), row, distance, ratio, mirrored in zip(names.items(), *near, strict=True):
         copy = None if limits is None else bool(distance < limits["distance"] and ratio < limits["ratio"])
-        kept = None if np.isnan(ratio) else round(float(ratio), 4)
+        rounded = None if np.isnan(ratio) else round(float(ratio), 4)
         nearest = index.images[row]["id"]
-        matches.append(Match(name, nearest, round(float(distance), 5), kept, bool(mirrored), copy, retrieved))
+        matches.append(Match(name, nearest, round(float(distance), 5), rounded, bool(mirrored), copy, retrieved))
     return matches
 
 
 def generated_images(folder: Path) -> dict[str, str | None]:
-    """The images of a folder by name, each with the id that it was started from: those of its manifest, else all files.
+    """Name -> id of the training image that it started from, for the images in a folder's manifest, else for all image files.
 
     Raises InputError when there are none.
     """
@@ -158,7 +153,7 @@ def thumbnails(images: np.ndarray, size: int) -> np.ndarray:
 
 
 def subjects(texts: Sequence[Sequence[str]]) -> np.ndarray:
-    """(N,): a number per image, the same for images that share a text, directly or through others."""
+    """(N,): the number of each image's subject, the same for images that share a text, directly or through other images."""
     parent: dict[Any, Any] = {}
 
     def root(node: Any) -> Any:
@@ -166,8 +161,8 @@ def subjects(texts: Sequence[Sequence[str]]) -> np.ndarray:
             parent[node] = node = parent[parent[node]]
         return node
 
-    for row, own in enumerate(texts):
-        for text in own:
+    for row, row_texts in enumerate(texts):
+        for text in row_texts:
             parent[root(row)] = root(text)
     numbers: dict[Any, int] = {}
     return np.array([numbers.setdefault(root(row), len(numbers)) for row in range(len(texts))])

@@ -1,7 +1,4 @@
-"""Retrieval: an index of a training set by its texts, and the training latents that images start from (RAG init).
-
-The index is a folder that `indexing.build_index` writes.
-"""
+"""The index of a training set, a folder that `indexing.build_index` writes: search in it, and the start of a run from it."""
 
 from __future__ import annotations
 
@@ -17,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 
 from fastgen.errors import InputError
-from fastgen.files.hashes import check_file, sha256_json
+from fastgen.files.hashes import check_file, sha256_file, sha256_json
 from fastgen.files.jsonfiles import read_json
 from fastgen.generate.conditions import pooled_states
 from fastgen.generate.requests import Request, resolve_seed
@@ -31,7 +28,7 @@ FORMAT_VERSION = 1
 MANIFEST = "index.json"
 EMBEDDINGS, LATENTS, THUMBNAILS, PAIRS = "embeddings.npy", "latents.npy", "thumbnails.npy", "pairs.npy"
 IMAGES = "images.jsonl"
-MAPPED = (LATENTS, THUMBNAILS)  # large: their sizes are verified, not their hashes
+MAPPED = (LATENTS, THUMBNAILS)  # large files: their sizes are verified, not their hashes
 COMMAND = "fastgen index DATA --model MODEL --out INDEX"
 TextChoice = Literal["caption", "description"]
 FrameChoice = Literal["all", "first"]
@@ -39,7 +36,7 @@ FrameChoice = Literal["all", "first"]
 
 @dataclass(frozen=True, eq=False)
 class Index:
-    """An open index: T distinct texts, N images. `info` is index.json; `sha256` its hash, hence that of everything."""
+    """An open index of T distinct texts and N images. `info`: index.json; `sha256`: its hash, which covers all files."""
 
     folder: Path
     info: Mapping[str, Any]
@@ -50,7 +47,7 @@ class Index:
     pairs: np.ndarray  # (P, 2) int32: (text, image that it describes), sorted
 
     def __len__(self) -> int:
-        """Images."""
+        """The number of images."""
         return len(self.latents)
 
     @property
@@ -68,8 +65,8 @@ class Index:
         if spec.family != "text":
             raise InputError(f"{self.folder}: an index is for text models; this model takes labels")
         if other := foreign_network(self.info, spec.component_sha256, spec.sha256):
-            name, held, found = other
-            raise self._foreign(f"another {name} ({held[:12]}; this model's is {found[:12]})")
+            name, ours, theirs = other
+            raise self._foreign(f"another {name} ({ours[:12]}; this model's is {theirs[:12]})")
         shape = tuple(self.info["latent_shape"])
         if shape != spec.latent_shape:
             raise self._foreign(f"latents of shape {shape}; this model's are {spec.latent_shape}")
@@ -82,18 +79,19 @@ class Index:
     def nearest(self, queries: np.ndarray, k: int = 1) -> tuple[np.ndarray, np.ndarray]:
         """The k images whose texts are nearest by cosine: (rows (Q, k) int64, similarities (Q, k) float64), best first.
 
-        `queries` (Q, D), of any length but zero. Where similarities are equal the text that comes first wins, then the first
-        of its images. k is at most the number of images. Raises InputError for queries of another width, or not finite.
+        `queries` (Q, D), of any length but zero. Among equal similarities the text that comes first wins, then the first of
+        its images. A larger k than the number of images counts as that number. Raises InputError for queries of another width,
+        zero, or not finite.
         """
         if queries.ndim != 2 or queries.shape[1] != self.embeddings.shape[1]:
             raise InputError(f"queries of shape {queries.shape}, expected (Q, {self.embeddings.shape[1]})")
         queries = unit(queries, "the query")
         k = min(k, len(self))
-        texts = min(1 + (k - 1) * self._texts_per_image, len(self.embeddings))  # that hold k images, whichever they are
+        texts = min(1 + (k - 1) * self._texts_per_image, len(self.embeddings))  # so many always have k distinct images
         rows = np.empty((len(queries), k), np.int64)
         similarities = np.empty((len(queries), k))
-        for q, (found, values) in enumerate(nearest_rows(self.embeddings, queries, texts)):
-            images, which = self._distinct_images(found, k)
+        for q, (nearest, values) in enumerate(nearest_rows(self.embeddings, queries, texts)):
+            images, which = self._distinct_images(nearest, k)
             rows[q], similarities[q] = images, values[which]
         return rows, similarities
 
@@ -121,22 +119,22 @@ class Index:
 def foreign_network(
     info: Mapping[str, Any], component_sha256: Mapping[str, str], model_sha256: str
 ) -> tuple[str, str, str] | None:
-    """(name, hash in the index, hash of the model) of the first network that an index was not built with. Where one side does
-    not know the hashes of single networks, as an older bundle, the whole model counts."""
+    """(name, hash in the index, hash of the model) of the first network that differs from the one an index was built with.
+    Where one side has no hashes of single networks, such as an older bundle, the whole model's are compared."""
     for field, name in (("text_encoder", "text encoder"), ("vae", "VAE")):
-        held, found = info["component_sha256"].get(field), component_sha256.get(field)
-        if held is None or found is None:
-            name, held, found = "model", info["model_sha256"], model_sha256
-        if held != found:
-            return name, held, found
+        ours, theirs = info["component_sha256"].get(field), component_sha256.get(field)
+        if ours is None or theirs is None:
+            name, ours, theirs = "model", info["model_sha256"], model_sha256
+        if ours != theirs:
+            return name, ours, theirs
     return None
 
 
 class Retrieval:
-    """A `start.Start`: for every request one of its `top_k` nearest training images; which one depends on its seed alone.
+    """A `start.Start`: for every request one of its `top_k` nearest training images, drawn by the request's seed alone.
 
-    `seed`: the base of the requests' seeds. The texts are embedded when the first latents or records are asked for. Raises
-    InputError for an index of another model, and a `top_k` below 1.
+    `seed`: the base of the requests' seeds. The first call of `latents` or `record` embeds all texts. Raises InputError for an
+    index of another model, and a `top_k` below 1.
     """
 
     def __init__(
@@ -151,11 +149,8 @@ class Retrieval:
 
     @property
     def identity(self) -> dict[str, Any]:
-        return {
-            "rag_sha256": self._index.sha256,
-            "rag_top_k": self._top_k,
-            "queries_sha256": sha256_json(self._queries),
-        }
+        queries = sha256_json(self._queries)
+        return {"rag_sha256": self._index.sha256, "rag_top_k": self._top_k, "queries_sha256": queries}
 
     @cached_property
     def texts(self) -> list[str]:
@@ -176,7 +171,7 @@ class Retrieval:
         return self._index.latents[[self.nearest[r][0] for r in requests]].astype(np.float32)
 
     def record(self, request: Request) -> dict[str, Any]:
-        """What the manifest says of it: the image's id and the similarity."""
+        """The manifest's fields of a request: its training image's id, and the similarity."""
         row, similarity = self.nearest[request]
         return {"retrieved": self._index.images[row]["id"], "similarity": round(similarity, 6)}
 
@@ -187,7 +182,7 @@ class Retrieval:
 
 
 def query(request: Request, text: TextChoice) -> str:
-    """What a request is looked up by: its description alone, if the index holds those and the request has it apart."""
+    """The text that a request is looked up by: its description, if the index has descriptions and the request has one."""
     alone = request.description if text == "description" else None
     return alone or request.prompt or ""
 
@@ -211,13 +206,13 @@ def read_info(folder: Path) -> dict[str, Any]:
 def open_index(folder: str | os.PathLike[str]) -> Index:
     """Open an index; latents and thumbnails are mapped, not read.
 
-    Raises InputError for a folder that is none, and for files that are missing, cut off, altered, or of another shape.
+    Raises InputError for a folder that is no index, and for files that are missing, truncated, altered, or of another shape.
     """
     folder = Path(folder)
     info = read_info(folder)
     try:
-        for name, held in info["files"].items():
-            check_file(folder / name, held, MANIFEST, "build the index again", content=name not in MAPPED)
+        for name, record in info["files"].items():
+            check_file(folder / name, record, MANIFEST, "build the index again", content=name not in MAPPED)
         images, texts, pairs = (info["counts"][key] for key in ("images", "texts", "pairs"))
         side = int(info["thumbnail_size"])
         shapes = {
@@ -229,12 +224,12 @@ def open_index(folder: str | os.PathLike[str]) -> Index:
         _check_options(folder, info)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{folder / MANIFEST}: malformed ({type(error).__name__}: {error}); build it again") from None
-    arrays = {name: _array(folder / name, shape, dtype) for name, (shape, dtype) in shapes.items()}
-    sha256 = hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
-    return Index(folder, info, sha256, arrays[EMBEDDINGS], arrays[LATENTS], arrays[THUMBNAILS], arrays[PAIRS])
+    arrays = [_array(folder / name, shape, dtype) for name, (shape, dtype) in shapes.items()]
+    return Index(folder, info, sha256_file(folder / MANIFEST), *arrays)
 
 
 def _check_options(folder: Path, info: Mapping[str, Any]) -> None:
+    """KeyError or TypeError for a field that is missing or of another type, InputError for an unknown choice."""
     for field, choices in (("text", get_args(TextChoice)), ("frames", get_args(FrameChoice))):
         if info[field] not in choices:
             raise InputError(f"{folder / MANIFEST}: {field} is {info[field]!r}, expected one of {', '.join(choices)}")

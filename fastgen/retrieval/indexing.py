@@ -1,11 +1,10 @@
-"""Building an index of a training set for retrieval/index.py: its texts embedded, its images encoded, once."""
+"""Building an index of a training set: embeddings of its texts, latents of its images."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
@@ -23,7 +22,7 @@ from fastgen.files.hashes import record_files
 from fastgen.files.jsonfiles import write_bytes, write_json
 from fastgen.generate.conditions import pooled_states
 from fastgen.models.bundle import is_bundle
-from fastgen.models.find import made_from
+from fastgen.models.find import output_folder
 from fastgen.models.spec import Spec
 from fastgen.retrieval.copies import calibrate, subjects, thumbnails
 from fastgen.retrieval.index import (
@@ -55,14 +54,12 @@ THUMBNAIL = 16  # px
 
 @dataclass(frozen=True)
 class IndexOptions:
-    """What goes into an index.
+    """The content of an index.
 
     `text`: what is embedded, a caption as the model was trained on it, or the description without the action. Captions are
-    the default: requests' prompts are of that form, so like is compared with like, and the pose is retrieved too.
-    `frames`: every frame of an animation, or its first. Frames share their texts, so the nearest image is the same one; all
-    of them are the default because a copy can be one of any frame.
-    `image_mode`: how images that are not square are made so; None for what `trained_mode` finds, else "stretch", the presets'
-    default.
+    the default: prompts have that form too, and the pose is retrieved with them. `frames`: every frame of an animation, or its
+    first. Frames share their texts, so the nearest image is the same; all are the default because any frame can be copied.
+    `image_mode`: how images become square, see `load_image`; None for that of the model's training, else "stretch".
     """
 
     text: TextChoice = "caption"
@@ -87,35 +84,35 @@ def build_index(
     say: Say = lambda line: None,
 ) -> tuple[Index, bool]:
     """Index the training data in the folder `data` with the text encoder and the VAE of a pipeline; the folder `out` is
-    written whole or not at all. `limit`: the first so many images. `say` hears where the data's JSON and images do not match,
-    and what had to be assumed.
+    written complete or not at all. `limit`: use the first examples only, so many. `say` gets lines on images and texts that do
+    not match, and on an unknown `image_mode`.
 
-    Returns the index, and whether it was built now: one of the same data, model and options is kept. Raises InputError for
-    data without texts, a label model, bad images, and an `out` that holds something else.
+    Returns the index, and whether it is new: one of the same data, model and options is kept. Raises InputError for data
+    without texts, a label model, bad images, and an `out` that holds something else.
     """
     options, out = options or IndexOptions(), Path(out)
     if pipeline.spec.family != "text":
         raise InputError("an index needs a text encoder and a VAE; this model takes labels")
-    dataset = chosen_examples(read_dataset(data, limit=limit), options)
+    dataset = _examples(read_dataset(data, limit=limit), options)
     for note in dataset.notes:
         say(f"note: {note}")
     mode = options.image_mode or trained_mode(pipeline.spec)
     if mode is None:
         what = "how this model's training made images square is not recorded"
         say(f"note: {what}; they are stretched, unless --image-mode says otherwise")
-    wanted = _wanted(pipeline, dataset, replace(options, image_mode=mode or "stretch"))
+    identity = _identity(pipeline, dataset, replace(options, image_mode=mode or "stretch"))
     if is_index(out):
-        _check_same(out, wanted)
+        _check_same(out, identity)
         return open_index(out), False
     if os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
         raise InputError(f"{out}: exists and is no index; choose another --out")
     with new_folder(out, alone=True) as folder:
-        _fill(folder, pipeline, dataset, wanted, progress)
+        _fill(folder, pipeline, dataset, identity, progress)
     return open_index(out), True
 
 
-def chosen_examples(dataset: Dataset, options: IndexOptions) -> Dataset:
-    """The examples that an index holds. Raises InputError for labels, and for descriptions that the data do not have."""
+def _examples(dataset: Dataset, options: IndexOptions) -> Dataset:
+    """The examples to index. Raises InputError for labels, and for descriptions that the data do not have."""
     if dataset.kind != "text":
         raise InputError(f"{dataset.root}: holds labels; an index needs captions")
     if options.text == "description" and not dataset.examples[0].descriptions:
@@ -129,13 +126,13 @@ def chosen_examples(dataset: Dataset, options: IndexOptions) -> Dataset:
 
 
 def indexing_engine(folder: Path, device: str | None) -> str:
-    """The engine to build an index with: the default one of those that need no plans, which leave out the VAE's encoder."""
+    """The engine to build an index with: the default one without plans, as these leave out the VAE's encoder."""
     return default_engine(folder, device, built=False)
 
 
 def default_folder(model: Path) -> Path:
-    """Where a model's index goes: into a model folder (see `made_from`), but beside a bundle, which an export may replace."""
-    return model.with_name("index") if is_bundle(model) else made_from(model, "index")
+    """The default folder of a model's index: `output_folder`, but beside a bundle, which an export may replace."""
+    return model.with_name("index") if is_bundle(model) else output_folder(model, "index")
 
 
 def trained_mode(spec: Spec) -> Mode | None:
@@ -143,8 +140,8 @@ def trained_mode(spec: Spec) -> Mode | None:
     return cast(Mode, spec.image_mode) if spec.image_mode in get_args(Mode) else None
 
 
-def _wanted(pipeline: Pipeline, dataset: Dataset, options: IndexOptions) -> dict[str, Any]:
-    """Everything an index depends on: two with the same values are one."""
+def _identity(pipeline: Pipeline, dataset: Dataset, options: IndexOptions) -> dict[str, Any]:
+    """Everything an index depends on: indices with the same values are equal."""
     spec = pipeline.spec
     return {
         "format_version": FORMAT_VERSION,
@@ -160,36 +157,36 @@ def _wanted(pipeline: Pipeline, dataset: Dataset, options: IndexOptions) -> dict
     }
 
 
-def _check_same(out: Path, wanted: Mapping[str, Any]) -> None:
-    held = read_info(out)
-    same_networks = foreign_network(held, wanted["component_sha256"], wanted["model_sha256"]) is None
-    for field, value in wanted.items():
-        if held.get(field) != value and not (same_networks and field in ("component_sha256", "model_sha256")):
-            raise InputError(
-                f"{out}: holds another index: {field} is {held.get(field)!r} there and {value!r} now; "
-                "delete it, or choose another --out"
-            )
+def _check_same(out: Path, identity: Mapping[str, Any]) -> None:
+    """InputError unless the index at `out` has this identity."""
+    info = read_info(out)
+    same_networks = foreign_network(info, identity["component_sha256"], identity["model_sha256"]) is None
+    for field, value in identity.items():
+        if info.get(field) != value and not (same_networks and field in ("component_sha256", "model_sha256")):
+            difference = f"{field} is {info.get(field)!r} there and {value!r} now"
+            raise InputError(f"{out}: holds another index: {difference}; delete it, or choose another --out")
 
 
-def _fill(folder: Path, pipeline: Pipeline, dataset: Dataset, wanted: Mapping[str, Any], progress: bool) -> None:
-    texts, pairs = _texts(dataset.examples, wanted["text"])
-    rows = _embed(pipeline, texts, progress)
+def _fill(folder: Path, pipeline: Pipeline, dataset: Dataset, identity: Mapping[str, Any], progress: bool) -> None:
+    texts, pairs = _texts(dataset.examples, identity["text"])
+    with _bar(len(texts), "texts", progress) as bar:
+        rows = unit(pooled_states(pipeline.engine, pipeline.tokenizer, texts, bar.update), "text")  # (T, D)
     np.save(folder / EMBEDDINGS, rows)
     np.save(folder / PAIRS, pairs)
-    small = _encode_images(folder, pipeline, dataset, wanted, progress)
+    small = _encode_images(folder, pipeline, dataset, identity, progress)
     np.save(folder / THUMBNAILS, small)
     owners = subjects([e.descriptions or e.captions for e in dataset.examples])
-    lines = [
+    images = [
         {"id": e.image.relative_to(dataset.root).as_posix(), "group": e.group, "subject": owner}
         for e, owner in zip(dataset.examples, owners.tolist(), strict=True)
     ]
-    _write_lines(folder / IMAGES, lines)
+    write_bytes(folder / IMAGES, "".join(json.dumps(image) + "\n" for image in images).encode())
     info = {
-        **wanted,
+        **identity,
         "fastgen": __version__,
         "engine": pipeline.engine.name,
         "dtype": {name: pipeline.engine.executed(name) for name in ("text_encoder", "vae_encoder")},
-        "counts": {"images": len(lines), "texts": len(texts), "pairs": len(pairs)},
+        "counts": {"images": len(images), "texts": len(texts), "pairs": len(pairs)},
         "width": rows.shape[1],
         "thumbnail_size": THUMBNAIL,
         "copies": calibrate(small, owners),
@@ -209,39 +206,28 @@ def _texts(examples: Sequence[Example], text: TextChoice) -> tuple[list[str], np
     return list(numbers), np.array(sorted(pairs), np.int32)
 
 
-def _embed(pipeline: Pipeline, texts: list[str], progress: bool) -> np.ndarray:
-    with _bar(len(texts), "texts", progress) as bar:
-        states = pooled_states(pipeline.engine, pipeline.tokenizer, texts, bar.update if bar else lambda count: None)
-    return unit(states, "text")  # (T, D)
-
-
 def _encode_images(
-    folder: Path, pipeline: Pipeline, dataset: Dataset, wanted: Mapping[str, Any], progress: bool
+    folder: Path, pipeline: Pipeline, dataset: Dataset, identity: Mapping[str, Any], progress: bool
 ) -> np.ndarray:
     """Write the latents, the posterior's mean x scaling factor; returns the thumbnails (N, s, s, 3) uint8."""
-    engine, count = pipeline.engine, len(dataset.examples)
-    shape = (count, *wanted["latent_shape"])
-    latents = np.lib.format.open_memmap(folder / LATENTS, "w+", "float16", shape)
+    count = len(dataset.examples)
+    latents = np.lib.format.open_memmap(folder / LATENTS, "w+", "float16", (count, *identity["latent_shape"]))
     small = np.empty((count, THUMBNAIL, THUMBNAIL, 3), np.uint8)
     with _bar(count, "images", progress) as bar:
-        for part, images in _loaded(dataset, wanted):
-            small[part] = thumbnails(images, THUMBNAIL)
+        for start in range(0, count, LOADED):
+            rows = slice(start, start + LOADED)
+            part = replace(dataset, examples=dataset.examples[rows])
+            images = load_images(part, identity["image_size"], mode=identity["image_mode"])[
+                0
+            ]  # (b, size, size, 3) uint8
+            small[rows] = thumbnails(images, THUMBNAIL)
             with np.errstate(over="ignore"):
-                latents[part] = _latents(engine, images) * np.float32(wanted["scaling_factor"])
-            if not np.isfinite(latents[part]).all():
+                latents[rows] = _latents(pipeline.engine, images) * np.float32(identity["scaling_factor"])
+            if not np.isfinite(latents[rows]).all():
                 raise FastgenError("the VAE's latents are not finite in float16; try --dtype fp32")
-            if bar:
-                bar.update(len(images))
+            bar.update(len(images))
     latents.flush()
     return small
-
-
-def _loaded(dataset: Dataset, wanted: Mapping[str, Any]) -> Iterator[tuple[slice, np.ndarray]]:
-    """The images (b, size, size, 3) uint8, and which of them."""
-    for start in range(0, len(dataset.examples), LOADED):
-        rows = slice(start, start + LOADED)
-        part = replace(dataset, examples=dataset.examples[rows])
-        yield rows, load_images(part, wanted["image_size"], mode=wanted["image_mode"])[0]
 
 
 def _latents(engine: Engine, images: np.ndarray) -> np.ndarray:
@@ -256,13 +242,7 @@ def _latents(engine: Engine, images: np.ndarray) -> np.ndarray:
     return np.concatenate(means)
 
 
-def _write_lines(path: Path, values: Sequence[Any]) -> None:
-    write_bytes(path, "".join(json.dumps(value) + "\n" for value in values).encode())
-
-
-def _bar(count: int, name: str, show: bool) -> AbstractContextManager[Any]:
-    if not show:
-        return nullcontext()
+def _bar(count: int, name: str, progress: bool) -> Any:
     from tqdm import tqdm
 
-    return tqdm(total=count, desc=name, unit=name.removesuffix("s"), disable=None)
+    return tqdm(total=count, desc=name, unit=name.removesuffix("s"), disable=None if progress else True)

@@ -115,7 +115,7 @@ def _noising(scheduler: Any, timestep: Any) -> tuple[float, float]:
 
 
 def run_probe(scheduler: Any, start: ProbeStart, step_options: Mapping[str, Any]) -> Trace:
-    """Run the schedule once, all groups as one batch. It changes the scheduler: pass a copy of its own."""
+    """Run the schedule once, all groups as one batch. The scheduler must not be used afterwards."""
     import torch
 
     class Exact(torch.Tensor):

@@ -13,8 +13,9 @@ from PIL import Image
 from fastgen.errors import Say
 from fastgen.files.installing import hint
 from fastgen.files.jsonfiles import write_bytes
+from fastgen.files.names import safe_path
 from fastgen.files.png import TINT, read_pixels, save_image, sheet
-from fastgen.generate.requests import Request, safe_path
+from fastgen.generate.requests import Request
 from fastgen.scoring.result import number
 from fastgen.sweep.grid import Point
 from fastgen.sweep.report import PLOT, SHEET, ScoredPoint, Sweep

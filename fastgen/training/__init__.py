@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from fastgen.data import read_dataset
-from fastgen.data.attributes import labelled
+from fastgen.data.attributes import with_labels
 from fastgen.errors import InputError
 from fastgen.presets import Preset
 from fastgen.training.autocast import choose
@@ -45,7 +45,7 @@ def train(
     out = Path(out)
     dataset = read_dataset(data)
     if preset.family == "evaluator":
-        dataset = labelled(dataset)
+        dataset = with_labels(dataset)
     target = choose("fp32", device).device
     processes = join(target)
     with processes.main_first():

@@ -41,8 +41,8 @@ class Counted:
 
         def module(engine, network, rows):
             self.compiled[engine._source.folder.name, network, rows] += 1
-            engine._loaded[network, rows] = InPlace(engine, network)
-            return engine._loaded[network, rows]
+            engine._packages[network, rows] = InPlace(engine, network)
+            return engine._packages[network, rows]
 
         monkeypatch.setattr(fastgen, "load", counted_load)
         monkeypatch.setattr(floor, "measure", counted_measure)

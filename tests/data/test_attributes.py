@@ -15,7 +15,7 @@ torch = pytest.importorskip("torch")
 torch.set_num_threads(1)
 
 from fastgen.data import read_dataset, split  # noqa: E402
-from fastgen.data.attributes import labelled, outputs, read_attributes  # noqa: E402
+from fastgen.data.attributes import outputs, read_attributes, with_labels  # noqa: E402
 from fastgen.errors import InputError  # noqa: E402
 from fastgen.models.evaluator import ResNet18, load, save  # noqa: E402
 from fastgen.scoring import Scorer, compare, score  # noqa: E402
@@ -102,7 +102,7 @@ def monsters(tmp_path):
 
 
 def test_a_dataset_with_attributes_has_their_values_as_labels(monsters):
-    dataset = labelled(read_dataset(monsters))
+    dataset = with_labels(read_dataset(monsters))
     assert dataset.attributes == {
         "body": ("cat", "slime"),
         "colour": ("blue", "green", "pink", "red"),
@@ -116,7 +116,7 @@ def test_a_dataset_with_attributes_has_their_values_as_labels(monsters):
     changed = json.loads((monsters / "attributes.json").read_text())
     changed["0_die1"]["colour"] = "blue"
     (monsters / "attributes.json").write_text(json.dumps(changed))
-    assert labelled(read_dataset(monsters)).fingerprint != dataset.fingerprint
+    assert with_labels(read_dataset(monsters)).fingerprint != dataset.fingerprint
 
 
 def test_captions_without_attributes_or_without_some_of_them_are_refused(monsters):
@@ -124,15 +124,15 @@ def test_captions_without_attributes_or_without_some_of_them_are_refused(monster
     entries = json.loads(path.read_text())
     path.write_text(json.dumps({key: entry for key, entry in entries.items() if not key.endswith("die1")}))
     with pytest.raises(InputError, match=r"attributes\.json: 5 animations have no entry: 0_die1, 1_die1"):
-        labelled(read_dataset(monsters))
+        with_labels(read_dataset(monsters))
     path.write_text(json.dumps({**entries, "1_main": {"body": "cat"}}))
     with pytest.raises(InputError, match="key '1_main' has body, but '0_main' body, colour, action: expected the same"):
-        labelled(read_dataset(monsters))
+        with_labels(read_dataset(monsters))
     path.unlink()
     with pytest.raises(
         InputError, match=r"holds images with captions; an evaluator learns from labels, or from attributes"
     ):
-        labelled(read_dataset(monsters))
+        with_labels(read_dataset(monsters))
 
 
 # --- the evaluator

@@ -161,7 +161,7 @@ def test_a_package_without_weights_uses_those_of_the_module_in_place(label_model
     assert_certified(engine, label_model, "unet", 2)
     values = inputs(engine, "unet", 2)
     (before,) = engine.run("unet", *values)
-    package = engine._loaded["unet", 2]
+    package = engine._packages["unet", 2]
     weight = engine._module("unet").unet.conv_out.weight
     assert package.weights["unet.conv_out.weight"].data_ptr() == weight.data_ptr()
     with torch.no_grad():
@@ -379,6 +379,6 @@ class TestOnAGpu:
 
     def test_packages_hold_no_weights(self, engine):
         engine.run("unet", *inputs(engine, "unet", 2))
-        package = engine._loaded["unet", 2]
+        package = engine._packages["unet", 2]
         held = {tensor.data_ptr() for tensor in compile_package.named_weights(engine._module("unet")).values()}
         assert {tensor.data_ptr() for tensor in package.weights.values()} <= held

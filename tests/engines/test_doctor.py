@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from fastgen.engines import doctor, engine_class, engine_names
-from fastgen.engines.doctor import MachineReport, judge, libraries
+from fastgen.engines.doctor import MachineReport, Verdict, libraries
 from fastgen.engines.doctor.diagnosis import Cache, Machine, driver_too_old
 from fastgen.engines.doctor.libraries import Library, inspect, loaded_nvinfer, read_answer
 from fastgen.engines.machine import Cpu, Driver, Gpu, cpu, gpus, version
@@ -67,7 +67,7 @@ def machine(**changes) -> Machine:
 
 def says(name: str, there: Machine) -> list[str]:
     """The lines about an engine on a machine."""
-    verdict = judge(name, engine_class(name), there)
+    verdict = Verdict(name, engine_class(name).problems(there))
     lines = MachineReport(there, [verdict]).lines()
     return [line.strip() for line in lines[lines.index("") + 1 :]]
 
@@ -90,7 +90,7 @@ def test_every_engine_is_ready_where_everything_is_in_order(name):
 
 
 def test_the_screen_of_a_gpu_machine():
-    lines = MachineReport(machine(), [judge("trt", engine_class("trt"), machine())]).lines()
+    lines = MachineReport(machine(), [Verdict("trt", engine_class("trt").problems(machine()))]).lines()
     assert lines[1:] == [
         "GPU 0         NVIDIA H200, 140.4 GiB, compute capability 9.0, bf16 and fp16",
         "driver        580.95.05, CUDA up to 13.0",
@@ -314,7 +314,7 @@ def test_missing_packages_and_broken_ones():
 def test_what_torch_compile_needs_beside_torch(monkeypatch):
     monkeypatch.delenv("CXX", raising=False)
     there = machine(compiler=None, headers=False, torch={"triton": False, "toolkit": None})
-    verdict = judge("compile", engine_class("compile"), there)
+    verdict = Verdict("compile", engine_class("compile").problems(there))
     assert verdict.state == "not ready"
     assert list(map(str, verdict.problems)) == [
         "no C++ compiler (g++ is not on the PATH): apt-get install g++, or set CXX to yours",

@@ -88,13 +88,13 @@ def test_a_plan_that_needs_more_memory_leaves_older_ones_theirs(engine, labels):
     engine.run("unet", *inputs(labels, "unet", 2))
     small, large = called("IExecutionContext.set_device_memory")
     assert [call[1] for call in called("IExecutionContext.execute_async_v3")] == [small, large, small]
-    assert engine._loaded["unet", 2].memory.data_ptr() == small[0]
+    assert engine._plans["unet", 2].memory.data_ptr() == small[0]
 
 
 def test_memory_that_is_released_is_that_of_all_plans_and_they_run_again(engine, labels):
     values = inputs(labels, "unet", 4)
     expected = engine.run("unet", *values)[0]
-    held = [weakref.ref(thing) for plan in engine._loaded.values() for thing in (plan, plan.memory, plan.engine)]
+    held = [weakref.ref(thing) for plan in engine._plans.values() for thing in (plan, plan.memory, plan.engine)]
     engine.release_memory()
     assert [ref() for ref in held] == [None] * 3
     assert torch.equal(engine.run("unet", *values)[0], expected)

@@ -21,7 +21,7 @@ from torch import nn
 from export.onnx import export_onnx
 from fastgen.models.bundle import read_bundle
 from fastgen.models.folder import load_model
-from fastgen.models.precision import lowered
+from fastgen.models.precision import in_precision
 from fastgen.models.signatures import Signature, TensorSpec, network_dtype
 
 CASES = [("text", "fp16"), ("labels", "bf16")]
@@ -88,7 +88,7 @@ def test_fp16_graphs_compute_what_the_lowered_modules_compute(lowered_bundle, te
         tensors = [torch.from_numpy(x) for x in inputs.values()]
         module = model.networks()[name]
         with torch.inference_mode():
-            exact, torchs = module(*tensors), lowered(module, "fp16")(*tensors)
+            exact, torchs = module(*tensors), in_precision(module, "fp16")(*tensors)
         for file in (f"model{infix}.onnx" for infix in (".fp16", ".fp16.ort")):
             if not (folder / name / file).exists():
                 continue
@@ -131,6 +131,6 @@ def test_both_rewrites_work_in_lowered_graphs(dtype, tmp_path):
 
     x = np.random.default_rng(0).standard_normal((3, 3, 4, 4), dtype=np.float32)
     with torch.inference_mode():
-        exact, torchs = module(torch.from_numpy(x)).numpy(), lowered(module, dtype)(torch.from_numpy(x)).numpy()
+        exact, torchs = module(torch.from_numpy(x)).numpy(), in_precision(module, dtype)(torch.from_numpy(x)).numpy()
     (found,) = ReferenceEvaluator(str(tmp_path / "model.onnx")).run(None, {"x": x})
     assert 0 < distance(found, exact) <= 1.5 * distance(torchs, exact)

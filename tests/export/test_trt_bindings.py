@@ -2,7 +2,7 @@
 
 The wheels `tensorrt-cu13-bindings` hold TensorRT's bindings without the libraries, and are imported over stubs of those;
 TensorRT for RTX is installed whole. What is used is read from the sources: constants `trt.X.Y`, and attributes of variables
-that hold TensorRT's objects. Sources with `rtx` in their name are used with that product alone.
+that hold TensorRT's objects. Sources with `rtx` in their file's or folder's name are used with that product alone.
 """
 
 from __future__ import annotations
@@ -24,10 +24,13 @@ import pytest
 REPO = Path(__file__).parents[2]
 VERSIONS, RTX = ("10.13.3.9", "10.16.1.11", "11.4.0.106"), "tensorrt_rtx"
 ALL = [
-    *sorted((REPO / "fastgen" / "engines").glob("*trt*.py")),
+    *sorted((REPO / "fastgen" / "engines").glob("trt*/*.py")),
     *sorted((REPO / "export").glob("trt*.py")),
 ]
-SOURCES = {RTX: ALL, "tensorrt_bindings": [source for source in ALL if "rtx" not in source.name]}
+SOURCES = {
+    RTX: ALL,
+    "tensorrt_bindings": [source for source in ALL if "rtx" not in f"{source.parent.name}/{source.name}"],
+}
 STUBS = [
     *("createInferBuilder_INTERNAL", "createInferRefitter_INTERNAL", "createInferRuntime_INTERNAL"),
     *("createNvOnnxParserRefitter_INTERNAL", "createNvOnnxParser_INTERNAL", "getBuilderPluginRegistry"),

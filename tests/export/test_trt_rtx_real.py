@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import pytest
 from small_presets import SMALL
 
 from export.trt_build import Rows, build_plan
-from export.trt_rtx import DEFAULT_CAPABILITIES, _targets, build_plans
+from export.trt_rtx import DEFAULT_CAPABILITIES, _set_targets, build_plans
 from fastgen.engines.cache.artifacts import bundled
 from fastgen.engines.trt.plan import CAPABILITIES, PLAN
 from fastgen.engines.trt.platform import open_library
@@ -37,7 +38,7 @@ REFERENCES = ("monsters-pndm-rag", "monsters-ddim", "monsters-dpmpp", "iclevr-cl
 def build(graph: Path, signature: Signature, dtype: str, cards: Any = DEFAULT_CAPABILITIES) -> bytes:
     """One plan of a graph for batches of up to 8 rows, in its serialised form."""
     library = open_library(RTX)
-    prepare = _targets(library, cards, "unet")
+    prepare = partial(_set_targets, library, cards, "unet")
     return bytes(build_plan(library, graph, signature, dtype, ROWS, "unet", lambda line: None, prepare).plan)
 
 

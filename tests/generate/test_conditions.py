@@ -41,7 +41,7 @@ def requests(prompts):
 def conditions(pipeline, batches):
     width = pipeline.spec.signatures["text_encoder"].outputs[0]
     size = 4 * int(np.prod(width.with_batch(ENCODE_BATCH)))
-    return PromptConditions(pipeline.engine, pipeline.tokenizer, PROMPTS, True, held_bytes=batches * size)
+    return PromptConditions(pipeline.engine, pipeline.tokenizer, PROMPTS, True, state_bytes=batches * size)
 
 
 def test_states_of_batches_that_were_used_are_let_go(pipeline, encoded):

@@ -292,7 +292,7 @@ def test_other_errors_while_measuring_are_errors(card):
 def on_a_gpu(pipeline, monkeypatch, total, costs):
     """The pipeline as if its engine ran on a GPU of so many free bytes, where networks take `costs`."""
     monkeypatch.setattr(pipeline, "on_gpu", True)
-    monkeypatch.setattr(pipeline, "measured", costs)
+    monkeypatch.setattr(pipeline, "memory", costs)
     monkeypatch.setattr(memory, "free_memory", lambda engine: total)
 
 

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from fastgen.errors import FastgenError, InputError
 from fastgen.files.jsonfiles import read_json, read_jsonl, write_bytes, write_json
-from fastgen.files.names import ICLEVR_OBJECTS, check_image_name
-from fastgen.generate.requests import Request, multi_hot, read_requests, resolve_seed, safe_path
+from fastgen.files.names import ICLEVR_OBJECTS, check_image_name, safe_path
+from fastgen.generate.requests import Request, multi_hot, read_requests, resolve_seed
 
 REAL = Path(__file__).parents[3] / "shared" / "data"
 real_files = pytest.mark.skipif(not REAL.is_dir(), reason="the tasks' own files are not here")

@@ -176,7 +176,7 @@ def test_the_start_of_a_run_and_its_end_are_frames_too():
     table = TableCompiler(SCHEDULE).table("ddim:4")  # timesteps 750, 500, 250, 0
     plan = StripPlan.of(table, [999, 500, 130, 120, 0], 1000)
     assert plan.rows == (-1, 0, 1, 3, 3)
-    assert plan.shown == (750.0, 500.0, 250.0, 0.0, 0.0)
+    assert plan.nearest == (750.0, 500.0, 250.0, 0.0, 0.0)
 
 
 def test_images_named_like_a_strip_or_the_grid_are_refused(pipelines, tmp_path):

@@ -16,7 +16,7 @@ from fastgen.data.synthetic import write_monsters
 from fastgen.engines import source_kind
 from fastgen.errors import InputError
 from fastgen.models import evaluator, find
-from fastgen.models.find import default_model, find_folder, made_from, model_kind, shipped_model, shipped_names
+from fastgen.models.find import default_model, find_folder, model_kind, output_folder, shipped_model, shipped_names
 from fastgen.models.folder import load_model
 from fastgen.models.packing import pack
 from fastgen.models.runs import RUNS, set_latest
@@ -106,8 +106,8 @@ def test_kinds_are_those_of_the_loaded_models(text_model, label_model, text_bund
 
 
 def test_what_is_made_from_a_shipped_model_stays_out_of_the_package(here, stand_ins):
-    assert made_from(stand_ins / "iclevr-64", "bundle") == Path("iclevr-64-bundle")
-    assert made_from(Path("mine"), "bundle") == Path("mine/bundle")
+    assert output_folder(stand_ins / "iclevr-64", "bundle") == Path("iclevr-64-bundle")
+    assert output_folder(Path("mine"), "bundle") == Path("mine/bundle")
 
 
 def test_the_latest_run_generates_what_it_can_and_a_shipped_model_the_rest(here, stand_ins, label_model, label_bundle):

@@ -13,7 +13,7 @@ from fastgen.errors import InputError
 from fastgen.files.jsonfiles import write_json
 from fastgen.models import evaluator
 from fastgen.models.folder import load_model
-from fastgen.models.packing import pack, thinned, without_empty
+from fastgen.models.packing import pack, thin_log, without_empty
 from fastgen.presets import load_preset, preset_names
 from fastgen.training.run_folder import open_job
 
@@ -134,14 +134,14 @@ def test_a_log_keeps_every_validation_and_so_many_rows_of_each_stage():
     rows = [{"stage": s, "step": i, "loss": 1.0} for s in ("vae", "unet") for i in range(1, 5001)]
     rows += [{"stage": "unet", "step": 5001 + i, "validation_loss": 2.0} for i in range(300)]
     rows[17]["validation_loss"] = 3.0
-    kept = thinned(rows)
+    kept = thin_log(rows)
     assert [row for row in rows if "validation_loss" in row] == [row for row in kept if "validation_loss" in row]
     assert 200 <= sum(row["stage"] == "vae" for row in kept) <= 201
     assert 480 <= sum(row["stage"] == "unet" for row in kept) <= 500
     assert [rows.index(row) for row in kept] == sorted(rows.index(row) for row in kept)
     assert kept[0] == rows[0]
     assert rows[4999] in kept
-    assert thinned(rows[:150]) == rows[:150]
+    assert thin_log(rows[:150]) == rows[:150]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from fastgen.models.folder import load_model  # noqa: E402
-from fastgen.models.precision import lowered  # noqa: E402
+from fastgen.models.precision import in_precision  # noqa: E402
 from fastgen.models.signatures import network_dtype  # noqa: E402
 
 
@@ -35,7 +35,7 @@ def test_a_lowered_network_is_at_least_as_close_as_plain_casting(text_model, lab
     for name, module in model.networks().items():
         signature = model.spec.signatures[name]
         expected = outputs(module, signature)
-        ours = outputs(lowered(module, dtype), signature)
+        ours = outputs(in_precision(module, dtype), signature)
         torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
         plain = outputs(load_model(model.folder).networks()[name].to(torch_dtype), signature, torch_dtype)
         assert ours.dtype == torch.float32
@@ -45,19 +45,19 @@ def test_a_lowered_network_is_at_least_as_close_as_plain_casting(text_model, lab
 def test_the_original_is_untouched_and_fp32_is_the_module_itself(label_model):
     module = load_model(label_model).networks()["unet"]
     before = {k: v.clone() for k, v in module.state_dict().items()}
-    lowered(module, "fp16")
+    in_precision(module, "fp16")
     assert all(torch.equal(v, before[k]) and v.dtype == torch.float32 for k, v in module.state_dict().items())
-    assert lowered(module, "fp32") is module
+    assert in_precision(module, "fp32") is module
 
 
 def test_large_activations_do_not_overflow_in_normalisations():
     norm = torch.nn.Sequential(torch.nn.GroupNorm(2, 8))
     x = torch.full((2, 8, 4, 4), 6e4) * torch.linspace(-1, 1, 16).reshape(4, 4)
-    assert torch.isfinite(lowered(norm, "fp16")(x)).all()
+    assert torch.isfinite(in_precision(norm, "fp16")(x)).all()
 
 
 def test_neighbouring_timesteps_stay_apart_in_bf16(label_model):
-    module = lowered(load_model(label_model).networks()["unet"], "bf16")
+    module = in_precision(load_model(label_model).networks()["unet"], "bf16")
     x, labels = torch.randn(1, 3, 16, 16).expand(2, -1, -1, -1), torch.zeros(2, 24)
     with torch.inference_mode():
         two = module(x, torch.tensor([999.0, 1000.0]), labels)

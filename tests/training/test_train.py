@@ -173,7 +173,7 @@ def test_a_label_model_is_trained_saved_and_loaded(labelled: Path, tmp_path: Pat
         prediction = unet(torch.randn(2, 3, 16, 16), torch.tensor([5.0, 9.0]), torch.eye(3)[:2])
     assert prediction.shape == (2, 3, 16, 16)
     with Image.open(out / "previews" / "000006.png") as preview:
-        assert preview.size == sheet_size(2)  # the three validation images above three generated ones
+        assert preview.size == sheet_size(3, [1, 1])  # the three validation images above three generated ones
     training = json.loads((out / "fastgen.json").read_text())["training"]
     assert training["image_mode"] == "stretch"
     assert training["images"] == 12
@@ -418,10 +418,9 @@ def test_the_second_run_takes_pixels_from_the_cache(
     assert same(weights(first), weights(second))
 
 
-def sheet_size(rows: int, cell: int = 96, columns: int = 8, lines: int = 1) -> tuple[int, int]:
-    """Of a contact sheet whose longest caption has that many lines."""
-    font = max(9, cell // 12)
-    return columns * (cell + 6) + 6, rows * (cell + int(font * 1.25) * lines + 2 + 6) + 6
+def sheet_size(columns: int, lines: list[int]) -> tuple[int, int]:
+    """Of a sheet with cells of 96 px; `lines`: those of each row's longest caption."""
+    return columns * (96 + 6) + 6, sum(96 + 12 * n + 6 for n in lines) + 6
 
 
 def test_every_option_of_the_loss_and_the_data_trains_a_text_model(described: Path, tmp_path: Path) -> None:
@@ -439,7 +438,7 @@ def test_every_option_of_the_loss_and_the_data_trains_a_text_model(described: Pa
     prompts = '\n[preview]\nprompts = ["A red slime number 0.", "Nothing like it."]\n'
     out = train(preset_of(text + prompts, tmp_path), described, tmp_path / "model", progress=False)
     with Image.open(out / "previews" / "000004.png") as preview:
-        assert preview.size == sheet_size(3, lines=3)
+        assert preview.size == sheet_size(4, [3, 3, 2])  # four validation images; the preset's own prompts are shorter
     row = json.loads((out / "log.jsonl").read_text().splitlines()[-1])
     assert np.isfinite(row["loss"])
     assert np.isfinite(row["validation_loss"])
@@ -450,7 +449,7 @@ def test_a_label_model_previews_the_presets_own_labels(labelled: Path, tmp_path:
     good = text + '\n[preview]\nlabels = [["red cube", "blue cube"], ["green cube"]]\n'
     out = train(preset_of(good, tmp_path), labelled, tmp_path / "model", progress=False)
     with Image.open(out / "previews" / "000006.png") as preview:
-        assert preview.size == sheet_size(3)
+        assert preview.size == sheet_size(3, [1, 1, 1])
     bad = text + '\n[preview]\nlabels = [["red cubes"]]\n'
     with pytest.raises(InputError, match="did you mean 'red cube'"):
         train(preset_of(bad, tmp_path), labelled, tmp_path / "other", progress=False)

@@ -1,8 +1,7 @@
-"""Compiled engines on disk: addressed by what they were made of and for, written whole or not at all, and verified before
-anything is handed to a runtime.
+"""Compiled networks on disk: written completely or not at all, and verified before a runtime loads them.
 
-`cache/engines/<engine>/<digest>/` holds the compiled files and `artifact.json`, which lists the recipe's fields and every
-file's size and SHA-256. The digest is that of the recipe, so a changed weight, library or GPU is another address.
+`cache/engines/<engine>/<digest>/` holds the compiled files and `artifact.json`, which lists the recipe's fields and the size
+and SHA-256 of every file. The digest is that of the recipe: another weight, library or GPU gives another folder.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -33,15 +32,15 @@ _ADDRESS = re.compile(r"[0-9a-f]{64}|\.[0-9a-f]{64}\.partial")
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a compiled engine is made of and for. `fields` are JSON scalars: network, batch, dtype, the SHA-256 of graph and
-    weights, library versions, GPU, ...; everything that the compiled files depend on must be among them."""
+    """Cache key of a compiled network. `fields`, JSON scalars, must name everything that the compiled files depend on: network,
+    batch, dtype, the SHA-256 of graph and weights, library versions, GPU, ..."""
 
     engine: str
     fields: Mapping[str, str | int | float | bool | None]
 
     @property
     def digest(self) -> str:
-        """Hex SHA-256 of engine and fields: the artifact's address."""
+        """Hex SHA-256 of engine and fields, which names the artifact's folder."""
         text = json.dumps([FORMAT, self.engine, dict(self.fields)], sort_keys=True, allow_nan=False)
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -50,14 +49,14 @@ class Recipe:
         return _root() / self.engine / self.digest
 
     def __str__(self) -> str:
-        """`unet, batch 8, fp16`: what a user calls it."""
+        """`unet, batch 8, fp16`"""
         network, batch, dtype = (self.fields.get(k) for k in ("network", "batch", "dtype"))
         return ", ".join(str(x) for x in (network, None if batch is None else f"batch {batch}", dtype) if x is not None)
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """A compiled engine in the cache or in a bundle. `build_seconds`: how long it took; `built`: when, ISO 8601 in UTC."""
+    """A compiled network in the cache or in a bundle. `built`: date and time of its build, ISO 8601 in UTC."""
 
     folder: Path
     recipe: Recipe
@@ -66,8 +65,7 @@ class Artifact:
     built: str
 
     def file(self, name: str) -> Path:
-        """Path of a file whose size and SHA-256 agree with the record. Raises InputError for a missing, truncated or altered
-        one."""
+        """Path of a file, verified. Raises InputError unless its size and SHA-256 agree with the record."""
         path = self.folder / name
         if name not in self.files:
             raise InputError(f"{self.folder}: {name} is not listed in {RECORD}; {_help(self.recipe)}")
@@ -75,7 +73,7 @@ class Artifact:
         return path
 
     def verify(self) -> None:
-        """Verify every file; raises as `file` does."""
+        """Verify every file. Raises InputError as `file` does."""
         for name in self.files:
             self.file(name)
 
@@ -90,8 +88,8 @@ class Artifact:
 
 
 @dataclass(frozen=True)
-class Damaged:
-    """A folder of the cache whose record cannot be read or trusted, and why."""
+class DamagedFolder:
+    """A folder of the cache whose record cannot be read, or is writable by others; `reason` says which."""
 
     folder: Path
     reason: str
@@ -102,9 +100,9 @@ class Damaged:
 
 
 def find(recipe: Recipe) -> Artifact | None:
-    """The artifact of this recipe, or None when it was never built. Its files are not verified yet: `Artifact.file` does that.
+    """The artifact of this recipe, None when it was never built. Its files are not verified yet: `Artifact.file` does that.
 
-    Raises InputError when the cache, or the artifact's folder, can be written to by other users, or its record is damaged.
+    Raises InputError when other users can write to the cache or to the artifact's folder, or its record is damaged.
     """
     folder = recipe.folder
     if not folder.is_dir():
@@ -119,13 +117,13 @@ def find(recipe: Recipe) -> Artifact | None:
 def obtain(
     recipe: Recipe, make: Callable[[Path], None], say: Say = lambda line: None, *, say_built: bool = True
 ) -> Artifact:
-    """The artifact of this recipe, verified; built when it is missing, and built again, announced, when it is damaged.
+    """The artifact of this recipe, verified. It is built when it is missing, and built again when it is damaged.
 
-    `make(folder)` writes the compiled files into an empty folder. Of several processes one builds, the others wait and then
-    load what it built. A build that is killed leaves nothing that is ever loaded. `say_built`: whether a build's begin and
-    end are told, or only damage and waiting. Raises FastgenError when the disk refuses.
+    `make(folder)` writes the compiled files into an empty folder. Of several processes one builds, and the others wait for it.
+    What a killed build leaves is never loaded. `say` gets a line about damage and waiting, and with `say_built` about the
+    beginning and end of a build. Raises FastgenError when the disk refuses.
     """
-    with _locked(recipe, say):
+    with _lock(recipe, say):
         try:
             if (artifact := find(recipe)) is not None:
                 artifact.verify()
@@ -136,7 +134,7 @@ def obtain(
 
 
 class FieldDifference(NamedTuple):
-    """A field in which an artifact (`there`) is not what a recipe asks for (`here`)."""
+    """A field whose value differs between an artifact (`there`) and a recipe (`here`)."""
 
     field: str
     there: Any
@@ -148,15 +146,14 @@ class FieldDifference(NamedTuple):
 
 
 def differences(there: Recipe, here: Recipe) -> list[FieldDifference]:
-    """The fields in which two recipes differ. A field that is None in `here` may have any value there."""
+    """The fields in which two recipes differ. A field that is None in `here` matches anything."""
     names = [name for name in dict.fromkeys([*here.fields, *there.fields]) if here.fields.get(name, "") is not None]
     pairs = [FieldDifference(name, there.fields.get(name), here.fields.get(name)) for name in names]
     return [pair for pair in pairs if pair.there != pair.here]
 
 
 def ranked(recipe: Recipe, among: Iterable[Artifact]) -> list[tuple[Artifact, list[FieldDifference]]]:
-    """The artifacts of a recipe's network and how each differs from the recipe, the nearest first: it differs in the fewest
-    fields."""
+    """The artifacts of a recipe's network, each with its differences from the recipe; the one with the fewest first."""
     network = recipe.fields.get("network")
     pairs = [(a, differences(a.recipe, recipe)) for a in among if a.recipe.fields.get("network") == network]
     return sorted(pairs, key=lambda pair: len(pair[1]))
@@ -167,22 +164,22 @@ def artifacts(engine: str | None = None) -> list[Artifact]:
     return [_read(folder) for folder in _recorded(engine)]
 
 
-def scan(engine: str | None = None) -> tuple[list[Artifact], list[Damaged]]:
-    """What `artifacts` lists, with damaged and foreign ones apart instead of as an error."""
+def scan(engine: str | None = None) -> tuple[list[Artifact], list[DamagedFolder]]:
+    """The artifacts of the cache, or of one engine, and the folders that are damaged or writable by others."""
     sound: list[Artifact] = []
-    damaged: list[Damaged] = []
+    damaged: list[DamagedFolder] = []
     for folder in _recorded(engine):
         try:
             sound.append(_read(folder))
         except InputError as error:
-            damaged.append(Damaged(folder, str(error)))
+            damaged.append(DamagedFolder(folder, str(error)))
     return sound, damaged
 
 
 def remove(folder: Path) -> bool:
-    """Delete an artifact's folder; False when another process holds its lock, so builds it or is about to load it.
+    """Delete an artifact's folder; False when another process holds its lock: it builds the artifact, or is about to load it.
 
-    The record goes first, so that half a deletion is never loaded.
+    The record goes first, so that a folder whose deletion was interrupted is never loaded.
     """
     with _free(folder) as free:
         if free:
@@ -192,9 +189,9 @@ def remove(folder: Path) -> bool:
 
 
 def leftovers(engine: str | None = None) -> Iterator[Path]:
-    """Folders of builds that were killed: partial ones whose builder no longer holds its lock, and folders without a record.
+    """Folders of killed builds: partial ones whose lock is free, and folders without a record.
 
-    The lock is held while a folder is handed out: nobody builds it meanwhile.
+    The lock is held until the next folder is asked for, so that nobody builds in this one.
     """
     for folder in sorted(_root().glob(f"{engine or '*'}/*")):
         if not (_ADDRESS.fullmatch(folder.name) and folder.is_dir()):
@@ -213,27 +210,24 @@ def _recorded(engine: str | None) -> list[Path]:
 
 @contextmanager
 def _free(folder: Path) -> Iterator[bool]:
-    """Hold the lock of an artifact's folder, final or partial, if it can be had at once: whether it could."""
+    """Hold the lock of an artifact's folder, final or partial, within the block; yields False if another process holds it."""
     from filelock import FileLock, Timeout
 
     digest = folder.name.removeprefix(".").partition(".")[0]
-    lock = FileLock(folder.with_name(f"{digest}.lock"))
     try:
-        lock.acquire(timeout=0)
+        lock = FileLock(folder.with_name(f"{digest}.lock")).acquire(timeout=0)
     except Timeout:
         yield False
         return
-    try:
+    with lock:
         yield True
-    finally:
-        lock.release()
 
 
 def _build(recipe: Recipe, make: Callable[[Path], None], say: Say) -> Artifact:
     folder = recipe.folder
     say(f"building {recipe.engine}: {recipe}")
     start = time.perf_counter()
-    with new_folder(folder, existing="replace", alone=True) as partial:  # the lock is held; what is replaced is damaged
+    with new_folder(folder, existing="replace", alone=True) as partial:  # this process holds the lock
         partial.chmod(0o700)
         make(partial)
         seconds = time.perf_counter() - start
@@ -242,23 +236,18 @@ def _build(recipe: Recipe, make: Callable[[Path], None], say: Say) -> Artifact:
     return _read(folder)
 
 
-@contextmanager
-def _locked(recipe: Recipe, say: Say) -> Iterator[None]:
-    """Hold the recipe's lock, which the system releases when its holder dies; says so when it has to wait."""
+def _lock(recipe: Recipe, say: Say) -> AbstractContextManager[Any]:
+    """Acquire the recipe's lock, for the block after it; the system releases the lock of a process that dies."""
     from filelock import FileLock, Timeout
 
     folder = recipe.folder
     folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     lock = FileLock(folder.with_name(f"{recipe.digest}.lock"))
     try:
-        lock.acquire(timeout=0)
+        return lock.acquire(timeout=0)
     except Timeout:
         say(f"another process is building {recipe.engine}: {recipe}; waiting for it")
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
+        return lock.acquire()
 
 
 def _read(folder: Path) -> Artifact:
@@ -267,7 +256,7 @@ def _read(folder: Path) -> Artifact:
 
 
 def write_record(folder: Path, recipe: Recipe, build_seconds: float) -> None:
-    """Write the record of what lies in `folder`: the last file of an artifact."""
+    """Write the record of the files in `folder`; it is the last file of an artifact."""
     record = {
         "format": FORMAT,
         "engine": recipe.engine,
@@ -280,19 +269,16 @@ def write_record(folder: Path, recipe: Recipe, build_seconds: float) -> None:
 
 
 def bundled(bundle: Bundle, engine: str = COMPILED) -> list[Artifact]:
-    """The compiled engines of `engine` that lie in a bundle, their records verified; `Artifact.file` verifies the rest.
+    """The compiled networks of `engine` in a bundle, their records verified; `Artifact.file` verifies the other files.
 
-    Raises InputError for a record that is missing, altered or malformed.
+    Raises InputError for a record that is missing, changed or malformed.
     """
     records = [name for name in bundle.files if name.startswith(f"{engine}/") and name.endswith(f"/{RECORD}")]
     return [read_record(bundle.file(name).parent) for name in records]
 
 
 def read_record(folder: Path) -> Artifact:
-    """The artifact in `folder`, in the cache or in a bundle; its files are not verified yet.
-
-    Raises InputError for a record that is malformed or of another format.
-    """
+    """The artifact in `folder`; its files are not verified. Raises InputError for a malformed record or another format."""
     path = folder / RECORD
     value = read_json(path)
     try:
@@ -313,7 +299,7 @@ def _root() -> Path:
 
 
 def _help(recipe: Recipe) -> str:
-    """The command that builds an engine again, or deletes one that is built when it is needed."""
+    """The command that helps: it builds the network again, or deletes one that is built when it is first needed."""
     from fastgen.engines import engine_class, engine_names
 
     option = engine_class(recipe.engine).built_by if recipe.engine in engine_names() else None

@@ -1,4 +1,4 @@
-"""Deleting compiled engines that are of no use any more: the selection, and the deletion under each artifact's lock."""
+"""Deleting compiled engines that are of no use any more, each under its lock."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastgen.engines.cache import artifacts
-from fastgen.engines.cache.artifacts import Artifact, Damaged, Recipe
+from fastgen.engines.cache.artifacts import Artifact, DamagedFolder, Recipe
 from fastgen.engines.cache.listing import folder_bytes, library_fields, short_version, size_text
 from fastgen.engines.doctor.libraries import distributions
 from fastgen.errors import InputError
@@ -19,7 +19,7 @@ DAY = 86400.0
 
 
 @dataclass(frozen=True)
-class Doomed:
+class Deletion:
     """A folder that `collect` deletes, or would delete, and why."""
 
     folder: Path
@@ -30,8 +30,8 @@ class Doomed:
 
 @dataclass(frozen=True)
 class Selection:
-    """What `collect` deletes. Without any of these: leftovers of killed builds, damaged artifacts, and those made by another
-    version of a library than the one installed. `damaged` also verifies every file's hash."""
+    """What `collect` deletes. By default: leftovers of killed builds, damaged artifacts, and those of another version of a
+    library than the installed one. `damaged` also verifies the hash of every file."""
 
     everything: bool = False
     damaged: bool = False
@@ -45,70 +45,71 @@ class Selection:
 
 def collect(
     selection: Selection, engine: str | None = None, *, dry_run: bool = False, now: float | None = None
-) -> Iterator[tuple[Doomed, bool]]:
-    """Delete what is selected, of one engine or all -> (what, whether it is gone), one by one.
-
-    False: another process is building it, so it stays. With `dry_run` nothing is deleted.
-    """
+) -> Iterator[tuple[Deletion, bool]]:
+    """Delete what is selected, of one engine or all; yields each with True, or False where another process is building it.
+    With `dry_run` nothing is deleted."""
     sound, damaged = artifacts.scan(engine)
     time_now = time.time() if now is None else now
     if selection.default or selection.everything:
         for folder in artifacts.leftovers(engine):  # it is locked until the next turn
-            doomed = Doomed(folder, folder.parent.name, "left by a build that was killed", folder_bytes(folder))
+            deletion = Deletion(folder, folder.parent.name, "left by a build that was killed", folder_bytes(folder))
             if not dry_run:
                 shutil.rmtree(folder, ignore_errors=True)
-            yield doomed, dry_run or not folder.exists()
-    for doomed in list(_choose(selection, sound, damaged, time_now)):
-        yield doomed, dry_run or artifacts.remove(doomed.folder)
+            yield deletion, dry_run or not folder.exists()
+    for deletion in list(_choose(selection, sound, damaged, time_now)):
+        yield deletion, dry_run or artifacts.remove(deletion.folder)
 
 
 def _choose(
-    selection: Selection, sound: Sequence[Artifact], damaged: Sequence[Damaged], now: float
-) -> Iterator[Doomed]:
+    selection: Selection, sound: Sequence[Artifact], damaged: Sequence[DamagedFolder], now: float
+) -> Iterator[Deletion]:
     if selection.default or selection.everything or selection.damaged:
-        yield from (Doomed(bad.folder, bad.engine, bad.reason, folder_bytes(bad.folder)) for bad in damaged)
+        yield from (Deletion(bad.folder, bad.engine, bad.reason, folder_bytes(bad.folder)) for bad in damaged)
     versions = distributions() if selection.default else {}
-    left = []
+    rest = []
     for artifact in sound:
         if reason := _reason(selection, artifact, versions, now):
-            yield _doomed(artifact, reason)
+            yield _deletion(artifact, reason)
         else:
-            left.append(artifact)
+            rest.append(artifact)
     if selection.max_bytes is None:
         return
-    total = sum(artifact.bytes for artifact in left)
-    for artifact in sorted(left, key=lambda a: a.last_used):
+    total = sum(artifact.bytes for artifact in rest)
+    for artifact in sorted(rest, key=lambda a: a.last_used):
         if total <= selection.max_bytes:
             return
-        yield _doomed(artifact, f"used longest ago, and more than {size_text(selection.max_bytes)} in all")
+        yield _deletion(artifact, f"used longest ago, and more than {size_text(selection.max_bytes)} in all")
         total -= artifact.bytes
 
 
 def _reason(selection: Selection, artifact: Artifact, versions: Mapping[str, str], now: float) -> str | None:
-    """Why an artifact goes whatever the others are; None when it stays."""
+    """Why an artifact is deleted, whatever the others are; None when it stays."""
     if selection.everything:
         return "--all"
     if selection.default:
         return outdated(artifact.recipe, versions) or _truncated(artifact)
-    if selection.damaged and (reason := _damage(artifact)):
-        return reason
+    if selection.damaged:
+        try:
+            artifact.verify()
+        except InputError as error:
+            return str(error)
     unused = (now - artifact.last_used) / DAY
     if selection.unused_days is not None and unused > selection.unused_days:
         return f"not used for {unused:.0f} days"
     return None
 
 
-def _doomed(artifact: Artifact, why: str) -> Doomed:
-    return Doomed(artifact.folder, f"{artifact.recipe.engine}: {artifact.recipe}", why, artifact.bytes)
+def _deletion(artifact: Artifact, why: str) -> Deletion:
+    return Deletion(artifact.folder, f"{artifact.recipe.engine}: {artifact.recipe}", why, artifact.bytes)
 
 
 def outdated(recipe: Recipe, installed: Mapping[str, str]) -> str | None:
-    """Which library the artifact was made by in another version than the installed one; None when it fits, or is not here."""
+    """The library of the recipe whose installed version is another one, in words; None when all that are installed agree."""
     for name in library_fields(recipe):
         here = [v for d, v in installed.items() if re.fullmatch(rf"{re.escape(name)}(-cu\d+)?(-bindings)?", d)]
-        made_by = str(recipe.fields[name])
-        if here and not any(_same_version(made_by, version) for version in here):
-            return f"made by {name} {short_version(made_by)}, {short_version(here[0])} is installed"
+        there = str(recipe.fields[name])
+        if here and not any(_same_version(there, version) for version in here):
+            return f"made by {name} {short_version(there)}, {short_version(here[0])} is installed"
     return None
 
 
@@ -127,18 +128,9 @@ def _truncated(artifact: Artifact) -> str | None:
     return None
 
 
-def _damage(artifact: Artifact) -> str | None:
-    """Why an artifact's files are refused."""
-    try:
-        artifact.verify()
-    except InputError as error:
-        return str(error)
-    return None
-
-
 def parse_size(text: str) -> int:
     """`5GB`, `500 MB`, `2GiB` or a number of bytes -> bytes. Raises InputError otherwise."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", text.strip().upper())
-    if found is None:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", text.strip().upper())
+    if match is None:
         raise InputError(f"size {text!r}, expected a number and a unit, such as 5GB, 500MB or 2GiB")
-    return int(float(found[1]) * (1024 if found[3] else 1000) ** " KMGT".index(found[2] or " "))
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2] or " "))

@@ -21,15 +21,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Finding:
-    """What was compiled of one network for a model and an engine. `rows`: the batch sizes that are there and sound;
-    `problem`: why those that are needed are not, in words; None when nothing is missing."""
+    """The compiled forms of one network. `rows`: number of rows -> artifact, verified; `problem`: why one that is needed is
+    missing, in words, or None."""
 
     network: str
     rows: Mapping[int, Artifact]
     problem: str | None
 
     def __str__(self) -> str:
-        there = [f"batch {rows}: {found.recipe.digest[:12]}, verified" for rows, found in sorted(self.rows.items())]
+        there = [f"batch {rows}: {a.recipe.digest[:12]}, verified" for rows, a in sorted(self.rows.items())]
         return f"{self.network}: {'; '.join([*there, *([self.problem] if self.problem else [])])}"
 
 
@@ -65,7 +65,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
     for r in rows:
         versions = " ".join(f"{name} {short_version(text)}" for name, text in r["versions"].items())
-        took, when = f"{r['build_seconds']:.1f} s", [_minute(r[key]) for key in ("built", "last_used")]
+        took, when = f"{r['build_seconds']:.1f} s", [r[key][:16].replace("T", " ") for key in ("built", "last_used")]
         plain = [
             str(r[key] if r[key] is not None else "-") for key in ("engine", "network", "batch", "dtype", "device")
         ]
@@ -87,31 +87,26 @@ def build_command(bundle: Path, engine: Engine, batch_size: int | None) -> str:
 
 
 def why(engine: Engine, networks: Sequence[str], batch_size: int | None = None, guided: bool = True) -> list[Finding]:
-    """For each network what was compiled of it for this engine, and how the nearest artifact differs where nothing was.
+    """For each network its compiled forms for this engine, and if there is none how the nearest artifact differs.
 
     `batch_size`: images per batch that must be there; a guided one takes twice as many rows of the UNet. Raises InputError
     for an engine that keeps nothing on disk.
     """
-    found = {name: engine.recipe(name, None) for name in networks}
-    recipes = {name: recipe for name, recipe in found.items() if recipe is not None}
+    recipes = {name: recipe for name in networks if (recipe := engine.recipe(name, None)) is not None}
     if not recipes:
         raise InputError(f"engine {engine.name} keeps no compiled networks on disk: there is nothing to find")
-    sound = engine.compiled()
-    findings = []
-    for name, recipe in recipes.items():
-        rows = None if batch_size is None or name != "unet" else batch_size * (2 if guided else 1)
-        findings.append(_finding(name, recipe, sound, rows))
-    return findings
+    sound, rows = engine.compiled(), None if batch_size is None else batch_size * (2 if guided else 1)
+    return [_finding(name, recipe, sound, rows if name == "unet" else None) for name, recipe in recipes.items()]
 
 
-def _finding(network: str, wanted: Recipe, sound: Sequence[Artifact], rows: int | None) -> Finding:
-    near = ranked(wanted, sound)
+def _finding(network: str, recipe: Recipe, sound: Sequence[Artifact], rows: int | None) -> Finding:
+    near = ranked(recipe, sound)
     verified: dict[int, Artifact] = {}
     broken = []
-    for found in (found for found, different in near if not different):
+    for artifact in (artifact for artifact, different in near if not different):
         try:
-            found.verify()
-            verified[int(found.recipe.fields["batch"] or 0)] = found
+            artifact.verify()
+            verified[int(artifact.recipe.fields["batch"] or 0)] = artifact
         except InputError as error:
             broken.append(f"damaged: {error}")
     if broken:
@@ -120,14 +115,14 @@ def _finding(network: str, wanted: Recipe, sound: Sequence[Artifact], rows: int 
         return Finding(network, verified, "never built")
     if not verified:
         nearest, different = near[0]
-        said = ", ".join(map(str, different))
-        return Finding(network, verified, f"not built; the nearest ({nearest.recipe}): {said}")
-    missing = rows is not None and not any(_takes(found, rows) for found in verified.values())
+        words = ", ".join(map(str, different))
+        return Finding(network, verified, f"not built; the nearest ({nearest.recipe}): {words}")
+    missing = rows is not None and not any(_takes(artifact, rows) for artifact in verified.values())
     return Finding(network, verified, f"no batch of {rows} rows" if missing else None)
 
 
 def _takes(artifact: Artifact, rows: int) -> bool:
-    """Whether a compiled network runs so many rows: those it was built for, or any from the fewest on."""
+    """Whether a compiled network runs so many rows: exactly `batch`, or `least_rows` to `batch` if it has that field."""
     most = int(artifact.recipe.fields["batch"] or 0)
     return int(artifact.recipe.fields.get("least_rows") or most) <= rows <= most
 
@@ -150,7 +145,7 @@ def size_text(count: float) -> str:
 
 
 def folder_bytes(folder: Path) -> int:
-    """Bytes of all files below a folder; what is deleted meanwhile does not count."""
+    """Bytes of all files below a folder; files that are deleted while this counts are left out."""
     total = 0
     for parent, _, names in os.walk(folder):
         for name in names:
@@ -159,11 +154,6 @@ def folder_bytes(folder: Path) -> int:
             except OSError:
                 continue
     return total
-
-
-def _minute(when: str) -> str:
-    """An ISO 8601 time to the minute, in UTC."""
-    return when[:16].replace("T", " ")
 
 
 def short_version(version: str) -> str:

@@ -1,12 +1,12 @@
-"""torch.compile's code generator, ahead of time: each network is exported at a fixed number of rows and compiled by inductor
-into a package (AOTInductor) in the cache of compiled engines, so that a second process starts warm.
+"""torch.compile's code generator, ahead of time: inductor compiles each network, exported at a fixed number of rows, into a
+package (AOTInductor) in the cache of compiled engines, so that a second process starts warm.
 
-A number of rows that the cache does not hold is compiled when it is first needed, announced on stderr. The default precision
-is fp16 on a GPU (older ones have no bf16, and fp16 is held to the tighter tolerance), and on a CPU bf16 where it multiplies
-that natively, as in engine openvino, else fp32.
+A number of rows that the cache lacks is compiled when it is first needed, with a line on stderr. The default precision is fp16
+on a GPU (older ones have no bf16, and the tolerance of fp16 is tighter). On a CPU it is bf16 where the CPU multiplies that
+natively, as in engine openvino, else fp32.
 
-Measured on a CPU with avx512_bf16, UNets of 3 to 140 million parameters. Kept: freezing, that is weights folded and laid out
-for oneDNN beforehand, saves 7 to 17% of a forward. Left out: fused attention projections and cheaper upsampling (3% at most,
+Measured on a CPU with avx512_bf16, UNets of 3 to 140 million parameters. Used: freezing (weights are folded and laid out for
+oneDNN beforehand) saves 7 to 17% of a forward. Not used: fused attention projections and cheaper upsampling (3% at most,
 within the noise), autotuning (8%, for five times the compile time), and compiling the text encoder and the VAE encoder, which
 would pay after 5,000 prompts. On a GPU packages hold code only: all numbers of rows share one copy of the weights.
 """
@@ -20,8 +20,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from fastgen import __version__
 from fastgen.engines import base
@@ -68,9 +66,9 @@ class Engine(TorchEngine):
         self._options = options(on_gpu)
         self._source, self._networks = source, source.networks()
         self._modules: dict[str, nn.Module] = {}
-        self._loaded: dict[tuple[str, int], Package] = {}
-        self._own: list[Tensor] = []  # weights on a GPU; a package never lets go of those that it has used (torch 2.13)
-        weakref.finalize(self, _free, self._own)
+        self._packages: dict[tuple[str, int], Package] = {}
+        self._weights: list[Tensor] = []  # on a GPU; packages keep references to theirs for ever (torch 2.13)
+        weakref.finalize(self, _free, self._weights)
 
     @classmethod
     def library_problems(cls, machine: Machine) -> Iterator[Problem]:
@@ -80,18 +78,18 @@ class Engine(TorchEngine):
         yield from tool_problems(machine)
 
     def run(self, network: str, *inputs: Any) -> tuple[Any, ...]:
-        """One forward of `network`, compiled first where the cache does not hold it for so many rows."""
+        """One forward of `network`, compiled first if the cache lacks it for so many rows."""
         rows = self.checked_rows(network, inputs)
         if network not in COMPILED:
             return self._run_module(network, inputs)
-        package = self._loaded.get((network, rows)) or self._load(network, rows)
+        package = self._packages.get((network, rows)) or self._load(network, rows)
         failed = f"engine compile: {network} at {rows} rows failed"
         with self._failing(failed), self.precisely(network), self._active():
-            # on the current stream of the current device; a package looks at addresses alone
+            # On the current stream of the current device; a package ignores strides.
             return package.run([x.contiguous() for x in inputs])
 
     def recipe(self, network: str, rows: int | None) -> Recipe | None:
-        """What a package is made of and for; None for a network that is not compiled."""
+        """Cache key of a package; None for a network that is not compiled."""
         if network not in COMPILED:
             return None
         import diffusers
@@ -114,11 +112,11 @@ class Engine(TorchEngine):
         return Recipe(self.name, fields | hardware(self._torch.device(self.device)))
 
     def probe(self, network: str, rows: int) -> None:
-        """One forward of the module itself, which takes no less memory: to measure that is not worth compiling for."""
-        self._run_module(network, self._samples(network, rows))
+        """One forward of the module itself, without compiling; it takes no less memory than the package."""
+        self._run_module(network, self.samples(network, rows))
 
     def _load(self, network: str, rows: int) -> Package:
-        """The package of a network, compiled first where there is none. `obtain` has verified its bytes."""
+        """The package of a network, compiled first if there is none; `obtain` verifies its bytes."""
         from fastgen.engines.compile.package import named_weights, open_package
 
         recipe = self.recipe(network, rows)
@@ -126,8 +124,8 @@ class Engine(TorchEngine):
         artifact = artifacts.obtain(recipe, lambda folder: self._build(network, rows, folder), announce)
         weights = None if "freezing" in self._options else named_weights(self._module(network))
         with self._failing(f"{artifact.folder}: cannot be loaded"), self._active():
-            self._loaded[network, rows] = open_package(artifact.folder, self._torch.device(self.device), weights)
-        return self._loaded[network, rows]
+            self._packages[network, rows] = open_package(artifact.folder, self._torch.device(self.device), weights)
+        return self._packages[network, rows]
 
     def _active(self) -> AbstractContextManager[Any]:
         """Within it the engine's GPU is the current one."""
@@ -138,7 +136,7 @@ class Engine(TorchEngine):
 
         check_tools(self.capturable)
         with self._failing(f"engine compile: {network} at {rows} rows cannot be compiled"), self.precisely(network):
-            build(self._module(network), self._samples(network, rows), self._options, folder)
+            build(self._module(network), self.samples(network, rows), self._options, folder)
 
     def _run_module(self, network: str, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The network as it is, without compiling."""
@@ -149,27 +147,23 @@ class Engine(TorchEngine):
     def _module(self, network: str) -> nn.Module:
         """The network in the precision that it is executed in, on the device."""
         from fastgen.engines.compile.package import named_weights
-        from fastgen.models.precision import lowered
+        from fastgen.models.precision import in_precision
 
         if network not in self._modules:
-            with self._torch.inference_mode(False):  # weights are ordinary tensors, whoever asks for them first
-                module = lowered(self._networks[network], self.executed(network))
+            with self._torch.inference_mode(False):  # in inference mode weights could not be changed later
+                module = in_precision(self._networks[network], self.executed(network))
                 if module is self._networks[network] and self.capturable:
-                    module = copy.deepcopy(module)  # the engine's own, to let go of
+                    module = copy.deepcopy(module)  # as `_free` takes its memory away
                 module = module.to(self.device).to(memory_format=self._torch.channels_last)  # type: ignore[call-overload]
             self._modules[network] = module
             if self.capturable:
-                self._own += named_weights(module).values()
+                self._weights += named_weights(module).values()
         return self._modules[network]
-
-    def _samples(self, network: str, rows: int) -> list[Tensor]:
-        rng = np.random.default_rng(0)
-        return [self.array(x) for x in self.signatures[network].sample_inputs(rows, rng).values()]
 
     @contextmanager
     def _failing(self, what: str) -> Iterator[None]:
-        """Raise what one of torch's errors inside means. A package tells memory that is exhausted as any other failure; torch
-        counts the allocations that failed."""
+        """Raise torch's errors inside as FastgenError or OutOfMemoryError. A package raises the same error for exhausted memory
+        as for other failures, but torch counts the allocations that failed."""
         before = self._allocations_failed()
         try:
             yield
@@ -187,7 +181,7 @@ class Engine(TorchEngine):
 
 
 def _free(tensors: list[Tensor]) -> None:
-    """Give the memory of these tensors back, whoever holds on to them."""
+    """Free the memory of these tensors, even if there are other references to them."""
     for tensor in tensors:
         tensor.untyped_storage().resize_(0)
     tensors.clear()

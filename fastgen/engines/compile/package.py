@@ -1,4 +1,4 @@
-"""Networks as AOTInductor packages: what is needed to make one, making it, and opening it."""
+"""Networks as AOTInductor packages: the tools that they need, building one, and opening one."""
 
 from __future__ import annotations
 
@@ -39,32 +39,27 @@ def cpu_dtypes() -> list[str]:
 
 
 def options(on_gpu: bool) -> dict[str, Any]:
-    """Inductor's settings. CPU: weights are folded and laid out for oneDNN, which puts them into the package. GPU: the
-    package holds code alone, and runs in one captured graph of the caller's, so inductor makes none."""
+    """Inductor's settings. CPU: weights are folded and laid out for oneDNN, in the package. GPU: the package holds code only;
+    inductor makes no CUDA graphs, as the caller records one."""
     if on_gpu:
         return {"aot_inductor.package_constants_in_so": False, "triton.cudagraphs": False}
-    return {"freezing": True, "aot_inductor.precompile_headers": False}  # they would be compiled again for each package
+    return {"freezing": True, "aot_inductor.precompile_headers": False}  # headers would be compiled for each package
 
 
 def hardware(device: torch.device) -> dict[str, Any]:
-    """What a package is compiled for. The code for a CPU uses all that it has, and a fixed number of threads."""
+    """Fields of the hardware in a package's cache key. Code for a CPU depends on its instruction sets and number of threads."""
     import torch
 
     if device.type == "cpu":
-        return {
-            "device": "cpu",
-            "cpu": machine.cpu().name,
-            "cpu_flags": _cpu_flags(),
-            "threads": torch.get_num_threads(),
-        }
+        threads = torch.get_num_threads()
+        return {"device": "cpu", "cpu": machine.cpu().name, "cpu_flags": _cpu_flags(), "threads": threads}
     import triton
 
     properties = torch.cuda.get_device_properties(device)
-    capability = f"{properties.major}.{properties.minor}"
     return {
         "device": "cuda",
         "gpu": properties.name,
-        "compute_capability": capability,
+        "compute_capability": f"{properties.major}.{properties.minor}",
         "cuda": torch.version.cuda,
         "triton": triton.__version__,
     }
@@ -97,12 +92,12 @@ def check_tools(on_gpu: bool) -> None:
 
 
 def tool_problems(there: Machine) -> Iterator[Problem]:
-    """Which tools a machine lacks: torch.compile writes C++ for CPUs, and launchers of its GPU kernels."""
+    """Tools that a machine lacks: torch.compile writes C++ for CPUs, and for the launchers of GPU kernels."""
     from fastgen.engines.doctor.diagnosis import Problem
 
     if there.compiler is None:
-        wanted = os.environ.get("CXX") or "g++"
-        yield Problem(f"no C++ compiler ({wanted} is not on the PATH)", "apt-get install g++, or set CXX to yours")
+        name = os.environ.get("CXX") or "g++"
+        yield Problem(f"no C++ compiler ({name} is not on the PATH)", "apt-get install g++, or set CXX to yours")
     if not there.headers:
         yield Problem("no Python headers (Python.h), which compiled kernels include", "apt-get install python3-dev")
     torch = there.library("torch")
@@ -121,14 +116,14 @@ def tool_problems(there: Machine) -> Iterator[Problem]:
 def build(module: nn.Module, inputs: Sequence[Tensor], settings: dict[str, Any], folder: Path) -> None:
     """Export `module` at the shapes of `inputs`, compile it, and write the package into `folder`.
 
-    Also written, if there are any: constants of the exported graph that are no weights of the module. What the compilers
-    leave behind is deleted.
+    Constants of the exported graph that are no weights of the module are written to a file beside it. Temporary files of the
+    compilers are deleted.
     """
     import torch
     from safetensors.torch import save_file
     from torch._inductor.utils import fresh_cache
 
-    logging.getLogger("torch._inductor.utils").setLevel(logging.ERROR)  # says where it left files that are gone
+    logging.getLogger("torch._inductor.utils").setLevel(logging.ERROR)  # it names files that are deleted
     with warnings.catch_warnings(), fresh_cache(dir=str(folder)), torch.no_grad():
         warnings.simplefilter("ignore")  # torch's own deprecations
         program = torch.export.export(module, tuple(inputs), strict=False)
@@ -145,7 +140,7 @@ def build(module: nn.Module, inputs: Sequence[Tensor], settings: dict[str, Any],
 
 @dataclass(frozen=True)
 class Package:
-    """A network that is ready to run. `weights`: what it computes with, where it does not hold its own."""
+    """A network that is ready to run. `weights`: those that it uses, if the package holds none."""
 
     loader: Any
     weights: Mapping[str, Tensor] | None
@@ -158,7 +153,7 @@ class Package:
 def open_package(folder: Path, device: torch.device, weights: Mapping[str, Tensor] | None) -> Package:
     """Load a package. `weights`: those of its module on the device, for a package that holds none; it uses them in place.
 
-    On a GPU it does no synchronisation of its own, so that it can be captured: one thread at a time may run it.
+    On a GPU a package does not synchronise, so that it can be captured: only one thread at a time may run it.
     """
     import torch
 
@@ -171,8 +166,8 @@ def open_package(folder: Path, device: torch.device, weights: Mapping[str, Tenso
         )
     if weights is None:
         return Package(loaded.loader, None)
-    held = {**weights, **_constants(folder / CONSTANTS, device)}
-    used = {name: held[name] for name in loaded.get_constant_fqns()}
+    tensors = {**weights, **_constants(folder / CONSTANTS, device)}
+    used = {name: tensors[name] for name in loaded.get_constant_fqns()}
     loaded.load_constants(used, check_full_update=True, user_managed=True)
     return Package(loaded.loader, used)
 

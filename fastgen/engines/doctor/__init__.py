@@ -1,4 +1,4 @@
-"""One screen about this machine: hardware, libraries, caches, and for each engine `ready` or what is in its way."""
+"""`fastgen doctor`: hardware, libraries and caches of this machine, and for each engine `ready` or its problems."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import platform
 import shutil
 import sys
 import sysconfig
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fastgen import __version__
-from fastgen.engines.base import Engine
 from fastgen.engines.cache.listing import folder_bytes, size_text
 from fastgen.engines.doctor.diagnosis import Cache, Machine, Problem
 from fastgen.engines.doctor.libraries import Library, distributions, inspect_all
@@ -27,7 +27,7 @@ KNOWN = ("torch", "onnxruntime", "tensorrt", "openvino")  # shown whether an eng
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether an engine can run here, and what is in its way."""
+    """Whether an engine can run here, and its problems."""
 
     engine: str
     problems: list[Problem]
@@ -46,7 +46,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class MachineReport:
-    """What `fastgen doctor` found."""
+    """The result of `fastgen doctor`."""
 
     machine: Machine
     verdicts: list[Verdict]
@@ -73,21 +73,21 @@ def examine() -> MachineReport:
     classes = {name: engine_class(name) for name in engine_names()}
     needed = [package for engine in classes.values() for package in engine.packages]
     machine = probe(list(dict.fromkeys([*KNOWN, *needed])))
-    return MachineReport(machine, [judge(name, engine, machine) for name, engine in classes.items()])
+    return MachineReport(machine, [Verdict(name, engine.problems(machine)) for name, engine in classes.items()])
 
 
 def probe(names: list[str]) -> Machine:
-    """Everything about this machine, with these libraries imported, each in a process of its own."""
-    found, driver = gpus()
+    """Everything about this machine; each of these libraries is imported in its own process."""
+    cards, driver = gpus()
     imported = inspect_all(names)
-    if not found and (torch := imported.get("torch")):
-        found = [Gpu(g["name"], g["memory_mib"], g["capability"]) for g in torch.facts.get("gpus", ())]
+    if not cards and (torch := imported.get("torch")):
+        cards = [Gpu(g["name"], g["memory_mib"], g["capability"]) for g in torch.facts.get("gpus", ())]
     if driver.version and driver.cuda is None and (told := driver_cuda()):
         driver = replace(driver, cuda="{}.{}".format(*told))
     compiler = shutil.which(os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++"))
     headers = (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return Machine(cpu(), found, driver, imported, distributions(), cache(), compiler, headers, visible)
+    return Machine(cpu(), cards, driver, imported, distributions(), cache(), compiler, headers, visible)
 
 
 def cache() -> Cache:
@@ -101,14 +101,8 @@ def cache() -> Cache:
         sound, damaged = scan()
     except InputError as error:
         return Cache(None, error=str(error))
-    names = [artifact.recipe.engine for artifact in sound]
-    counts = {name: names.count(name) for name in dict.fromkeys(names)}
-    return Cache(str(folder), folder_bytes(folder), counts, len(damaged))
-
-
-def judge(name: str, engine: type[Engine], machine: Machine) -> Verdict:
-    """What is in the way of an engine on this machine."""
-    return Verdict(name, engine.problems(machine))
+    counts = Counter(artifact.recipe.engine for artifact in sound)
+    return Cache(str(folder), folder_bytes(folder), dict(counts), len(damaged))
 
 
 def hardware(machine: Machine) -> Iterator[tuple[str, str]]:
@@ -132,17 +126,17 @@ def software(machine: Machine) -> Iterator[tuple[str, str]]:
     for library in machine.libraries.values():
         yield library.name, library_line(library, machine)
     yield "compiler", machine.compiler or "no C++ compiler"
-    held = machine.cache
-    if held.error:
-        yield "cache", held.error
+    cache = machine.cache
+    if cache.error:
+        yield "cache", cache.error
         return
-    engines = ", ".join(f"{count} {name}" for name, count in held.engines.items()) or "none"
-    damaged = f", {held.damaged} damaged" if held.damaged else ""
-    yield "cache", f"{held.folder}: private, {size_text(held.bytes)}, compiled engines: {engines}{damaged}"
+    engines = ", ".join(f"{count} {name}" for name, count in cache.engines.items()) or "none"
+    damaged = f", {cache.damaged} damaged" if cache.damaged else ""
+    yield "cache", f"{cache.folder}: private, {size_text(cache.bytes)}, compiled engines: {engines}{damaged}"
 
 
 def library_line(library: Library, machine: Machine) -> str:
-    """Version, and what decides about engines: torch's CUDA, providers, TensorRT's ABI, the CPU's precisions."""
+    """The version, and the facts that engines depend on: torch's CUDA, providers, TensorRT's ABI, the CPU's precisions."""
     facts = library.facts
     parts = tensorrt_parts(PRODUCTS[library.name], machine.distributions) if library.name in PRODUCTS else {}
     if library.version is None:

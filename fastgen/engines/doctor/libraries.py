@@ -1,4 +1,4 @@
-"""What is installed: each library is imported in a process of its own, so that one which crashes or hangs is but a line.
+"""The installed libraries: each is imported in its own process, so that one that crashes or hangs gives a line, not an end.
 
 Run as a script with a library's name, it prints one line of JSON. It imports nothing of this package.
 """
@@ -62,7 +62,7 @@ def inspect(name: str) -> Library:
 
 
 def read_answer(name: str, status: int, stdout: str, stderr: str) -> Library:
-    """What the process of `inspect` answered, or how it ended without an answer."""
+    """The answer of the process of `inspect`, or how it ended without one."""
     lines = stdout.splitlines()
     if status == 0 and lines and lines[-1].startswith("{"):
         library = Library(name, **json.loads(lines[-1]))
@@ -159,8 +159,8 @@ FACTS: dict[str, Callable[[Any], dict[str, Any]]] = {
 
 def loaded_nvinfer(maps: str) -> int | None:
     """The N of the libnvinfer.so.N in the text of /proc/self/maps."""
-    found = re.search(r"/libnvinfer\.so\.(\d+)", maps)
-    return int(found[1]) if found else None
+    match = re.search(r"/libnvinfer\.so\.(\d+)", maps)
+    return int(match[1]) if match else None
 
 
 def _maps() -> str:

@@ -50,11 +50,9 @@ class Engine(TorchEngine):
         return self.dtype  # of every network: the reference is what diffusers computes
 
     def _module(self, network: str) -> nn.Module:
-        """The network on the device, where it goes when it is first run: some jobs never need some networks."""
-        with (
-            self._moving,
-            self._torch.inference_mode(False),
-        ):  # weights are ordinary tensors, whoever asks for them first
+        """The network on the device, moved there at its first run: a job may not need all networks."""
+        # Without inference mode, in which weights would become tensors that cannot be changed.
+        with self._moving, self._torch.inference_mode(False):
             if network not in self._modules:
                 self._modules[network] = self._networks[network].to(self.device, self._torch_dtype)
         return self._modules[network]

@@ -1,10 +1,10 @@
-"""Engine ort on CUDA: each network replayed as CUDA graphs, one per number of rows, between buffers that stay put.
+"""Engine ort on CUDA: each network replays CUDA graphs, one per number of rows, between buffers at fixed addresses.
 
 In fp16 (the default where the bundle has it) or fp32, not in bf16, for which onnxruntime's CUDA provider lacks operators
 (Resize, and in older releases convolutions).
 
-onnxruntime records its graphs itself, on a stream of the network's own. That stream and torch's wait for each other, the host
-for neither (releases before mid-2026 still make it wait at the end of a replay).
+onnxruntime records the graphs itself, on a stream per network. That stream and torch's wait for each other, but the host does
+not wait (with releases before mid-2026 it does, at the end of a replay).
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class CudaEngine(OrtEngine, TorchEngine):
         return all(graph in self._bundle.files for graph in graphs.values())
 
     def _runner(self, network: str) -> Runner:
-        """The text encoder finds its end tokens on the host: it is not recorded, which matters little once per prompt."""
+        """The text encoder finds its end tokens on the host, so it is not recorded; it runs once per prompt only."""
         torch, device = self._torch, self._torch.device(self.device)
         stream, whole = streams.stream(self.device, streams.onnxruntime(network)), network != "text_encoder"
         provider = provider_options(device.index or 0, stream.cuda_stream, graphs=whole)
@@ -115,8 +115,8 @@ def open_session(path: str, options: Any, provider: dict[str, str], *, whole: bo
 
 
 @dataclass(frozen=True)
-class _Bound:
-    """The buffers of one number of rows, and what onnxruntime needs to run between them."""
+class _Buffers:
+    """The buffers of one number of rows, and onnxruntime's binding and options for a run between them."""
 
     inputs: tuple[Any, ...]
     outputs: tuple[Any, ...]
@@ -132,25 +132,25 @@ class Runner:
     ) -> None:
         self._session, self._signature, self._device = session, signature, device
         self._stream, self._current = stream, current
-        self._bound: dict[int, _Bound] = {}
+        self._buffers: dict[int, _Buffers] = {}
 
     def run(self, *inputs: Any) -> tuple[Any, ...]:
-        """One forward of (B, ...) torch tensors, which `Engine.checked_rows` accepts; the outputs are tensors of their own."""
+        """One forward of (B, ...) torch tensors that `Engine.checked_rows` accepts; the outputs are new tensors."""
         rows, stream, current = len(inputs[0]), self._stream, self._current()
-        if rows not in self._bound:
-            self._bound[rows] = self._bind(rows)
-        bound = self._bound[rows]
+        if rows not in self._buffers:
+            self._buffers[rows] = self._bind(rows)
+        buffers = self._buffers[rows]
         current.wait_stream(stream)  # the buffers are free
-        for buffer, values in zip(bound.inputs, inputs, strict=True):
+        for buffer, values in zip(buffers.inputs, inputs, strict=True):
             buffer.copy_(values, non_blocking=True)
         stream.wait_stream(current)
-        self._session.run_with_iobinding(bound.binding, bound.options)
+        self._session.run_with_iobinding(buffers.binding, buffers.options)
         current.wait_stream(stream)
-        outputs = tuple(buffer.clone() for buffer in bound.outputs)
-        stream.wait_stream(current)  # the next run, whoever asks for it, overwrites the buffers
+        outputs = tuple(buffer.clone() for buffer in buffers.outputs)
+        stream.wait_stream(current)  # the next run overwrites the buffers
         return outputs
 
-    def _bind(self, rows: int) -> _Bound:
+    def _bind(self, rows: int) -> _Buffers:
         import onnxruntime as ort
 
         binding, kind, _, index = self._session.io_binding(), *self._device.partition(":")
@@ -164,9 +164,9 @@ class Runner:
                 dtype = np.dtype(tensor.dtype).type
                 bind(tensor.name, kind, int(index or 0), dtype, tuple(buffer.shape), buffer.data_ptr())
         options = ort.RunOptions()
-        options.add_run_config_entry("gpu_graph_id", str(len(self._bound) + 1))  # a graph per number of rows
+        options.add_run_config_entry("gpu_graph_id", str(len(self._buffers) + 1))  # a graph per number of rows
         options.add_run_config_entry("disable_synchronize_execution_providers", "1")
-        return _Bound(inputs, outputs, binding, options)
+        return _Buffers(inputs, outputs, binding, options)
 
     def _buffer(self, tensor: TensorSpec, rows: int) -> Any:
         import torch

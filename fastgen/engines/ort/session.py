@@ -1,4 +1,4 @@
-"""What the two engines on onnxruntime have in common: the bundle's graphs, and how sessions on them are set up."""
+"""The base class of the two engines on onnxruntime: the bundle's graphs, and the options of sessions on them."""
 
 from __future__ import annotations
 

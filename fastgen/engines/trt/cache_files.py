@@ -14,8 +14,8 @@ DIGEST_BYTES = 32
 
 
 def private_file(folder: str, name: str, suffix: str) -> Path:
-    """`<cache>/<folder>/<name><suffix>`, the name freed of what file systems refuse. Raises InputError when others could write
-    to the folder."""
+    """`<cache>/<folder>/<name><suffix>`; characters that file systems refuse become "-". Raises InputError when others could
+    write to the folder."""
     place = cache_dir() / folder
     place.mkdir(mode=0o700, exist_ok=True)
     check_private(place)
@@ -23,7 +23,8 @@ def private_file(folder: str, name: str, suffix: str) -> Path:
 
 
 def read_hashed(path: Path, damaged: Callable[[], None] = lambda: None) -> bytes:
-    """TensorRT's bytes in a file, once their hash has been verified; none of a missing or damaged one, of which it tells."""
+    """TensorRT's bytes in a file, after verifying their hash. Empty for a missing file, and for a damaged one, which calls
+    `damaged()`."""
     if not path.is_file():
         return b""
     content = path.read_bytes()

@@ -1,7 +1,6 @@
 """TensorRT plans on an NVIDIA GPU: one per network and number of rows, built beforehand by `fastgen export --trt`.
 
-Plans are looked up in the cache of compiled engines when they are first needed; nothing is built, and nothing else is run,
-where one is missing.
+Plans come from the cache of compiled engines. A missing one is an error: nothing is built, and no other engine runs instead.
 """
 
 from __future__ import annotations
@@ -54,14 +53,14 @@ class Engine(TrtEngine):
         return sizes
 
     def plan(self, network: str, rows: int) -> Artifact:
-        listed = self._artifacts(network).get(rows)
-        artifact = artifacts.find(listed.recipe) if listed else None
+        known = self._artifacts(network).get(rows)
+        artifact = artifacts.find(known.recipe) if known else None
         if artifact is None:
             raise self._missing(network, rows)
         return artifact
 
     def bound(self, network: str) -> Mapping[str, str | float | None]:
-        """How much effort a plan's builder spent is left open."""
+        """The platform's fields; the builder's settings (None) match anything."""
         return self._platform.fields | dict.fromkeys(BUILDER)
 
     def context(self, engine: Any, what: str, signature: Signature, rows: int) -> tuple[Any, int]:
@@ -70,7 +69,7 @@ class Engine(TrtEngine):
         return context, engine.device_memory_size_v2
 
     def _artifacts(self, network: str) -> dict[int, Artifact]:
-        """Rows -> the plan for this bundle, precision, GPU and TensorRT; of several the one optimised most."""
+        """Rows -> the plan for this bundle, precision, GPU and TensorRT; of several that of the highest optimisation level."""
         if network not in self._built:
             near = artifacts.ranked(self.recipe(network, None), artifacts.artifacts(self.name))
             fitting = [artifact for artifact, different in near if not different]
@@ -79,13 +78,13 @@ class Engine(TrtEngine):
         return self._built[network]
 
     def _missing(self, network: str, rows: int | None = None) -> InputError:
-        """Which fields differ from the nearest plan, and the command that builds the one that is missing."""
+        """The error for a missing plan: how the nearest one differs, and the command that builds it."""
         self._built.pop(network, None)  # look again next time
-        wanted = self.recipe(network, rows)
-        near = artifacts.ranked(wanted, artifacts.artifacts(self.name))
+        recipe = self.recipe(network, rows)
+        near = artifacts.ranked(recipe, artifacts.artifacts(self.name))
         different = ", ".join(map(str, near[0][1])) if near else ""
         nearest = f"in the nearest one {different}" if near else f"none of {network} was ever built here"
-        size = max(1, (rows or 1) // 2) if network == "unet" else rows or 1  # a guided image takes two rows
-        command = f"fastgen export {self._bundle.folder} --trt --dtype {self.dtype} --batch-sizes {size}"
-        where = f"{network}{f' for {rows} rows' if rows else ''} in {wanted.fields['dtype']}"
-        return InputError(f"engine trt has no plan of {where}: {nearest}; run `{command}`")
+        what = f"{network}{f' for {rows} rows' if rows else ''} in {recipe.fields['dtype']}"
+        return InputError(
+            f"engine trt has no plan of {what}: {nearest}; run `{self.build_command(network, rows or 1)}`"
+        )

@@ -1,4 +1,4 @@
-"""TensorRT plans: what they are made of and for, and how one is opened; used by the builder and the runner."""
+"""TensorRT plans: their cache key, and opening one; for those that build plans and those that run them."""
 
 from __future__ import annotations
 
@@ -30,11 +30,8 @@ def make_recipe(
     product: Product,
     bound: Mapping[str, str | float | None],
 ) -> Recipe:
-    """What a plan for up to `rows` rows is made of and for. `dtype` is that of the whole engine; some networks stay fp32.
-    `bound`: further fields, of library, hardware and the build; None where one is left open.
-
-    Raises InputError when the bundle has no graph in this precision.
-    """
+    """Cache key of a plan for up to `rows` rows. `dtype`: the engine's, while some networks stay fp32. `bound`: fields of the
+    library, hardware and build; None matches anything. Raises InputError when the bundle has no graph in this precision."""
     executed = network_dtype(network, dtype)
     graph = bundle.network(network, executed).relative_to(bundle.folder).as_posix()
     weights = [file["sha256"] for name, file in sorted(bundle.files.items()) if name.startswith(f"{graph}.")]
@@ -52,7 +49,7 @@ def make_recipe(
 
 
 def read_verified(artifact: Artifact, name: str) -> bytes:
-    """A file's bytes after verifying these very bytes. Raises InputError as `Artifact.file` does."""
+    """A file's bytes, verified after they are read. Raises InputError as `Artifact.file` does."""
     path = artifact.folder / name
     data = path.read_bytes() if path.is_file() else b""
     if hashlib.sha256(data).hexdigest() != artifact.files.get(name, {}).get("sha256"):
@@ -104,6 +101,6 @@ def _check_tensors(trt: Any, engine: Any, what: str, signature: Signature) -> No
         raise FastgenError(f"{what}: the plan has the tensors {', '.join(names)}, expected {', '.join(expected)}")
     for name, (mode, tensor) in expected.items():
         dtype = getattr(trt.DataType, DTYPES[tensor.dtype])
-        found = engine.get_tensor_mode(name), engine.get_tensor_dtype(name)
-        if found != (mode, dtype):
-            raise FastgenError(f"{what}: {name} is {found[0]}, {found[1]} in the plan, expected {mode}, {dtype}")
+        there = engine.get_tensor_mode(name), engine.get_tensor_dtype(name)
+        if there != (mode, dtype):
+            raise FastgenError(f"{what}: {name} is {there[0]}, {there[1]} in the plan, expected {mode}, {dtype}")

@@ -1,4 +1,4 @@
-"""What the engines that run TensorRT plans have in common; what differs is where their plans come from, and how one is opened.
+"""The base class of engines that run TensorRT plans; they differ in where their plans come from, and in how one is opened.
 
 `run` queues work on the current stream and never waits for it, so that it can be recorded into a CUDA graph once its plan is
 loaded, that is after a first call.
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from fastgen.engines import base
 from fastgen.engines.cache.artifacts import Artifact, Recipe
+from fastgen.engines.cache.listing import build_command
 from fastgen.engines.torch_base import TorchEngine
 from fastgen.engines.trt import platform
 from fastgen.engines.trt.plan import PLAN, make_recipe, open_engine, read_verified
@@ -28,9 +29,9 @@ ALIGNMENT = 256  # bytes, of a context's device memory
 
 
 @dataclass
-class Loaded:
+class OpenPlan:
     """A plan ready to run `rows` rows. `memory`: the tensor its context computes in, kept for as long as a graph may replay it.
-    `addresses`: where its inputs and outputs were bound last. `ran`: whether it was executed before."""
+    `addresses`: of its inputs and outputs, as bound last. `ran`: whether it was executed before."""
 
     engine: Any
     context: Any
@@ -58,13 +59,13 @@ class TrtEngine(TorchEngine):
         self.signatures = source.spec.signatures
         self.capturable = True
         self._bundle = source
-        self._opened: dict[Path, Any] = {}
-        self._loaded: dict[tuple[str, int], Loaded] = {}
+        self._engines: dict[Path, Any] = {}  # TensorRT's, by the folder of their plan
+        self._plans: dict[tuple[str, int], OpenPlan] = {}
         self._memory: dict[str, Any] = {}
 
     @classmethod
     def problems(cls, machine: Machine) -> list[Problem]:
-        """Without a GPU that can run its plans nothing else matters; it has no CPU to run on."""
+        """Only the GPU's problem if no GPU can run its plans. It does not run on a CPU: a "gpu" problem stops the engine."""
         from fastgen.engines.trt.problems import hardware_problem
 
         if problem := hardware_problem(cls.product, machine):
@@ -80,7 +81,7 @@ class TrtEngine(TorchEngine):
 
     @abc.abstractmethod
     def plan(self, network: str, rows: int) -> Artifact:
-        """The plan that runs so many rows of a network. Raises InputError, with what helps, when there is none."""
+        """The plan for so many rows of a network. Raises InputError, with the command that helps, when there is none."""
 
     @abc.abstractmethod
     def bound(self, network: str) -> Mapping[str, str | float | None]:
@@ -90,13 +91,18 @@ class TrtEngine(TorchEngine):
     def context(self, engine: Any, what: str, signature: Signature, rows: int) -> tuple[Any, int]:
         """An execution context for so many rows, and the bytes of device memory that it computes in."""
 
-    def after_first_run(self, plan: Loaded) -> None:
-        """Called when a plan was queued for the first time at its number of rows; never while a graph is recorded."""
+    def after_first_run(self, plan: OpenPlan) -> None:
+        """Called after the first run of a plan at its number of rows, never while a graph is recorded."""
+
+    def build_command(self, network: str, rows: int) -> str:
+        """The `fastgen export` that builds a plan of `rows` rows; a guided image takes two rows of the UNet."""
+        size = max(1, rows // 2) if network == "unet" else rows
+        return build_command(self._bundle.folder, self, size)
 
     def run(self, network: str, *inputs: Any) -> tuple[Any, ...]:
-        """One forward of `network`. The outputs are tensors of their own: while a graph is recorded, of the graph's pool."""
+        """One forward of `network`. The outputs are new tensors, in the graph's pool while a graph is recorded."""
         rows = self.checked_rows(network, inputs)
-        plan = self._loaded.get((network, rows)) or self._load(network, rows)
+        plan = self._plans.get((network, rows)) or self._open(network, rows)
         signature = plan.signature
         inputs = tuple(x.contiguous() for x in inputs)  # TensorRT reads addresses
         outputs = tuple(self._empty(t, rows) for t in signature.outputs)
@@ -111,18 +117,18 @@ class TrtEngine(TorchEngine):
         return outputs
 
     def recipe(self, network: str, rows: int | None) -> Recipe:
-        """Cache key of a plan for so many rows; what any plan may differ in is None."""
+        """Cache key of a plan for so many rows; a None field matches anything."""
         return make_recipe(self._bundle, network, rows, self.dtype, self.product, self.bound(network))
 
     def release_memory(self) -> None:
-        """Plans go with their weights and the memory that they compute in; they are opened again when they are needed."""
+        """Drop all plans with their weights and memory; they are opened again when they are needed."""
         self.synchronize()
-        self._loaded.clear()
-        self._opened.clear()
+        self._plans.clear()
+        self._engines.clear()
         self._memory.clear()
         super().release_memory()
 
-    def _load(self, network: str, rows: int) -> Loaded:
+    def _open(self, network: str, rows: int) -> OpenPlan:
         """Open a plan, its bytes verified, and give its context memory to compute in.
 
         Plans of one network share that memory: they run one after another, on one stream at a time. Networks do not share
@@ -131,20 +137,20 @@ class TrtEngine(TorchEngine):
         """
         artifact = self.plan(network, rows)
         torch, signature, what = self._torch, self.signatures[network], f"engine {self.name}: {artifact.recipe}"
-        if artifact.folder not in self._opened:
-            plan = read_verified(artifact, PLAN)
-            self._opened[artifact.folder] = open_engine(self._platform, plan, what, signature)
-        engine = self._opened[artifact.folder]
+        if artifact.folder not in self._engines:
+            data = read_verified(artifact, PLAN)
+            self._engines[artifact.folder] = open_engine(self._platform, data, what, signature)
+        engine = self._engines[artifact.folder]
         context, size = self.context(engine, what, signature, rows)
         memory = self._memory.get(network)
         if memory is None or memory.numel() < size:
             memory = torch.empty(max(size, ALIGNMENT), dtype=torch.uint8, device=self.device)  # torch aligns to 512
             self._memory[network] = memory
         context.set_device_memory(memory.data_ptr(), memory.numel())
-        loaded = self._loaded[network, rows] = Loaded(engine, context, signature, rows, memory)
-        return loaded
+        plan = self._plans[network, rows] = OpenPlan(engine, context, signature, rows, memory)
+        return plan
 
-    def _bind(self, plan: Loaded, name: str, address: int) -> None:
+    def _bind(self, plan: OpenPlan, name: str, address: int) -> None:
         if plan.addresses.get(name) != address:
             if not plan.context.set_tensor_address(name, address):
                 raise self._platform.failure(f"engine {self.name}: {name} cannot be bound")

@@ -1,4 +1,4 @@
-"""A TensorRT product and a GPU to run it on, or why there is none: what builders (export/trt*.py) and engines start from.
+"""Opening a TensorRT product and a GPU, or an error that says why there is none; for builders (export/trt*.py) and engines.
 
 One code path for TensorRT 10.13 and newer, 11.x included, and for TensorRT for RTX: networks are strongly typed, and nothing is
 used that one of them lacks. The names used here and there are checked against the real bindings in
@@ -45,10 +45,8 @@ class TrtDevice:
 
     @contextmanager
     def stream(self) -> Iterator[int]:
-        """The handle of a stream that runs after what the current one holds and before what it will hold.
-
-        It is the current stream itself, unless that is the default one, on which TensorRT would synchronise the device.
-        """
+        """The handle of the current stream. For the default stream, on which TensorRT would synchronise the device, that of a
+        side stream: it waits for the current one, which waits for it after the block."""
         import torch
 
         with torch.cuda.device(self.device):
@@ -77,7 +75,7 @@ class TrtLibrary:
         return str(self.trt.__version__)
 
     def failure(self, what: str) -> FastgenError:
-        """An error of one line with what TensorRT logged since the last one; a DeviceMemoryError where memory ran out."""
+        """An error of one line with TensorRT's messages since the last one; a DeviceMemoryError where memory ran out."""
         told = "; ".join(dict.fromkeys(self.log.errors)) or "no reason given"
         self.log.errors.clear()
         kind = DeviceMemoryError if re.search("out ?of ?memory", told, re.IGNORECASE) else FastgenError
@@ -91,9 +89,9 @@ class TrtLibrary:
             told = "; ".join(dict.fromkeys(self.log.errors)) or str(error)
             self.log.errors.clear()
             driver = driver_cuda()
-            found = f"the driver supports CUDA {_dotted(driver)}" if driver else "no NVIDIA driver was found"
+            state = f"the driver supports CUDA {_dotted(driver)}" if driver else "no NVIDIA driver was found"
             raise InputError(
-                f"{self.product.title}'s {what} cannot be made: {' '.join(told.split())} ({found}; `fastgen doctor` tells more)"
+                f"{self.product.title}'s {what} cannot be made: {' '.join(told.split())} ({state}; `fastgen doctor` tells more)"
             ) from None
 
 
@@ -106,7 +104,7 @@ class Platform(TrtLibrary):
 
     @property
     def fields(self) -> dict[str, str]:
-        """What a plan that was built on this GPU is bound to, as fields of its recipe."""
+        """The fields of a recipe that bind a plan to this library and GPU."""
         return {
             self.product.module: self.version,
             "gpu": self.gpu.name,
@@ -150,8 +148,8 @@ def open_gpu(device: str | None, product: Product = TENSORRT) -> TrtDevice:
     if not torch.cuda.is_available():
         raise InputError(f"engine {product.engine} needs an NVIDIA GPU: {_no_gpu(torch)}")
     name = check_device(product.engine, device or "cuda", ("cuda",))
-    found = torch.cuda.get_device_properties(name)
-    return TrtDevice(name, found.name, f"{found.major}.{found.minor}", found.total_memory)
+    card = torch.cuda.get_device_properties(name)
+    return TrtDevice(name, card.name, f"{card.major}.{card.minor}", card.total_memory)
 
 
 def import_module(product: Product) -> Any:
@@ -208,7 +206,7 @@ def _no_gpu(torch: Any) -> str:
 
 
 def _wheel_cuda(product: Product) -> int | None:
-    """The CUDA major that the installed wheel was built for; None when it is no wheel that tells."""
+    """The CUDA major in the name of the installed wheel; None for another kind of installation."""
     for major in (12, 13, 14):
         try:
             importlib.metadata.version(product.wheel(major))

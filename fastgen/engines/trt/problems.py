@@ -67,8 +67,8 @@ def incomplete(product: Product, machine: Machine, library: Library) -> Problem:
 def tensorrt_parts(product: Product, installed: Mapping[str, str]) -> dict[str, tuple[int | None, str]]:
     """Distributions of a product -> (CUDA major in the name, "" | "bindings" | "libs")."""
     pattern = rf"{product.wheels}(?:-cu(\d+))?(?:-(bindings|libs))?"
-    found = {name: re.fullmatch(pattern, name) for name in sorted(installed)}
-    return {name: (int(m[1]) if m[1] else None, m[2] or "") for name, m in found.items() if m}
+    matches = {name: re.fullmatch(pattern, name) for name in sorted(installed)}
+    return {name: (int(m[1]) if m[1] else None, m[2] or "") for name, m in matches.items() if m}
 
 
 def _unpinned(product: Product, machine: Machine) -> str:

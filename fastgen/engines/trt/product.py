@@ -1,4 +1,4 @@
-"""NVIDIA's two TensorRT products as data: what differs between them, in the words of one code path."""
+"""NVIDIA's two TensorRT products as data: the differences between them."""
 
 from __future__ import annotations
 

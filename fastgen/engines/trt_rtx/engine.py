@@ -1,7 +1,7 @@
-"""Plans of TensorRT for RTX on an RTX card: one per network, for any number of rows, from the bundle that they lie in.
+"""Plans of TensorRT for RTX on an RTX card: one per network in the bundle, for any number of rows.
 
-`fastgen export --rtx` built them beforehand, on any machine; nothing is built, and nothing else is run, where one is missing.
-When a plan first runs at a number of rows, TensorRT compiles kernels for the card (see `kernels`).
+`fastgen export --rtx` builds them beforehand, on any machine. A missing one is an error: no other engine runs instead. When a
+plan first runs at a number of rows, TensorRT compiles kernels for the card (see `kernels`).
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from fastgen.engines import machine
 from fastgen.engines.cache.artifacts import Artifact, Recipe, bundled, ranked
+from fastgen.engines.cache.listing import build_command
 from fastgen.engines.trt.plan import CAPABILITIES, open_context
-from fastgen.engines.trt.plan_engine import Loaded, TrtEngine
+from fastgen.engines.trt.plan_engine import OpenPlan, TrtEngine
 from fastgen.engines.trt.product import RTX
 from fastgen.engines.trt_rtx.kernels import RuntimeCache
 from fastgen.errors import InputError
@@ -39,24 +40,23 @@ class Engine(TrtEngine):
     def __init__(
         self, source: Bundle, *, device: str | None = None, dtype: str | None = None, threads: int | None = None
     ) -> None:
-        built = {
-            str(a.recipe.fields["dtype"]) for a in bundled(source, self.name) if a.recipe.fields["network"] == "unet"
-        }
-        there = [name for name in self.dtypes if name in built]
-        super().__init__(source, device=device, dtype=dtype or next(iter(there), None), threads=threads)
+        unets = [a.recipe.fields for a in bundled(source, self.name) if a.recipe.fields["network"] == "unet"]
+        dtypes = {fields["dtype"] for fields in unets}
+        default = next((name for name in self.dtypes if name in dtypes), None)
+        super().__init__(source, device=device, dtype=dtype or default, threads=threads)
         self.gpu = self._platform.gpu.name
         self._runtime_cache = RuntimeCache(self._platform)
-        self._plans: dict[str, Artifact] = {}
+        self._artifacts: dict[str, Artifact] = {}
 
     @classmethod
     def priority(cls, folder: Path, device: str | None) -> int:
-        """The first but for `trt` where the bundle holds plans, and a card is here that plans can be built for."""
+        """Second to `trt`, if the bundle holds plans and a card is here that plans can be built for."""
         if not (device or "cuda").startswith("cuda") or not bundled(read_bundle(folder), cls.name):
             return 0
         return 4 if any(gpu.compute_capability in RTX.capabilities for gpu in machine.gpus()[0]) else 0
 
     def compiled(self) -> Sequence[Artifact]:
-        """The plans in the bundle, for whatever card and version."""
+        """The plans in the bundle, of all cards and versions."""
         return bundled(self._bundle, self.name)
 
     def batch_sizes(self, network: str) -> range:
@@ -67,15 +67,14 @@ class Engine(TrtEngine):
     def plan(self, network: str, rows: int) -> Artifact:
         sizes = self.batch_sizes(network)
         if rows not in sizes:
-            size = max(1, rows // 2) if network == "unet" else rows  # a guided image takes two rows
             raise InputError(
                 f"engine {self.name}: {network} for {rows} rows: its plan takes {sizes[0]} to {sizes[-1]}; "
-                f"run `{self._command()} --batch-sizes {size}`"
+                f"run `{self.build_command(network, rows)}`"
             )
         return self._plan(network)
 
     def bound(self, network: str) -> Mapping[str, str | float | None]:
-        """The version, and the card's compute capability unless a plan covers it; the profile is left open."""
+        """The version, and the card's compute capability if no plan covers it; any profile matches."""
         capability = self._platform.gpu.compute_capability
         covered = any(a.recipe.fields["network"] == network and _covers(a.recipe, capability) for a in self.compiled())
         return {
@@ -85,8 +84,8 @@ class Engine(TrtEngine):
         }
 
     def context(self, engine: Any, what: str, signature: Signature, rows: int) -> tuple[Any, int]:
-        """A context whose kernels are compiled for this very shape when it first runs, without CUDA graphs of its own: the
-        loop's are around it. It needs memory for this shape only, not for the largest."""
+        """A context that compiles kernels for exactly this shape at its first run, and needs memory for this shape only. It
+        records no CUDA graphs itself, as the loop does."""
         trt = self._platform.trt
         runtime_config = engine.create_runtime_config()
         runtime_config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
@@ -98,16 +97,16 @@ class Engine(TrtEngine):
             context = open_context(self._platform, engine, runtime_config, what, signature, rows)
             return context, context.update_device_memory_size_for_shapes()
 
-    def after_first_run(self, plan: Loaded) -> None:
+    def after_first_run(self, plan: OpenPlan) -> None:
         self._runtime_cache.save()
 
     def _plan(self, network: str) -> Artifact:
-        """The newest plan in the bundle for this network, precision, version and card; InputError that says what is missing."""
-        if network not in self._plans:
-            wanted, gpu, elsewhere = self.recipe(network, None), self._platform.gpu, {RTX.module, CAPABILITIES}
-            same = [a for a, different in ranked(wanted, self.compiled()) if {d.field for d in different} <= elsewhere]
+        """The newest plan in the bundle for this network, precision, version and card. Raises InputError when there is none."""
+        if network not in self._artifacts:
+            recipe, gpu, elsewhere = self.recipe(network, None), self._platform.gpu, {RTX.module, CAPABILITIES}
+            same = [a for a, different in ranked(recipe, self.compiled()) if {d.field for d in different} <= elsewhere]
             if not same:
-                raise self._missing(f"holds no plan of {network} in {wanted.fields['dtype']} for engine {self.name}")
+                raise self._missing(f"holds no plan of {network} in {recipe.fields['dtype']} for engine {self.name}")
             here = [a for a in same if a.recipe.fields[RTX.module] == self._platform.version]
             if not here:
                 versions = sorted({str(a.recipe.fields[RTX.module]) for a in same})
@@ -123,14 +122,12 @@ class Engine(TrtEngine):
                     f"not for {gpu.name} ({gpu.compute_capability})",
                     f" --capabilities {','.join([*cards, gpu.compute_capability])}",
                 )
-            self._plans[network] = max(fitting, key=lambda a: (a.built, int(a.recipe.fields["batch"] or 0)))
-        return self._plans[network]
+            self._artifacts[network] = max(fitting, key=lambda a: (a.built, int(a.recipe.fields["batch"] or 0)))
+        return self._artifacts[network]
 
     def _missing(self, what: str, options: str = "") -> InputError:
-        return InputError(f"{self._bundle.folder}: {what}; run `{self._command()}{options}`")
-
-    def _command(self) -> str:
-        return f"fastgen export {self._bundle.folder} {self.built_by} --dtype {self.dtype}"
+        command = build_command(self._bundle.folder, self, None)
+        return InputError(f"{self._bundle.folder}: {what}; run `{command}{options}`")
 
 
 def _covers(recipe: Recipe, capability: str) -> bool:

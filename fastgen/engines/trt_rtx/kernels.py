@@ -15,10 +15,10 @@ FOLDER = "kernels"
 
 
 class RuntimeCache:
-    """The kernels of one process, of all its plans. They come from the file of this GPU, driver and TensorRT, and go there.
+    """The kernels of all plans of one process, read from and written to a file per GPU, driver and TensorRT version.
 
-    TensorRT refuses kernels of another environment by itself. Of two processes that compile at the same time, the file holds
-    what the later one had; what is missing then is compiled again.
+    TensorRT refuses kernels of another environment itself. If two processes compile at the same time, the later one's file
+    stays, and kernels that it lacks are compiled again.
     """
 
     def __init__(self, platform: Platform) -> None:
@@ -35,8 +35,7 @@ class RuntimeCache:
             raise self._platform.failure(f"{what}: the runtime cache is refused")
 
     def save(self) -> None:
-        """Store the kernels, if new ones were compiled. Where the disk refuses, that is said, and they are compiled again next
-        time."""
+        """Write the kernels, if there are new ones. If the disk refuses, that is announced: the next process compiles them."""
         from filelock import FileLock
 
         with self._platform.gpu.active():
@@ -52,7 +51,7 @@ class RuntimeCache:
         self._stored = data
 
     def _read(self, runtime_config: Any) -> Any:
-        """An IRuntimeCache with what the file holds; a damaged file, and one that TensorRT does not accept, are announced."""
+        """An IRuntimeCache with the kernels of the file; a damaged file, or one that TensorRT refuses, is announced."""
         path = self._file()
         kernels = runtime_config.create_runtime_cache()
         data = read_hashed(path, lambda: announce(f"{path}: damaged; kernels are compiled anew"))
@@ -64,7 +63,7 @@ class RuntimeCache:
         return kernels
 
     def _file(self) -> Path:
-        """The file of this GPU, driver and TensorRT. Raises InputError when others could write to it: its content is run."""
+        """The file of this GPU, driver and TensorRT. Raises InputError when others could write to it, as its code is run."""
         if self._path is None:
             platform = self._platform
             driver = gpus()[1].version or "cuda {}.{}".format(*(driver_cuda() or (0, 0)))

@@ -1,4 +1,4 @@
-"""`fastgen import`: checkpoints that other code trained -> model folders, proved equal to their source by a forward."""
+"""`fastgen import`: checkpoints of other code -> model folders, each compared with its source by a forward pass."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastgen.files.folders import new_folder
 from fastgen.files.hashes import sha256_file
 from fastgen.models.folder import Model, load_model, save_model
 from fastgen.models.importing.architecture import Architecture, decide
-from fastgen.models.importing.assembly import Ready, Reference, label_model, text_model
+from fastgen.models.importing.assembly import Reference, label_model, text_model
 from fastgen.models.importing.schedule import choose_schedule, describe
 from fastgen.models.importing.split import MismatchError
 from fastgen.models.importing.weight_files import WeightFile, read_checkpoint
@@ -23,14 +23,14 @@ from fastgen.presets import Preset, load_preset
 from fastgen.sampling.defaults import Sampling
 from fastgen.sampling.schedulers import default_name
 
-__all__ = ["Imported", "MismatchError", "import_model"]
+__all__ = ["ImportReport", "MismatchError", "import_model"]
 
 TOLERANCE = 1e-5  # relative to the largest output; 0 unless --condition-first changes the order of a convolution's sum
 
 
 @dataclass(frozen=True)
-class Imported:
-    """A model folder that was made. `difference`: the largest one between its UNet and the source's, on the same inputs."""
+class ImportReport:
+    """The new model folder. `difference`: the largest between the outputs of its UNet and the source's on the same inputs."""
 
     folder: Path
     family: str
@@ -70,7 +70,7 @@ def import_model(
     conditioner: str | None = None,
     condition_first: bool = False,
     allow_pickle: bool = False,
-) -> Imported:
+) -> ImportReport:
     """Make a model folder of a UNet that diffusers or plain torch code saved.
 
     `source`: a folder (config.json and weights), a .safetensors file, or a PyTorch pickle (with `allow_pickle`; `key` names the
@@ -81,44 +81,48 @@ def import_model(
     labels where the source lost it; `condition_first` if its code concatenated the labels before the image.
 
     Raises InputError for whatever is missing, not named or does not fit, MismatchError (an InputError) key by key where weights
-    do not; FastgenError when the folder read back computes something else than the source. Then nothing is written.
+    do not; FastgenError when the folder, read back, computes something else than the source. Nothing is written then.
     """
     path, folder = Path(source), Path(out)
     if os.path.lexists(folder):
         raise InputError(f"{folder}: exists already; choose another --out")
-    chosen = load_preset(preset if isinstance(preset, str) else Path(preset)) if preset is not None else None
+    as_preset = load_preset(preset if isinstance(preset, str) else Path(preset)) if preset is not None else None
     checkpoint = read_checkpoint(path, key=key, allow_pickle=allow_pickle)
-    architecture = decide(checkpoint.config, chosen, path)
+    architecture = decide(checkpoint.config, as_preset, path)
     scheduler_config = choose_schedule(
         schedule,
-        chosen.scheduler if chosen else None,
+        as_preset.scheduler if as_preset else None,
         family=architecture.family,
         num_train_timesteps=num_train_timesteps,
         prediction_type=prediction_type,
     )
     if architecture.family == "text":
         _refuse(architecture, objects=objects, conditioner=conditioner, condition_first=condition_first)
-        ready = text_model(checkpoint, architecture, chosen, text_encoder=text_encoder, vae=vae, download=download)
+        assembly = text_model(
+            checkpoint, architecture, as_preset, text_encoder=text_encoder, vae=vae, download=download
+        )
     else:
         _refuse(architecture, text_encoder=text_encoder, vae=vae, download=download)
-        ready = label_model(
+        assembly = label_model(
             checkpoint,
             architecture,
-            chosen,
+            as_preset,
             conditioner=conditioner,
             objects=None if objects is None else Path(objects),
             condition_first=condition_first,
             allow_pickle=allow_pickle,
         )
         if objects is None:
-            ready.notes.append("its labels are taken to be the 24 objects of i-CLEVR, in their order")
-    ready.model.scheduler_config = scheduler_config
-    ready.model.sampling = _sampling(chosen, scheduler_config, architecture.family)
-    notes = [*checkpoint.notes, *ready.notes]
-    if schedule is None and chosen is not None:
-        notes.append(f"noise schedule as preset {chosen.name} says")
-    difference = _write(ready, folder, _record(checkpoint, architecture, chosen, notes))
-    return _summary(ready.model, folder, architecture, notes, difference)
+            assembly.notes.append("its labels are taken to be the 24 objects of i-CLEVR, in their order")
+    assembly.model.scheduler_config = scheduler_config
+    assembly.model.sampling = _sampling(as_preset, scheduler_config, architecture.family)
+    notes = [*checkpoint.notes, *assembly.notes]
+    if schedule is None and as_preset is not None:
+        notes.append(f"noise schedule as preset {as_preset.name} says")
+    with new_folder(folder) as temporary:
+        save_model(assembly.model, temporary, _record(checkpoint, architecture, as_preset, notes))
+        difference = _difference(load_model(temporary), assembly.model, assembly.reference)
+    return _report(assembly.model, folder, architecture, notes, difference)
 
 
 def _refuse(architecture: Architecture, **options: Any) -> None:
@@ -153,39 +157,33 @@ def _record(
     }
 
 
-def _write(ready: Ready, folder: Path, record: dict[str, Any]) -> float:
-    """Write the folder under a temporary name, read it back, compare, rename. Returns the largest difference."""
-    with new_folder(folder) as temporary:
-        save_model(ready.model, temporary, record)
-        return _difference(load_model(temporary), ready.model, ready.reference)
-
-
 @torch.no_grad()
 def _difference(loaded: Model, model: Model, reference: Reference) -> float:
     """The largest difference between the UNets' outputs, (2, C, h, w); the other networks' weights must be equal."""
-    inputs = [
-        torch.from_numpy(x) for x in loaded.signatures()["unet"].sample_inputs(2, np.random.default_rng(0)).values()
-    ]
-    expected, found = reference(*inputs), loaded.networks()["unet"](*inputs)
-    difference = float((found - expected).abs().max())
+    arrays = loaded.signatures()["unet"].sample_inputs(2, np.random.default_rng(0)).values()
+    inputs = [torch.from_numpy(x) for x in arrays]
+    expected = reference(*inputs)
+    difference = float((loaded.networks()["unet"](*inputs) - expected).abs().max())
     if not difference <= TOLERANCE * max(1.0, float(expected.abs().max())):
         raise FastgenError(f"the imported UNet differs from its source by {difference:.3g}; nothing was written")
     for name in ("text_encoder", "vae"):
-        there, here = getattr(loaded, name), getattr(model, name)
-        if here is not None:
-            again = there.state_dict()
-            if not all(torch.equal(value, again[k]) for k, value in here.state_dict().items()):
+        network = getattr(model, name)
+        if network is not None:
+            state = getattr(loaded, name).state_dict()
+            if not all(torch.equal(value, state[k]) for k, value in network.state_dict().items()):
                 raise FastgenError(f"{name}: read back, its weights differ; nothing was written")
     return difference
 
 
-def _summary(model: Model, folder: Path, architecture: Architecture, notes: list[str], difference: float) -> Imported:
+def _report(
+    model: Model, folder: Path, architecture: Architecture, notes: list[str], difference: float
+) -> ImportReport:
     modules = [module for module in (model.unet, model.conditioner) if module is not None]
-    size = next(iter(model.signatures().values())) if model.family == "labels" else model.signatures()["vae_decoder"]
-    return Imported(
+    last = model.signatures()["unet" if model.family == "labels" else "vae_decoder"]
+    return ImportReport(
         folder,
         model.family,
-        f"{architecture.class_name}, {size.outputs[0].shape[-1]} px",
+        f"{architecture.class_name}, {last.outputs[0].shape[-1]} px",
         sum(p.numel() for module in modules for p in module.parameters()),
         describe(model.scheduler_config),
         model.sampling,

@@ -1,4 +1,4 @@
-"""Which UNet a checkpoint belongs to: from its config.json, from a preset, or from both where they agree."""
+"""The UNet of a checkpoint: from its config.json, from a preset, or from both where they agree."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from typing import Any
 
 import torch
 
-from fastgen.errors import InputError
+from fastgen.errors import InputError, first_line
 from fastgen.presets import Preset
 
 CLASSES = {"text": "UNet2DConditionModel", "labels": "UNet2DModel"}
 KINDS = ("class_embed", "concat")  # label conditioners of a plain UNet2DModel
-PATCHED = ("class_embed_type", "num_class_embeds")  # what a Linear in place of class_embedding makes void
-MORE_CONDITIONS = ("addition_embed_type", "class_embed_type", "num_class_embeds")  # which a text UNet here cannot have
+PATCHED = ("class_embed_type", "num_class_embeds")  # without meaning where a Linear is in place of class_embedding
+MORE_CONDITIONS = ("addition_embed_type", "class_embed_type", "num_class_embeds")  # fastgen has no such text UNet
 LISTED = 20
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """A UNet to be. `config` holds every argument of its class; `class_embed_type` is None in the label family."""
+    """A UNet's class and arguments."""
 
     family: str  # "text" | "labels"
-    config: dict[str, Any]
-    where: str  # who says so
+    config: dict[str, Any]  # every argument of the class; `class_embed_type` is None in the label family
+    where: str  # its origin, for messages: "config.json" or "preset NAME"
 
     @property
     def class_name(self) -> str:
@@ -38,37 +38,39 @@ class Architecture:
 
 
 def decide(config: Mapping[str, Any] | None, preset: Preset | None, path: Path) -> Architecture:
-    """The architecture that config.json and the preset say. Raises InputError when neither does, when they differ (key by key),
+    """The architecture in config.json or the preset. Raises InputError when both are missing, when they differ (key by key),
     and for a class or a further condition that fastgen does not run."""
     if config is None and preset is None:
         raise InputError(f"{path}: a state dict does not say its architecture; name a preset or TOML file with --as")
     family = _preset_family(preset) if preset else _family(config or {}, path)
-    found = None if config is None else _arguments(config, _family(config, path), f"{path}/config.json")
-    wanted = None if preset is None or preset.unet is None else _arguments(preset.unet.config, family, preset.name)
-    if found is not None and wanted is not None and preset is not None:
+    stored = None if config is None else _arguments(config, _family(config, path), f"{path}/config.json")
+    expected = None if preset is None or preset.unet is None else _arguments(preset.unet.config, family, preset.name)
+    if stored is not None and expected is not None and preset is not None:
         if _family(config or {}, path) != family:
             raise InputError(f"{path}: is a {(config or {})['_class_name']}, preset {preset.name} a {CLASSES[family]}")
-        found["sample_size"] = found["sample_size"] or wanted["sample_size"]
-        _compare(found, wanted, family, path, preset.name)
-    chosen = found or wanted or {}
-    _check(chosen, family, path)
+        stored["sample_size"] = stored["sample_size"] or expected["sample_size"]
+        _compare(stored, expected, family, path, preset.name)
+    arguments = stored or expected or {}
+    _check(arguments, family, path)
     if family == "labels":
-        chosen |= dict.fromkeys(PATCHED)
-    return Architecture(family, chosen, f"preset {preset.name}" if preset and found is None else "config.json")
+        arguments |= dict.fromkeys(PATCHED)
+    return Architecture(family, arguments, f"preset {preset.name}" if preset and stored is None else "config.json")
 
 
 def empty_unet(architecture: Architecture, class_embed_type: str | None = None) -> Any:
-    """The UNet without memory for its weights; `class_embed_type` as the label family needs it. Raises InputError."""
+    """The UNet without memory for its weights; `class_embed_type` counts in the label family alone.
+
+    Raises InputError for arguments that diffusers refuses.
+    """
     import diffusers
     from accelerate import init_empty_weights
 
-    own = {"class_embed_type": class_embed_type} if architecture.family == "labels" else {}
+    labels = {"class_embed_type": class_embed_type} if architecture.family == "labels" else {}
     try:
         with init_empty_weights():
-            return getattr(diffusers, architecture.class_name)(**architecture.config | own).eval()
+            return getattr(diffusers, architecture.class_name)(**architecture.config | labels).eval()
     except (ValueError, TypeError, AssertionError, RuntimeError, NotImplementedError) as error:
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{architecture.where}: {architecture.class_name} refuses it: {line}") from None
+        raise InputError(f"{architecture.where}: {architecture.class_name} refuses it: {first_line(error)}") from None
 
 
 def fill(module: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> Any:
@@ -95,31 +97,29 @@ def _family(config: Mapping[str, Any], path: Path) -> str:
 
 
 def _arguments(config: Mapping[str, Any], family: str, where: str) -> dict[str, Any]:
-    """All arguments of the class, its defaults where the config says nothing."""
+    """All arguments of the family's class: those of the config, else the defaults."""
     import diffusers
 
     parameters = inspect.signature(getattr(diffusers, CLASSES[family]).__init__).parameters
     known = {name: _plain(p.default) for name, p in parameters.items() if name != "self"}
-    given = {k: _plain(v) for k, v in config.items() if not k.startswith("_")}
-    foreign = [k for k, v in given.items() if k not in known and v]
-    if foreign:
+    arguments = {k: _plain(v) for k, v in config.items() if not k.startswith("_")}
+    if foreign := [k for k, v in arguments.items() if k not in known and v]:
         raise InputError(f"{where}: {CLASSES[family]} of diffusers {diffusers.__version__} has no {', '.join(foreign)}")
-    return known | {k: v for k, v in given.items() if k in known}
+    return known | {k: v for k, v in arguments.items() if k in known}
 
 
 def _plain(value: Any) -> Any:
     return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
-def _compare(found: Mapping[str, Any], wanted: Mapping[str, Any], family: str, path: Path, preset: str) -> None:
+def _compare(stored: Mapping[str, Any], expected: Mapping[str, Any], family: str, path: Path, preset: str) -> None:
     ignored = PATCHED if family == "labels" else ()
-    different = [key for key in wanted if key not in ignored and found[key] != wanted[key]]
+    different = [key for key in expected if key not in ignored and stored[key] != expected[key]]
     if different:
-        listed = [f"{key} = {found[key]!r}, preset {wanted[key]!r}" for key in different[:LISTED]]
+        listed = [f"{key} = {stored[key]!r}, preset {expected[key]!r}" for key in different[:LISTED]]
         more = f"; {len(different) - LISTED} more" if len(different) > LISTED else ""
-        raise InputError(
-            f"{path}/config.json differs from preset {preset}: {'; '.join(listed)}{more}; leave --as out to go by config.json"
-        )
+        where = f"{path}/config.json differs from preset {preset}"
+        raise InputError(f"{where}: {'; '.join(listed)}{more}; leave --as out to go by config.json")
 
 
 def _check(config: dict[str, Any], family: str, path: Path) -> None:
@@ -128,6 +128,5 @@ def _check(config: dict[str, Any], family: str, path: Path) -> None:
         size = config["sample_size"] = size[0]
     if not isinstance(size, int):
         raise InputError(f"{path}: sample_size is {size!r}, expected a whole number; a preset (--as) can say it")
-    more = [key for key in MORE_CONDITIONS if family == "text" and config[key] is not None]
-    if more:
+    if more := [key for key in MORE_CONDITIONS if family == "text" and config[key] is not None]:
         raise InputError(f"{path}: {more[0]} = {config[more[0]]!r}: this UNet takes conditions besides the text")

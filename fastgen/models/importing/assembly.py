@@ -1,4 +1,4 @@
-"""The two families: imported weights -> a model in memory, and beside it the source's own network, built apart from ours."""
+"""Imported weights -> a model in memory, in either family; and the source's own network, built apart from fastgen's classes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastgen.errors import InputError
 from fastgen.files.names import ICLEVR_OBJECTS, read_objects
-from fastgen.models.folder import LabelConditioner, Model
+from fastgen.models.folder import Model
 from fastgen.models.importing.architecture import Architecture, empty_unet, fill
 from fastgen.models.importing.split import (
     LabelWeights,
@@ -24,6 +24,7 @@ from fastgen.models.importing.split import (
     split,
 )
 from fastgen.models.importing.weight_files import WeightFile, read_tensors, split_name
+from fastgen.models.networks.labels import LabelConditioner
 from fastgen.presets import NetworkPreset, Preset
 from fastgen.sampling.defaults import Sampling
 
@@ -31,8 +32,8 @@ Reference = Callable[..., Tensor]  # (sample, timestep, condition) -> prediction
 
 
 @dataclass
-class Ready:
-    """What will be written, and what to compare it with."""
+class Assembly:
+    """A model to write, and the source's network to compare it with."""
 
     model: Model
     reference: Reference
@@ -47,31 +48,32 @@ def text_model(
     text_encoder: str | None,
     vae: str | None,
     download: bool,
-) -> Ready:
-    """A UNet2DConditionModel's weights, a text encoder and an autoencoder from elsewhere. Raises InputError when one is not
-    named, does not load, or does not suit the others."""
+) -> Assembly:
+    """A UNet2DConditionModel's weights with a text encoder and a VAE from elsewhere. Raises InputError when one of these is not
+    named, does not load, or does not fit the UNet."""
     from fastgen.models.build import load_text_encoder, load_vae
 
-    where = _network("text_encoder", text_encoder, preset), _network("vae", vae, preset)
+    encoder, autoencoder = _network("text_encoder", text_encoder, preset), _network("vae", vae, preset)
     parts = split(checkpoint)
-    named = checkpoint.key is not None  # then what lies beside the UNet was left out on purpose
-    _check_unet(parts, empty_unet(architecture), checkpoint.path, {} if named else parts.rest)
+    # A key that names the UNet leaves out what lies beside it on purpose.
+    rest = parts.rest if checkpoint.key is None else {}
+    _check_unet(parts, empty_unet(architecture), checkpoint.path, rest)
     model = Model(None, "text", fill(empty_unet(architecture), parts.unet), {}, Sampling())
-    with _named("--text-encoder", where[0], download):
-        model.text_encoder, model.tokenizer = load_text_encoder(where[0], local_files_only=not download)
-    with _named("--vae", where[1], download):
-        model.vae = load_vae(where[1], local_files_only=not download)
-    _check_suits(architecture, model, preset)
+    with _download_hint("--text-encoder", encoder, download):
+        model.text_encoder, model.tokenizer = load_text_encoder(encoder, local_files_only=not download)
+    with _download_hint("--vae", autoencoder, download):
+        model.vae = load_vae(autoencoder, local_files_only=not download)
+    _check_fit(architecture, model, preset)
     source: Any = fill(empty_unet(architecture), parts.unet)
 
     def reference(sample: Tensor, timestep: Tensor, states: Tensor) -> Tensor:
         return source(sample, timestep, states).sample
 
-    notes = [f"{name} from {network.path}" for name, network in zip(("text encoder", "VAE"), where, strict=True)]
+    notes = [f"text encoder from {encoder.path}", f"VAE from {autoencoder.path}"]
     notes.append(f"latents are VAE latents x {model.scaling_factor:g}")
     if parts.rest:
         notes.append(f"{len(parts.rest)} weights beside the UNet left out")
-    return Ready(model, reference, [*parts.notes, *notes])
+    return Assembly(model, reference, [*parts.notes, *notes])
 
 
 def label_model(
@@ -83,34 +85,41 @@ def label_model(
     objects: Path | None,
     condition_first: bool,
     allow_pickle: bool,
-) -> Ready:
-    """A UNet2DModel's weights and the layers that embed the labels: in place of `class_embedding`, beside the UNet, or in a
-    file of their own. Raises InputError when these are missing or the labels' names are unknown, MismatchError key by key."""
+) -> Assembly:
+    """A UNet2DModel's weights and the layers that embed the labels, which are in place of `class_embedding`, beside the UNet,
+    or in the file `conditioner`. Raises InputError when they are missing or the labels have no names, MismatchError for
+    weights that do not fit."""
     parts, table = split(checkpoint), dict((preset.conditioner if preset else None) or {})
     patched = {k: parts.unet.pop(k) for k in list(parts.unet) if k.startswith("class_embedding.")}
     _check_unet(parts, empty_unet(architecture), checkpoint.path)
     extra = architecture.config["in_channels"] - architecture.config["out_channels"]
     kind = table.get("kind") or ("concat" if extra > 0 else "class_embed")
     dim = extra if kind == "concat" else architecture.time_embedding_dim
-    found = read_tensors(conditioner, allow_pickle) if conditioner else patched | parts.rest
-    layers = find_label_layers(found, conditioner or checkpoint.path)
+    tensors = read_tensors(conditioner, allow_pickle) if conditioner else patched | parts.rest
+    layers = find_label_layers(tensors, conditioner or checkpoint.path)
     if layers is None:
-        raise InputError(_asked_for(kind, dim, checkpoint.path))
+        raise _missing_layers(kind, dim, checkpoint.path)
     _check_layers(layers, kind, dim, table, conditioner or str(checkpoint.path))
     if condition_first and kind != "concat":
         raise InputError("--condition-first: this model adds its labels to the time embedding, it concatenates nothing")
-    names, notes = _objects(objects, layers.num_labels), [*parts.notes, *_announce(layers, kind, patched, checkpoint)]
-    if kind == "concat":
-        notes.append(_order(condition_first))
-
-    embed, source = layers.module(), _source_unet(architecture, parts.unet, layers if kind == "class_embed" else None)
-    own = dict(parts.unet)
+    names, notes = _objects(objects, layers.num_labels), [*parts.notes, _layers_note(layers, kind, patched, checkpoint)]
     if condition_first:
-        weight = own["conv_in.weight"]  # (width, dim + C, 3, 3)
-        own["conv_in.weight"] = torch.cat([weight[:, dim:], weight[:, :dim]], dim=1).contiguous()
-    unet = fill(empty_unet(architecture, "identity" if kind == "class_embed" else None), own)
-    ours = LabelConditioner(kind, layers.num_labels, dim, layers.hidden)
-    ours.load_state_dict(layers.state())
+        order = "labels come before the image, torch.cat([planes, x], 1)"
+        notes.append(f"{order}: conv_in's input channels reordered to match ours")
+    elif kind == "concat":
+        order = "labels are taken to follow the image, torch.cat([x, planes], 1)"
+        notes.append(f"{order}; if not, import with --condition-first")
+
+    embed, source = layers.module(), fill(empty_unet(architecture), parts.unet)
+    if kind == "class_embed":
+        source.class_embedding = layers.module()  # where its author had the Linear
+    state = dict(parts.unet)
+    if condition_first:
+        weight = state["conv_in.weight"]  # (width, dim + C, 3, 3)
+        state["conv_in.weight"] = torch.cat([weight[:, dim:], weight[:, :dim]], dim=1).contiguous()
+    unet = fill(empty_unet(architecture, "identity" if kind == "class_embed" else None), state)
+    module = LabelConditioner(kind, layers.num_labels, dim, layers.hidden)
+    module.load_state_dict(layers.state())
 
     def reference(sample: Tensor, timestep: Tensor, labels: Tensor) -> Tensor:
         if kind == "class_embed":
@@ -118,21 +127,13 @@ def label_model(
         planes = embed(labels).view(len(labels), dim, 1, 1).repeat(1, 1, *sample.shape[2:])  # (B, dim, H, W)
         return source(torch.cat([planes, sample] if condition_first else [sample, planes], dim=1), timestep).sample
 
-    return Ready(Model(None, "labels", unet, {}, Sampling(), ours.eval(), names), reference, notes)
+    return Assembly(Model(None, "labels", unet, {}, Sampling(), module.eval(), names), reference, notes)
 
 
 def _check_unet(parts: SplitWeights, unet: Any, path: Path, rest: Mapping[str, Tensor] | None = None) -> None:
     wrong = mismatches(unet.state_dict(), parts.unet, parts.prefix) + mismatches({}, rest or {})
     if wrong:
         raise MismatchError(f"{path}: {type(unet).__name__} of {unet.num_parameters() / 1e6:.1f} M parameters", wrong)
-
-
-def _source_unet(architecture: Architecture, state: Mapping[str, Tensor], patch: LabelWeights | None) -> Any:
-    """The UNet as its author had it, with the Linear in place of `class_embedding`."""
-    unet = fill(empty_unet(architecture), state)
-    if patch is not None:
-        unet.class_embedding = patch.module()
-    return unet
 
 
 def _check_layers(layers: LabelWeights, kind: str, dim: int, table: Mapping[str, Any], where: str) -> None:
@@ -146,39 +147,30 @@ def _check_layers(layers: LabelWeights, kind: str, dim: int, table: Mapping[str,
             f"{where}: {layers.name}.weight is {(layers.dim, dim)}, an nn.Embedding of single classes; expected a Linear "
             f"on multi-hot labels, ({dim}, number of labels)"
         )
-    wanted = {"dim": dim, "hidden": table.get("hidden", 0)}
     wrong = [
         f"shape {layers.name}: {key} found {getattr(layers, key)}, expected {value}"
-        for key, value in wanted.items()
+        for key, value in {"dim": dim, "hidden": table.get("hidden", 0)}.items()
         if getattr(layers, key) != value
     ]
     if wrong:
         raise MismatchError(f"{where}: label conditioner of kind {kind!r}", wrong)
 
 
-def _asked_for(kind: str, dim: int, path: Path) -> str:
+def _missing_layers(kind: str, dim: int, path: Path) -> InputError:
     what = "class_embedding.weight" if kind == "class_embed" else "a Linear beside the UNet"
     lost = "; UNet2DModel.from_pretrained drops a Linear there and says nothing" if kind == "class_embed" else ""
-    return (
+    return InputError(
         f"{path}: holds no conditioner: {what} is missing{lost}; give the file that has the Linear's weights "
         f"({dim}, number of labels) with --conditioner FILE"
     )
 
 
-def _announce(layers: LabelWeights, kind: str, patched: Mapping[str, Tensor], checkpoint: WeightFile) -> list[str]:
+def _layers_note(layers: LabelWeights, kind: str, patched: Mapping[str, Tensor], checkpoint: WeightFile) -> str:
     shape = tuple(layers.layers[0]["weight"].shape)
     if patched and checkpoint.config is not None and not checkpoint.config.get("class_embed_type"):
         name = next(k for k in patched if k.endswith("weight"))
-        return [f"{name} {shape} found although config.json says nothing: a {layers}"]
-    return [f"{layers.name} {shape}: a {layers}, kind {kind!r}"]
-
-
-def _order(condition_first: bool) -> str:
-    if condition_first:
-        return (
-            "labels come before the image, torch.cat([planes, x], 1): conv_in's input channels reordered to match ours"
-        )
-    return "labels are taken to follow the image, torch.cat([x, planes], 1); if not, import with --condition-first"
+        return f"{name} {shape} found although config.json says nothing: a {layers}"
+    return f"{layers.name} {shape}: a {layers}, kind {kind!r}"
 
 
 def _objects(path: Path | None, num_labels: int) -> dict[str, int]:
@@ -190,10 +182,10 @@ def _objects(path: Path | None, num_labels: int) -> dict[str, int]:
     return names
 
 
-def _network(name: str, given: str | None, preset: Preset | None) -> NetworkPreset:
-    """Where a frozen network comes from: the option, else the preset."""
-    if given is not None:
-        path, subfolder = split_name(given)
+def _network(name: str, option_value: str | None, preset: Preset | None) -> NetworkPreset:
+    """The source of a frozen network: the option's, else the preset's. Raises InputError where both are missing."""
+    if option_value is not None:
+        path, subfolder = split_name(option_value)
         return NetworkPreset(path=path, subfolder=subfolder)
     network: NetworkPreset | None = getattr(preset, name) if preset else None
     if network is None or network.path is None:
@@ -204,8 +196,8 @@ def _network(name: str, given: str | None, preset: Preset | None) -> NetworkPres
 
 
 @contextmanager
-def _named(option: str, network: NetworkPreset, download: bool) -> Iterator[None]:
-    """Adds to an InputError what helps where an id was not found on this machine."""
+def _download_hint(option: str, network: NetworkPreset, download: bool) -> Iterator[None]:
+    """Adds to an InputError what to do where a hub id is not on this machine."""
     try:
         yield
     except InputError as error:
@@ -214,7 +206,7 @@ def _named(option: str, network: NetworkPreset, download: bool) -> Iterator[None
         raise InputError(f"{error}; give {option} FOLDER, or allow --download") from None
 
 
-def _check_suits(architecture: Architecture, model: Model, preset: Preset | None) -> None:
+def _check_fit(architecture: Architecture, model: Model, preset: Preset | None) -> None:
     text: Any = model.text_encoder.config  # type: ignore[union-attr]
     vae: Any = model.vae.config  # type: ignore[union-attr]
     config = architecture.config

@@ -1,4 +1,4 @@
-"""The noise schedule of an imported model: named by the user or by the preset, never guessed."""
+"""The noise schedule of an imported model: the user or the preset names it; it is never guessed."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ CHOICES = (
 
 
 def choose_schedule(
-    named: str | None,
+    text: str | None,
     preset: Mapping[str, Any] | None,
     *,
     family: str,
     num_train_timesteps: int | None = None,
     prediction_type: str | None = None,
 ) -> dict[str, Any]:
-    """The scheduler config of a model that was trained elsewhere: what was `named`, else the preset's.
+    """The scheduler config of a model that was trained elsewhere: that of `text`, else the preset's.
 
-    `named`: `linear`, `scaled_linear:0.00085:0.012`, `squaredcos_cap_v2`, `beta_schedule=linear,clip_sample=false`, or the path
-    of a scheduler_config.json (or of its folder). Weights do not tell which one they were trained on, and another one samples
-    without an error, only worse: so its absence is an InputError.
+    `text`: `linear`, `scaled_linear:0.00085:0.012`, `squaredcos_cap_v2`, `beta_schedule=linear,clip_sample=false`, or the path
+    of a scheduler_config.json (or of its folder). Raises InputError where both are missing: weights do not tell the schedule
+    that they were trained on, and with another one sampling gives worse images without an error.
     """
-    if named is not None:
-        config = _read(named, family)
+    if text is not None:
+        config = _read(text, family)
     elif preset:
         config = dict(preset)
     else:
@@ -53,17 +53,17 @@ def describe(config: Mapping[str, Any]) -> str:
     """One line: `DDPMScheduler, linear betas 0.0001 to 0.02, 1000 timesteps, epsilon`."""
     from fastgen.sampling.schedulers import make_scheduler
 
-    found = make_scheduler(str(config["_class_name"]), config).config
-    name, betas = found.get("beta_schedule"), ""
+    full = make_scheduler(str(config["_class_name"]), config).config
+    name, betas = full.get("beta_schedule"), ""
     if name not in (None, "squaredcos_cap_v2"):
-        betas = f" betas {found['beta_start']:g} to {found['beta_end']:g}"
-    words = [config["_class_name"], f"{name}{betas}" if name else None, f"{found['num_train_timesteps']} timesteps"]
-    words += [found.get("prediction_type"), "clip_sample" if found.get("clip_sample") else None]
+        betas = f" betas {full['beta_start']:g} to {full['beta_end']:g}"
+    words = [config["_class_name"], f"{name}{betas}" if name else None, f"{full['num_train_timesteps']} timesteps"]
+    words += [full.get("prediction_type"), "clip_sample" if full.get("clip_sample") else None]
     return ", ".join(str(word) for word in words if word)
 
 
-def _read(named: str, family: str) -> dict[str, Any]:
-    path = Path(named)
+def _read(text: str, family: str) -> dict[str, Any]:
+    path = Path(text)
     if path.is_dir():
         inside = [path / part for part in ("scheduler_config.json", "scheduler/scheduler_config.json")]
         path = next((file for file in inside if file.is_file()), inside[0])
@@ -72,12 +72,13 @@ def _read(named: str, family: str) -> dict[str, Any]:
         if not isinstance(config, dict) or not isinstance(config.get("_class_name"), str):
             raise InputError(f"{path}: expected a scheduler_config.json with _class_name")
         return config
-    values = _pairs(named) if "=" in named else _named(named)
-    clip = {"clip_sample": False} if family == "text" else {}  # DDPMScheduler clips, which is for pixels
+    values = _pairs(text) if "=" in text else _betas(text)
+    clip = {"clip_sample": False} if family == "text" else {}  # by default DDPMScheduler clips, as is right for pixels
     return {"_class_name": "DDPMScheduler", "num_train_timesteps": 1000, **clip, **values}
 
 
-def _named(text: str) -> dict[str, Any]:
+def _betas(text: str) -> dict[str, Any]:
+    """`SCHEDULE[:BETA_START:BETA_END]` -> arguments of DDPMScheduler."""
     name, *betas = text.split(":")
     if name not in SCHEDULES:
         raise unknown("schedule", text, [*SCHEDULES, "KEY=VALUE,...", "a scheduler_config.json"])
@@ -121,8 +122,9 @@ def _pairs(text: str) -> dict[str, Any]:
 
 
 def _value(text: str) -> Any:
-    if text.lower() in ("true", "false", "none"):
-        return {"true": True, "false": False, "none": None}[text.lower()]
+    words = {"true": True, "false": False, "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
     for kind in (int, float):
         try:
             return kind(text)

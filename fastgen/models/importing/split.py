@@ -1,4 +1,4 @@
-"""A state dict taken apart: the UNet's weights, the label conditioner's, and what fits neither, key by key."""
+"""A state dict split into the UNet's weights, the label conditioner's, and the rest."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NEW_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "
 
 
 class MismatchError(InputError):
-    """Weights do not fit an architecture: `mismatches` says it key by key, the message the first few."""
+    """Weights do not fit an architecture. `mismatches` has a line per key; the message has the first three."""
 
     def __init__(self, where: str, mismatches: Sequence[str]) -> None:
         self.mismatches = tuple(mismatches)
@@ -33,16 +33,14 @@ class MismatchError(InputError):
 
 @dataclass(frozen=True)
 class SplitWeights:
-    """`unet`: without `prefix`. `rest`: what lies beside the UNet, under its own keys."""
-
-    unet: dict[str, Tensor]
-    rest: dict[str, Tensor]
+    unet: dict[str, Tensor]  # keys without `prefix`
+    rest: dict[str, Tensor]  # of what is beside the UNet, full keys
     prefix: str
     notes: tuple[str, ...]
 
 
 def split(checkpoint: WeightFile) -> SplitWeights:
-    """Find the UNet in a state dict by its keys, whatever module it was an attribute of, and rename those of old diffusers.
+    """Find the UNet in a state dict by its keys, whatever prefix they have, and rename the keys of old diffusers.
 
     Raises InputError when there is none, or several and `key` names none of them.
     """
@@ -65,10 +63,10 @@ def split(checkpoint: WeightFile) -> SplitWeights:
     return SplitWeights(unet, rest, prefix, tuple(notes))
 
 
-def mismatches(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], prefix: str = "") -> list[str]:
-    """What is missing, unexpected, or of another shape, each as one line."""
-    lines = [f"missing {prefix}{k} {tuple(v.shape)}" for k, v in expected.items() if k not in found]
-    for key, value in found.items():
+def mismatches(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], prefix: str = "") -> list[str]:
+    """A line for each weight that is missing, unexpected, or of another shape."""
+    lines = [f"missing {prefix}{k} {tuple(v.shape)}" for k, v in expected.items() if k not in state]
+    for key, value in state.items():
         if key not in expected:
             lines.append(f"unexpected {prefix}{key} {tuple(value.shape)}")
         elif value.shape != expected[key].shape:
@@ -77,7 +75,7 @@ def mismatches(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], pref
 
 
 def _renamed(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], int]:
-    """As diffusers' `_fix_state_dict_keys_on_load` does."""
+    """The state with new names of attention layers, as diffusers' `_fix_state_dict_keys_on_load` gives them; their number."""
     renamed = {}
     for key, value in state.items():
         old = OLD_ATTENTION.match(key)
@@ -87,11 +85,9 @@ def _renamed(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], int]:
 
 def _foreign(checkpoint: WeightFile) -> InputError:
     keys = [f"unexpected {k} {tuple(v.shape)}" for k, v in checkpoint.state.items()]
-    hint = ""
-    if any(".input_blocks." in f".{k}" for k in checkpoint.state):
-        hint = (
-            " (these are CompVis's keys: convert it with diffusers' convert_original_stable_diffusion_to_diffusers.py)"
-        )
+    script = "convert_original_stable_diffusion_to_diffusers.py"
+    compvis = any(".input_blocks." in f".{k}" for k in checkpoint.state)
+    hint = f" (these are CompVis's keys: convert it with diffusers' {script})" if compvis else ""
     where = f"{checkpoint.path}: no diffusers UNet, which has {UNET_MARK}{hint}"
     return MismatchError(where, [f"missing {UNET_MARK}", *keys])
 
@@ -100,7 +96,7 @@ def _foreign(checkpoint: WeightFile) -> InputError:
 class LabelWeights:
     """The layers between the multi-hot labels and their embedding: one Linear, or two with an activation between them."""
 
-    name: str  # of the module they were found as
+    name: str  # of the module in the checkpoint
     layers: tuple[dict[str, Tensor], ...]  # {"weight": (out, in), "bias": (out,)}
 
     @property
@@ -116,19 +112,18 @@ class LabelWeights:
         return self.layers[0]["weight"].shape[0] if len(self.layers) > 1 else 0
 
     def state(self) -> dict[str, Tensor]:
-        """As the state of `fastgen.models.folder.LabelConditioner`."""
+        """The state dict of a `LabelConditioner`."""
         names = ("embed",) if len(self.layers) == 1 else ("embed.0", "embed.2")
         return {f"{name}.{k}": v for name, layer in zip(names, self.layers, strict=True) for k, v in layer.items()}
 
     def module(self) -> nn.Module:
         """The layers as plain torch modules."""
-        made = []
+        linears = []
         for layer in self.layers:
             out, inside = layer["weight"].shape
-            linear = nn.Linear(inside, out, device="meta")
-            linear.load_state_dict(layer, assign=True)
-            made.append(linear)
-        return made[0] if len(made) == 1 else nn.Sequential(made[0], nn.SiLU(), made[1])
+            linears.append(nn.Linear(inside, out, device="meta"))
+            linears[-1].load_state_dict(layer, assign=True)
+        return linears[0] if len(linears) == 1 else nn.Sequential(linears[0], nn.SiLU(), linears[1])
 
     def __str__(self) -> str:
         kind = f"Linear-SiLU-Linear conditioner ({self.hidden} wide)" if self.hidden else "Linear conditioner"
@@ -136,28 +131,25 @@ class LabelWeights:
 
 
 def find_label_layers(state: Mapping[str, Tensor], where: Path | str) -> LabelWeights | None:
-    """The one Linear, or the chain of two, that these tensors are; None if there are none. Raises InputError when they are
-    something else."""
+    """The one Linear, or the chain of two, that these tensors are; None for no tensors. Raises MismatchError for others."""
     if not state:
         return None
     groups: dict[str, dict[str, Tensor]] = {}
     for key, value in state.items():
         layer, _, kind = key.rpartition(".")
         groups.setdefault(layer, {})[kind] = value
-    layers = [groups[name] for name in sorted(groups)]
-    sound = all(layer.keys() <= {"weight", "bias"} and _is_linear(layer) for layer in layers)
-    chained = len(layers) == 1 or (
-        len(layers) == 2 and sound and len(layers[0]["weight"]) == layers[1]["weight"].shape[1]
-    )
-    if not (sound and chained):
+    names = sorted(groups)
+    layers = [groups[name] for name in names]
+    linear = len(layers) <= 2 and all(map(_is_linear, layers))
+    if not linear or (len(layers) == 2 and len(layers[0]["weight"]) != layers[1]["weight"].shape[1]):
         shapes = [f"unexpected {k} {tuple(v.shape)}" for k, v in state.items()]
         raise MismatchError(f"{where}: beside the UNet, a label conditioner is one Linear or a chain of two", shapes)
     complete = [{"weight": x["weight"], "bias": x.get("bias", torch.zeros(len(x["weight"])))} for x in layers]
-    names = sorted(groups)
     name = names[0] if len(names) == 1 else names[0].rpartition(".")[0]
     return LabelWeights(name or "its Linear", tuple(complete))
 
 
 def _is_linear(layer: Mapping[str, Tensor]) -> bool:
     weight, bias = layer.get("weight"), layer.get("bias")
-    return weight is not None and weight.ndim == 2 and (bias is None or bias.shape == weight.shape[:1])
+    sizes = weight is not None and weight.ndim == 2 and (bias is None or bias.shape == weight.shape[:1])
+    return sizes and layer.keys() <= {"weight", "bias"}

@@ -1,4 +1,4 @@
-"""Checkpoint files of any kind -> one flat state dict of float32 tensors, with a note for everything that was decided."""
+"""Checkpoint files of any kind -> one flat state dict of float32 tensors, with notes on what was left out or changed."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ LISTED = 20
 
 @dataclass(frozen=True)
 class WeightFile:
-    """A checkpoint in memory. `config`: of the folder it lay in. `key`: what the caller chose and no state dict was named."""
+    """A checkpoint in memory."""
 
     path: Path
     files: tuple[Path, ...]
     state: dict[str, Tensor]  # float32, on the CPU
-    config: Mapping[str, Any] | None
-    key: str | None
+    config: Mapping[str, Any] | None  # config.json of the folder
+    key: str | None  # the caller's key, where it names no state dict: then it names the UNet inside `state`
     notes: tuple[str, ...]
 
 
@@ -51,8 +51,8 @@ def read_checkpoint(path: Path, *, key: str | None = None, allow_pickle: bool = 
         raise InputError(f"{path}: not found, expected a folder or a file with a checkpoint")
     state: dict[str, Any] = {}
     for file in files:
-        found, key = _read_file(file, key, allow_pickle, notes)
-        state |= found
+        part, key = _read_file(file, key, allow_pickle, notes)
+        state |= part
     return WeightFile(path, files, _plain(state, path, notes), config, key, tuple(notes))
 
 
@@ -103,20 +103,20 @@ def _read_file(
     return _select(unpickle(path, allow_pickle), key, path, notes)
 
 
-def _select(found: Any, key: str | None, path: Path, notes: list[str]) -> tuple[Mapping[str, Any], str | None]:
-    """The state dict of a checkpoint, and the key if it named none of them."""
-    states = dict(_state_dicts(found))
+def _select(content: Any, key: str | None, path: Path, notes: list[str]) -> tuple[Mapping[str, Any], str | None]:
+    """The state dict in the content of a pickle; and the key, where it names no state dict."""
+    states = dict(_state_dicts(content))
     if not states:
-        held = f"a dict of {', '.join(map(str, list(found)[:LISTED]))}" if isinstance(found, Mapping) else None
-        raise InputError(f"{path}: holds no state dict, but {held or f'a {type(found).__name__}'}")
+        keys = f"a dict of {', '.join(map(str, list(content)[:LISTED]))}" if isinstance(content, Mapping) else None
+        raise InputError(f"{path}: holds no state dict, but {keys or f'a {type(content).__name__}'}")
     if key in states:
         return states[key], None
     networks = [name for name, state in states.items() if any(str(k).endswith(UNET_MARK) for k in state)]
-    chosen = networks if len(networks) == 1 else list(states)
-    if len(chosen) == 1:
-        if chosen[0]:
-            notes.append(f"state dict read from its key {chosen[0]!r}")
-        return states[chosen[0]], key
+    candidates = networks if len(networks) == 1 else list(states)
+    if len(candidates) == 1:
+        if candidates[0]:
+            notes.append(f"state dict read from its key {candidates[0]!r}")
+        return states[candidates[0]], key
     if key is not None:
         raise unknown(f"state dict in {path}:", key, states)
     listed = ", ".join(f"{name} ({len(state)} entries)" for name, state in states.items())
@@ -124,10 +124,10 @@ def _select(found: Any, key: str | None, path: Path, notes: list[str]) -> tuple[
 
 
 def _state_dicts(value: Any, name: str = "", depth: int = 0) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """(dotted key, state dict) for the state dicts in nested dicts; an optimiser's are none."""
+    """(dotted key, state dict) for the state dicts in nested dicts, without those of an optimiser."""
     if not isinstance(value, Mapping) or depth > 3 or not all(isinstance(k, str) for k in value):
         return
-    inner = [found for k, v in value.items() for found in _state_dicts(v, f"{name}.{k}" if name else k, depth + 1)]
+    inner = [pair for k, v in value.items() for pair in _state_dicts(v, f"{name}.{k}" if name else k, depth + 1)]
     if inner:
         yield from inner
     elif any(isinstance(v, Tensor) for v in value.values()) and (not name or any("." in k for k in value)):
@@ -136,8 +136,7 @@ def _state_dicts(value: Any, name: str = "", depth: int = 0) -> Iterator[tuple[s
 
 def _plain(state: Mapping[str, Any], path: Path, notes: list[str]) -> dict[str, Tensor]:
     """Float32 tensors under keys without wrappers."""
-    others = [k for k, v in state.items() if not isinstance(v, Tensor)]
-    if others:
+    if others := [k for k, v in state.items() if not isinstance(v, Tensor)]:
         notes.append(f"entries that are no tensors, left out: {', '.join(others[:LISTED])}")
     plain: dict[str, Tensor] = {}
     stored: Counter[str] = Counter()
@@ -156,7 +155,6 @@ def _plain(state: Mapping[str, Any], path: Path, notes: list[str]) -> dict[str, 
         plain[name] = tensor
     notes += [f"{n} keys: {part}. removed, which {WRAPPERS[part]} inserts" for part, n in wrapped.items()]
     notes += [f"{n} weights stored as {dtype}, converted to float32" for dtype, n in stored.items()]
-    broken = [k for k, v in plain.items() if v.is_floating_point() and not v.isfinite().all()]
-    if broken:
+    if broken := [k for k, v in plain.items() if v.is_floating_point() and not v.isfinite().all()]:
         raise InputError(f"{path}: NaN or infinity in {len(broken)} weights, such as {broken[0]}; take another one")
     return plain

@@ -1,4 +1,4 @@
-"""A UNet without attention that is told label and time as constant planes, concatenated to the input of every level."""
+"""A UNet without attention that gets label and time as constant planes, concatenated to the input of every level."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class BroadcastUNet(ModelMixin, ConfigMixin):
     (Ronneberger et al., U-Net, 2015). The input of each is concatenated with the label embedding (B, label_dim) and the
     sinusoidal time embedding (B, time_dim), both broadcast over the plane.
 
-    `sample_size` must be a multiple of 2 ** (levels - 1), widths of `norm_num_groups`.
+    `sample_size` must be a multiple of 2 ** (levels - 1), each width a multiple of `norm_num_groups`.
     """
 
     config: Any
@@ -65,7 +65,7 @@ class BroadcastUNet(ModelMixin, ConfigMixin):
 
 
 class DoubleConv(nn.Module):
-    """Two 3x3 convolutions with group normalisation and SiLU, on planes beside those of the condition."""
+    """Two 3x3 convolutions with group normalisation and SiLU; the first gets the condition's planes besides its input."""
 
     def __init__(self, in_channels: int, out_channels: int, groups: int) -> None:
         super().__init__()

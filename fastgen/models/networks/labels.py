@@ -1,4 +1,4 @@
-"""The networks of the label family: conditioners, the UNets that go with them, and both as one network."""
+"""The networks of the label family: conditioners, their UNets, and both as one network."""
 
 from __future__ import annotations
 
@@ -54,8 +54,7 @@ class LabelUNet(nn.Module):
 
 
 def unet_class(kind: str, config: Mapping[str, Any]) -> Any:
-    """The class of UNet that a conditioner of this kind feeds, by the UNet's keyword arguments: one with a `patch_size`
-    is a PatchUNet."""
+    """The class of UNet for a conditioner of this kind and these keyword arguments: with a `patch_size` it is a PatchUNet."""
     if kind == "broadcast":
         return label_unet_class("BroadcastUNet")
     return label_unet_class("PatchUNet" if "patch_size" in config else "UNet2DModel")
@@ -75,13 +74,15 @@ def label_unet_class(name: str) -> Any:
 
 
 def class_record(network: nn.Module) -> list[str]:
-    """[package, class] of a network, as model_index.json names it: the class is found by its name, wherever its module is."""
+    """[package, class] of a network, as model_index.json names it; the module's path is left out, so that it may change."""
     return [type(network).__module__.partition(".")[0], type(network).__name__]
 
 
 def conditioner_dim(kind: str, unet: Any) -> tuple[int, str]:
-    """(the width of embedding that a UNet with this config takes, where that is said). Raises InputError when it cannot be
-    fed by this kind."""
+    """(width of the embedding that a UNet with this config takes, the words for where the config says so).
+
+    Raises InputError when the UNet cannot take a conditioner of this kind.
+    """
     if kind == "broadcast":
         return int(unet.label_dim), "unet.config.label_dim"
     if kind == "class_embed":
@@ -103,7 +104,7 @@ def save_conditioner(conditioner: LabelConditioner, folder: Path, weights: bool 
 
 
 def load_conditioner(folder: Path, weights: Mapping[str, Tensor] | None = None) -> LabelConditioner:
-    """With the given weights, else with those in the folder."""
+    """The conditioner of `folder`'s config.json with `weights`, else with those in the folder. Raises InputError."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

@@ -1,4 +1,4 @@
-"""A UNet on patches: squares of pixels become channels, so that its widest maps, the slowest ones, are smaller."""
+"""A UNet on patches: squares of pixels become channels, so that its largest maps, the slowest ones, are smaller."""
 
 from __future__ import annotations
 

@@ -183,7 +183,7 @@ def test_small_products_of_one_row_are_those_among_others(shape):
     x = op.parameter([-1, *shape], np.float32)
     weights = [rng.standard_normal(s).astype(np.float32) for s in ((32, shape[-1]), (shape[-1], 192))]
     products = [op.matmul(x, op.constant(w), False, i == 0) for i, w in enumerate(weights)]
-    alone, among = lone_and_among(openvino.Model(products, [x], "m"), 40, base_openvino.pad_products)
+    alone, among = lone_and_among(openvino.Model(products, [x], "m"), 40, rewrites.pad_products)
     row = np.random.default_rng(1).standard_normal(shape, np.float32)
     for y, same, weight in zip(alone, among, (weights[0].T, weights[1]), strict=True):
         assert np.array_equal(y, same)
@@ -200,7 +200,7 @@ def test_convolutions_of_one_tiny_image_are_those_among_others(size, stride):
     weight = rng.standard_normal((96, 80, 3, 3)).astype(np.float32) / 27
     convolution = op.convolution(x, op.constant(weight), [stride] * 2, [1, 1], [1, 1], [1, 1])
     model = openvino.Model([convolution], [x], "m")
-    (alone,), (among,) = lone_and_among(model, 16, base_openvino.widen_convolutions)
+    (alone,), (among,) = lone_and_among(model, 16, rewrites.widen_convolutions)
     assert np.array_equal(alone, among)
     image = torch.from_numpy(np.random.default_rng(1).standard_normal((80, size, size), np.float32))
     expected = nn.functional.conv2d(image[None], torch.from_numpy(weight), stride=stride, padding=1)[0].numpy()

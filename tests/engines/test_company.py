@@ -12,10 +12,11 @@ pytest.importorskip("onnxscript")
 
 from PIL import Image
 
-from fastgen.jobs.job import run_job
-from fastgen.pipeline import load
-from fastgen.requests import Request
-from fastgen.shipped import find_model
+from fastgen.generate.job import run_job
+from fastgen.generate.pipeline import load
+from fastgen.generate.requests import Request
+from fastgen.generate.run import Run
+from fastgen.models.find import find_folder
 
 SIZES, MOST = (1, 2, 3, 5), 16
 STEPS = {"num_inference_steps": 3}
@@ -43,10 +44,10 @@ def sd_model(tmp_path_factory) -> Path:
     import torch
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
-    from fastgen.config import Sampling
-    from fastgen.networks import Model, save_model
-    from fastgen.training.modules import build_text_encoder
-    from fastgen.training.tokenizer import train_tokenizer
+    from fastgen.models.build import build_text_encoder
+    from fastgen.models.folder import Model, save_model
+    from fastgen.sampling.defaults import Sampling
+    from fastgen.training.bpe import train_tokenizer
 
     torch.manual_seed(2)
     text = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_hidden_layers": 2}
@@ -92,7 +93,7 @@ def large_bundle(sd_model, export_few, tmp_path_factory):
     def get(name: str) -> Path:
         if name not in done:
             done[name] = tmp_path_factory.mktemp("bundles") / name
-            export_few(sd_model if name == "sd" else find_model(name), done[name], engines=["ort"])
+            export_few(sd_model if name == "sd" else find_folder(name), done[name], engines=["ort"])
         return done[name]
 
     return get
@@ -123,7 +124,7 @@ def written(pipeline, count, batch_size, guidance, out, lost=()) -> list[bytes]:
     for i in lost:
         (out / f"{i}.png").unlink()
     settings = pipeline.settings(guidance_scale=guidance, **STEPS)
-    report = run_job(pipeline, requests, out, settings, batch_size=batch_size, progress=False)
+    report = run_job(Run(pipeline, requests, settings), out, batch_size=batch_size, progress=False)
     assert report.errors == {}
     assert report.generated == count if not lost else 0 < report.generated < count
     images = []

@@ -102,7 +102,7 @@ def text_model(once) -> Path:
         block_out_channels=(16, 32),
         layers_per_block=1,
         cross_attention_dim=32,
-        attention_head_dim=2,
+        attention_head_dim=4,  # heads, in diffusers: of 8 channels, whose scale 1 / sqrt(8) is no exact number
         norm_num_groups=8,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),

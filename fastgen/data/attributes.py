@@ -1,4 +1,4 @@
-"""Attributes such as body or colour: each animation of a training set, and each requested image, has one value of each."""
+"""Attributes such as body or colour, of which each animation of a training set and each requested image has one value."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def check_attributes(value: object) -> dict[str, tuple[str, ...]]:
         with located(name):
             if not isinstance(values, list | tuple) or len(set(map(str, values))) < max(1, len(values)):
                 raise InputError(f"found {brief(values)}, expected a list of different values")
-            for one in values:
-                check_text(one, "value")
+            for text in values:
+                check_text(text, "value")
     return {name: tuple(values) for name, values in value.items()}
 
 
@@ -57,12 +57,12 @@ def label(attribute: str, value: str) -> str:
 
 def outputs(attributes: Attributes) -> dict[str, int]:
     """Label -> output of the evaluator."""
-    labels = [label(name, value) for name, values in attributes.items() for value in values]
-    return {text: i for i, text in enumerate(labels)}
+    pairs = ((name, value) for name, values in attributes.items() for value in values)
+    return {label(*pair): i for i, pair in enumerate(pairs)}
 
 
 def labels_of(entry: Mapping[str, str], attributes: Attributes) -> tuple[str, ...]:
-    """One label for each attribute; others that the entry has are ignored. InputError for an unknown or missing value."""
+    """A label for each of `attributes`; others in the entry are ignored. InputError for an unknown or missing value."""
     for name, values in attributes.items():
         if name not in entry:
             raise InputError(f"{name} is missing, found {brief(entry)}")
@@ -72,8 +72,8 @@ def labels_of(entry: Mapping[str, str], attributes: Attributes) -> tuple[str, ..
 
 
 def with_labels(dataset: Dataset) -> Dataset:
-    """The dataset with labels for an evaluator to learn: unchanged if it has labels; if it has captions, with the values in
-    its attributes.json as labels. InputError where there is no such file, or no entry for an animation."""
+    """The dataset with labels for an evaluator to learn: unchanged if it has labels; else with the values in its
+    attributes.json in place of captions. InputError where there is no such file, or no entry for an animation."""
     if dataset.kind == "labels":
         return dataset
     path = dataset.root / FILE

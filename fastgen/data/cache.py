@@ -1,7 +1,7 @@
 """Training data encoded once: pixels, VAE moments and text states as memory-mapped arrays in the cache folder.
 
-An entry is a folder whose name hashes everything its content depends on: the data, the image size, the weights of the
-frozen network. It is written under a temporary name and renamed, so an entry that exists is complete.
+An entry is a folder whose name is a hash of everything that its content depends on: the data, the image size, the weights of
+the frozen network. It is written under a temporary name and renamed, so an entry that exists is complete.
 """
 
 from __future__ import annotations
@@ -23,15 +23,13 @@ from fastgen.files.folders import new_folder
 from fastgen.files.jsonfiles import read_json, write_json
 
 FOLDER = "training"
-LAYOUT = 1  # raised when the meaning of an entry changes
+LAYOUT = 1  # version of the entries' content
 CHUNK = 1024  # images decoded at a time
 
 
 @dataclass(frozen=True)
 class Pixels:
-    """Decoded images (N, size, size, 3) uint8, one row per example; rows not in `kept` belong to unreadable files."""
-
-    images: np.ndarray
+    images: np.ndarray  # (N, size, size, 3) uint8, a row per example; those of unreadable files mean nothing
     kept: np.ndarray  # (M,) indices of the readable examples
     notes: tuple[str, ...]
 
@@ -44,10 +42,8 @@ def cached_pixels(dataset: Dataset, size: int, mode: Mode, skip_bad: bool) -> Pi
 
 
 def cached(kind: str, fields: Mapping[str, Any], fill: Callable[[Path], None], below: str = FOLDER) -> Path:
-    """The folder of the entry that `fields` determine; `fill(folder)` writes its files when it does not exist yet.
-
-    `below`: the folder of the cache that it lies in.
-    """
+    """The folder of the entry that `fields` determine, in the cache's folder `below`. `fill(folder)` writes the files of a
+    new entry."""
     text = json.dumps({"kind": kind, "layout": LAYOUT, **fields}, sort_keys=True)
     entry = cache_dir() / below / f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:32]}"
     if not entry.is_dir():
@@ -58,11 +54,11 @@ def cached(kind: str, fields: Mapping[str, Any], fill: Callable[[Path], None], b
 
 
 def write_array(
-    folder: Path, name: str, shape: tuple[int, ...], dtype: str, parts: Callable[[np.ndarray], None]
+    folder: Path, name: str, shape: tuple[int, ...], dtype: str, fill: Callable[[np.ndarray], None]
 ) -> None:
-    """An .npy file that `parts(array)` fills through a memory map, so it need not fit into memory."""
+    """Write an .npy file that `fill(array)` fills through a memory map, so it need not fit into memory."""
     array = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", dtype, shape)
-    parts(array)
+    fill(array)
     array.flush()
 
 
@@ -83,10 +79,10 @@ def _write_pixels(folder: Path, dataset: Dataset, size: int, mode: Mode, skip_ba
         nonlocal remarks
         for rows in np.array_split(np.arange(count), -(-count // CHUNK)):
             part = replace(dataset, examples=tuple(dataset.examples[row] for row in rows))
-            decoded, good, found = load_images(part, size, skip_bad=skip_bad, mode=mode)
+            decoded, good, new = load_images(part, size, skip_bad=skip_bad, mode=mode)
             images[rows[good]] = decoded
             kept.append(rows[good])
-            remarks = Remarks(remarks.bad + found.bad, remarks.without_figure + found.without_figure)
+            remarks = Remarks(remarks.bad + new.bad, remarks.without_figure + new.without_figure)
 
     write_array(folder, "images", (count, size, size, 3), "uint8", fill)
     np.save(folder / "kept.npy", np.concatenate(kept))

@@ -1,4 +1,4 @@
-"""A training set in memory: which image file has which captions or labels, and what a split must keep together."""
+"""A training set in memory: image files with their captions or labels, and the groups that a split keeps together."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ class Example:
     image: Path
     captions: tuple[str, ...]
     labels: tuple[str, ...]
-    group: str  # frames of an animation, images of a scene
-    descriptions: tuple[str, ...] = ()  # the captions without the action, where the data have them apart
-    subject: str = ""  # what a split keeps together, where that is more than the group: a monster's animations
+    group: str  # name of its animation or scene
+    descriptions: tuple[str, ...] = ()  # captions without the action, where the data have these
+    subject: str = ""  # name of what a split keeps together, where that is more than the group: a monster's animations
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """The examples whose image file exists, in the order of the user's file; `notes` say what was left out."""
+    """The examples whose image file exists, in the order of the user's file; `notes` name what was left out."""
 
     kind: Literal["text", "labels"]
     root: Path
@@ -39,14 +39,12 @@ class Dataset:
     objects: Mapping[str, int] | None  # label -> index, None for captions
     notes: tuple[str, ...] = ()
     splits_in_file_order: bool = False
-    attributes: Mapping[str, tuple[str, ...]] | None = None  # where labels are values of these, one of each
+    attributes: Mapping[str, tuple[str, ...]] | None = None  # attribute -> values, where the labels are such values
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over names, file sizes, captions, labels and objects: the key of a cache of this data.
-
-        It survives a copy to another folder. InputError if an image has disappeared.
-        """
+        """SHA-256 over names, file sizes, captions, labels and objects: the cache key of this data, the same in another folder.
+        InputError if an image has disappeared."""
         digest = hashlib.sha256(repr((self.kind, sorted((self.objects or {}).items()))).encode())
         for example in self.examples:
             try:
@@ -59,11 +57,11 @@ class Dataset:
 
 
 def split(dataset: Dataset, validation_fraction: float = 0.1, seed: int = 0) -> tuple[Dataset, Dataset]:
-    """(train, validation), never with one subject (one group, where there is no subject) in both; of these,
-    int(their number * (1 - validation_fraction)) train, at least one.
+    """(train, validation). A subject (a group, where there are no subjects) is in one of them only; the first
+    int(number * (1 - validation_fraction)) subjects train, at least one.
 
-    i-CLEVR trains on the first groups in file order (16,206 of 18,009 images). In other files neighbours resemble each
-    other, so they are ordered by SHA-256 of "{seed}:{name}", which does not change when the file is reordered.
+    i-CLEVR's are in file order (16,206 of 18,009 images train). In other files neighbours resemble each other, so subjects are
+    ordered by SHA-256 of "{seed}:{name}", whatever the file's order. Raises InputError for a fraction outside [0, 1).
     """
     if not 0 <= validation_fraction < 1:
         raise InputError(f"validation fraction: found {validation_fraction}, expected 0 <= fraction < 1")
@@ -71,10 +69,10 @@ def split(dataset: Dataset, validation_fraction: float = 0.1, seed: int = 0) -> 
     groups = list(dict.fromkeys(owners))
     if not dataset.splits_in_file_order:
         groups.sort(key=lambda group: hashlib.sha256(f"{seed}:{group}".encode()).digest())
-    chosen = set(groups[: max(1, int(len(groups) * (1 - validation_fraction)))])
+    first = set(groups[: max(1, int(len(groups) * (1 - validation_fraction)))])
     pairs = list(zip(dataset.examples, owners, strict=True))
-    train = tuple(example for example, owner in pairs if owner in chosen)
-    validation = tuple(example for example, owner in pairs if owner not in chosen)
+    train = tuple(example for example, owner in pairs if owner in first)
+    validation = tuple(example for example, owner in pairs if owner not in first)
     return replace(dataset, examples=train), replace(dataset, examples=validation)
 
 
@@ -90,19 +88,18 @@ def files_in(folder: Path) -> set[str]:
 def existing(folder: Path, names: Iterable[str]) -> tuple[set[str], list[str]]:
     """(those of `names`, POSIX paths below `folder`, that are files; the images beside them that are not named, sorted).
 
-    Costs one scan for every folder that the names mention.
+    Each folder that the names mention is scanned once.
     """
     names = set(names)
-    found: set[str] = set()
+    files: set[str] = set()
     for parent in {name.rpartition("/")[0] for name in names}:
         if os.path.isdir(folder / parent):
-            found.update(f"{parent}/{name}" if parent else name for name in files_in(folder / parent))
-    others = [name for name in found - names if name.lower().endswith(IMAGES)]
-    return found & names, sorted(others)
+            files.update(f"{parent}/{name}" if parent else name for name in files_in(folder / parent))
+    return files & names, sorted(name for name in files - names if name.lower().endswith(IMAGES))
 
 
 def nothing_matches(path: Path, folder: Path, names: Collection[str], others: Collection[str]) -> InputError:
-    """The error for a file that names images none of which lies in `folder`: counts, and the first of either side."""
+    """The error for the file `path`, none of whose image `names` is in `folder`; `others`: the images that are there."""
     there = "; ".join(note(others, f"other images are in {folder}")) or f"no image is in {folder}"
     listed = note(names, "are listed")[0]
     return InputError(
@@ -111,13 +108,12 @@ def nothing_matches(path: Path, folder: Path, names: Collection[str], others: Co
 
 
 def scene(name: str) -> str:
-    """What CLEVR_train_002066_0.png, _1 and _2 have in common; the name itself where no number ends it."""
-    stem = name.rpartition(".")[0]
-    return re.sub(r"(?<=[^/])_\d+\Z", "", stem)
+    """CLEVR_train_002066_0.png -> CLEVR_train_002066; without the extension alone where no number ends the name."""
+    return re.sub(r"(?<=[^/])_\d+\Z", "", name.rpartition(".")[0])
 
 
 def note(names: Collection[str], what: str) -> tuple[str, ...]:
-    """One line that counts the names and lists the first; none for no names."""
+    """A line that counts the names and lists the first ones; no line for no names."""
     if not names:
         return ()
     listed = ", ".join(list(names)[:FIRST]) + (", ..." if len(names) > FIRST else "")

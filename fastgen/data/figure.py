@@ -1,4 +1,4 @@
-"""Where the figure of an image is: what differs from a plain or transparent background."""
+"""The figure of an image: what differs from a plain or transparent background."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import numpy as np
 from PIL import Image
 
 TOLERANCE = 24  # of 255, in any channel: what JPEG does to a plain background stays below it
-OPAQUE = 16  # of 255, the alpha from which on a pixel belongs to the figure
-PLAIN = 0.5  # share of the border's pixels that have the background's colour
+OPAQUE = 16  # of 255, the least alpha of the figure's pixels
+PLAIN = 0.5  # the least share of the border's pixels that have the background's colour
 
 
 class FigureBox(NamedTuple):
@@ -20,8 +20,8 @@ class FigureBox(NamedTuple):
 def find_figure(image: Image.Image, white: tuple[int, int, int] = (255, 255, 255)) -> FigureBox | None:
     """The smallest box around the figure of an RGB or RGBA image, and the colour around it.
 
-    Where something is transparent, that is the background, and `white` its colour; else it is the colour that most of
-    the border has, within TOLERANCE. None where the border has no such colour, or there is nothing but background.
+    Transparent pixels are the background, with `white` as its colour; without such pixels the background is the colour of most
+    of the border, within TOLERANCE. None where the border has no such colour, or all of the image is background.
     """
     pixels = np.asarray(image)  # (H, W, 3 or 4) uint8
     if pixels.shape[2] == 4 and (pixels[..., 3] < OPAQUE).any():

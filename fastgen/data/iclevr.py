@@ -31,24 +31,22 @@ def read(root: Path) -> Dataset:
             check_relative(name, "image name")
             labels[name] = check_labels(value)
             check_known(labels[name], objects)
-    folder, found, others = _images(root, list(labels))
-    if not found:
+    folder, files, others = _images(root, list(labels))
+    if not files:
         raise nothing_matches(path, folder, labels, others)
-    examples = tuple(Example(folder / name, (), labels[name], scene(name)) for name in labels if name in found)
+    examples = tuple(Example(folder / name, (), labels[name], scene(name)) for name in labels if name in files)
     notes = (
-        *note([name for name in labels if name not in found], f"images listed in {LABELS} but missing"),
+        *note([name for name in labels if name not in files], f"images listed in {LABELS} but missing"),
         *note(others, f"images not listed in {LABELS}"),
     )
     return Dataset("labels", root, examples, objects, notes, splits_in_file_order=True)
 
 
 def _images(root: Path, names: list[str]) -> tuple[Path, set[str], list[str]]:
-    """The folder of the images, those of `names` in it, and the other images in it; where none matches, the first folder
-    that exists."""
-    folders = [root / folder for folder in FOLDERS]
+    """(the first folder with any of `names`, else the first that exists; those of `names` in it; the other images in it)."""
+    folders = [folder for name in FOLDERS if (folder := root / name).is_dir()]
     for folder in folders:
-        found, others = existing(folder, names)
-        if found:
-            return folder, found, others
-    folder = next(folder for folder in folders if folder.is_dir())
-    return folder, set(), existing(folder, names)[1]
+        files, others = existing(folder, names)
+        if files:
+            return folder, files, others
+    return folders[0], set(), existing(folders[0], names)[1]

@@ -20,7 +20,7 @@ def recognise(root: Path) -> bool:
 
 
 def read(root: Path) -> Dataset:
-    """The images that exist. A caption may be a list of captions; without objects.json labels are numbered by name."""
+    """The images that exist. A row may have several captions. Without objects.json labels are numbered alphabetically."""
     folder = root if os.path.isfile(root / METADATA) else root / "train"
     path = folder / METADATA
     rows = read_jsonl(path)
@@ -33,20 +33,18 @@ def read(root: Path) -> Dataset:
             if name in lines:
                 raise InputError(f"file_name {brief(name)} was on line {lines[name]}; list its captions in one row")
             values[name], lines[name] = value, line
-    found, others = existing(folder, values)
-    if not found:
+    files, others = existing(folder, values)
+    if not files:
         raise nothing_matches(path, folder, values, others)
     notes = (
-        *note([name for name in values if name not in found], f"images listed in {METADATA} but missing"),
+        *note([name for name in values if name not in files], f"images listed in {METADATA} but missing"),
         *note(others, f"images not listed in {METADATA}"),
     )
-    kept = {name: value for name, value in values.items() if name in found}
+    pairs = [(name, value) for name, value in values.items() if name in files]
     if field != "labels":
-        captioned = tuple(Example(folder / name, value, (), group=name) for name, value in kept.items())
-        return Dataset("text", root, captioned, None, notes)
-    objects = _objects(path, values, lines)
-    labelled = tuple(Example(folder / name, (), value, group=name) for name, value in kept.items())
-    return Dataset("labels", root, labelled, objects, notes)
+        return Dataset("text", root, tuple(Example(folder / n, v, (), group=n) for n, v in pairs), None, notes)
+    examples = tuple(Example(folder / n, (), v, group=n) for n, v in pairs)
+    return Dataset("labels", root, examples, _objects(path, values, lines), notes)
 
 
 def _field(path: Path, rows: list[tuple[int, Any]]) -> str:
@@ -71,13 +69,12 @@ def _row(row: Any, field: str) -> tuple[str, tuple[str, ...]]:
 
 
 def _objects(path: Path, labels: dict[str, tuple[str, ...]], lines: dict[str, int]) -> dict[str, int]:
-    for folder in (path.parent, path.parent.parent) if path.parent.name == "train" else (path.parent,):
-        if os.path.isfile(folder / OBJECTS):
-            objects = read_objects(folder / OBJECTS)
-            break
-    else:
+    folders = (path.parent, path.parent.parent) if path.parent.name == "train" else (path.parent,)
+    file = next((folder / OBJECTS for folder in folders if os.path.isfile(folder / OBJECTS)), None)
+    if file is None:
         names = sorted({label for value in labels.values() for label in value})
         return {name: index for index, name in enumerate(names)}
+    objects = read_objects(file)
     for name, value in labels.items():
         with located(f"{path}: line {lines[name]}"):
             check_known(value, objects)

@@ -1,4 +1,4 @@
-"""Training images, decoded completely and brought to one size; whatever is wrong with a file is an InputError."""
+"""Training images, decoded completely and brought to one size; anything wrong with a file is an InputError."""
 
 from __future__ import annotations
 
@@ -24,26 +24,25 @@ _opening = threading.Lock()  # warnings.catch_warnings changes the state of the 
 
 
 def load_image(path: str | os.PathLike[str], size: int, *, row: str = "", mode: Mode = "stretch") -> Image.Image:
-    """The image as RGB, size x size pixels, what is transparent on white.
+    """The image as RGB, size x size pixels; transparent parts become white.
 
-    `mode` says what becomes of one that is not square: "stretch" ignores the proportions, "pad" adds white, "crop"
-    takes the middle; "figure" takes what differs from a plain or transparent background, whatever the shape of the
-    image, and adds background around it, or pads an image without such a figure. Resizing is bilinear with antialiasing,
-    as in torchvision. Raises InputError, naming the file and `row`, for a file that is missing, truncated, damaged, of
-    another format or a decompression bomb.
+    `mode`: how an image becomes square. "stretch" ignores the proportions, "pad" adds white, "crop" takes the middle. "figure"
+    takes what differs from a plain or transparent background, in square images too, and adds background around it; it pads an
+    image without such a figure. Resizing is bilinear with antialiasing, as in torchvision. Raises InputError, naming the file
+    and `row`, for a file that is missing, truncated, damaged, of another format or a decompression bomb.
     """
     return _load(path, size, row, mode)[0]
 
 
 class Remarks(NamedTuple):
-    """What was noticed while loading, one text per image."""
+    """Images that could not be loaded as the options say."""
 
-    bad: tuple[str, ...] = ()
-    without_figure: tuple[str, ...] = ()
+    bad: tuple[str, ...] = ()  # their errors
+    without_figure: tuple[str, ...] = ()  # their file names
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """A line for each sort that occurred."""
+        """A line for each kind that occurred."""
         padded = "images padded as they are: no figure on a plain or transparent background"
         return (*note(self.bad, "bad images skipped"), *note(self.without_figure, padded))
 
@@ -53,8 +52,8 @@ def load_images(
 ) -> tuple[np.ndarray, np.ndarray, Remarks]:
     """(images (N, size, size, 3) uint8, indices (N,) of their examples, remarks), in the order of the examples.
 
-    A bad image raises InputError with its row; with `skip_bad` it is left out and remarked on, and only a dataset
-    without any good image raises.
+    A bad image raises InputError with its row. With `skip_bad` bad images are left out and listed in the remarks; InputError
+    then means that none is good.
     """
     examples = dataset.examples
     images = np.empty((len(examples), size, size, 3), np.uint8)
@@ -70,26 +69,26 @@ def load_images(
         return "", as_asked
 
     with ThreadPoolExecutor(max(1, workers)) as pool:
-        found = list(pool.map(load, range(len(examples))))
-    bad = tuple(error for error, _ in found if error)
-    padded = tuple(example.image.name for example, (_, as_asked) in zip(examples, found, strict=True) if not as_asked)
+        results = list(pool.map(load, range(len(examples))))
+    bad = tuple(error for error, _ in results if error)
+    padded = tuple(example.image.name for example, (_, as_asked) in zip(examples, results, strict=True) if not as_asked)
     if not bad:
         return images, np.arange(len(examples)), Remarks((), padded)
     if len(bad) == len(examples):
         raise InputError(f"none of the {len(examples):,} images can be read; the first: {bad[0]}")
-    kept = np.array([index for index, (error, _) in enumerate(found) if not error])
+    kept = np.array([index for index, (error, _) in enumerate(results) if not error])
     for new, old in enumerate(kept):
         images[new] = images[old]  # in place: a copy could double gigabytes
     return images[: len(kept)], kept, Remarks(bad, padded)
 
 
 def open_image(path: str | os.PathLike[str], row: str = "") -> Image.Image:
-    """The image as RGB at its own size, what is transparent on white. Raises as `load_image` does."""
+    """The image as RGB at its own size; transparent parts become white. Raises as `load_image` does."""
     return _on_white(_decoded(path, row))
 
 
 def _load(path: str | os.PathLike[str], size: int, row: str, mode: Mode) -> tuple[Image.Image, bool]:
-    """The image, and whether it could be brought to its size as `mode` says."""
+    """(the image, whether it was made square by `mode`: False where there was no figure)."""
     if size < 1:
         raise InputError(f"image size: found {size}, expected at least 1")
     if mode not in get_args(Mode):

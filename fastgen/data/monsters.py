@@ -23,7 +23,10 @@ def recognise(root: Path) -> bool:
 
 
 def read(root: Path) -> Dataset:
-    """Frames are matched by the files that exist; the notes count what either side has alone. InputError otherwise."""
+    """The frames that exist of the keys in train_info.json; notes list frames without a key and keys without frames.
+
+    Raises InputError for a wrong entry, and where no frame matches.
+    """
     path = root / CAPTIONS
     info = read_json(path)
     if not isinstance(info, dict) or not info:
@@ -50,7 +53,7 @@ def read(root: Path) -> Dataset:
 
 
 def _monster(key: str) -> str:
-    """The number that 12_main and 12_attack1 have in common; the key itself where it has another form."""
+    """12_main and 12_attack1 -> 12; other keys stay as they are."""
     match = _KEY.fullmatch(key)
     return match[1] if match else key
 

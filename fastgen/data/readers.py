@@ -1,4 +1,4 @@
-"""Finds out in which of the known formats a folder holds training data, and reads it."""
+"""Recognising the format of a folder of training data, and reading it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ EXPECTED = "train_info.json + train/, train.json + objects.json + iclevr/, or me
 
 
 def read_dataset(root: str | os.PathLike[str], *, limit: int | None = None) -> Dataset:
-    """The dataset in `root`, its first `limit` examples; InputError for another folder or a file with a wrong entry."""
+    """The dataset in `root`, or its first `limit` examples; InputError for another folder or a file with a wrong entry."""
     root = Path(root)
     if limit is not None and limit < 1:
         raise InputError(f"limit: found {limit}, expected at least 1")
@@ -31,9 +31,9 @@ def read_dataset(root: str | os.PathLike[str], *, limit: int | None = None) -> D
 
 
 def find_dataset(start: str | os.PathLike[str]) -> Path | None:
-    """The folder with a known dataset: `start`, else its data/ or public_data/, else the only such folder in those two.
+    """The folder with a known dataset: `start`, else its data/ or public_data/, else the only one inside these two.
 
-    InputError, naming them, if there are several of the last sort.
+    Raises InputError, naming them, if these two hold several; None if none.
     """
     start = Path(start)
     near = [start, *(start / name for name in FOLDERS)]

@@ -48,6 +48,7 @@ class Engine(abc.ABC):
     signatures: Mapping[str, Signature]
     decode_pixels: int = 2**16  # per forward of the VAE decoder: more are slower per image on a CPU, and cost memory
     gpu: str | None = None  # its name, where one build runs on different cards: each of them needs a certificate
+    batch_invariant: bool = False  # a row's outputs are the same bytes in a batch of any size
     capturable: bool = False  # `run` may be recorded into a CUDA graph: current stream, no host synchronisation
 
     @classmethod

@@ -1,4 +1,4 @@
-"""The folder of everything that can be computed again: encoded training data, compiled engines."""
+"""The cache folder, of what can be computed again: encoded training data, compiled engines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Folders: made, forced to the disk, and written whole or not at all."""
+"""Making folders, forcing them to the disk, and writing them complete or not at all."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ def new_folder(
     target: Path, *, existing: Literal["refuse", "replace", "keep"] = "refuse", alone: bool = False
 ) -> Iterator[Path]:
     """An empty folder beside `target`, which the block fills. At the end of the block it is forced to the disk and renamed to
-    `target`: a folder of that name is complete. Nothing is left of a block that raises.
+    `target`: a folder of that name is complete. When the block raises, nothing is left.
 
-    `existing`: what becomes of a folder that is at `target` by then. "refuse" raises, unless it is empty; "replace" removes it
-    once the new one is in its place; "keep" keeps it and drops the new one, of another process with the same content.
-    `alone`: see `scratch_folder`. Raises FastgenError when the system refuses.
+    `existing`: what happens to a folder at `target`. "refuse" raises, unless it is empty; "replace" removes it when the new one
+    is in its place; "keep" keeps it and drops the new one, as another process wrote the same content. `alone`: see
+    `scratch_folder`. Raises FastgenError when the system refuses.
     """
     with scratch_folder(target, alone=alone) as scratch:
         new, old = scratch / "new", scratch / "old"
@@ -47,8 +47,8 @@ def new_folder(
 def scratch_folder(target: Path, *, alone: bool = False) -> Iterator[Path]:
     """An empty folder beside `target`, with mode 0700, for the time of the block.
 
-    `alone`: the caller knows that no other process writes `target` now. The folder is then `.NAME.partial`, and what a process
-    that was killed left there is removed. Raises FastgenError for an OSError, of the block too.
+    `alone`: the caller knows that no other process writes `target` now. The folder is then `.NAME.partial`, and that of an
+    earlier process, which was killed, is removed. Raises FastgenError for an OSError, of the block too.
     """
     scratch = target.with_name(f".{target.name}.partial" if alone else f".tmp-{secrets.token_hex(8)}")
     try:

@@ -1,4 +1,4 @@
-"""SHA-256 of files, and records of a folder's files by which it is noticed later that one of them is not what was written."""
+"""SHA-256 of files, and records of a folder's files that show later whether a file has changed."""
 
 from __future__ import annotations
 
@@ -44,9 +44,8 @@ def check_file(path: Path, expected: Mapping[str, Any], record: str, remedy: str
     try:
         size = path.stat().st_size
         if size != expected["bytes"]:
-            raise InputError(
-                f"{path}: {size} bytes, {record} says {expected['bytes']}: truncated or replaced; {remedy}"
-            )
+            problem = f"{size} bytes, {record} says {expected['bytes']}: truncated or replaced"
+            raise InputError(f"{path}: {problem}; {remedy}")
         if content and sha256_file(path) != expected["sha256"]:
             raise InputError(f"{path}: sha256 differs from {record}: altered or damaged; {remedy}")
     except OSError as error:

@@ -1,4 +1,4 @@
-"""The command that installs what is missing. No package index has fastgen itself, so the command names the packages of an
+"""The command that installs missing packages. No package index has fastgen itself, so the command names the packages of an
 extra, as the metadata of the installed fastgen lists them."""
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ DISTRIBUTION = "fastgen-diffusion"
 
 def hint(extra: str, note: str = "") -> str:
     """The command for the packages of an extra of pyproject.toml, such as `pip install "onnxruntime>=1.20" "openvino>=2025.0"`,
-    and behind it the note.
+    followed by the note.
 
-    Where the metadata does not list them (fastgen runs from a clone and was never installed, or was installed before it had
-    this extra), the command that installs from the clone. Where a package is not made for this platform, a sentence says so.
+    Where the metadata does not list them (fastgen was never installed, or before it had this extra), the command that installs
+    from the clone. Where a package does not exist for this platform, a sentence that says so.
     """
     from importlib.metadata import PackageNotFoundError, requires
 

@@ -27,7 +27,7 @@ _TOKEN = re.compile(r'("(?:[^"\\]|\\.)*+")(\s*:)?|[{}]|NaN|-?Infinity|-?\d+(?:\.
 
 
 class _RefusedError(ValueError):
-    """Valid for Python's parser, refused here; the parser's hooks do not know the position."""
+    """Valid for Python's parser, but refused here. The parser's hooks, which raise it, do not know the position."""
 
 
 def brief(value: object) -> str:
@@ -47,10 +47,9 @@ def located(place: object) -> Iterator[None]:
 def read_json(path: str | os.PathLike[str], *, infinity: bool = False) -> Any:
     """The value of a JSON file (UTF-8, byte order mark accepted).
 
-    `infinity`: accept Infinity and -Infinity, which are not JSON, but which Python's libraries write: diffusers does, into the
-    scheduler_config.json of DPM-Solver (`lambda_min_clipped`).
-    Raises InputError for a missing or unreadable file, bytes that are not UTF-8, malformed JSON, nesting too deep for
-    the parser, and what the parser would let pass although somebody loses by it: a key twice in one object, NaN,
+    `infinity`: accept Infinity and -Infinity, which are not JSON, but which diffusers writes into the scheduler_config.json of
+    DPM-Solver (`lambda_min_clipped`). Raises InputError for a missing or unreadable file, bytes that are not UTF-8, malformed
+    JSON, nesting too deep for the parser, and what Python's parser accepts at the user's cost: a key twice in one object, NaN,
     Infinity, integers of more than 40 digits.
     """
     return _parse(_read_text(Path(path)), Path(path), 1, _WITH_INFINITY if infinity else _STRICT)
@@ -65,17 +64,20 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[tuple[int, Any]]:
 def write_json(path: str | os.PathLike[str], value: Any, indent: int | None = 2, *, infinity: bool = False) -> None:
     """Writes `value` as UTF-8 JSON under a temporary name, then renames it to `path`.
 
-    `infinity`: write infinite numbers as `read_json` reads them, for files that diffusers reads.
-    Raises FastgenError where the disk or the permissions refuse, ValueError for NaN, and for infinity unless asked for.
+    `infinity`: allow infinite numbers, as `read_json` does, for files that diffusers reads.
+    Raises FastgenError where the disk or the permissions refuse, ValueError for NaN, and for infinity where not allowed.
     """
-    text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=infinity) + "\n"
-    write_bytes(path, text.encode("utf-8", "backslashreplace"))  # a lone surrogate becomes \udXXX, its JSON escape
+    write_bytes(path, _json_bytes(value, indent, infinity))
 
 
 def write_new_json(path: str | os.PathLike[str], value: Any) -> bool:
     """As `write_json`, but False, and nothing is written, where `path` is there already: of several processes one succeeds."""
-    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    return _write(Path(path), text.encode("utf-8", "backslashreplace"), _place_new)
+    return _write(Path(path), _json_bytes(value, 2, False), _place_new)
+
+
+def _json_bytes(value: Any, indent: int | None, infinity: bool) -> bytes:
+    text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=infinity) + "\n"
+    return text.encode("utf-8", "backslashreplace")  # a lone surrogate becomes \udXXX, its JSON escape
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
@@ -188,7 +190,7 @@ def _parse(text: str, path: Path, first_line: int, decoder: json.JSONDecoder = _
 
 
 def _explain(text: str, constants: tuple[str, ...]) -> tuple[int, str]:
-    """(position, problem) of what a hook refused; `constants`: those that it refuses. What comes before is well-formed."""
+    """(position, problem) of what a hook refused; `constants`: the words that it refuses. The text before is well-formed."""
     objects: list[set[str]] = []
     for match in _TOKEN.finditer(text):
         token, string, colon = match[0], match[1], match[2]

@@ -1,4 +1,4 @@
-"""Checks of names and texts from files that others wrote: file names, captions, labels, objects."""
+"""Checks of names and texts from the user's files: file names, captions, labels, objects."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from pathlib import Path, PurePosixPath
 from fastgen.errors import InputError, unknown
 from fastgen.files.jsonfiles import brief, located, read_json
 
-CONTACT_SHEET = "contact_sheet.png"  # written beside the images, as are:
-GRID, STRIP_SHEET = "grid.png", "strips.png"  # where they are asked for
-SHEETS = (CONTACT_SHEET, GRID, STRIP_SHEET)
-STRIP_FOLDER = "strips"  # with a strip for each image, under its name
+CONTACT_SHEET, GRID, STRIP_SHEET = "contact_sheet.png", "grid.png", "strips.png"
+SHEETS = (CONTACT_SHEET, GRID, STRIP_SHEET)  # written beside the images; the last two on request
+STRIP_FOLDER = "strips"  # has a strip for each image, under the image's name
 SHAPES = ("cube", "sphere", "cylinder")
 COLOURS = ("gray", "red", "blue", "green", "brown", "purple", "cyan", "yellow")
 ICLEVR_OBJECTS = {f"{colour} {shape}": 8 * i + j for i, shape in enumerate(SHAPES) for j, colour in enumerate(COLOURS)}
@@ -31,13 +30,13 @@ def safe_path(out: Path, image_name: str) -> Path:
     for depth, part in enumerate(parts, start=1):
         path = path / part
         expected = "file" if depth == len(parts) else "folder"
-        found = _what_is_at(path)
-        if found not in (None, expected):
-            raise InputError(f"image_name {brief(image_name)}: {path} is a {found}, expected a {expected}; remove it")
+        kind = _kind_of(path)
+        if kind not in (None, expected):
+            raise InputError(f"image_name {brief(image_name)}: {path} is a {kind}, expected a {expected}; remove it")
     return path
 
 
-def _what_is_at(path: Path) -> str | None:
+def _kind_of(path: Path) -> str | None:
     try:
         if path.is_symlink():
             return "symlink"
@@ -65,14 +64,14 @@ def check_relative(name: object, field: str, longest: int = 255) -> str:
     than `longest` bytes and paths of more than 1000.
     """
     name = check_text(name, field)
-    found = f"{field}: found {brief(name)}"
+    problem = f"{field}: found {brief(name)}"
     if any(character in "\\:" or unicodedata.category(character) == "Cc" for character in name):
-        raise InputError(f"{found}, expected a name without backslash, colon, NUL or other control characters")
+        raise InputError(f"{problem}, expected a name without backslash, colon, NUL or other control characters")
     parts = name.split("/")
     if any(part in ("", ".", "..") for part in parts):
-        raise InputError(f"{found}, expected a relative path inside the folder (no leading or double /, no . or ..)")
+        raise InputError(f"{problem}, expected a relative path inside the folder (no leading or double /, no . or ..)")
     if max(len(part.encode()) for part in parts) > longest or len(name.encode()) > 1000:
-        raise InputError(f"{found}, expected at most {longest} bytes per part and 1000 in all")
+        raise InputError(f"{problem}, expected at most {longest} bytes per part and 1000 in all")
     return name
 
 

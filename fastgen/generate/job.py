@@ -59,7 +59,7 @@ def run_job(
     """
     start = time.perf_counter()
     folder = JobFolder.of(run, out, grid)
-    limits, identity = _claim(run, folder, batch_size, clean=shard is None)
+    limits, identity = _claim(run, folder, batch_size, shard)
     lines = [manifest_line(run, r, identity) for r in run.requests]
     batches = run.batches(limits.batch)
     part = batches if shard is None else shard.part(batches)
@@ -98,14 +98,15 @@ def job_limits(run: Run, out: Path, batch_size: int | None) -> Limits:
     return Limits(batch, recorded.decode if recorded and recorded.decode else decode_batch_size(run.pipeline))
 
 
-def _claim(run: Run, folder: JobFolder, batch_size: int | None, *, clean: bool) -> tuple[Limits, dict[str, Any]]:
+def _claim(run: Run, folder: JobFolder, batch_size: int | None, shard: Shard | None) -> tuple[Limits, dict[str, Any]]:
     """Make the folder this job's, and return its limits and identity. If another shard does so while this one measures its
-    memory, the other one's limits count."""
+    memory, the other one's limits count. Shards share the batches out, so all of them need the same batch size."""
+    options = {"clean": shard is None, "any_batch_size": shard is None and run.pipeline.engine.batch_invariant}
     while True:
         limits = job_limits(run, folder.out, batch_size)
         run.batches(limits.batch)  # refuses a size that the engine lacks before the folder is made
         identity = job_identity(run, limits.batch)
-        if folder.claim(identity, limits, clean=clean):
+        if folder.claim(identity, limits, **options):
             return limits, identity
 
 

@@ -66,11 +66,11 @@ class JobFolder:
         extra = [] if self.grid is None else [self.out / GRID]
         return extra if self.strips is None else [*extra, *self.strips.files, self.out / STRIP_SHEET]
 
-    def claim(self, identity: dict[str, Any], limits: Limits, *, clean: bool) -> bool:
+    def claim(self, identity: dict[str, Any], limits: Limits, *, clean: bool, any_batch_size: bool = False) -> bool:
         """Make the folder this job's. False when another process, such as another shard's, has just done so: its limits count.
 
-        `clean`: delete temporary files of killed processes. Raises InputError when the folder belongs to another job, or holds
-        files that would be overwritten.
+        `clean`: delete temporary files of killed processes. `any_batch_size`: see `check_same_job`. Raises InputError when the
+        folder belongs to another job, or holds files that would be overwritten.
         """
         out, path = self.out, self.out / JOB
         for folder in (out, *out.parents):
@@ -86,7 +86,7 @@ class JobFolder:
                 )
             make_folder(out)
             return write_new_json(path, {"job": identity, "limits": limits._asdict(), "runs": []})
-        check_same_job(out, identity)
+        check_same_job(out, identity, any_batch_size=any_batch_size)
         if clean:
             self._clean()
         return True
@@ -142,13 +142,13 @@ class JobFolder:
                 leftover.unlink(missing_ok=True)
 
 
-def check_same_job(out: Path, identity: dict[str, Any]) -> None:
-    """InputError when the job that `out` holds, if any, is another one."""
+def check_same_job(out: Path, identity: dict[str, Any], *, any_batch_size: bool = False) -> None:
+    """InputError when the job that `out` holds, if any, is another one. `any_batch_size`: it may run in other batches."""
     if not os.path.lexists(out / JOB):
         return
     job = _read_record(out / JOB)["job"]
     for key, value in identity.items():
-        if job.get(key) != value:
+        if job.get(key) != value and not (any_batch_size and key == "batch_size"):
             raise InputError(
                 f"{out}: holds another job: {key} is {job.get(key)!r} there and {value!r} now; choose another --out"
             )

@@ -30,8 +30,8 @@ NETWORKS = ("unet", "text_encoder", "vae", "evaluator")
 
 @dataclass(frozen=True)
 class NetworkPreset:
-    """A network: either `path` (a local diffusers/transformers folder or a hub id, frozen), or its class's
-    own keyword arguments in `config`, trained here by the recipe in `train` (the evaluator's config may be left out)."""
+    """A network: either frozen, from `path` (a local diffusers/transformers folder or a hub id), or of its class's keyword
+    arguments in `config` (an evaluator needs none), trained by the recipe in `train`."""
 
     config: Mapping[str, Any] = field(default_factory=dict)
     path: str | None = None
@@ -39,9 +39,8 @@ class NetworkPreset:
     train: Training | None = None
 
     def __post_init__(self) -> None:
-        ours = bool(self.config or self.train)
-        found = self.path or dict(self.config)
-        check(ours != bool(self.path), "network", found, "either a path (frozen) or a config with its train table")
+        trained, value = bool(self.config or self.train), self.path or dict(self.config)
+        check(trained != bool(self.path), "network", value, "either a path (frozen) or a config with its train table")
 
 
 @dataclass(frozen=True)
@@ -57,9 +56,7 @@ class Preset:
     sampling: Sampling = field(default_factory=Sampling)
     text_encoder: NetworkPreset | None = None
     vae: NetworkPreset | None = None
-    conditioner: Mapping[str, Any] | None = (
-        None  # {"kind": "class_embed" | "concat" | "broadcast", "dim": int, "hidden": int}
-    )
+    conditioner: Mapping[str, Any] | None = None  # {"kind": one of CONDITIONERS, "dim": int, "hidden": int}
     evaluator: NetworkPreset | None = None
     preview: Mapping[str, Any] = field(default_factory=dict)  # {"prompts": [...]} or {"labels": [[...], ...]}
 
@@ -68,9 +65,9 @@ class Preset:
         choice("image_mode", self.image_mode, IMAGE_MODES)
         check(8 <= self.image_size <= 4096, "image_size", self.image_size, "8 to 4096 px")
         needed = NEEDED[self.family]
-        given = {name for name in (*NETWORKS, "conditioner", "scheduler") if getattr(self, name)}
-        wanted = ", ".join(f"[{name}]" for name in needed)
-        check(given == set(needed), f"tables of family {self.family!r}", sorted(given), f"exactly {wanted}")
+        tables = {name for name in (*NETWORKS, "conditioner", "scheduler") if getattr(self, name)}
+        expected = ", ".join(f"[{name}]" for name in needed)
+        check(tables == set(needed), f"tables of family {self.family!r}", sorted(tables), f"exactly {expected}")
         for name in NETWORKS:
             part: NetworkPreset | None = getattr(self, name)
             if part is not None and part.path is None:
@@ -127,7 +124,7 @@ def load_preset(name_or_file: str | Path, overrides: Sequence[str] = ()) -> Pres
     return _parse(str(name_or_file), text, f"preset {name_or_file}", overrides)
 
 
-def _parse(name: str, text: str, where: str, overrides: Sequence[str] = ()) -> Preset:
+def _parse(name: str, text: str, where: str, overrides: Sequence[str]) -> Preset:
     try:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -155,9 +152,8 @@ def _apply(table: dict[str, Any], overrides: Sequence[str]) -> None:
                 inner.setdefault(parent, {})
             if not isinstance(inner.get(parent), dict):
                 tables = [name for name, value in inner.items() if isinstance(value, dict)]
-                raise unknown(
-                    "table", ".".join(parents[: depth + 1]), [".".join([*parents[:depth], t]) for t in tables]
-                )
+                choices = [".".join([*parents[:depth], name]) for name in tables]
+                raise unknown("table", ".".join(parents[: depth + 1]), choices)
             inner = inner[parent]
         if parents[-1:] == ["train"] and key in ("steps", "epochs"):  # one of the two says how long
             inner.pop("epochs" if key == "steps" else "steps", None)

@@ -29,22 +29,22 @@ NOT_NEGATIVE = (
 )
 
 
-def check(ok: bool, field_name: str, found: object, expected: str) -> None:
+def check(ok: bool, field_name: str, value: object, expected: str) -> None:
     if not ok:
-        raise InputError(f"{field_name} = {found!r}: expected {expected}")
+        raise InputError(f"{field_name} = {value!r}: expected {expected}")
 
 
-def choice(field_name: str, found: str, choices: tuple[str, ...]) -> None:
-    if found not in choices:
-        raise unknown(field_name, found, choices)
+def choice(field_name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise unknown(field_name, value, choices)
 
 
 @dataclass(frozen=True)
 class Training:
     """How one network is trained. Steps are optimiser steps; `batch_size` is the batch of one such step, over all processes.
 
-    Either `steps` or `epochs` says how long; intervals given in epochs come in addition to those in steps, but for
-    validations, which they replace.
+    Either `steps` or `epochs` says how long. Checkpoints and previews come at the intervals in steps and at those in epochs;
+    validations at the interval in epochs alone, where there is one.
     """
 
     steps: int = 0
@@ -93,35 +93,26 @@ class Training:
             check(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "at least 1")
         for name in NOT_NEGATIVE:
             check(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "0 or more")
-        check(
-            self.batch_size % self.accumulation == 0,
-            "train.accumulation",
-            self.accumulation,
-            f"a divisor of batch_size = {self.batch_size}",
-        )
-        check(self.timestep_shift > 0, "train.timestep_shift", self.timestep_shift, "more than 0")
-        check(self.learning_rate > 0, "train.learning_rate", self.learning_rate, "more than 0")
+        divides, divisor = self.batch_size % self.accumulation == 0, f"a divisor of batch_size = {self.batch_size}"
+        check(divides, "train.accumulation", self.accumulation, divisor)
+        for name in ("timestep_shift", "learning_rate", "max_grad_norm"):
+            check(getattr(self, name) > 0, f"train.{name}", getattr(self, name), "more than 0")
         for decay in (self.ema_decay, *self.further_ema_decays):
             check(0 <= decay < 1, "train.ema_decay", decay, "0 <= decay < 1")
         for name in ("condition_dropout", "warmup_fraction"):
             check(0 <= getattr(self, name) <= 1, f"train.{name}", getattr(self, name), "a share in [0, 1]")
         for name in ("validation_fraction", "plateau_factor", "decay_fraction"):
             check(0 < getattr(self, name) < 1, f"train.{name}", getattr(self, name), "a share in (0, 1)")
-        check(self.max_grad_norm > 0, "train.max_grad_norm", self.max_grad_norm, "more than 0")
-        check(
-            len(self.adam_betas) == 2 and all(0 <= beta < 1 for beta in self.adam_betas),
-            "train.adam_betas",
-            list(self.adam_betas),
-            "two numbers, 0 <= beta < 1",
-        )
+        betas = len(self.adam_betas) == 2 and all(0 <= beta < 1 for beta in self.adam_betas)
+        check(betas, "train.adam_betas", list(self.adam_betas), "two numbers, 0 <= beta < 1")
         choice("train.precision", self.precision, PRECISIONS)
         choice("train.optimizer", self.optimizer, OPTIMIZERS)
         choice("train.lr_schedule", self.lr_schedule, LR_SCHEDULES)
         choice("train.final", self.final, FINALS)
 
     def for_examples(self, count: int) -> Training:
-        """The recipe with what is given in shares and epochs of `count` training examples in steps: of `steps`,
-        `warmup_steps` and `validate_every`."""
+        """The recipe for `count` training examples, with `steps`, `warmup_steps` and `validate_every` computed from their
+        shares and epochs."""
         per_epoch, by_epoch = count / self.batch_size, self.validate_every_epochs > 0
         steps = self.steps or max(1, round(self.epochs * per_epoch))
         return replace(

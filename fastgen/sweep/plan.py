@@ -94,7 +94,8 @@ class Plan:
             for folder, seed in zip(self.folders(point), self.seeds, strict=True):
                 if point.checkpoint == checkpoint and folder.exists():
                     run = self.run(pipeline, point, seed)
-                    check_same_job(folder, job_identity(run, job_limits(run, folder, self.batch_size).batch))
+                    identity = job_identity(run, job_limits(run, folder, self.batch_size).batch)
+                    check_same_job(folder, identity, any_batch_size=pipeline.engine.batch_invariant)
 
 
 def prepare(

@@ -158,6 +158,56 @@ def test_a_graph_that_takes_shapes_from_its_sample_is_left_alone():
     assert len(model.get_ops()) == before
 
 
+def lone_and_among(model, rows, rewrite):
+    """Outputs of one row in bf16, alone and among `rows`, of a graph (B, ...) -> (B, ...) that `rewrite` was applied to."""
+    if "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        pytest.skip("this CPU has no bf16")
+    outputs = []
+    for count in (1, rows):
+        copy = model.clone()
+        shape = copy.get_parameters()[0].get_partial_shape()
+        copy.reshape([count, *(d.get_length() for d in list(shape)[1:])])
+        rewrite(copy)
+        x = np.random.default_rng(0).standard_normal(copy.inputs[0].get_shape(), np.float32)
+        x[0] = np.random.default_rng(1).standard_normal(x.shape[1:], np.float32)
+        compiled = openvino.Core().compile_model(copy, "CPU", {"INFERENCE_PRECISION_HINT": "bf16"})
+        outputs.append([y[0] for y in compiled(x).values()])
+    return outputs
+
+
+@pytest.mark.parametrize("shape", [(16,), (48,), (1, 48), (100,), (4, 8), (16, 32)])
+def test_small_products_of_one_row_are_those_among_others(shape):
+    from openvino import opset13 as op
+
+    rng = np.random.default_rng(2)
+    x = op.parameter([-1, *shape], np.float32)
+    weights = [rng.standard_normal(s).astype(np.float32) for s in ((32, shape[-1]), (shape[-1], 192))]
+    products = [op.matmul(x, op.constant(w), False, i == 0) for i, w in enumerate(weights)]
+    alone, among = lone_and_among(openvino.Model(products, [x], "m"), 40, rewrites.pad_products)
+    row = np.random.default_rng(1).standard_normal(shape, np.float32)
+    for y, same, weight in zip(alone, among, (weights[0].T, weights[1]), strict=True):
+        assert np.array_equal(y, same)
+        assert np.abs(y - row @ weight).max() < 0.2
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_convolutions_of_one_tiny_image_are_those_among_others(size, stride):
+    from openvino import opset13 as op
+
+    rng = np.random.default_rng(2)
+    x = op.parameter([-1, 80, size, size], np.float32)
+    weight = rng.standard_normal((96, 80, 3, 3)).astype(np.float32) / 27
+    convolution = op.convolution(x, op.constant(weight), [stride] * 2, [1, 1], [1, 1], [1, 1])
+    model = openvino.Model([convolution], [x], "m")
+    (alone,), (among,) = lone_and_among(model, 16, rewrites.widen_convolutions)
+    assert np.array_equal(alone, among)
+    image = torch.from_numpy(np.random.default_rng(1).standard_normal((80, size, size), np.float32))
+    expected = nn.functional.conv2d(image[None], torch.from_numpy(weight), stride=stride, padding=1)[0].numpy()
+    assert alone.shape == expected.shape
+    assert np.abs(alone - expected).max() < 0.05
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_a_compiled_network_from_the_cache_makes_the_same_bytes(engine, dtype, monkeypatch):
     if dtype == "bf16" and "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):

@@ -18,6 +18,7 @@ from fastgen.generate.job import run_job
 from fastgen.generate.pipeline import load
 from fastgen.generate.requests import Request, read_requests
 from fastgen.generate.run import Run
+from fastgen.generate.shards import Shard
 
 KINDS = ["text", "labels"]
 
@@ -155,7 +156,6 @@ def test_a_resumed_job_writes_the_same_bytes_batch_by_batch(pipelines, requests_
     ("change", "field"),
     [
         ({"seed": 1}, "seed is 0 there and 1 now"),
-        ({"batch_size": 3}, "batch_size is 2 there and 3 now"),
         ({"num_inference_steps": 3}, "num_inference_steps is 5 there and 3 now"),
         ({"scheduler": "ddim"}, "scheduler is 'ddpm' there and 'ddim' now"),
         ({"guidance_scale": 2.0}, "guidance_scale is 1.5 there and 2.0 now"),
@@ -170,6 +170,30 @@ def test_another_job_s_folder_is_refused_and_left_alone(pipelines, requests_file
     with pytest.raises(InputError, match=f"holds another job: {field}.*choose another --out"):
         start(pipelines["labels"], requests, tmp_path, **change)
     assert files(tmp_path) == before
+
+
+def test_a_job_goes_on_in_other_batches_where_bytes_do_not_depend_on_them(
+    pipelines, label_model, requests_files, tmp_path
+):
+    requests = read_requests(requests_files["labels"])
+    start(pipelines["labels"], requests, tmp_path / "ort", batch_size=2)
+    before = files(tmp_path / "ort")
+    (tmp_path / "ort" / "2.png").unlink()
+    assert start(pipelines["labels"], requests, tmp_path / "ort", batch_size=1).generated == 1
+    after = files(tmp_path / "ort")
+    assert {f: b for f, b in after.items() if f != "job.json"} == {f: b for f, b in before.items() if f != "job.json"}
+    eager = load(label_model, "eager")
+    start(eager, requests, tmp_path / "eager", batch_size=2)
+    with pytest.raises(InputError, match="holds another job: batch_size is 2 there and 3 now; choose another --out"):
+        start(eager, requests, tmp_path / "eager", batch_size=3)
+
+
+def test_shards_of_other_batches_are_refused(pipelines, requests_files, tmp_path):
+    requests = read_requests(requests_files["labels"])
+    run = Run(pipelines["labels"], requests, pipelines["labels"].settings())
+    run_job(run, tmp_path, batch_size=2, shard=Shard(1, 2))
+    with pytest.raises(InputError, match="batch_size is 2 there and 3 now"):
+        run_job(run, tmp_path, batch_size=3, shard=Shard(2, 2))
 
 
 def test_other_requests_and_other_engines_are_another_job(pipelines, label_bundle, requests_files, tmp_path):

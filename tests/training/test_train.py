@@ -334,7 +334,7 @@ def test_finished_stages_are_not_repeated(described: Path, tmp_path: Path, monke
     preset = preset_of(TEXT_PRESET, tmp_path)
     whole = train(preset, described, tmp_path / "whole", progress=False)
     with monkeypatch.context() as patch:
-        patch.setattr(stages, "_fit_unet", lambda *_: sys.exit("killed"))
+        patch.setattr(stages, "_train_unet", lambda *_: sys.exit("killed"))
         with pytest.raises(SystemExit):
             train(preset, described, tmp_path / "parts", progress=False)
     steps: list[str] = []

@@ -51,12 +51,12 @@ def write_iclevr(
     check_range("size", size, 32, 256)
     check_range("seed", seed, 0)
     check_range("workers", workers if workers is not None else 1, 1)
-    held = {labels for source in hold_out for labels in read_held_out(source)}
+    held_out = {labels for source in hold_out for labels in read_held_out(source)}
     if label_lists is None:
-        tests = _draw_tests(seed, avoid=held)
-        train = _draw_train(seed, count, held | {frozenset(labels) for lists in tests.values() for labels in lists})
+        tests = _draw_tests(seed, avoid=held_out)
+        train = _draw_train(seed, count, held_out | {frozenset(labels) for lists in tests.values() for labels in lists})
     else:
-        train = {n: v for n, v in read_train(label_lists, count).items() if frozenset(v) not in held}
+        train = {n: v for n, v in read_train(label_lists, count).items() if frozenset(v) not in held_out}
         tests = _draw_tests(seed, avoid={frozenset(labels) for labels in train.values()})
     if not train:
         raise InputError("no images are left to render: label_lists is empty, or hold_out has all of its label sets")
@@ -98,33 +98,33 @@ def _draw_tests(seed: int, avoid: set[LabelSet]) -> dict[str, list[Labels]]:
     """32 lists for each test file, all different, none in `avoid`; of the sizes TEST_SIZES where as many are left."""
     rng = _generator(seed, "tests")
     free = [labels for labels in all_label_sets() if frozenset(labels) not in avoid]
-    wanted = [(name, k) for name, sizes in TEST_SIZES.items() for k, number in sizes.items() for _ in range(number)]
-    if len(free) < len(wanted):
+    places = [(name, k) for name, sizes in TEST_SIZES.items() for k, number in sizes.items() for _ in range(number)]
+    if len(free) < len(places):
         raise InputError(
             f"training leaves {len(free)} of the label sets for test.json and new_test.json, expected at least "
-            f"{len(wanted)}; take fewer images (count) or hold some sets out (hold_out)"
+            f"{len(places)}; take fewer images (count) or hold some sets out (hold_out)"
         )
     tests: dict[str, list[Labels]] = {name: [] for name in TEST_SIZES}
-    for name, k in wanted:
+    for name, k in places:
         fitting = [i for i, labels in enumerate(free) if len(labels) == k] or list(range(len(free)))
         labels = free.pop(int(rng.choice(fitting)))
         tests[name].append(tuple(str(label) for label in rng.permutation(labels)))
     return tests
 
 
-def _draw_train(seed: int, count: int, held: set[LabelSet]) -> dict[str, Labels]:
+def _draw_train(seed: int, count: int, avoid: set[LabelSet]) -> dict[str, Labels]:
     train: dict[str, Labels] = {}
     for scene in range(-(-count // SLOTS)):
         prefix = f"CLEVR_train_{scene:06d}"
-        labels = _draw_labels(_generator(seed, f"{prefix}:labels"), held)
+        labels = _draw_labels(_generator(seed, f"{prefix}:labels"), avoid)
         for k in range(min(SLOTS, count - len(train))):
             train[f"{prefix}_{k}.png"] = labels[: k + 1]
     return train
 
 
-def _draw_labels(rng: np.random.Generator, held: set[LabelSet]) -> Labels:
+def _draw_labels(rng: np.random.Generator, avoid: set[LabelSet]) -> Labels:
     for _ in range(TRIES):
         labels = tuple(str(label) for label in rng.choice(list(ICLEVR_OBJECTS), SLOTS, replace=False))
-        if not any(frozenset(labels[:k]) in held for k in range(1, SLOTS + 1)):
+        if not any(frozenset(labels[:k]) in avoid for k in range(1, SLOTS + 1)):
             return labels
     raise InputError(f"hold_out leaves no label sets for training ({TRIES} draws were all held out); hold out fewer")

@@ -125,28 +125,17 @@ def octopus_legs(pen: Pen, colour: RGB, pose: Pose) -> None:
         foot = 0.1 + max(0.0, pose.step * (1 if i % 2 else -1)) * 0.14
         knee, toe = x * 1.5 + sway, side * (0.16 + 0.3 * reach)
         path = [
-            (x * 0.8, 0.95),
-            (x * 1.25, 0.5),
-            (knee, 0.18 + foot / 2),
-            (knee + toe, foot),
+            (x * 0.8, 0.95), (x * 1.25, 0.5), (knee, 0.18 + foot / 2), (knee + toe, foot),
             (knee + 1.5 * toe, foot + 0.2),
-        ]
+        ]  # fmt: skip
         pen.stroke(path, (0.42, 0.34, 0.28, 0.2, 0.1), ink=Ink(shade(colour, -0.18), 0.8))
 
 
 def octopus_torso(pen: Pen, colour: RGB, pose: Pose) -> None:
     head = [
-        (0, 2.06),
-        (0.56, 1.92),
-        (0.86, 1.46),
-        (0.74, 0.98),
-        (0.5, 0.7),
-        (0, 0.62),
-        (-0.5, 0.7),
-        (-0.74, 0.98),
-        (-0.86, 1.46),
-        (-0.56, 1.92),
-    ]
+        (0, 2.06), (0.56, 1.92), (0.86, 1.46), (0.74, 0.98), (0.5, 0.7), (0, 0.62), (-0.5, 0.7), (-0.74, 0.98),
+        (-0.86, 1.46), (-0.56, 1.92),
+    ]  # fmt: skip
     pen.curve(head, ink=Ink(colour))
     for x, y, r in ((0.52, 1.78, 0.09), (0.66, 1.54, 0.06), (0.3, 1.92, 0.05)):
         pen.ellipse(x, y, r, ink=Ink(shade(colour, 0.8), 0, 0, alpha=0.7))
@@ -189,27 +178,15 @@ def cat_legs(pen: Pen, colour: RGB, pose: Pose) -> None:
 def cat_torso(pen: Pen, colour: RGB, pose: Pose) -> None:
     for side in (-1, 1):
         ear = [
-            (side * 0.3, 1.72),
-            (side * 0.46, 2.1),
-            (side * 0.78, 2.36),
-            (side * 0.86, 1.9),
-            (side * 0.84, 1.4),
+            (side * 0.3, 1.72), (side * 0.46, 2.1), (side * 0.78, 2.36), (side * 0.86, 1.9), (side * 0.84, 1.4),
             (side * 0.5, 1.5),
-        ]
+        ]  # fmt: skip
         pen.curve(ear, ink=Ink(colour))
         pen.polygon([(side * 0.46, 1.74), (side * 0.73, 2.18), (side * 0.77, 1.66)], ink=Ink((255, 176, 186), 0.4, 0))
     head = [
-        (0, 1.92),
-        (0.5, 1.86),
-        (0.88, 1.5),
-        (0.98, 1.1),
-        (0.66, 0.76),
-        (0, 0.66),
-        (-0.66, 0.76),
-        (-0.98, 1.1),
-        (-0.88, 1.5),
-        (-0.5, 1.86),
-    ]
+        (0, 1.92), (0.5, 1.86), (0.88, 1.5), (0.98, 1.1), (0.66, 0.76), (0, 0.66), (-0.66, 0.76), (-0.98, 1.1),
+        (-0.88, 1.5), (-0.5, 1.86),
+    ]  # fmt: skip
     pen.curve(head, ink=Ink(colour))
     pen.ellipse(0, 0.92, 0.4, 0.2, ink=Ink(shade(colour, 0.95), 0, 0, soft=0.03, alpha=0.85))
     for side in (-1, 1):

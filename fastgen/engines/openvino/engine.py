@@ -24,9 +24,11 @@ from fastgen.engines.openvino.rewrites import (
     VERSION,
     interleave_channels_last,
     normalise_channels_last,
+    pad_products,
     share_rows,
     take_embedding,
     time_embedding,
+    widen_convolutions,
 )
 from fastgen.errors import FastgenError, InputError
 from fastgen.files.installing import Install
@@ -67,6 +69,7 @@ class Engine(base.Engine):
     install = Install("cpu")
     dtypes = ("bf16", "fp32", "fp16")
     static_shapes = True
+    batch_invariant = True
     decode_pixels = 2**17  # two halves of one image each
 
     def __init__(
@@ -160,6 +163,9 @@ class Engine(base.Engine):
             if network == "vae_decoder":  # not where a rounded moment would be met again at every step
                 normalise_channels_last(model)
             interleave_channels_last(model)
+            if self.executed(network) != "fp32":
+                pad_products(model)
+                widen_convolutions(model)
             models = {NETWORK: model}
             if network == "unet" and self.executed(network) != "fp32":
                 models = {EMBEDDING: time_embedding(model)} | models

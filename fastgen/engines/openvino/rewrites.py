@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
-VERSION = 1  # of these rewrites: part of the address of what was compiled with them
+VERSION = 2  # of these rewrites: part of the address of what was compiled with them
 TIMESTEP, CONDITION = 1, 2  # places among the UNet's inputs
 MIN_PIXELS = 64 * 64  # smaller images are normalised faster in OpenVINO's own way
+TILE = 32  # values of bf16 in a row of an AMX tile
 LAYOUT = ("Reshape", "Transpose", "Unsqueeze", "Squeeze")
 
 
@@ -20,19 +21,21 @@ def share_rows(unet: Any) -> bool:
     """Make a UNet take half as many rows of sample and timestep as of the condition, for guidance: what does not depend on the
     condition is computed once, and doubled where it meets what does. Before the shapes are fixed.
 
-    False, and the graph as it was, where shapes are computed from the sample, which would be those of half the rows.
+    False, with no row shared, where shapes are computed from the sample, which would be those of half the rows.
     """
     from openvino import opset13
 
+    _scale_before_layouts(unet)
     parameters = unet.get_parameters()
     condition = parameters[CONDITION]
     both = _reached([condition])
     either = _reached([p for p in parameters if p is not condition])
     either |= {p.get_friendly_name() for p in parameters} - {condition.get_friendly_name()}
     nodes = unet.get_ordered_ops()
-    for node in reversed(nodes):  # layouts and scalings stay with the attention that they are fused into
-        if node.get_friendly_name() in either - both and _is_cheap(node) and _consumed_by(node, both):
-            both.add(node.get_friendly_name())
+    for node in reversed(nodes):  # layouts stay with the attention that they are fused into
+        name, layout = node.get_friendly_name(), node.get_type_name() in LAYOUT
+        if layout and name in either - both and _consumed_by(node, both):
+            both.add(name)
     frontier = [
         port
         for node in nodes
@@ -63,9 +66,25 @@ def _reached(starts: Sequence[Any]) -> set[str]:
     return found
 
 
-def _is_cheap(node: Any) -> bool:
-    constant = any(v.get_node().get_type_name() == "Constant" for v in node.input_values())
-    return node.get_type_name() in LAYOUT or (node.get_type_name() == "Multiply" and constant)
+def _scale_before_layouts(model: Any) -> None:
+    """Multiply by a number before changes of layout, not behind them: attention scales its queries so.
+
+    OpenVINO does that too, but not across the `concat` that doubles rows, except of a single row, which it broadcasts. In bf16
+    the queries would be rounded once or twice, depending on the number of rows.
+    """
+    from openvino import opset13
+
+    for node in model.get_ordered_ops():
+        if node.get_type_name() != "Multiply":
+            continue
+        scaled, factor = node.input_values()
+        first, value = None, scaled
+        while value.get_node().get_type_name() in LAYOUT and len(value.get_target_inputs()) == 1:
+            first = value.get_node()
+            value = first.input_value(0)
+        if first is not None and factor.get_node().get_type_name() == "Constant" and not list(factor.get_shape()):
+            first.input(0).replace_source_output(opset13.multiply(value, factor).output(0))
+            _replace(node.output(0), scaled.get_node())
 
 
 def _consumed_by(node: Any, names: set[str]) -> bool:
@@ -174,6 +193,52 @@ def _adds_axis_2(node: Any) -> bool:
         return False
     before, after = node.input_value(0).get_shape(), node.get_output_shape(0)
     return list(after) == [*before[:2], 1, *before[2:]]
+
+
+def pad_products(model: Any) -> None:
+    """Pad small products (B, N, K) @ (K, M) with zeros, to a K at which AMX multiplies any number of rows B * N. With fixed
+    shapes.
+
+    A CPU with AMX multiplies bf16 in tiles, but in vector instructions where there is one row and K is no multiple of `TILE`,
+    or where there are at most 16 rows and K and M are at most `TILE`. Both add the same products in another order, hence the
+    bits of an image would depend on how many images there are.
+    """
+    from openvino import opset13 as op
+
+    for node in model.get_ordered_ops():
+        if node.get_type_name() != "MatMul" or node.get_attributes()["transpose_a"]:
+            continue
+        *rows, columns = node.input_value(0).get_shape()
+        weight, per_image = _constant(node.input_value(1).get_node()), np.prod(rows[1:])
+        if weight is None or weight.ndim != 2:
+            continue
+        missing = -columns % TILE if per_image == 1 else 0
+        if per_image <= 16 and columns <= TILE and node.get_output_shape(0)[-1] <= TILE:
+            missing = 2 * TILE - columns
+        if missing:
+            padding = ((0, 0), (0, missing)) if node.get_attributes()["transpose_b"] else ((0, missing), (0, 0))
+            zeros = op.constant(np.zeros((*rows, missing), np.float32))
+            node.input(0).replace_source_output(op.concat([node.input_value(0), zeros], len(rows)).output(0))
+            node.input(1).replace_source_output(op.constant(np.pad(weight, padding)).output(0))
+    model.validate_nodes_and_infer_types()
+
+
+def widen_convolutions(model: Any) -> None:
+    """Compute convolutions whose images are at most 2 x 2 as images of 3 x 3, of which the rest is dropped. With fixed shapes.
+
+    As in `pad_products`: at that size a CPU with AMX takes its tiles or vector instructions, by the number of images.
+    """
+    from openvino import opset13 as op
+
+    for node in model.get_ordered_ops():
+        if node.get_type_name() != "Convolution" or max(size := list(node.get_output_shape(0))[2:]) > 2:
+            continue
+        given = node.get_attributes()
+        strides, end = given["strides"], given["pads_end"]
+        end = [p + s * (3 - n) for p, s, n in zip(end, strides, size, strict=True)]
+        wide = op.convolution(*node.input_values(), strides, given["pads_begin"], end, given["dilations"])
+        axes = list(range(2, 2 + len(size)))
+        _replace(node.output(0), op.slice(wide, [0] * len(size), size, [1] * len(size), axes))
 
 
 def time_embedding(unet: Any) -> Any:

@@ -19,6 +19,7 @@ class Engine(OrtEngine):
     """On a CPU, in fp32, on NumPy arrays."""
 
     dtypes = ("fp32", "fp16")  # on CUDA; on a CPU fp32 alone
+    batch_invariant = True
 
     @classmethod
     def open(

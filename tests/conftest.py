@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -13,6 +14,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from filelock import FileLock
@@ -172,8 +174,6 @@ def label_model(once) -> Path:
 @pytest.fixture(scope="session")
 def export_few() -> Callable[..., Any]:
     """`export.export` that stores solver tables at a few numbers of steps, for speed."""
-    from unittest import mock
-
     pytest.importorskip("onnxscript")
     from export import export
 
@@ -187,13 +187,37 @@ def export_few() -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="session")
-def exports(text_model, label_model, export_few, once) -> Callable[[str], tuple[Path, list[Any]]]:
+def graph_once(once) -> Callable[..., None]:
+    """`export_onnx` that traces the same weights once in a session: torch takes seconds, and a copy is the same bytes."""
+    pytest.importorskip("onnxscript")
+    from export.onnx import export_onnx
+
+    def run(module: Any, signature: Any, path: Path, dtype: str = "fp32") -> None:
+        digest = hashlib.sha256(f"{module}{signature}{dtype}{path.name}".encode())
+        for name, tensor in module.state_dict().items():
+            digest.update(name.encode() + tensor.numpy().tobytes())
+        name = f"graphs/{digest.hexdigest()}"
+        folder = once(name, lambda folder: export_onnx(module, signature, folder / path.name, dtype))
+        shutil.copytree(folder, path.parent, dirs_exist_ok=True)
+
+    return run
+
+
+@pytest.fixture
+def _graphs_once(graph_once, monkeypatch) -> None:
+    """For tests that export models whose graphs other tests look at."""
+    monkeypatch.setattr("export.onnx.export_onnx", graph_once)
+
+
+@pytest.fixture(scope="session")
+def exports(text_model, label_model, export_few, graph_once, once) -> Callable[[str], tuple[Path, list[Any]]]:
     """kind ("text", "labels") -> (bundle folder, certificates of ort and openvino); each exported when first asked for."""
     models = {"text": text_model, "labels": label_model}
 
     def get(kind: str) -> tuple[Path, list[Any]]:
         def fill(folder: Path) -> None:
-            certificates = export_few(models[kind], folder / "bundle")
+            with mock.patch("export.onnx.export_onnx", graph_once):
+                certificates = export_few(models[kind], folder / "bundle")
             (folder / "certificates").write_bytes(pickle.dumps(certificates))
 
         folder = once(f"export-{kind}", fill)
@@ -203,14 +227,15 @@ def exports(text_model, label_model, export_few, once) -> Callable[[str], tuple[
 
 
 @pytest.fixture(scope="session")
-def lowered_bundle(exports, text_model, label_model, export_few, once) -> Callable[[str, str], Path]:
+def lowered_bundle(exports, text_model, label_model, export_few, graph_once, once) -> Callable[[str, str], Path]:
     """(kind, dtype) -> a copy of the bundle of that kind to which `--dtype` added its graphs."""
     models = {"text": text_model, "labels": label_model}
 
     def get(kind: str, dtype: str) -> Path:
         def fill(folder: Path) -> None:
             shutil.copytree(exports(kind)[0], folder)
-            export_few(models[kind], folder, dtype=dtype, engines=["ort"])
+            with mock.patch("export.onnx.export_onnx", graph_once):
+                export_few(models[kind], folder, dtype=dtype, engines=["ort"])
 
         return once(f"{kind}-{dtype}", fill)
 

@@ -257,7 +257,7 @@ def run(document: str, reader: Reader, chosen: Callable[[Step], bool]) -> None:
 
 
 @pytest.fixture
-def reader(lent, shipped, fastgen, tmp_path, monkeypatch) -> Reader:
+def reader(lent, shipped, fastgen, _graphs_once, tmp_path, monkeypatch) -> Reader:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("fastgen.sampling.compile.COMMON_STEPS", (1, 2, 3, 5, 10, 20))
     logging.getLogger("torch.__trace").propagate = False  # pages of it would be shown beside a failed test

@@ -268,6 +268,7 @@ def test_options_that_need_rtx_say_so(fastgen, bundle):
     assert "give --rtx too" in err
 
 
+@pytest.mark.usefixtures("_graphs_once")
 def test_export_of_a_model_builds_in_fp16_and_says_that_the_bundle_is_there_when_it_fails(
     rtx_card, export_few, label_model, tmp_path
 ):

@@ -159,6 +159,7 @@ def test_an_index_without_a_model_takes_the_shipped_one_for_prompts(fastgen, her
     assert out.startswith("monsters-64-index: 4 images")
 
 
+@pytest.mark.usefixtures("_graphs_once")
 def test_a_named_model_generates_exports_and_stays_as_it_was(fastgen, here, stand_ins, export_few, monkeypatch):
     before = sorted(stand_ins.rglob("*"))
     monkeypatch.setattr("fastgen.sampling.compile.COMMON_STEPS", (2,))

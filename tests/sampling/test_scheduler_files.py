@@ -91,6 +91,7 @@ def test_a_folder_with_dpm_solver_generates_what_diffusers_own_pipeline_does(dpm
     assert np.abs(images(pipeline) - np.round(255 * expected)).max() <= 1
 
 
+@pytest.mark.usefixtures("_graphs_once")
 def test_it_is_exported_and_read_again_and_its_bundle_json_is_strict(dpm_label_model, export_few, tmp_path):
     export_few(dpm_label_model, tmp_path / "bundle", engines=["ort"])
     json.loads((tmp_path / "bundle" / "bundle.json").read_text(), parse_constant=pytest.fail)

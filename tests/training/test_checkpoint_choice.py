@@ -31,7 +31,7 @@ def run(labelled: Path, tmp_path: Path) -> Path:  # noqa: F811
 
 
 @pytest.fixture
-def bundle(run: Path, tmp_path: Path, export_few: Any) -> Path:
+def bundle(run: Path, tmp_path: Path, export_few: Any, _graphs_once: None) -> Path:
     export_few(run, tmp_path / "bundle", engines=["ort"], checkpoint="4")
     return tmp_path / "bundle"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
@@ -131,16 +132,21 @@ def _build(
     progress = Progress(what, say)
     config.progress_monitor = progress.monitor(library.trt)
 
+    registered = threading.Event()
+
     def build() -> Any:
+        registered.wait()  # a pool waits only for threads that `submit` has registered, and Ctrl-C may come before
         with current():  # each thread has a current GPU of its own
             return builder.build_serialized_network(network, config)
 
     with progress, ThreadPoolExecutor(1) as pool:
-        future = pool.submit(build)
         try:
+            future = pool.submit(build)
+            registered.set()
             plan = future.result()
         except KeyboardInterrupt:
             progress.cancel()  # then the pool waits until TensorRT has stopped
+            registered.set()
             raise
     if plan is None:
         raise library.failure(f"{what}: cannot be built")

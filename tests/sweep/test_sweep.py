@@ -163,9 +163,7 @@ def test_a_point_to_hold_the_others_against_must_be_of_the_grid(fastgen, argumen
     assert not (tmp_path / "out").exists()
 
 
-def test_a_killed_sweep_continues_to_the_same_result_and_keeps_what_is_there(
-    command, fastgen_process, arguments, tmp_path
-):
+def test_a_killed_sweep_continues_to_the_same_result_and_keeps_what_is_there(command, fastgen, arguments, tmp_path):
     out, undisturbed = tmp_path / "out", tmp_path / "undisturbed"
     line, environment = command(*arguments(out), "--batch-size", "2")
     process = subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -179,13 +177,13 @@ def test_a_killed_sweep_continues_to_the_same_result_and_keeps_what_is_there(
     assert len(scored) >= 2
     assert 10 <= len(there) < 8 * 4
 
-    done = fastgen_process(*arguments(out), "--batch-size", "2")
-    assert done.returncode == 0, done.stderr
-    assert sum(line.endswith("already there") for line in done.stderr.splitlines()) >= 2
+    code, _, err = fastgen(*arguments(out), "--batch-size", "2")
+    assert code == 0, err
+    assert sum(line.endswith("already there") for line in err.splitlines()) >= 2
     now = images(out)
     assert sum(now[name] == stamp for name, stamp in there.items()) >= len(there) // 2 * 2
     assert {name: stamp for name, stamp in stamps(out, "score.json").items() if name in scored} == scored
-    assert fastgen_process(*arguments(undisturbed), "--batch-size", "2").returncode == 0
+    assert fastgen(*arguments(undisturbed), "--batch-size", "2")[0] == 0
     assert rows(out) == rows(undisturbed)
     for name in now:
         assert (out / "points" / name).read_bytes() == (undisturbed / "points" / name).read_bytes()

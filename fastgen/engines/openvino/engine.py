@@ -97,8 +97,8 @@ class Engine(base.Engine):
     def run(self, network: str, *inputs: np.ndarray) -> tuple[np.ndarray, ...]:
         lanes = self._opened(network, self.checked_rows(network, inputs), guided=False)
         parts = [np.split(x, len(lanes)) for x in inputs]
-        found = _run_all(lanes, list(zip(*parts, strict=True)))
-        return tuple(np.concatenate(column) for column in zip(*found, strict=True))
+        outputs = _run_all(lanes, list(zip(*parts, strict=True)))
+        return tuple(np.concatenate(column) for column in zip(*outputs, strict=True))
 
     def run_guided(self, sample: np.ndarray, timestep: np.ndarray, cond: np.ndarray) -> np.ndarray:
         try:
@@ -109,9 +109,9 @@ class Engine(base.Engine):
         conds = cond.reshape(2, count, -1, *cond.shape[1:]).swapaxes(0, 1)  # (lanes, 2, B / lanes, ...)
         parts = [np.split(x, count) for x in (sample, timestep)]
         inputs = [(*x, c.reshape(-1, *cond.shape[1:])) for x, c in zip(zip(*parts, strict=True), conds, strict=True)]
-        found = np.stack([outputs[0] for outputs in _run_all(lanes, inputs)])  # (lanes, 2 * B / lanes, ...)
-        rows = found.shape[2:]
-        return found.reshape(count, 2, -1, *rows).swapaxes(0, 1).reshape(-1, *rows)  # (2B, ...)
+        predictions = np.stack([outputs[0] for outputs in _run_all(lanes, inputs)])  # (lanes, 2 * B / lanes, ...)
+        rows = predictions.shape[2:]
+        return predictions.reshape(count, 2, -1, *rows).swapaxes(0, 1).reshape(-1, *rows)  # (2B, ...)
 
     def recipe(self, network: str, rows: int | None) -> Recipe:
         return self._recipe(network, rows, None if rows is None else False)
@@ -228,6 +228,6 @@ class NotSharedError(Exception):
 
 def _run_all(lanes: Sequence[Lane], inputs: Sequence[Sequence[np.ndarray]]) -> list[list[np.ndarray]]:
     """One forward of every lane, at the same time."""
-    for lane, own in zip(lanes, inputs, strict=True):
-        lane.start(own)
+    for lane, lane_inputs in zip(lanes, inputs, strict=True):
+        lane.start(lane_inputs)
     return [lane.outputs() for lane in lanes]

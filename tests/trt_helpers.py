@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
+import pytest
 
 from fastgen.engines.cache.artifacts import Artifact
 from fastgen.engines.trt import platform
@@ -39,3 +42,29 @@ def build(bundle: Bundle, **options: Any) -> list[Artifact]:
     from export.trt import build_engines
 
     return build_engines(bundle, **{"dtype": "fp32", "batch_sizes": [2]} | options)
+
+
+def press_ctrl_c_at_the_first_step(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Let the first step of a TensorRT build send this process one SIGINT, and wait until the main thread has taken it.
+
+    Returns the numbers of the build's steps, which grows as they come.
+    """
+    from export.trt_progress import Progress
+
+    steps: list[int] = []
+    step, cancel, cancelled = Progress.step, Progress.cancel, threading.Event()
+
+    def interrupting_step(self: Progress, phase: str, number: int) -> bool:
+        steps.append(number)
+        if len(steps) == 1:
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            assert cancelled.wait(60)
+        return step(self, phase, number)
+
+    def seen_cancel(self: Progress) -> None:
+        cancel(self)
+        cancelled.set()
+
+    monkeypatch.setattr(Progress, "step", interrupting_step)
+    monkeypatch.setattr(Progress, "cancel", seen_cancel)
+    return steps

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import time
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -14,7 +11,7 @@ import numpy as np
 import pytest
 import tensorrt_double as double
 from tensorrt_double import BEHAVIOUR, CALLS, called
-from trt_helpers import build, inputs
+from trt_helpers import build, inputs, press_ctrl_c_at_the_first_step
 
 from export.trt_build import network_rows
 from export.trt_layers import check_layers
@@ -138,15 +135,8 @@ def test_memory_that_runs_out_is_known_as_such(card, labels):
         build(labels)
 
 
-def test_ctrl_c_stops_the_build_and_leaves_nothing(card, labels):
-    steps = []
-
-    def interrupt(step):
-        steps.append(step)
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(0.5)  # the main thread takes the signal meanwhile
-
-    BEHAVIOUR["step"] = interrupt
+def test_ctrl_c_stops_the_build_and_leaves_nothing(card, labels, monkeypatch):
+    steps = press_ctrl_c_at_the_first_step(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         build(labels)
     assert steps == [0]  # of 4: step_complete said no

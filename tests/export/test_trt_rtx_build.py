@@ -6,15 +6,14 @@ import json
 import os
 import re
 import shutil
-import signal
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tensorrt_rtx_double as double
 from tensorrt_double import BEHAVIOUR, BuilderFlag, called
+from trt_helpers import press_ctrl_c_at_the_first_step
 
 from export.trt_rtx import DEFAULT_CAPABILITIES, build_plans
 from fastgen.engines import engine_class
@@ -227,15 +226,8 @@ def test_a_build_that_fails_leaves_the_bundle_as_it_was(bundle):
     assert [f.name for f in bundle.parent.iterdir() if "partial" in f.name] == []
 
 
-def test_ctrl_c_stops_the_build_and_leaves_the_bundle_as_it_was(bundle):
-    before, steps = contents(bundle), []
-
-    def interrupt(step):
-        steps.append(step)
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(0.5)  # the main thread takes the signal meanwhile
-
-    BEHAVIOUR["step"] = interrupt
+def test_ctrl_c_stops_the_build_and_leaves_the_bundle_as_it_was(bundle, monkeypatch):
+    before, steps = contents(bundle), press_ctrl_c_at_the_first_step(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         build(bundle)
     assert steps == [0]

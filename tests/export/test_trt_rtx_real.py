@@ -5,16 +5,14 @@ What comes out has not been executed here: that needs a card.
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
-import time
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from small_presets import SMALL
+from trt_helpers import press_ctrl_c_at_the_first_step
 
 from export.trt_build import Rows, build_plan
 from export.trt_rtx import DEFAULT_CAPABILITIES, _set_targets, build_plans
@@ -103,18 +101,7 @@ def test_a_graph_of_another_precision_is_refused_by_the_types_of_its_layers(half
 
 
 def test_ctrl_c_stops_the_real_builder(half_copy, monkeypatch):
-    from export.trt_progress import Progress
-
-    step, steps = Progress.step, []
-
-    def interrupt(self, phase, number):
-        steps.append(number)
-        if len(steps) == 1:
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(0.5)  # the main thread takes the signal meanwhile
-        return step(self, phase, number)
-
-    monkeypatch.setattr(Progress, "step", interrupt)
+    press_ctrl_c_at_the_first_step(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         build_plans(read_bundle(half_copy), batch_sizes=[4])
     assert bundled(read_bundle(half_copy)) == []

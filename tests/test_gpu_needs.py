@@ -116,5 +116,7 @@ def test_the_script_asks_pytest_for_these_files_alone(tmp_path):
         return done.stdout.strip()
 
     assert asked("--gpu", "-x") == "-m pytest -m gpu tests/engines/test_a.py -x"
-    assert asked() == "-m pytest -n auto --maxprocesses 8 --dist loadfile -m not slow and not gpu"
+    assert (
+        asked() == "-m pytest -n auto --maxprocesses 8 --dist loadfile --max-worker-restart 0 -m not slow and not gpu"
+    )
     assert asked("tests/test_b.py") == "-m pytest tests/test_b.py"

@@ -1,4 +1,4 @@
-"""What the tests of engine trt share besides the double: its GPU, random inputs, and a build of a few plans."""
+"""What the tests of engine trt share besides the double: its GPU, random inputs, a build of a few plans, and Ctrl-C."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ def build(bundle: Bundle, **options: Any) -> list[Artifact]:
 
 
 def press_ctrl_c_at_the_first_step(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Let the first step of a TensorRT build send this process one SIGINT, and wait until the main thread has taken it.
+    """The first step of the next TensorRT build sends one SIGINT to the main thread, and waits until the build is cancelled.
 
-    Returns the numbers of the build's steps, which grows as they come.
+    Returns a list, to which every step of the build adds its number.
     """
     from export.trt_progress import Progress
 
@@ -61,10 +61,10 @@ def press_ctrl_c_at_the_first_step(monkeypatch: pytest.MonkeyPatch) -> list[int]
             assert cancelled.wait(60)
         return step(self, phase, number)
 
-    def seen_cancel(self: Progress) -> None:
+    def noted_cancel(self: Progress) -> None:
         cancel(self)
         cancelled.set()
 
     monkeypatch.setattr(Progress, "step", interrupting_step)
-    monkeypatch.setattr(Progress, "cancel", seen_cancel)
+    monkeypatch.setattr(Progress, "cancel", noted_cancel)
     return steps

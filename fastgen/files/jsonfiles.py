@@ -52,13 +52,33 @@ def read_json(path: str | os.PathLike[str], *, infinity: bool = False) -> Any:
     JSON, nesting too deep for the parser, and what Python's parser accepts at the user's cost: a key twice in one object, NaN,
     Infinity, integers of more than 40 digits.
     """
-    return _parse(_read_text(Path(path)), Path(path), 1, _WITH_INFINITY if infinity else _STRICT)
+    return _parse(read_text(path), Path(path), 1, _WITH_INFINITY if infinity else _STRICT)
 
 
 def read_jsonl(path: str | os.PathLike[str]) -> list[tuple[int, Any]]:
     """(line number from 1, value) for every line of a JSONL file that is not blank; raises as `read_json` does."""
-    lines = enumerate(_read_text(Path(path)).split("\n"), start=1)
+    lines = enumerate(read_text(path).split("\n"), start=1)
     return [(number, _parse(line, Path(path), number)) for number, line in lines if line.strip(" \t\r")]
+
+
+def read_text(path: str | os.PathLike[str], expected: str = "a JSON file") -> str:
+    """A file's text (UTF-8, byte order mark accepted). InputError for a missing or unreadable file, and for other bytes."""
+    path = Path(path)
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise InputError(f"{path}: is a folder, expected {expected}") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        raise InputError(f"{str(path)!r}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        column = error.start - data.rfind(b"\n", 0, error.start)
+        found = "UTF-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else f"byte 0x{data[error.start]:02x}"
+        raise InputError(f"{path}: line {line}, column {column}: not UTF-8 (found {found}); save it as UTF-8") from None
 
 
 def write_json(path: str | os.PathLike[str], value: Any, indent: int | None = 2, *, infinity: bool = False) -> None:
@@ -113,24 +133,6 @@ def _place_new(temporary: Path, path: Path) -> None:
     except OSError:  # a file system without hard links
         with open(path, "xb"):
             os.replace(temporary, path)
-
-
-def _read_text(path: Path) -> str:
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except IsADirectoryError:
-        raise InputError(f"{path}: is a folder, expected a JSON file") from None
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        raise InputError(f"{str(path)!r}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        column = error.start - data.rfind(b"\n", 0, error.start)
-        found = "UTF-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else f"byte 0x{data[error.start]:02x}"
-        raise InputError(f"{path}: line {line}, column {column}: not UTF-8 (found {found}); save it as UTF-8") from None
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -9,8 +9,10 @@ from typing import Any
 
 import click
 
-from fastgen.cli.common import FOLDER
+from fastgen.cli.common import FOLDER, say
 from fastgen.errors import InputError
+
+HOLDS = {"text": "captions", "labels": "labels"}
 
 
 class Train(click.Command):
@@ -24,7 +26,7 @@ class Train(click.Command):
 
 
 @click.command(cls=Train)
-@click.argument("preset")
+@click.argument("preset", required=False)
 @click.option("--data", "data_folder", type=FOLDER, help="Dataset folder.  [default: the one found here]")
 @click.option("--out", type=FOLDER, help="Model folder.  [default: runs/PRESET-TIME]")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key: unet.train.steps=300.")
@@ -34,27 +36,50 @@ class Train(click.Command):
 @click.option(
     "--resume", type=FOLDER, metavar="CHECKPOINT", help="Begin at another run's: RUN/checkpoints/unet/step-000500."
 )
-def train(preset: str, data_folder: Path | None, out: Path | None, overrides: Sequence[str], **options: Any) -> None:
+def train(
+    preset: str | None, data_folder: Path | None, out: Path | None, overrides: Sequence[str], **options: Any
+) -> None:
     """Train PRESET (a name, or a TOML file) on a dataset. The same command continues a run that was interrupted.
 
+    Without PRESET the dataset chooses: monsters-64 for images with captions, iclevr-64 for images with labels.
     `accelerate launch -m fastgen train ...` trains on several GPUs.
     """
-    from fastgen.data import find_dataset
+    from fastgen.data import Dataset, read_dataset
     from fastgen.models.runs import new_run, set_latest
-    from fastgen.presets import load_preset
+    from fastgen.presets import load_preset, preset_names
+    from fastgen.presets.defaults import DEFAULTS
 
-    loaded = load_preset(preset, overrides)
-    folder = data_folder or find_dataset(Path())
-    if folder is None:
-        raise InputError("no dataset in this folder; give --data DATA, or render one: `fastgen data iclevr DATA`")
+    if preset is not None and data_folder is None and Path(preset).is_dir() and preset not in preset_names():
+        raise InputError(f"{preset} is a folder; give it with --data")
+    data: Path | Dataset
+    if preset is not None:
+        loaded, data, chosen = load_preset(preset, overrides), data_folder or _found(), ""
+    else:
+        data = dataset = read_dataset(data_folder or _found())
+        loaded = load_preset(DEFAULTS[dataset.kind], overrides)
+        chosen = f"preset: {loaded.name}, the default for images with {HOLDS[dataset.kind]}"
     from fastgen.training import train as run
     from fastgen.training.processes import is_main, process_count
 
     if out is None and process_count() > 1:
         raise InputError("several processes need one output folder: give --out")
+    if chosen and is_main():
+        say(chosen)
     target = out or new_run(loaded.name)
-    run(loaded, folder, target, **options)
+    run(loaded, data, target, **options)
     if out is None and loaded.family != "evaluator":
         set_latest(target)
     if is_main():
         click.echo(f"model: {target}")
+
+
+def _found() -> Path:
+    """The dataset in the current folder. InputError where there is none."""
+    from fastgen.data import find_dataset
+    from fastgen.data.readers import EXPECTED, FOLDERS
+
+    folder = find_dataset(Path())
+    if folder is None:
+        where = f"no dataset in this folder, nor in {'/ or '.join(FOLDERS)}/ ({EXPECTED})"
+        raise InputError(f"{where}; give --data DATA, or render one: `fastgen data iclevr DATA`")
+    return folder

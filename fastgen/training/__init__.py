@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from fastgen.data import read_dataset
+from fastgen.data import Dataset, read_dataset
 from fastgen.data.attributes import with_labels
 from fastgen.errors import InputError
 from fastgen.presets import Preset
@@ -24,7 +24,7 @@ FAMILIES = {"text": train_text, "labels": train_labels, "evaluator": train_evalu
 
 def train(
     preset: Preset,
-    data: Path,
+    data: Path | Dataset,
     out: Path,
     *,
     skip_bad: bool = False,
@@ -33,7 +33,7 @@ def train(
     tracker: str | None = None,
     resume: Path | None = None,
 ) -> Path:
-    """Train all networks of a preset on a dataset folder, and return `out`, which then is a model folder.
+    """Train all networks of a preset on a dataset or its folder, and return `out`, which then is a model folder.
 
     The same call continues an interrupted job from its last checkpoint; the result is that of an uninterrupted job. For a
     finished job it does nothing. `accelerate launch` starts several processes, which share every batch.
@@ -43,7 +43,7 @@ def train(
     not finite or the disk is full.
     """
     out = Path(out)
-    dataset = read_dataset(data)
+    dataset = data if isinstance(data, Dataset) else read_dataset(data)
     if preset.family == "evaluator":
         dataset = with_labels(dataset)
     target = choose("fp32", device).device

@@ -117,6 +117,8 @@ class Reader:
             arguments(words), key=lambda found: found[0] in ("generate", "sweep")
         ):  # models first
             self.lend(step, word.split("/")[0], kind=needed_kind(words, option, word))
+        if words[:2] == ["fastgen", "train"] and "--data" not in words:
+            self.lend(step, "data", kind="labels")
         made = words[words.index("--out") + 1] if "--out" in words else None
         if made in self.given:
             shutil.rmtree(made)
@@ -190,13 +192,21 @@ def needed_kind(words: list[str], before: str, word: str) -> str | None:
 
     command = words[1] if words[0] == "fastgen" else ""
     if command == "train" and before == "--data":
-        return "text" if load_preset(words[2]).family == "text" or words[2] == "evaluator-monsters" else "labels"
+        preset = preset_of(words)
+        return "text" if load_preset(preset).family == "text" or preset == "evaluator-monsters" else "labels"
     if command == "index" and before == "index":
         return "text"
     if command in ("generate", "sweep") and before == command and word.endswith(".json") and "/" not in word:
         named = model_kind(find_folder(words[words.index("--model") + 1])) if "--model" in words else None
         return named or ("text" if word.lower().startswith("prompt") else "labels")
     return None
+
+
+def preset_of(words: list[str]) -> str:
+    """The preset of a `fastgen train`; where it names none, that of the labels which it is lent."""
+    from fastgen.presets.defaults import DEFAULTS
+
+    return DEFAULTS["labels"] if len(words) == 2 or words[2].startswith("-") else words[2]
 
 
 def found_kind(place: Path) -> str | None:
@@ -219,7 +229,7 @@ def shortened(words: list[str]) -> list[str]:
         return ["--count", "2", "--size", "32", "--frames", "1", "--test-count", "4", "--workers", "1"]
     if words[:2] == ["fastgen", "train"]:
         sizes = {word.partition("=")[0] for word in words if word.startswith(("unet.config.", "image_size="))}
-        return [f"--set={override}" for override in small(words[2]) if override.partition("=")[0] not in sizes]
+        return [f"--set={override}" for override in small(preset_of(words)) if override.partition("=")[0] not in sizes]
     if words[:2] == ["fastgen", "generate"]:
         return ["--num-inference-steps", "2"]
     if words[:2] == ["fastgen", "sweep"]:
@@ -310,7 +320,7 @@ def test_commands_stand_in_blocks_that_the_tests_run(document):
     [
         "fastgen generate DATA/test.json --guidance 3",
         "fastgen genrate DATA/test.json",
-        "fastgen train",
+        "fastgen import",
         "fastgen export M --batch-sizes",
         "python -m benchmarks.engines",
         "python -m benchmarks.gpu --out OUT --minute 3",

@@ -16,7 +16,7 @@ from fastgen.files.names import check_text
 
 CAPTIONS = (".txt", ".caption")  # the first of these that an image has is read
 # The images lie in the root or in one of these; or in folders in there, such as kohya-ss's 10_dragon/.
-BASES = (TRAIN, "images")
+BASES = (TRAIN, "images", "img")
 APART = (*SPLITS, *BASES)  # a folder of such a name in the root is read as the base, or not at all
 _REPEATS = re.compile(r"[0-9]+_.+")
 

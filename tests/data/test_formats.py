@@ -270,7 +270,7 @@ def test_a_file_that_is_no_parquet_is_named(tmp_path):
 # --- captions beside the images
 
 
-@pytest.mark.parametrize("base", ["", "train/", "images/", "10_dragon/", "train/10_dragon/"])
+@pytest.mark.parametrize("base", ["", "train/", "images/", "10_dragon/", "img/10_dragon/"])
 def test_a_text_file_beside_an_image_holds_a_caption_on_each_line(tmp_path, base):
     touch(tmp_path, *(f"{base}{name}" for name in ("0.jpg", "1.PNG", "b c.é.webp", "none.png")))
     text_file(tmp_path, f"{base}0.txt", "\ufeffa red dragon, flying\r\n\r\n a dragon \r\n")

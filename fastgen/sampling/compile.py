@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from fastgen.errors import InputError
-from fastgen.sampling.probe import CHECK, FIT, LENGTH, ZERO, Trace, run_probe, start_run
+from fastgen.sampling.probe import CHECK, FIT, LENGTH, ZERO, Trace, continuous, run_probe, start_run
 from fastgen.sampling.schedulers import default_name, make_scheduler
 from fastgen.sampling.tables import SolverTable, format_key, parse_key
 
@@ -125,8 +125,8 @@ def _labelled(scheduler: Any, name: str | None, steps: int) -> Iterator[None]:
 def _check_config(config: Mapping[str, Any]) -> None:
     if config.get("thresholding"):
         raise InputError("thresholding=True scales each image by a quantile of itself, which no solver table can")
-    if str(config.get("variance_type")).startswith("learned"):
-        raise InputError(f"variance_type={config['variance_type']} needs a network that predicts variances")
+    if config.get("scale_factors"):
+        raise InputError("scale_factors changes the size of the state on the way, which no solver table can")
 
 
 def _scale(trace: Trace) -> np.ndarray:
@@ -193,8 +193,9 @@ def _clean_sample(scheduler: Any, trace: Trace) -> np.ndarray | None:
     """(R, 2): the clean sample as combination of x and net, from what the scheduler returns or from its alphas."""
     if trace.x0 is not None:
         return _combination(trace, trace.x0[:, FIT])
-    if not hasattr(scheduler, "alphas_cumprod") or (trace.timesteps % 1).any():
-        return None
+    times, levels = trace.timesteps, getattr(scheduler, "alphas_cumprod", ())
+    if (times % 1).any() or (times < 0).any() or (times >= len(levels)).any() or continuous(scheduler.config):
+        return None  # the timesteps do not index the noise levels
     alphas_cumprod = scheduler.alphas_cumprod[trace.timesteps.astype(int)]
     # torch's float32 roots, as the scheduler takes them: they are not always the correctly rounded ones
     alpha, sigma = alphas_cumprod.sqrt().double().numpy(), (1 - alphas_cumprod).sqrt().double().numpy()

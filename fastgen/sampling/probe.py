@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +15,9 @@ from fastgen.errors import InputError
 
 LENGTH = 64  # of a probe vector
 FIT, ZERO, CHECK = 0, 1, -1  # groups of probe vectors, see Trace
+CLIP_DENOISED = (
+    "clip_denoised"  # CMStochasticIterativeScheduler's option: its step clips to [-1, 1] whatever clip_sample_range
+)
 
 
 @dataclass(frozen=True)
@@ -42,12 +46,13 @@ class Trace:
     z: np.ndarray
     network_input: np.ndarray
     out: np.ndarray
-    x0: np.ndarray | None  # the step's pred_original_sample
+    x0: np.ndarray | None  # the step's pred_original_sample, or what it clipped
     converted: np.ndarray | None  # the scheduler's convert_model_output
 
 
 def start_run(scheduler: Any, num_inference_steps: int, noise_steps: int | None) -> ProbeStart:
     """Set the scheduler's timesteps, for the `noise_steps` least noisy steps if given. Raises InputError."""
+    _check_step(scheduler)
     train_steps = scheduler.config.get("num_train_timesteps", 1000)
     if not 1 <= num_inference_steps <= train_steps:
         raise InputError(f"{num_inference_steps} inference steps, expected 1 to {train_steps}")
@@ -58,7 +63,8 @@ def start_run(scheduler: Any, num_inference_steps: int, noise_steps: int | None)
         raise InputError(f"fewer than {scheduler.pndm_order} steps leave no room for the Runge-Kutta warm-up")
     scheduler.set_timesteps(num_inference_steps)
     full = scheduler.timesteps
-    if scheduler.config.get("timestep_spacing") == "trailing" and full.min() < 0:
+    trailing = scheduler.config.get("timestep_spacing") == "trailing"
+    if trailing and full.min() < 0 and not continuous(scheduler.config):
         raise InputError("diffusers' trailing spacing ends at timestep -1 here; choose another number of steps nearby")
     if noise_steps is None:
         _set_begin(scheduler, 0)
@@ -70,6 +76,22 @@ def start_run(scheduler: Any, num_inference_steps: int, noise_steps: int | None)
     return ProbeStart(late, len(full) - len(late), *_noising(scheduler, late[0]))
 
 
+def continuous(config: Mapping[str, Any]) -> bool:
+    """Whether EulerDiscreteScheduler gives the network log(sigma) / 4, which may be negative, in place of timesteps."""
+    return config.get("timestep_type") == "continuous" and config.get("prediction_type") == "v_prediction"
+
+
+def _check_step(scheduler: Any) -> None:
+    """A table's step knows the prediction, the timestep and the state. Raises InputError if the scheduler's asks for more."""
+    if not hasattr(scheduler, "step") or not hasattr(scheduler, "set_timesteps"):
+        raise InputError("has no step() or no set_timesteps(), so it cannot become a solver table")
+    required = [p.name for p in inspect.signature(scheduler.step).parameters.values() if p.default is p.empty]
+    if required != ["model_output", "timestep", "sample"]:
+        raise InputError(
+            f"its step takes {', '.join(required)}, expected model_output, timestep, sample; so it cannot become a solver table"
+        )
+
+
 def _set_begin(scheduler: Any, row: int) -> None:
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(row)
@@ -79,6 +101,8 @@ def _late(scheduler: Any, noise_steps: int) -> Any:
     """Timesteps of the last steps; a second-order solver takes two rows per step, but one for the last."""
     rows_per_step = getattr(scheduler, "order", 1)
     steps = -(-len(scheduler.timesteps) // rows_per_step)
+    if noise_steps > steps:
+        raise InputError(f"{noise_steps} noise steps, but its schedule has {steps}")
     return scheduler.timesteps[(steps - noise_steps) * rows_per_step :]
 
 
@@ -127,11 +151,15 @@ def run_probe(scheduler: Any, start: ProbeStart, step_options: Mapping[str, Any]
         @classmethod
         def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             """As torch's own for subclasses, without the parts that only other subclasses need: half of its time."""
+            if func is torch.Tensor.clamp and denoised_ranges is not None:
+                record["x0"].append(args[0])
+                args = (args[0], -denoised_ranges, denoised_ranges)
             with torch._C.DisableTorchFunctionSubclass():
                 result = func(*args, **(kwargs or {}))
             return result.as_subclass(cls) if type(result) is torch.Tensor else result
 
     clip_ranges = _set_clip_ranges(scheduler)
+    denoised_ranges = torch.from_numpy(clip_ranges).reshape(3, 1, 1, 1) if scheduler.config.get(CLIP_DENOISED) else None
     rows, groups = len(start.timesteps), len(clip_ranges)
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(2 * rows + 1, groups, 1, 8, 8, dtype=torch.float64, generator=generator).as_subclass(Exact)
@@ -146,14 +174,19 @@ def run_probe(scheduler: Any, start: ProbeStart, step_options: Mapping[str, Any]
 
     scale = getattr(scheduler, "scale_model_input", lambda x, timestep: x)
     _record_conversions(scheduler, record["converted"])
+    asks_next = "prev_timestep" in inspect.signature(scheduler.step).parameters  # UnCLIP's: one less, unless told
+    options = dict(step_options)
     with torch.inference_mode(), _noise_from(draw, type(scheduler)):
         for row, timestep in enumerate(start.timesteps):
             record["x"].append(x)
             record["network_input"].append(scale(x, timestep))
-            result = scheduler.step(net[row], timestep, x, **step_options)
+            if asks_next:
+                options["prev_timestep"] = start.timesteps[row + 1] if row + 1 < rows else None
+            result = scheduler.step(net[row], timestep, x, **options)
             x = result.prev_sample
             record["out"].append(x)
-            record["x0"].append(getattr(result, "pred_original_sample", None))
+            if denoised_ranges is None:
+                record["x0"].append(getattr(result, "pred_original_sample", None))
     if max(draws) > 1:
         raise InputError(f"draws noise {max(draws)} times in one step, expected once at most")
 
@@ -173,6 +206,8 @@ def _set_clip_ranges(scheduler: Any) -> np.ndarray:
     """Give every group its clip range, if the scheduler clips: (G,)."""
     import torch
 
+    if scheduler.config.get(CLIP_DENOISED):
+        return np.array([np.inf, 0.0, 1.0])
     if not (scheduler.config.get("clip_sample") and "clip_sample_range" in scheduler.config):
         return np.full(2, np.inf)
     ranges = np.array([np.inf, 0.0, scheduler.config.clip_sample_range])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import sys
 from unittest import mock
@@ -29,6 +30,8 @@ def run_diffusers(scheduler, timesteps, network, x, *, seeds, begin=0, first_str
         with _noise_of_stream(type(scheduler), seeds, first_stream + row):
             network_input = scheduler.scale_model_input(x, timestep) if hasattr(scheduler, "scale_model_input") else x
             prediction = network(network_input, timestep)
+            if "prev_timestep" in inspect.signature(scheduler.step).parameters:  # as unCLIP's pipeline passes it
+                step_options["prev_timestep"] = timesteps[row + 1] if row + 1 < len(timesteps) else None
             x = scheduler.step(prediction, timestep, x, return_dict=False, **step_options)[0]
         if trail is not None:
             trail.append(x)

@@ -157,13 +157,14 @@ def _solve(scheduler: Any, trace: Trace) -> tuple[str, Coefficients]:
 
 def _candidates(trace: Trace, x0: np.ndarray | None) -> Iterator[tuple[str, Coefficients]]:
     """(basis, coefficients) of every basis in which the steps are linear on the FIT vectors."""
-    bases = {
-        "solver": None if trace.converted is None else _combination(trace, trace.converted[:, FIT]),
-        "net": np.tile([0.0, 1.0], (len(trace.timesteps), 1)),
-        "x0": x0,
-        "eps": None if x0 is None else np.array([1.0, 0.0]) - x0,
-    }
-    for basis, pq in bases.items():
+    bases = [
+        ("solver", None if trace.converted is None else _combination(trace, trace.converted[:, FIT])),
+        ("net", np.tile([0.0, 1.0], (len(trace.timesteps), 1))),
+        ("x0", x0),
+        ("eps", None if x0 is None else np.array([1.0, 0.0]) - x0),
+        ("solver", None if trace.kept is None else _combination(trace, trace.kept[:, FIT])),
+    ]
+    for basis, pq in bases:
         if pq is None:
             continue
         fit = _fit(trace, FIT, _combine(trace, pq))

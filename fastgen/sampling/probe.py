@@ -48,6 +48,7 @@ class Trace:
     out: np.ndarray
     x0: np.ndarray | None  # the step's pred_original_sample, or what it clipped
     converted: np.ndarray | None  # the scheduler's convert_model_output
+    kept: np.ndarray | None  # what the step added to its memory `ets`, with (P|I)NDM
 
 
 def start_run(scheduler: Any, num_inference_steps: int, noise_steps: int | None) -> ProbeStart:
@@ -61,7 +62,10 @@ def start_run(scheduler: Any, num_inference_steps: int, noise_steps: int | None)
     pndm = "skip_prk_steps" in scheduler.config
     if pndm and not scheduler.config.skip_prk_steps and (noise_steps or num_inference_steps) < scheduler.pndm_order:
         raise InputError(f"fewer than {scheduler.pndm_order} steps leave no room for the Runge-Kutta warm-up")
-    scheduler.set_timesteps(num_inference_steps)
+    try:
+        scheduler.set_timesteps(num_inference_steps)
+    except ZeroDivisionError as error:
+        raise InputError(f"its set_timesteps cannot divide the schedule into {num_inference_steps}: {error}") from error
     full = scheduler.timesteps
     trailing = scheduler.config.get("timestep_spacing") == "trailing"
     if trailing and full.min() < 0 and not continuous(scheduler.config):
@@ -164,7 +168,7 @@ def run_probe(scheduler: Any, start: ProbeStart, step_options: Mapping[str, Any]
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(2 * rows + 1, groups, 1, 8, 8, dtype=torch.float64, generator=generator).as_subclass(Exact)
     net, z, x = values[:rows], values[rows:-1], values[-1] * max(start.init_sigma, 1.0)
-    record: dict[str, list[Any]] = {name: [] for name in ("x", "network_input", "out", "x0", "converted")}
+    record: dict[str, list[Any]] = {name: [] for name in ("x", "network_input", "out", "x0", "converted", "kept")}
     draws = [0] * rows
 
     def draw(*args: Any, **kwargs: Any) -> Any:
@@ -185,6 +189,7 @@ def run_probe(scheduler: Any, start: ProbeStart, step_options: Mapping[str, Any]
             result = scheduler.step(net[row], timestep, x, **options)
             x = result.prev_sample
             record["out"].append(x)
+            record["kept"].extend(getattr(scheduler, "ets", ())[-1:])
             if denoised_ranges is None:
                 record["x0"].append(getattr(result, "pred_original_sample", None))
     if max(draws) > 1:

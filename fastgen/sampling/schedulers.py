@@ -39,7 +39,13 @@ CLASS_DEFAULTS = {"skip_prk_steps": False, "algorithm_type": "dpmsolver++", "sol
 
 # Those of SOLVERS' classes that have no use_karras_sigmas. diffusers saves the option with them if the config that they were
 # made from had it, and ignores it.
-WITHOUT_KARRAS = ("DDPMScheduler", "DDIMScheduler", "PNDMScheduler", "EulerAncestralDiscreteScheduler", "LCMScheduler")
+WITHOUT_KARRAS: tuple[str, ...] = (
+    "DDPMScheduler",
+    "DDIMScheduler",
+    "PNDMScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "LCMScheduler",
+)
 WITHOUT_KARRAS += ("TCDScheduler",)
 
 _TOKENS = "samples discrete tokens, which are no numbers that a solver table could add up"
@@ -77,8 +83,13 @@ DIFFUSION = "diffusion"
 FLOW = "flow matching"
 EDM = "EDM preconditioning"
 LOG_SIGMA = "diffusion whose timesteps are a quarter of log sigma"
-CONSISTENCY = "consistency training"
-FLOW_CLASSES = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler")
+OWN = "noise levels that no other class has"
+CONSISTENCY = "the boundary conditions of consistency models"
+FLOW_CLASSES: tuple[str, ...] = (
+    "FlowMatchEulerDiscreteScheduler",
+    "FlowMatchHeunDiscreteScheduler",
+    "FlowMatchLCMScheduler",
+)
 FLOW_CLASSES += ("LTXEulerAncestralRFScheduler",)
 EDM_CLASSES = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
 # diffusion classes with the options use_flow_sigmas, flow_shift and prediction_type="flow_prediction"
@@ -86,7 +97,7 @@ FLOW_SOLVERS = ("dpmpp-2m", "dpmpp-3m", "dpmpp-2m-sde", "dpmpp-2s", "unipc", "de
 # What --scheduler may be for a process, beside the model's own class.
 FITTING: dict[str, tuple[str, ...]] = {
     DIFFUSION: tuple(name for name, (class_name, _) in SOLVERS.items() if class_name not in FLOW_CLASSES),
-    FLOW: ("flow-match-euler", *FLOW_CLASSES[1:], *FLOW_SOLVERS),
+    FLOW: ("flow-match-euler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler", *FLOW_SOLVERS),
     EDM: EDM_CLASSES,
     LOG_SIGMA: ("euler",),
 }
@@ -169,8 +180,8 @@ def make_scheduler(name: str, config: Mapping[str, Any], *, timestep_spacing: st
 
 
 def noise_process(cls: type, config: Mapping[str, Any]) -> str:
-    """How a model with this scheduler was trained to see noise: DIFFUSION, FLOW, EDM, LOG_SIGMA, CONSISTENCY, or words that
-    name the class, if it shares its process with no other.
+    """How a model with this scheduler was trained to see noise: DIFFUSION, FLOW, EDM, LOG_SIGMA, CONSISTENCY, or OWN if the
+    class shares its process with no other.
 
     `config`: with the defaults of the class filled in. DIFFUSION: x_t = sqrt(a) x0 + sqrt(1 - a) noise with a the
     alphas_cumprod of the betas, or that divided by sqrt(a), and the network gets t. FLOW: x_t = (1 - s) x0 + s noise, and the
@@ -178,14 +189,16 @@ def noise_process(cls: type, config: Mapping[str, Any]) -> str:
     """
     name = cls.__name__
     flow_predicted = config.get("prediction_type", "flow_prediction") == "flow_prediction"
+    if REFUSED.get(name) == _STAGES:
+        return OWN
     if name in FLOW_CLASSES or config.get("use_flow_sigmas"):
-        return FLOW if flow_predicted and not config.get("invert_sigmas") else f"flow matching as only {name} does it"
+        return FLOW if flow_predicted and not config.get("invert_sigmas") else OWN
     if name in EDM_CLASSES:
         return EDM
     if name == "CMStochasticIterativeScheduler":
         return CONSISTENCY
     if "beta_schedule" not in config or config.get("prediction_type") == "flow_prediction":
-        return f"the noise levels of {name}, which no other class has"
+        return OWN
     if config.get("timestep_type") == "continuous" and config.get("prediction_type") == "v_prediction":
         return LOG_SIGMA
     return DIFFUSION
@@ -223,6 +236,9 @@ def _target(name: str) -> tuple[Any, dict[str, Any]]:
     if class_name in REFUSED:
         raise InputError(f"scheduler {name!r} cannot become a solver table: {class_name} {REFUSED[class_name]}")
     cls = _scheduler_class(class_name)
+    torch_name = class_name.removeprefix("Flax")
+    if cls is None and torch_name != class_name and _scheduler_class(torch_name):
+        raise InputError(f"scheduler {name!r}: diffusers no longer has Flax classes; {torch_name} is its PyTorch class")
     if cls is None:
         raise unknown("scheduler", name, [*SOLVERS, "NAME-karras", "a diffusers scheduler class"])
     return cls, {**options, "use_karras_sigmas": True} if base != name else dict(options)
@@ -233,9 +249,7 @@ def _source(config: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     class_name = _class_name(config)
     cls = _scheduler_class(class_name)
     if cls is None:
-        near = class_name.removeprefix("Flax")
-        hint = f" ({near} is its PyTorch class)" if near != class_name and _scheduler_class(near) else ""
-        raise InputError(f"scheduler config: _class_name is {class_name!r}, expected a diffusers scheduler class{hint}")
+        raise InputError(f"scheduler config: _class_name is {class_name!r}, expected a diffusers scheduler class")
     parameters = _parameters(cls)
     filled = {key: config.get(key, parameter.default) for key, parameter in parameters.items()}
     for key, value in filled.items():
@@ -330,10 +344,10 @@ def _carry(name: str, cls: Any, source: Any, trained: Mapping[str, Any], explici
         values = _carry_flow(cls, trained, accepted)
     defaults = {key: parameter.default for key, parameter in accepted.items()}
     if process not in TRAINED or noise_process(cls, {**defaults, **values}) != process:
-        fitting = [other for other in FITTING.get(process, ()) if other != source.__name__] or [source.__name__]
+        fitting = [other for other in FITTING.get(process, (source.__name__,)) if other not in REFUSED]
         raise InputError(
             f"scheduler {name!r} ({cls.__name__}) cannot sample this model: it was trained with {process} ({source.__name__}); "
-            f"use {' or '.join(filter(None, (', '.join(fitting[:-1]), fitting[-1])))}"
+            f"use {' or '.join(filter(None, (', '.join(fitting[:-1]), *fitting[-1:]))) or 'another model'}"
         )
     for key in TRAINED[process]:
         inert = (key, trained.get(key)) in (("prediction_type", "epsilon"), ("prediction_type", "flow_prediction"))

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 MOST = 64  # frames of a strip
 PADDING = 2
+MOST_LOG_SIGMA = 2.0  # a network that gets log(sigma) / 4, or a share of the way, gets no more at the first step
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,16 @@ class StripPlan:
         """0 is the final image. Raises InputError for timesteps that training never saw, none at all, or too many."""
         if not 1 <= len(timesteps) <= MOST:
             raise InputError(f"strip holds {len(timesteps)} timesteps, expected 1 to {MOST}")
+        times = table.timesteps
+        if (
+            times.min() < 0
+            or times.max() > num_train_timesteps
+            or (times.max() <= MOST_LOG_SIGMA and (times % 1).any())
+        ):
+            raise InputError(
+                f"strip: solver {table.key} has no training timesteps: the network gets {times[0]:g} to {times[-1]:g}, a "
+                "function of the noise level"
+            )
         for timestep in timesteps:
             if not 0 <= timestep < num_train_timesteps:
                 raise InputError(

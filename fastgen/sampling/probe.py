@@ -89,7 +89,9 @@ def _check_step(scheduler: Any) -> None:
     """A table's step knows the prediction, the timestep and the state. Raises InputError if the scheduler's asks for more."""
     if not hasattr(scheduler, "step") or not hasattr(scheduler, "set_timesteps"):
         raise InputError("has no step() or no set_timesteps(), so it cannot become a solver table")
-    required = [p.name for p in inspect.signature(scheduler.step).parameters.values() if p.default is p.empty]
+    parameters = inspect.signature(scheduler.step).parameters.values()
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    required = [p.name for p in parameters if p.default is p.empty and p.kind not in variadic]
     if required != ["model_output", "timestep", "sample"]:
         raise InputError(
             f"its step takes {', '.join(required)}, expected model_output, timestep, sample; so it cannot become a solver table"

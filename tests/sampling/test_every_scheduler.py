@@ -534,3 +534,26 @@ KEYS = sorted({key for name in FUZZED for key in config(getattr(diffusers, name)
 def test_no_config_is_a_traceback(name, changes, own, key):
     model = {**(config(getattr(diffusers, name)) if name in FUZZED else {"_class_name": name}), **changes}
     attempt(lambda: TableCompiler(model).table(f"{default_name(model)}:4" if own else key))
+
+
+@pytest.mark.parametrize(
+    ("cls", "options"),
+    [
+        ("EDMEulerScheduler", {}),
+        ("IPNDMScheduler", {}),
+        ("MiniMaxH3Scheduler", {}),
+        ("CMStochasticIterativeScheduler", {}),
+        ("EulerDiscreteScheduler", {"timestep_type": "continuous", "prediction_type": "v_prediction", **SD}),
+    ],
+)
+def test_a_strip_needs_training_timesteps(cls, options):
+    from fastgen.generate.strips import StripPlan
+
+    model = config(getattr(diffusers, cls), **options)
+    table = TableCompiler(model).table(f"{default_name(model)}:8")
+    with pytest.raises(InputError, match="has no training timesteps"):
+        StripPlan.of(table, [500, 0], 1000)
+    for other in ("FlowMatchEulerDiscreteScheduler", "KDPM2DiscreteScheduler"):
+        model = config(getattr(diffusers, other))
+        for steps in (1, 8):
+            StripPlan.of(TableCompiler(model).table(f"{default_name(model)}:{steps}"), [500, 0], 1000)

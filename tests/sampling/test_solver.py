@@ -278,8 +278,6 @@ def test_a_scheduler_with_a_missing_package_says_which():
     ("key", "options", "message"),
     [
         ("ddim:20", {"thresholding": True}, "solver ddim .*thresholding=True"),
-        ("ddpm:20", {"variance_type": "learned_range"}, "solver ddpm .*variance_type=learned_range"),
-        ("dpmpp-2m:20", {"variance_type": "learned"}, "variance_type=learned"),
         (
             "ddim:10",
             {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"},

@@ -54,10 +54,10 @@ def describe(config: Mapping[str, Any]) -> str:
     from fastgen.sampling.schedulers import make_scheduler
 
     full = make_scheduler(str(config["_class_name"]), config).config
-    name, betas = full.get("beta_schedule"), ""
+    name, betas, count = full.get("beta_schedule"), "", full.get("num_train_timesteps")
     if name not in (None, "squaredcos_cap_v2"):
         betas = f" betas {full['beta_start']:g} to {full['beta_end']:g}"
-    words = [config["_class_name"], f"{name}{betas}" if name else None, f"{full['num_train_timesteps']} timesteps"]
+    words = [config["_class_name"], f"{name}{betas}" if name else None, f"{count} timesteps" if count else None]
     words += [full.get("prediction_type"), "clip_sample" if full.get("clip_sample") else None]
     return ", ".join(str(word) for word in words if word)
 

@@ -317,7 +317,7 @@ def _check_leftovers(cls: Any, config: Mapping[str, Any], process: str) -> None:
             continue
         if key not in _all_options():
             raise InputError(
-                f"scheduler config: {name} has no option {key}={brief(value)}, nor has any class of diffusers"
+                f"scheduler config: {name} has no option {brief(key)} (here {brief(value)}), nor has any class of diffusers"
             )
         predicts = value == "epsilon" or (process == FLOW and value == "flow_prediction")
         if key == "prediction_type" and not predicts:
@@ -352,7 +352,9 @@ def _carry(name: str, cls: Any, source: Any, trained: Mapping[str, Any], explici
     for key in TRAINED[process]:
         inert = (key, trained.get(key)) in (("prediction_type", "epsilon"), ("prediction_type", "flow_prediction"))
         if trained.get(key) and key not in accepted and not inert and trained[key] != WITHOUT.get(key):
-            raise InputError(f"{cls.__name__} has no {key}, but the model's scheduler config says {key}={trained[key]}")
+            raise InputError(
+                f"{cls.__name__} has no {key}, but the model's scheduler config says {key}={brief(trained[key])}"
+            )
     kept = [*TRAINED[process], *(key for key in CARRIED if key in explicit)]
     values |= {key: value for key, value in WITHOUT.items() if key in accepted}
     return values | {key: trained[key] for key in kept if key in trained and key in accepted}

@@ -482,7 +482,7 @@ def test_a_learned_variance_becomes_the_fixed_one_of_the_mean_channels(cls, vari
         (config() | {"num_train_timesteps": 0}, "num_train_timesteps is 0, but DDPMScheduler expects 1 to"),
         (config() | {"num_train_timesteps": 10**12}, "num_train_timesteps is 1000000000000, but"),
         (config() | {"trained_betas": "abc"}, "DDPMScheduler refuses the model's scheduler config"),
-        (config() | {"beta_strat": 0.1}, "DDPMScheduler has no option beta_strat=0.1, nor has any class"),
+        (config() | {"beta_strat": 0.1}, "DDPMScheduler has no option 'beta_strat' .here 0.1., nor has any class"),
         (config() | {"predict_epsilon": False}, None),
         ({"_class_name": "DDPMScheduler", "predict_epsilon": False}, "prediction_type 'sample'"),
         (config() | {"sigma_data": 0.5}, "DDPMScheduler has no sigma_data, but .*sigma_data=0.5"),

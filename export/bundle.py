@@ -13,6 +13,7 @@ from export.write import BundleOptions, write_bundle
 from fastgen.engines import bundle_engines, check_installed, create_engine, engine_class, no_engine
 from fastgen.engines.base import choose_dtype
 from fastgen.engines.trt.product import RTX, TENSORRT
+from fastgen.engines.unready import Obstacle, export_command, obstacle
 from fastgen.errors import FastgenError, InputError, Say
 from fastgen.models.bundle import Bundle, is_bundle, read_bundle
 from fastgen.models.checkpoint_choice import check_bundle_of
@@ -45,7 +46,9 @@ def export(
     `dtype`: fp16 or bf16 adds graphs in that precision to the fp32 ones; with `trt` or `rtx` it is the engines' precision too,
     by default fp16, which every card has. `trt`: TensorRT plans for the GPU of this machine, one per batch size, in the cache.
     `rtx`: plans of TensorRT for RTX in the bundle, for the cards of `capabilities` (compute capabilities such as "8.6"; None:
-    `trt_rtx.DEFAULT_CAPABILITIES`), which need not be here; the first `fastgen generate` on such a card certifies them.
+    `trt_rtx.DEFAULT_CAPABILITIES`), which need not be here; the first `fastgen generate` on such a card certifies them. Where
+    `trt` cannot work on this machine, `say` gets the reason first of all, everything else is done, and then FastgenError says
+    what is missing.
     `batch_sizes`: images per batch that both are built for. `solvers`: further tables to store, `NAME:STEPS[:NOISE_STEPS]`.
     `engines`: what to certify, as `NAME` or `NAME:DTYPE`, by default every installed engine that runs bundles and is not built
     beforehand, in its default precision.
@@ -64,6 +67,10 @@ def export(
     if rtx:
         _check_rtx(capabilities)
     certified = _engines(engines, model, trt or rtx)
+    hindered = obstacle(TENSORRT.engine) if trt else None
+    if hindered:
+        say(f"engine {TENSORRT.engine} is not ready: {hindered.reasons}")
+        say("TensorRT engines cannot be built here; the bundle is written and certified all the same")
     if not is_bundle(model):
         write_bundle(model, out, BundleOptions(solvers, dtype), overwrite, say, checkpoint)
         bundle = read_bundle(out)
@@ -83,12 +90,19 @@ def export(
 
     for name, precision in certified:
         add(name, precision)
+    failure = None
     if trt:
-        _build_trt(bundle, dtype, batch_sizes, say)
-        generating = [n for n in bundle.spec.signatures if n != "vae_encoder"]
-        add(TENSORRT.engine, dtype, generating)
+        try:
+            _build_trt(bundle, dtype, batch_sizes, say)
+        except FastgenError as error:
+            failure = _no_engines(bundle, error, hindered, _build_options(dtype, batch_sizes), rtx)
+        else:
+            generating = [n for n in bundle.spec.signatures if n != "vae_encoder"]
+            add(TENSORRT.engine, dtype, generating)
     if rtx:
         _build_rtx(bundle, dtype, batch_sizes, capabilities, overwrite, say)
+    if failure is not None:
+        raise failure
     return certificates
 
 
@@ -143,16 +157,37 @@ def _open(name: str, dtype: str | None, bundle: Bundle, model: Path, checkpoint:
 
 
 def _build_trt(bundle: Bundle, dtype: str, batch_sizes: Sequence[int], say: Say) -> None:
-    try:
-        check_installed(TENSORRT.engine)
-        from export.trt import build_engines
+    check_installed(TENSORRT.engine)
+    from export.trt import build_engines
 
-        sizes = sorted(set(batch_sizes))
-        build_engines(bundle, dtype=dtype, batch_sizes=sizes, say=say)
-        if dtype != "fp32" and bundle.spec.family == "text":  # NaN or flat images are decoded again in fp32
-            build_engines(bundle, dtype="fp32", batch_sizes=sizes, networks=["vae_decoder"], say=say)
-    except FastgenError as error:
-        raise type(error)(f"{bundle.folder} is complete, but no TensorRT engines were built: {error}") from None
+    sizes = sorted(set(batch_sizes))
+    build_engines(bundle, dtype=dtype, batch_sizes=sizes, say=say)
+    if dtype != "fp32" and bundle.spec.family == "text":  # NaN or flat images are decoded again in fp32
+        build_engines(bundle, dtype="fp32", batch_sizes=sizes, networks=["vae_decoder"], say=say)
+
+
+def _no_engines(
+    bundle: Bundle, error: FastgenError, hindered: Obstacle | None, options: str, rtx: bool
+) -> FastgenError:
+    """The error that says of a complete bundle why it got no TensorRT engines, with the command that builds them on a machine
+    where that can work. `error`: of the build; `hindered`: what the doctor has said. `rtx`: plans for RTX are asked for too."""
+    what = f"{bundle.folder} is complete, but no TensorRT engines were built"
+    if hindered is None or not isinstance(error, InputError):
+        return type(error)(f"{what}: {error}")
+    command = f"`{export_command(str(bundle.folder), TENSORRT.option)}{options}`"
+    if hindered.gpu:
+        where = f"{hindered.reasons}; then run {command}"
+    else:
+        where = f"{hindered.problems[0].what}; run {command} on a machine with the GPU"
+    if hindered.rtx and not rtx:
+        where += f", or `{export_command(str(bundle.folder), RTX.option)}` here, which builds plans for RTX cards"
+    return FastgenError(f"{what}: {where}")
+
+
+def _build_options(dtype: str, batch_sizes: Sequence[int]) -> str:
+    """The options of `fastgen export --trt` that differ from its defaults."""
+    sizes = "" if tuple(batch_sizes) == BATCH_SIZES else f" --batch-sizes {','.join(map(str, batch_sizes))}"
+    return ("" if dtype == "fp16" else f" --dtype {dtype}") + sizes
 
 
 def _build_rtx(

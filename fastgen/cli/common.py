@@ -31,9 +31,9 @@ def say(line: str) -> None:
 def model_for(kind: str, engine: str | None) -> Path:
     """The default model for requests of this kind, "text" or "labels"; its name goes to stderr. Raises InputError as
     `find.default_model` does."""
-    from fastgen.engines import source_kind
+    from fastgen.engines import built_by, source_kind
     from fastgen.models.find import default_model
 
-    default = default_model(kind, source_kind(engine))
+    default = default_model(kind, source_kind(engine), option=built_by(engine))
     say(f"model: {default}")
     return default.folder

@@ -67,11 +67,11 @@ def why(model: Path | None, engine: str, dtype: str | None, batch_size: int | No
     from fastgen.engines.cache.listing import build_command, check_engine, explain
 
     check_engine(engine)
-    from fastgen.engines import source_kind
+    from fastgen.engines import built_by, source_kind
     from fastgen.generate.pipeline import load
     from fastgen.models.runs import latest_model
 
-    folder = model or latest_model(source_kind(engine))
+    folder = model or latest_model(source_kind(engine), built_by(engine))
     pipeline = load(folder, engine, device=device, dtype=dtype)
     findings = explain(pipeline.engine, pipeline.spec, batch_size)
     for finding in findings:

@@ -58,9 +58,10 @@ def export(
     bundle; MODEL may be a bundle that has them already.
 
     --trt builds for the GPU of this machine, --rtx on any x86-64 machine for RTX cards elsewhere; the first `fastgen generate
-    --engine trt-rtx` on a card certifies what --rtx built.
+    --engine trt-rtx` on a card certifies what --rtx built. Where --trt cannot work, the command says so at once, and makes the
+    bundle all the same, for the same command on a machine with a GPU.
 
-    Exits with 1 when an engine misses its tolerance.
+    Exits with 1 when an engine misses its tolerance, and where no TensorRT engines could be built.
     """
     from export.bundle import BATCH_SIZES
     from export.bundle import export as run

@@ -33,6 +33,12 @@ def source_kind(name: str | None) -> str | None:
     return None if name is None else engine_class(name).source_kind
 
 
+def built_by(name: str | None) -> str | None:
+    """The option of `fastgen export` that builds what an engine runs; None for an engine that needs nothing built beforehand,
+    and for no engine in particular. Raises InputError for an unknown name."""
+    return None if name is None else engine_class(name).built_by
+
+
 def missing_packages(name: str) -> list[str]:
     """The packages that the engine needs and that are not installed."""
     return [package for package in engine_class(name).packages if importlib.util.find_spec(package) is None]

@@ -8,10 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastgen.engines import source_kind
+from fastgen.engines import built_by, source_kind
+from fastgen.engines.unready import check_ready
 from fastgen.errors import InputError
 from fastgen.generate.requests import Request, Requests, parse_requests, typed_requests
-from fastgen.models.find import ModelFolder, default_model, find_model
+from fastgen.models.find import ModelFolder, default_model, find_model, name_of
+from fastgen.models.runs import LATEST
 
 GENERATED = Path("generated")
 OTHER_FORMATS = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -83,11 +85,12 @@ def choose_model(
     requests: Requests, model: Path | None, engine: str | None, checkpoint: str | None = None
 ) -> tuple[ModelFolder, list[Request]]:
     """The model for these requests, not loaded yet: `model`, else that of `find.default_model`; and the checked requests.
-    Raises InputError where there is no model, and for labels that it does not know."""
+    Raises InputError where there is no model, for labels that it does not know, and for an engine that cannot run here."""
+    check_ready(engine, name_of(model) if model else "" if LATEST.exists() else "MODEL")
     if model:
         folder = find_model(model, checkpoint)
     else:
-        folder = default_model(requests.kind, source_kind(engine), checkpoint)
+        folder = default_model(requests.kind, source_kind(engine), checkpoint, built_by(engine))
     try:
         return folder, requests.known(folder.objects)
     except InputError as error:

@@ -7,8 +7,9 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from fastgen.engines import check_installed, create_engine, engine_class
+from fastgen.engines import built_by, check_installed, create_engine, engine_class
 from fastgen.engines.choose import default_engine
+from fastgen.engines.unready import check_ready, export_command, obstacle
 from fastgen.errors import InputError
 from fastgen.files.names import check_labels
 from fastgen.generate.requests import Request
@@ -105,9 +106,10 @@ def load(
     """
     model = path if isinstance(path, ModelFolder) else find_model(path, checkpoint)
     name = engine or default_engine(model.folder, device)
+    check_ready(name, name_of(model.folder))
     kind = engine_class(name).source_kind
     if kind == "bundle" and model.bundle is None:
-        command = f"fastgen export {name_of(model.folder)} --out BUNDLE"
+        command = f"{export_command(name_of(model.folder), built_by(name))} --out BUNDLE"
         raise InputError(f"engine {name} runs bundles; `{command}` makes one of this model folder")
     if kind == "model" and model.bundle is not None:
         raise InputError(
@@ -130,4 +132,9 @@ def load(
     def open_exact() -> Engine:
         return create_engine(name, open_source(), dtype="fp32", **options)
 
-    return Pipeline(source, create_engine(name, source, dtype=dtype, **options), graphs=graphs, open_exact=open_exact)
+    try:
+        opened = create_engine(name, source, dtype=dtype, **options)
+    except InputError as error:  # of an engine with plans: as the doctor says it, with the command that builds them
+        found = obstacle(name)
+        raise found.refusal(name_of(model.folder)) if found else error from None
+    return Pipeline(source, opened, graphs=graphs, open_exact=open_exact)

@@ -106,17 +106,19 @@ def find_model(name: str | os.PathLike[str], checkpoint: str | None = None, why:
     return ModelFolder(folder, None, model_kind(parts), read_objects(labels) if labels.is_file() else None, why)
 
 
-def default_model(kind: str, source_kind: str | None, checkpoint: str | None = None) -> ModelFolder:
+def default_model(
+    kind: str, source_kind: str | None, checkpoint: str | None = None, option: str | None = None
+) -> ModelFolder:
     """The latest run's bundle or model where it is one for requests of this kind, else the shipped one that is.
 
-    `source_kind`: of the engine that will run it, "bundle" or "model"; None for any.
+    `source_kind`: of the engine that will run it, "bundle" or "model"; None for any. `option`: see `latest_model`.
 
     Raises InputError when there is neither, and when the latest run has no bundle for an engine that needs one.
     """
     if not LATEST.exists():
         reason = "no runs/latest here"
     elif (latest := model_kind(latest_run())) == kind:
-        return find_model(latest_model(source_kind), checkpoint, "the latest run")
+        return find_model(latest_model(source_kind, option), checkpoint, "the latest run")
     else:
         reason = f"the latest run, {latest_run().name}, " + (f"takes {KINDS[latest]}" if latest else "is no model")
     with located(f"no model given, and {reason}"):

@@ -43,13 +43,13 @@ def latest_run() -> Path:
     return LATEST.resolve()
 
 
-def latest_model(source_kind: str | None) -> Path:
+def latest_model(source_kind: str | None, option: str | None = None) -> Path:
     """The latest run's bundle, or its model folder for an engine whose `source_kind` is "model"; None takes the bundle where
-    there is one. Raises InputError."""
+    there is one. `option`: of `fastgen export`, that builds what the engine runs. Raises InputError."""
     run = latest_run()
     bundle = run / "bundle"
     if source_kind == "model" or (source_kind is None and not is_bundle(bundle)):
         return run
     if not is_bundle(bundle):
-        raise InputError(f"{run} has no bundle yet; `fastgen export` makes it")
+        raise InputError(f"{run} has no bundle yet; `fastgen export{f' {option}' if option else ''}` makes it")
     return bundle

@@ -8,7 +8,7 @@ import shutil
 import sys
 import sysconfig
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -66,13 +66,13 @@ class MachineReport:
         return {"fastgen": __version__, **asdict(self.machine), "engines": engines}
 
 
-def examine() -> MachineReport:
-    """Probe this machine and judge every engine. Takes about as long as importing torch and diffusers."""
+def examine(engines: Sequence[str] | None = None) -> MachineReport:
+    """Probe this machine and judge these engines, by default every one. Takes about as long as importing their packages."""
     from fastgen.engines import engine_class, engine_names
 
-    classes = {name: engine_class(name) for name in engine_names()}
+    classes = {name: engine_class(name) for name in (engine_names() if engines is None else engines)}
     needed = [package for engine in classes.values() for package in engine.packages]
-    machine = probe(list(dict.fromkeys([*KNOWN, *needed])))
+    machine = probe(list(dict.fromkeys([*(KNOWN if engines is None else ()), *needed])))
     return MachineReport(machine, [Verdict(name, engine.problems(machine)) for name, engine in classes.items()])
 
 

@@ -13,6 +13,7 @@ from fastgen.engines.cache.artifacts import Artifact
 from fastgen.engines.trt.plan import BUILDER, open_context
 from fastgen.engines.trt.plan_engine import TrtEngine
 from fastgen.engines.trt.product import TENSORRT
+from fastgen.engines.unready import ready_now
 from fastgen.errors import InputError
 from fastgen.files.installing import Install
 from fastgen.models.bundle import read_bundle
@@ -85,6 +86,7 @@ class Engine(TrtEngine):
         different = ", ".join(map(str, near[0][1])) if near else ""
         nearest = f"in the nearest one {different}" if near else f"none of {network} was ever built here"
         what = f"{network}{f' for {rows} rows' if rows else ''} in {recipe.fields['dtype']}"
+        instead = "" if rows else ready_now()
         return InputError(
-            f"engine trt has no plan of {what}: {nearest}; run `{self.build_command(network, rows or 1)}`"
+            f"engine trt has no plan of {what}: {nearest}; run `{self.build_command(network, rows or 1)}`{instead}"
         )

@@ -129,6 +129,8 @@ def generate(
     if names and (part or device):
         raise InputError(f"--devices chooses --{'shard' if part else 'device'} itself; give one of them")
     job = read_input(requests_file, prompts, labels, out, seed=seed, count=count)
+    for note in job.requests.notes:
+        say(note)
     job.refuse({"--strip": strip, "--grid": grid, "--shard": shard, "--devices": devices})
     folder, requests = choose_model(job.requests, model, engine, checkpoint)
     if folder.why:

@@ -101,10 +101,15 @@ def sweep(
     tolerance = problems.attempt(lambda: parse_within(within))
     selection = problems.attempt(lambda: Rule(rule, *(tolerance or (2.0, "%")), against))
     problems.attempt(lambda: ScoringOptions(**scoring))
-    folder = problems.attempt(lambda: model or model_for(parse_requests(requests_file).kind, engine))
+    requests = problems.attempt(lambda: parse_requests(requests_file))
+    kind = requests.kind if requests else None
+    folder = model or (problems.attempt(lambda: model_for(kind, engine)) if kind else None)
     problems.check()
     assert grid is not None
+    assert requests is not None
     assert folder is not None
+    for note in requests.notes:
+        say(note)
     scorer = need("fastgen.scoring.scorer").Scorer(**scoring)
     from fastgen.sweep import sweep as run
 

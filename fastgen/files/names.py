@@ -12,6 +12,7 @@ from fastgen.files.jsonfiles import brief, located, read_json
 
 CONTACT_SHEET, GRID, STRIP_SHEET = "contact_sheet.png", "grid.png", "strips.png"
 SHEETS = (CONTACT_SHEET, GRID, STRIP_SHEET)  # written beside the images; the last two on request
+OTHER_FORMATS = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")  # of images, which fastgen does not write
 STRIP_FOLDER = "strips"  # has a strip for each image, under the image's name
 SHAPES = ("cube", "sphere", "cylinder")
 COLOURS = ("gray", "red", "blue", "green", "brown", "purple", "cyan", "yellow")
@@ -50,7 +51,11 @@ def _kind_of(path: Path) -> str | None:
 def check_image_name(name: object) -> str:
     """`name`, if it is a path that ends in .png and stays below the output folder; else InputError."""
     name = check_relative(name, "image_name", longest=200)  # leaves room for a temporary suffix
-    if not PurePosixPath(name).name.removesuffix(".png") or not name.endswith(".png"):
+    path = PurePosixPath(name)
+    if path.suffix.lower() in OTHER_FORMATS:
+        right = str(path.with_suffix(".png"))
+        raise InputError(f"image_name: found {brief(name)}, and images are PNG files; call it {brief(right)}")
+    if not path.name.removesuffix(".png") or not name.endswith(".png"):
         raise InputError(f"image_name: found {brief(name)}, expected a name that ends in .png")
     if name.casefold() == CONTACT_SHEET:
         raise InputError(f"image_name: {CONTACT_SHEET!r} is kept for the overview of all images; choose another name")

@@ -11,12 +11,12 @@ from pathlib import Path
 from fastgen.engines import built_by, source_kind
 from fastgen.engines.unready import check_ready
 from fastgen.errors import InputError
+from fastgen.files.names import OTHER_FORMATS
 from fastgen.generate.requests import Request, Requests, parse_requests, typed_requests
 from fastgen.models.find import ModelFolder, default_model, find_model, name_of
 from fastgen.models.runs import LATEST
 
 GENERATED = Path("generated")
-OTHER_FORMATS = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 LONGEST_NAME = 60  # characters of a prompt that name its file
 
 

@@ -23,6 +23,7 @@ from fastgen.files.names import (
     check_text,
     read_objects,
 )
+from fastgen.generate.request_fields import check_fields, ignored_note
 
 MAX_SEED = 2**63  # exclusive
 SCHEMAS = (
@@ -69,10 +70,12 @@ class Labelled(Protocol):
 
 
 class Requests(NamedTuple):
-    """Requests of one kind, with the place of each in its file for messages. `known` checks their labels."""
+    """Requests of one kind, with the place of each in its file for messages. `known` checks their labels. `notes`: lines that
+    tell the user what of the file has no effect."""
 
     requests: list[Request]
     places: list[str]
+    notes: tuple[str, ...] = ()
 
     @property
     def kind(self) -> Literal["text", "labels"]:
@@ -88,34 +91,40 @@ class Requests(NamedTuple):
         return self.requests
 
 
-def read_requests(path: str | os.PathLike[str], objects: Mapping[str, int] | None = None) -> list[Request]:
+def read_requests(
+    path: str | os.PathLike[str], objects: Mapping[str, int] | None = None, *, generated: bool = False
+) -> list[Request]:
     """Every request of a JSON or JSONL file, see `parse_requests`. Labels must be in `objects`, by default in objects.json
     beside the file, else among the 24 of i-CLEVR. Raises InputError with file, entry and field."""
-    requests = parse_requests(path)
+    requests = parse_requests(path, generated=generated)
     if requests.kind == "labels" and objects is None:
         beside = Path(path).parent / "objects.json"
         objects = read_objects(beside) if beside.exists() else ICLEVR_OBJECTS
     return requests.known(objects)
 
 
-def parse_requests(path: str | os.PathLike[str]) -> Requests:
+def parse_requests(path: str | os.PathLike[str], *, generated: bool = False) -> Requests:
     """Every request of a JSON or JSONL file, in file order; all of one kind, with image names that do not collide.
 
     Schemas: {"0_main": {"image_name", "text_prompt"}} (without text_prompt: given_description and action_description),
     [["red cube", ...], ...], and {"prompt" | "labels", "image_name"?, "seed"?} in a list, a dict or a JSONL file.
-    A missing image_name is the position, "0.png"; null is a missing prompt, labels or seed; other keys are ignored.
-    Raises InputError with file, entry and field.
+    A missing image_name is the position, "0.png"; null is a missing prompt, labels or seed. A key that asks for something that
+    will not be done is refused (`request_fields`); a note names the other keys that are ignored. `generated`: the images are
+    there already, so no key is refused and none is noted. Raises InputError with file, entry and field.
     """
     path = Path(path)
-    requests, places = [], []
+    requests, places, ignored = [], [], []
     for position, (key, place, value) in enumerate(_entries(path)):
         with located(place):
+            if isinstance(value, dict) and not generated:
+                ignored += check_fields(value)
             requests.append(_request(key, position, value))
         places.append(place)
     if not requests:
         raise InputError(f"{path}: holds no requests; {SCHEMAS}")
     _check_together(requests, places)
-    return Requests(requests, places)
+    notes = (f"{path}: {ignored_note(ignored, len(requests))}",) if ignored else ()
+    return Requests(requests, places, notes)
 
 
 def typed_requests(

@@ -172,7 +172,7 @@ class Scorer:
     def _work(self, folders: Sequence[Path] | None, path: Path | None, limit: int | None = None) -> Work:
         judge = self.evaluator if path and not self.attributes else None
         objects = label_objects(judge.evaluator, self._objects, path) if judge and path else None
-        requests = None if path is None else read_requests(path, objects)[:limit]
+        requests = None if path is None else read_requests(path, objects, generated=True)[:limit]
         names = tuple(r.image_name for r in requests or ()) if folders is None else image_names(folders, requests)
         references = self.reference.files_by_name(names) if self.clip and self.reference else {}
         prompts = tuple(r.prompt for r in requests or () if r.prompt is not None) if self.clip else ()

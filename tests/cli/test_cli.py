@@ -163,7 +163,7 @@ def test_a_truncated_prompt_is_a_warning(fastgen, text_bundle, tmp_path):
         ('[{"labels": ["red cube"], "image_name": "../x.png"}]', "entry [0]: image_name: found '../x.png'"),
         ('[{"labels": ["red cube"], "image_name": "/tmp/x.png"}]', "relative path inside the folder"),
         ('[{"labels": ["red cube"], "image_name": "a\\u0000.png"}]', "NUL"),
-        ('[{"labels": ["red cube"], "image_name": "x.jpg"}]', "ends in .png"),
+        ('[{"labels": ["red cube"], "image_name": "x.jpg"}]', "images are PNG files; call it 'x.png'"),
         ('[{"labels": ["red cube"], "image_name": "a.png"}, {"labels": ["red cube"], "image_name": "A.png"}]', "taken"),
         ('[["red cub"]]', "unknown label 'red cub'; did you mean 'red cube'? (choices: gray cube"),
         ('[["red cube", "red cube"]]', "occurs twice"),

@@ -44,7 +44,7 @@ def pipeline(model: str, device: str, dtype: str, graphs: bool | None = None, en
 
 def images(pipe: Pipeline, count: int = COUNT, **settings: Any) -> np.ndarray:
     """(count, H, W, 3) uint8 of made-up conditions, image i from seed i, in one batch."""
-    given: dict[str, Any] = conditions(pipe.spec.family, count)
+    given: dict[str, Any] = conditions(pipe.spec.condition.kind, count)
     options = {"num_inference_steps": STEPS, **settings}
     return np.stack([np.asarray(i) for i in pipe.generate(**given, seeds=range(count), batch_size=count, **options)])
 
@@ -53,7 +53,7 @@ def requests(pipe: Pipeline, count: int) -> list[Request]:
     """The same as requests."""
     from fastgen.generate.requests import Request
 
-    given = conditions(pipe.spec.family, count)
+    given = conditions(pipe.spec.condition.kind, count)
     if "prompts" in given:
         return [Request(str(i), f"{i}.png", prompt=p, seed=i) for i, p in enumerate(given["prompts"])]
     return [Request(str(i), f"{i}.png", labels=tuple(names), seed=i) for i, names in enumerate(given["labels"])]

@@ -80,13 +80,13 @@ def nothing_waits(run: Run, model: str) -> Iterator[Fact]:
     whole = Generation(pipe, given, settings)
     table, conditions = whole.table, whole.conditions
     seeds = pipe.engine.array(np.arange(COUNT, dtype=np.int64))
-    x, cond = initial_latents(table, seeds, pipe.spec.latent_shape), conditions(given)
+    x, cond = initial_latents(table, seeds, pipe.spec.space.shape), conditions(given)
     options: dict[str, Any] = {
         "seeds": seeds,
         "guidance_scale": settings.guidance_scale,
-        "uncond": conditions.uncond(),
+        "uncond": conditions.uncond(given),
     }
-    loop = DeviceLoop(pipe.engine, table, x.shape, cond.shape, graphs=run.cuda)
+    loop = DeviceLoop(pipe.engine, table, x.shape, cond, graphs=run.cuda)
     loop.run(x, cond, **options)  # records
     if run.cuda:
         try:

@@ -48,7 +48,7 @@ def speed(run: Run, model: str) -> Iterator[Fact]:
 
 def images_per_s(pipe: Pipeline, batch: int) -> dict[str, Any]:
     """Median and spread over a few batches, from conditions to pixels in the host's memory, after one that warms up."""
-    given: dict[str, Any] = conditions(pipe.spec.family, batch)
+    given: dict[str, Any] = conditions(pipe.spec.condition.kind, batch)
     found = []
     for _ in range(1 + ROUNDS):
         start = time.perf_counter()

@@ -38,7 +38,7 @@ def count(model: Path) -> Work:
     import torch
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
-    from fastgen.models.networks.labels import label_unet_class
+    from fastgen.models.networks.labels import denoiser_class
 
     config = json.loads((model / "unet" / "config.json").read_text())
     vae = model / "vae" if (model / "vae").is_dir() else model / "vae_decoder"
@@ -46,7 +46,7 @@ def count(model: Path) -> Work:
     with torch.device("meta"):
         sample, timestep = torch.empty(1, config["in_channels"], size, size), torch.empty(1)
         if not (vae / "config.json").is_file():
-            unet: Any = label_unet_class(config["_class_name"]).from_config(config)
+            unet: Any = denoiser_class(config["_class_name"]).from_config(config)
             identity = config.get("class_embed_type") == "identity"
             width = 4 * config["block_out_channels"][0] if identity else config.get("label_dim")
             labels = None if width is None else torch.empty(1, width)

@@ -73,7 +73,7 @@ def reference_sampling(bench: Bench, asked: str | None) -> tuple[tuple[str, int]
         if bench.evaluations(Point(name, steps, 1.0)) is None:
             raise InputError(f"--reference-solver {asked}: {bench.skipped[asked]}")
         return (name, steps), None
-    if bench.family == "labels":
+    if bench.kind == "labels":
         return ("ddpm", bench.training_steps), None
     for name in ("pndm-prk", "pndm"):
         if bench.evaluations(Point(name, PNDM_STEPS, 1.0)) is not None:

@@ -81,7 +81,7 @@ class Bench:
         self._pipeline = load(model, **{k: v for k, v in options.items() if k != "batch_size"})
         engine = self._pipeline.engine
         self.engine = {"engine": engine.name, "dtype": engine.dtype, "device": engine.device}
-        self.family = self._pipeline.spec.family
+        self.kind = self._pipeline.spec.condition.kind
         self.training_steps = int(self._pipeline.spec.scheduler_config.get("num_train_timesteps", 1000))
         self.rows: dict[str, dict[Point, ScoredPoint]] = {COARSE: {}, FINE: {}}
         self.skipped: dict[str, str] = {}

@@ -87,8 +87,9 @@ def _task(preset: Preset, device: Any) -> Any:
 
     from fastgen.files.names import ICLEVR_OBJECTS
     from fastgen.models.build import build_module
-    from fastgen.models.networks.labels import LabelConditioner, LabelUNet, unet_class
-    from fastgen.models.networks.text import TextUNet
+    from fastgen.models.condition import CLASS, STATES
+    from fastgen.models.networks.denoiser import Denoiser
+    from fastgen.models.networks.labels import LabelConditioner, unet_class
     from fastgen.training.diffusion import DiffusionTask
     from fastgen.training.sources import CaptionSource, LabelSource, PixelSpace
 
@@ -99,13 +100,14 @@ def _task(preset: Preset, device: Any) -> Any:
     space: Any
     conditions: Any
     if preset.conditioner is None:
-        module: Any = TextUNet(build_module(UNet2DConditionModel, config, "unet", recipe.seed))
+        module: Any = Denoiser(build_module(UNet2DConditionModel, config, "unet", recipe.seed), [STATES])
         space = _random_latents((config["in_channels"], config["sample_size"], config["sample_size"]), device)
         states = rng.standard_normal((EXAMPLES, 77, config["cross_attention_dim"])).astype(np.float16)
         conditions = CaptionSource(states, list(examples[:, None]), device)
     else:
         unet = build_module(unet_class(preset.conditioner["kind"], config), config, "unet", recipe.seed)
-        module = LabelUNet(unet, LabelConditioner(num_labels=len(ICLEVR_OBJECTS), **preset.conditioner))
+        conditioner = LabelConditioner(num_labels=len(ICLEVR_OBJECTS), **preset.conditioner)
+        module = Denoiser(unet, [CLASS], conditioner)
         images = rng.integers(0, 256, (EXAMPLES, preset.image_size, preset.image_size, 3), np.uint8)
         space = PixelSpace(images, device)
         conditions = LabelSource(np.eye(EXAMPLES, len(ICLEVR_OBJECTS), dtype=np.float32), device)
@@ -119,7 +121,7 @@ def _random_latents(shape: tuple[int, int, int], device: Any) -> Any:
 
     class RandomLatents(LatentSpace):
         def __init__(self) -> None:
-            self.shape, self.device, self.vae, self.scaling_factor = shape, device, None, 1.0
+            self.shape, self.device, self.vae = shape, device, None
 
         def clean(self, rows: Any, draws: Any, *changes: Any) -> Any:
             return draws.normal(POSTERIOR, self.shape)
@@ -138,7 +140,7 @@ def _evaluation(task: Any, precision: Any, *, guided: bool) -> tuple[Callable[[]
 
     def predict() -> Any:
         with torch.inference_mode(), precision.autocast():
-            return task.module(x, timesteps, condition)
+            return task.module(x, timesteps, *condition)
 
     return lambda: predict().cpu(), tuple(predict().shape[1:])
 

@@ -88,7 +88,7 @@ def yardstick(run: Run, model: Path) -> dict[str, Any]:
 
 
 def _plan(run: Run, model: Path, **options: Any) -> Plan:
-    requests = run.requests if model_spec(model).family == "text" else None
+    requests = run.requests if model_spec(model).condition.kind == "text" else None
     whole: dict[str, Any] = {
         "processes": False,
         "seconds": run.left,
@@ -187,7 +187,7 @@ def _run_job(
 def generate(run: Run, pipeline: Pipeline, count: int, steps: int | None = None) -> np.ndarray:
     """(count, H, W, 3) uint8 of the first conditions, image i from seed i, in one batch."""
     given: dict[str, Any] = conditions(
-        pipeline.spec.family, count, run.requests if pipeline.spec.family == "text" else None
+        pipeline.spec.condition.kind, count, run.requests if pipeline.spec.condition.kind == "text" else None
     )
     images = pipeline.generate(**given, seeds=range(count), batch_size=count, num_inference_steps=steps)
     return np.stack([np.asarray(image) for image in images])

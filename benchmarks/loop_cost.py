@@ -44,7 +44,7 @@ def loop_cost(bundle: Path, engine: str, *, batch_size: int, rounds: int, **sett
     """One row: seconds of `Pipeline.generate` for a batch, and the share of it outside the networks."""
     pipeline = load(bundle, engine)
     clock = NetworkClock(pipeline)
-    given: dict[str, Any] = conditions(pipeline.spec.family, batch_size)
+    given: dict[str, Any] = conditions(pipeline.spec.condition.kind, batch_size)
 
     def generate() -> None:
         pipeline.generate(**given, seeds=range(batch_size), batch_size=batch_size, **settings)

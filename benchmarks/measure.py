@@ -127,7 +127,7 @@ class Matrix:
             "model": plan.model.name,
             "device": plan.device,
             "threads": plan.threads,
-            "image_size": self.spec.image_size,
+            "image_size": self.spec.space.image[1],
             "scheduler": self.sampling.scheduler,
             "steps": list(self.steps),
             "evaluations": [len(self.tables[s]) for s in self.steps],
@@ -145,10 +145,10 @@ class Matrix:
     def _inputs(self) -> Iterator[None]:
         """A folder, while the block runs, with what all sides are given."""
         count = max(self.plan.images, *self.plan.batches, PARITY_IMAGES)
-        self._given = conditions(self.spec.family, count, self.plan.requests)
+        self._given = conditions(self.spec.condition.kind, count, self.plan.requests)
         with tempfile.TemporaryDirectory() as scratch:
             self._scratch = Path(scratch)
-            np.save(self._scratch / "latents.npy", normal(range(count), 0, self.spec.latent_shape))
+            np.save(self._scratch / "latents.npy", normal(range(count), 0, self.spec.space.shape))
             yield
 
     def _reference_images(self) -> None:
@@ -266,7 +266,7 @@ class Matrix:
             return Opened(side, error=reason)
         if (
             foreign
-            and self.spec.family == "text"
+            and self.spec.condition.kind == "text"
             and (own := default_name(self.spec.scheduler_config)) != self.sampling.scheduler
         ):
             return Opened(side, error=f"samples with the folder's scheduler, {own}, not with {self.sampling.scheduler}")
@@ -286,7 +286,7 @@ class Matrix:
                 "model": str(plan.model.absolute()),
                 "bundle": str(bundle.absolute()) if bundle else None,
                 "work": str(plan.work.absolute()),
-                "image_size": self.spec.image_size,
+                "image_size": self.spec.space.image[1],
                 "guidance_scale": self.sampling.guidance_scale,
                 "scheduler": self.sampling.scheduler,
             }

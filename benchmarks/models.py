@@ -17,8 +17,9 @@ from fastgen.errors import unknown
 from fastgen.files.jsonfiles import write_json
 from fastgen.files.names import ICLEVR_OBJECTS
 from fastgen.models.build import build_text_encoder
-from fastgen.models.folder import Model, save_model
+from fastgen.models.folder import Model
 from fastgen.models.networks.labels import LabelConditioner, conditioner_dim, unet_class
+from fastgen.models.saving import save_model
 from fastgen.presets import NetworkPreset, Preset, Training, load_preset, preset_names
 from fastgen.training.bpe import train_tokenizer
 
@@ -77,7 +78,7 @@ def random_model(name_or_file: str | Path, folder: Path, seed: int = 0) -> Path:
         return folder
     preset = architecture(name_or_file)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = _text(preset, seed) if preset.family == "text" else _labels(preset, seed)
+        model = _labels(preset, seed) if preset.conditioner is not None else _text(preset, seed)
         _scale_outputs(model)
     save_model(model, folder)
     return folder
@@ -102,8 +103,8 @@ def _text(preset: Preset, seed: int) -> Model:
     text = _config(preset, "text_encoder")
     tokenizer = train_tokenizer(prompts(64), text["vocab_size"], text.get("max_position_embeddings", 77))
     unet = build(preset, "unet", seed)
-    model = Model(None, "text", unet, dict(preset.scheduler), preset.sampling, tokenizer=tokenizer)
-    model.text_encoder = build_text_encoder(text, tokenizer, seed + 1)
+    model = Model(None, unet, dict(preset.scheduler), preset.sampling, tokenizers=[tokenizer])
+    model.text_encoders = [build_text_encoder(text, tokenizer, seed + 1)]
     model.vae = build(preset, "vae", seed + 2)
     return model
 
@@ -113,7 +114,7 @@ def _labels(preset: Preset, seed: int) -> Model:
     assert preset.conditioner is not None
     table = {"dim": conditioner_dim(preset.conditioner["kind"], unet.config)[0], **preset.conditioner}
     conditioner = LabelConditioner(num_labels=len(ICLEVR_OBJECTS), **table)
-    return Model(None, "labels", unet, dict(preset.scheduler), preset.sampling, conditioner, ICLEVR_OBJECTS)
+    return Model(None, unet, dict(preset.scheduler), preset.sampling, conditioner, dict(ICLEVR_OBJECTS))
 
 
 @torch.inference_mode()

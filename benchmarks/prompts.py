@@ -35,13 +35,14 @@ def prompts(count: int) -> list[str]:
     return made
 
 
-def conditions(family: str, count: int, requests: Path | None = None) -> dict[str, list[Any]]:
-    """`count` prompts or label lists, as keywords of Pipeline.generate; from a request file, repeated if it is shorter."""
-    kind = "prompts" if family == "text" else "labels"
+def conditions(kind: str, count: int, requests: Path | None = None) -> dict[str, list[Any]]:
+    """`count` prompts or label lists, for a model of this kind, as keywords of Pipeline.generate; from a request file, repeated
+    if it is shorter."""
+    keyword = "prompts" if kind == "text" else "labels"
     if requests is None:
-        return {kind: prompts(count) if family == "text" else [LABELS[i % len(LABELS)] for i in range(count)]}
+        return {keyword: prompts(count) if kind == "text" else [LABELS[i % len(LABELS)] for i in range(count)]}
     from fastgen.generate.requests import read_requests
 
     found = read_requests(requests)
-    values: list[Any] = [r.prompt if family == "text" else list(r.labels or ()) for r in found]
-    return {kind: [values[i % len(values)] for i in range(count)]}
+    values: list[Any] = [r.prompt if kind == "text" else list(r.labels or ()) for r in found]
+    return {keyword: [values[i % len(values)] for i in range(count)]}

@@ -121,7 +121,7 @@ def finished(folder: Path) -> dict[str, Any]:
 
 @click.command()
 @click.argument("requests", type=FOLDER)
-@click.option("--model", type=FOLDER, required=True, help="Bundle or model folder of the text family.")
+@click.option("--model", type=FOLDER, required=True, help="Bundle or model folder of a model of text.")
 @click.option("--index", "index_folder", type=FOLDER, help="Of the training data (`fastgen index`), for the RAG noise.")
 @click.option("--engine", help="[default: what is installed and fits]")
 @click.option("--threads", type=int, help="[default: the engine's]")

@@ -60,7 +60,7 @@ def _fastgen(*arguments: str) -> list[str]:
 
 def _generate(bundle: Path, engine: str, scratch: Path) -> list[str]:
     """The command for one image; every run writes to a folder of its own, `{run}`."""
-    given = conditions(read_bundle(bundle).spec.family, 1)
+    given = conditions(read_bundle(bundle).spec.condition.kind, 1)
     requests = [{"prompt": given["prompts"][0]}] if "prompts" in given else given["labels"]
     file = scratch / f"{bundle.name}.json"
     file.write_text(json.dumps(requests))

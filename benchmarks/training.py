@@ -28,7 +28,8 @@ from fastgen.data import Dataset, read_dataset
 from fastgen.data.cache import cached_pixels
 from fastgen.data.synthetic import write_monsters
 from fastgen.models.build import build_text_encoder
-from fastgen.models.folder import TextUNet
+from fastgen.models.condition import STATES
+from fastgen.models.networks.denoiser import Denoiser
 from fastgen.presets import Preset
 from fastgen.presets.recipe import Training
 from fastgen.training.autocast import Precision, choose
@@ -106,7 +107,7 @@ def cached_task(frozen: Frozen, unet: Any, preset: Preset, recipe: Training) -> 
     rows = np.arange(len(choices))
     space, conditions = LatentSpace(moments, images, frozen.vae, device), CaptionSource(states, choices, device)
     options: dict[str, Any] = {"dropout": recipe.condition_dropout, "flip": recipe.flip}
-    return DiffusionTask(TextUNet(unet), space, conditions, preset.scheduler, (rows, rows), **options)
+    return DiffusionTask(Denoiser(unet, [STATES]), space, conditions, preset.scheduler, (rows, rows), **options)
 
 
 class Fresh(LatentSpace):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from export.certificate import Certificate, certify
 from export.trt_build import check_settings
@@ -21,6 +21,7 @@ from fastgen.models.signatures import network_dtype
 
 if TYPE_CHECKING:
     from fastgen.engines.base import Engine
+    from fastgen.models.lora import Lora
 
 BATCH_SIZES = (1, 8, 64)
 
@@ -38,6 +39,9 @@ def export(
     engines: Sequence[str] | None = None,
     overwrite: bool = False,
     checkpoint: str | None = None,
+    size: tuple[int, int] | None = None,
+    loras: Sequence[Lora] | None = None,
+    allow_pickle: bool = False,
     say: Say = lambda line: None,
     show: Callable[[Certificate], None] = lambda certificate: None,
 ) -> list[Certificate]:
@@ -53,7 +57,8 @@ def export(
     `engines`: what to certify, as `NAME` or `NAME:DTYPE`, by default every installed engine that runs bundles and is not built
     beforehand, in its default precision.
 
-    `checkpoint`: which of a training run's weights, see `fastgen.models.checkpoint_choice`.
+    `checkpoint`: which of a training run's weights, see `fastgen.models.checkpoint_choice`. `size` (height and width of the
+    images), `loras`, `allow_pickle`: see `fastgen.models.folder.load_model`.
 
     A bundle of the same weights at `out` is kept, gets the graphs that it lacks, and is certified; another one is replaced
     with `overwrite`, which also builds plans of TensorRT for RTX again. Where `model` is a bundle itself, which must be `out`
@@ -67,24 +72,29 @@ def export(
     if rtx:
         _check_rtx(capabilities)
     certified = _engines(engines, model, trt or rtx)
+    how: dict[str, Any] = {"checkpoint": checkpoint, "size": size, "loras": loras, "allow_pickle": allow_pickle}
     hindered = obstacle(TENSORRT.engine) if trt else None
     if hindered:
         say(f"engine {TENSORRT.engine} is not ready: {hindered.reasons}")
         say("TensorRT engines cannot be built here; the bundle is written and certified all the same")
     if not is_bundle(model):
-        write_bundle(model, out, BundleOptions(solvers, dtype), overwrite, say, checkpoint)
+        write_bundle(model, out, BundleOptions(solvers, dtype), overwrite, say, **how)
         bundle = read_bundle(out)
     elif model.resolve() != out.resolve():
         raise InputError(f"{model} is a bundle already; to certify engines on it give it as --out too")
     else:
         bundle = read_bundle(out)
+        if loras or size not in (None, bundle.spec.space.image[1:]):
+            raise InputError(
+                f"{model} is a bundle already, of images of {bundle.spec.space.size}; give the model folder"
+            )
         _check_holds(bundle, dtype)
         check_bundle_of(model, bundle.spec.checkpoint, checkpoint)
     certificates = []
 
     def add(name: str, precision: str | None, networks: Sequence[str] | None = None) -> None:
         say(f"certifying {name} against eager fp32")
-        engine = _open(name, precision, bundle, model, checkpoint)
+        engine = _open(name, precision, bundle, model, how)
         certificates.append(certify(engine, bundle, networks))
         show(certificates[-1])
 
@@ -148,12 +158,12 @@ def _engines(texts: Sequence[str] | None, model: Path, plans: bool) -> list[tupl
     return engines
 
 
-def _open(name: str, dtype: str | None, bundle: Bundle, model: Path, checkpoint: str | None) -> Engine:
+def _open(name: str, dtype: str | None, bundle: Bundle, model: Path, how: Mapping[str, Any]) -> Engine:
     if engine_class(name).source_kind == "bundle":
         return create_engine(name, bundle, dtype=dtype)
     from fastgen.models.folder import load_model
 
-    return create_engine(name, load_model(model, checkpoint), dtype=dtype)
+    return create_engine(name, load_model(model, **how), dtype=dtype)
 
 
 def _build_trt(bundle: Bundle, dtype: str, batch_sizes: Sequence[int], say: Say) -> None:
@@ -162,7 +172,7 @@ def _build_trt(bundle: Bundle, dtype: str, batch_sizes: Sequence[int], say: Say)
 
     sizes = sorted(set(batch_sizes))
     build_engines(bundle, dtype=dtype, batch_sizes=sizes, say=say)
-    if dtype != "fp32" and bundle.spec.family == "text":  # NaN or flat images are decoded again in fp32
+    if dtype != "fp32" and bundle.spec.space.latent:  # NaN or flat images are decoded again in fp32
         build_engines(bundle, dtype="fp32", batch_sizes=sizes, networks=["vae_decoder"], say=say)
 
 

@@ -65,14 +65,17 @@ def export_onnx(module: nn.Module, signature: Signature, path: Path, dtype: str 
 
 
 def _dynamic_shapes(module: nn.Module, inputs: int) -> Any:
-    """The batch axis of every input; for torch.export `*inputs` is one parameter.
+    """The batch axis of every input; for torch.export the inputs that `*rest` takes are one parameter, the last.
 
     The axis has a name and no bounds: diffusers' upsampling branches at 64 rows, and torch traces a network a second time when
     a bound contradicts such a branch.
     """
     shapes = tuple({0: BATCH} for _ in range(inputs))
-    parameters = inspect.signature(module.forward).parameters.values()
-    return (shapes,) if any(p.kind is p.VAR_POSITIONAL for p in parameters) else shapes
+    parameters = list(inspect.signature(module.forward).parameters.values())
+    if parameters[-1].kind is not inspect.Parameter.VAR_POSITIONAL:
+        return shapes
+    named = len(parameters) - 1
+    return (*shapes[:named], shapes[named:]) if inputs > named else shapes
 
 
 def _strip(model: Any) -> None:

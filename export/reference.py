@@ -9,20 +9,23 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fastgen.engines.machine import usable_cores
 from fastgen.errors import FastgenError, InputError
 from fastgen.files.jsonfiles import read_json, write_bytes, write_json
+from fastgen.generate.conditions import token_ids
 from fastgen.generate.pipeline import Pipeline
 from fastgen.generate.quantise import problem
 from fastgen.generate.requests import Request
 from fastgen.generate.run import Run
 from fastgen.generate.settings import Settings
 from fastgen.models.bundle import REFERENCE, Bundle
+from fastgen.models.condition import CLASS, POOLED, STATES, Condition
 from fastgen.models.signatures import Signature
+from fastgen.sampling.tables import format_key
 
 if TYPE_CHECKING:
     from fastgen.engines.base import Engine
@@ -135,9 +138,9 @@ def _run_in_threads(
 
 
 def generate_images(pipeline: Pipeline) -> np.ndarray:
-    """(8, 3, H, W): the certificate's requests with the model's default solver at 20 steps."""
+    """(8, channels, H, W): the certificate's requests with the model's default solver at 20 steps."""
     spec = pipeline.spec
-    requests = _requests(list(spec.objects or ()))
+    requests = _requests(spec.condition)
     settings = Settings(spec.sampling.scheduler, IMAGE_STEPS, spec.sampling.guidance_scale)
     run = Run(pipeline, requests, settings)
     batches = run.batches(max(IMAGES, min(pipeline.buckets(settings) or [1])))
@@ -159,13 +162,16 @@ def relative_l2(expected: np.ndarray, outputs: np.ndarray) -> float:
     return float(np.linalg.norm(expected - outputs) / np.linalg.norm(expected))
 
 
-def _requests(objects: Sequence[str]) -> list[Request]:
-    """Prompts, or one to three labels each where there are objects."""
-    requests = []
+def _requests(condition: Condition) -> list[Request]:
+    """Prompts; one to three labels each, or a class; what the model takes."""
+    names, requests = list(condition.names or ()), []
     for i in range(IMAGES):
-        labels = dict.fromkeys(objects[(5 * i + 7 * j) % len(objects)] for j in range(min(1 + i % 3, len(objects))))
-        condition = {"labels": tuple(labels)} if objects else {"prompt": PROMPTS[i]}
-        requests.append(Request(str(i), f"{i}.png", seed=i, **condition))
+        count = min(1 + i % 3, len(names)) if condition.labels is not None else 1
+        labels = tuple(dict.fromkeys(names[(5 * i + 7 * j) % len(names)] for j in range(count))) if names else None
+        if condition.number:
+            labels = (str(i / IMAGES),)
+        prompt = PROMPTS[i] if condition.text is not None else None
+        requests.append(Request(str(i), f"{i}.png", prompt, labels, seed=i))
     return requests
 
 
@@ -173,22 +179,36 @@ def _inputs(
     pipeline: Pipeline, name: str, signature: Signature, tensors: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
     """Inputs of one network: for the text encoder PROMPTS and the empty prompt; for a UNet timesteps over the whole schedule,
-    with the text encoder's states out of `tensors` or multi-hot labels; else noise."""
+    with the text encoder's states out of `tensors`, multi-hot labels, or classes; else noise."""
     rng, batch = np.random.default_rng(0), TIMESTEPS * SEEDS
     if name == "text_encoder":
-        assert pipeline.tokenizer is not None
-        return {"input_ids": pipeline.tokenizer.encode([*PROMPTS, ""])[0]}
+        ids = token_ids(pipeline.tokenizers, [*PROMPTS, ""])[0]
+        return {tensor.name: rows for tensor, rows in zip(signature.inputs, ids, strict=True)}
     if name != "unet":
         return signature.sample_inputs(SEEDS, rng)
     inputs = signature.sample_inputs(batch, rng)
-    last = int(pipeline.spec.scheduler_config.get("num_train_timesteps", 1000)) - 1
-    inputs["timestep"] = np.repeat(np.linspace(0, last, TIMESTEPS).round(), SEEDS).astype(np.float32)
-    if pipeline.spec.family == "text":
-        states = tensors["text_encoder.last_hidden_state"]  # (9, tokens, D), the last one of the empty prompt
-        inputs["encoder_hidden_states"] = states[np.arange(batch) % len(states)]
-    else:
-        labels = np.zeros_like(inputs["class_labels"])
+    inputs["timestep"] = _timesteps(pipeline)
+    for key, output in ((STATES, "last_hidden_state"), (POOLED, "pooler_output")):
+        if key in inputs and pipeline.spec.condition.text is not None:
+            rows = tensors[f"text_encoder.{output}"]  # 9 rows, the last one of the empty prompt
+            inputs[key] = rows[np.arange(batch) % len(rows)]
+    if pipeline.spec.condition.labels is not None:
+        labels = np.zeros_like(inputs[CLASS])
         for row in labels[1:]:  # the first stays unconditional
             row[rng.choice(labels.shape[1], min(3, labels.shape[1]), replace=False)] = 1
-        inputs["class_labels"] = labels
+        inputs[CLASS] = labels
     return inputs
+
+
+def _timesteps(pipeline: Pipeline) -> np.ndarray:
+    """(TIMESTEPS * SEEDS,) float32: over the whole schedule, each SEEDS times. Where timesteps are no whole numbers, as with
+    EDM or flow matching, those that the model's own solver takes."""
+    spec = pipeline.spec
+    model: Any = pipeline.source
+    logarithmic = model.unet.config.get("time_embedding_type") == "fourier"  # of 0 it has none
+    table = pipeline.source.table(format_key(spec.sampling.scheduler, IMAGE_STEPS))
+    last = int(spec.scheduler_config.get("num_train_timesteps", 1000)) - 1
+    spread = np.linspace(0, last, TIMESTEPS).round()
+    if (table.timesteps % 1).any() or logarithmic:
+        spread = table.timesteps[np.linspace(0, len(table) - 1, TIMESTEPS).astype(int)]
+    return np.repeat(spread, SEEDS).astype(np.float32)

@@ -52,7 +52,7 @@ def build_engines(
     recipes = [
         make_recipe(bundle, name, rows, dtype, TENSORRT, bound)
         for name in names
-        for rows in network_rows(name, batch_sizes, bundle.spec.image_size)
+        for rows in network_rows(name, batch_sizes, bundle.spec.space.pixels)
     ]
     timings = timing_cache or timing_file(platform)
     return [obtain(recipe, partial(_make, bundle, platform, recipe, timings, say), say) for recipe in recipes]

@@ -66,17 +66,17 @@ def build_plan(
     return BuiltPlan(plan, islands, config)
 
 
-def network_rows(network: str, batch_sizes: Sequence[int], image_size: int) -> list[int]:
+def network_rows(network: str, batch_sizes: Sequence[int], pixels: int) -> list[int]:
     """The numbers of rows that a network is run with when batches of `batch_sizes` images are generated, ascending.
 
     The UNet sees 2B rows where it is guided, and B where it is not: guidance scale 1, or outside the guidance interval. The
-    text encoder takes prompts in batches of its own, whatever the images'. The VAE decodes a batch in chunks.
-    """
+    text encoder takes prompts in batches of its own, whatever the images'. The VAE decodes a batch in chunks. `pixels`: of an
+    image."""
     if network == "text_encoder":
         return [ENCODE_BATCH]
     if network == "unet":
         return sorted({rows for size in batch_sizes for rows in (size, 2 * size)})
-    return sorted({min(size, max(1, DECODE_PIXELS // image_size**2)) for size in batch_sizes})
+    return sorted({min(size, max(1, DECODE_PIXELS // pixels)) for size in batch_sizes})
 
 
 def check_networks(bundle: Bundle, names: Sequence[str] | None) -> list[str]:

@@ -67,7 +67,7 @@ def build_plans(
     check_settings(dtype, batch_sizes)
     cards = check_capabilities(capabilities)
     pairs = [(name, dtype) for name in check_networks(bundle, networks)]
-    if networks is None and bundle.spec.family == "text" and dtype != "fp32":
+    if networks is None and bundle.spec.space.latent and dtype != "fp32":
         pairs.append(("vae_decoder", "fp32"))
     library = open_library(RTX)
     sweep(bundle)
@@ -105,7 +105,7 @@ def _order(
     bundle: Bundle, library: TrtLibrary, network: str, dtype: str, batch_sizes: Sequence[int], cards: Sequence[str]
 ) -> Order:
     """The plan to build for a network. The text encoder always runs the same number of rows; the others any up to the most."""
-    most = network_rows(network, batch_sizes, bundle.spec.image_size)[-1]
+    most = network_rows(network, batch_sizes, bundle.spec.space.pixels)[-1]
     rows = Rows(most if network == "text_encoder" else 1, most, most)
     bound: dict[str, str | float | None] = {RTX.module: library.version, CAPABILITIES: " ".join(cards)}
     bound |= {"least_rows": rows.least, "best_rows": rows.best}

@@ -56,10 +56,9 @@ class BundleOptions:
         return ["bf16"] if self.dtype in ("fp32", "bf16") else ["bf16", self.dtype]
 
 
-def write_bundle(
-    model_folder: Path, out: Path, options: BundleOptions, overwrite: bool, say: Say, checkpoint: str | None = None
-) -> None:
-    """Make `out` the bundle of this model folder: write it, add what it lacks, or leave it as it is.
+def write_bundle(model_folder: Path, out: Path, options: BundleOptions, overwrite: bool, say: Say, **how: Any) -> None:
+    """Make `out` the bundle of this model folder: write it, add what it lacks, or leave it as it is. `how`: the arguments of
+    `load_model`.
 
     Raises InputError for an unknown solver, and where `out` is something else, or another bundle without `overwrite`.
     """
@@ -67,7 +66,7 @@ def write_bundle(
 
     for key in options.solvers:
         parse_key(key)
-    model = load_model(model_folder, checkpoint)
+    model = load_model(model_folder, **how)
     bundle = _existing(out, model, options, overwrite)
     if bundle is None:
         with new_folder(out, existing="replace", alone=True) as partial:
@@ -83,8 +82,10 @@ def _fill(partial: Path, out: Path, model: Model, options: BundleOptions, say: S
     for name, file in _config_files(model).items():
         (partial / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, partial / name)
-    if model.family == "text" and not (partial / "tokenizer" / "tokenizer.json").exists():
-        model.tokenizer.backend_tokenizer.save(str(partial / "tokenizer" / "tokenizer.json"))
+    for i, tokenizer in enumerate(model.tokenizers):
+        file = partial / (f"tokenizer_{i + 1}" if i else "tokenizer") / "tokenizer.json"
+        if not file.exists():
+            tokenizer.backend_tokenizer.save(str(file))
     say("compiling solver tables")  # first: it fails soonest, for a solver that does not exist
     _write_tables(model, partial / TABLES, options.solvers, say)
     for name, module in model.networks().items():
@@ -165,11 +166,18 @@ def _stored_reference(out: Path, model: Model) -> Path | None:
 
 def _config_files(model: Model) -> dict[str, Path]:
     """Name in the bundle -> file of the model folder: component configs under the names that optimum expects, the
-    tokenizer, the conditioner's config, model_index.json and labels.json."""
+    tokenizers, the conditioner's config, model_index.json and labels.json."""
     assert model.folder is not None
-    sources = {"vae_decoder": "vae", "vae_encoder": "vae"}
-    files = {f"{n}/config.json": model.folder / sources.get(n, n) / "config.json" for n in model.networks()}
-    files |= {f"tokenizer/{f.name}": f for f in sorted((model.folder / "tokenizer").glob("*")) if f.is_file()}
+    assert model.layout is not None
+    layout = model.layout
+    sources = {"unet": layout.denoiser}
+    sources |= {} if layout.vae is None else {"vae_decoder": layout.vae, "vae_encoder": layout.vae}
+    files: dict[str, Path] = {}
+    for i, (encoder, tokenizer) in enumerate(layout.text_encoders.items()):
+        end = f"_{i + 1}" if i else ""
+        sources[f"text_encoder{end}"] = encoder
+        files |= {f"tokenizer{end}/{f.name}": f for f in sorted((model.folder / tokenizer).glob("*")) if f.is_file()}
+    files = {f"{n}/config.json": model.folder / source / "config.json" for n, source in sources.items()} | files
     names = ("scheduler/scheduler_config.json", "conditioner/config.json", "model_index.json", "labels.json")
     return files | {name: model.folder / name for name in names if (model.folder / name).is_file()}
 
@@ -186,7 +194,7 @@ def _write_tables(model: Model, path: Path, solvers: Sequence[str], say: Say) ->
     for key in (*(format_key(default.scheduler, n) for n in (default.num_inference_steps, IMAGE_STEPS)), *solvers):
         if key not in tables:
             tables[key] = compiler.table(key)
-    for key in _late_keys(default) if model.family == "text" else ():
+    for key in _late_keys(default) if model.condition.text is not None else ():
         try:
             tables[key] = compiler.table(key)
         except InputError:
@@ -209,7 +217,8 @@ def _manifest(spec: Spec) -> dict[str, Any]:
     """bundle.json, but for the list of files."""
     return {
         "format_version": FORMAT_VERSION,
-        "family": spec.family,
+        "condition": spec.condition.to_json(),
+        "space": spec.space.to_json(),
         "source_sha256": spec.sha256,
         "checkpoint": spec.checkpoint,
         "image_mode": spec.image_mode,
@@ -217,8 +226,6 @@ def _manifest(spec: Spec) -> dict[str, Any]:
         "versions": _versions(),
         "sampling": asdict(spec.sampling),
         "scheduler_config": infinity_as_text(spec.scheduler_config),
-        "scaling_factor": spec.scaling_factor,
-        "objects": spec.objects,
         "signatures": {name: s.to_json() for name, s in spec.signatures.items()},
     }
 

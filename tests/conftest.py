@@ -80,7 +80,8 @@ def text_model(once) -> Path:
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    from fastgen.models.folder import Model, save_model
+    from fastgen.models.folder import Model
+    from fastgen.models.saving import save_model
     from fastgen.sampling.defaults import Sampling
     from fastgen.training.bpe import train_tokenizer
 
@@ -130,8 +131,8 @@ def text_model(once) -> Path:
         "set_alpha_to_one": False,
         "steps_offset": 1,
     }
-    model = Model(None, "text", unet.eval(), schedule, Sampling("ddim", 5, 3.0))
-    model.text_encoder, model.tokenizer, model.vae = text_encoder.eval(), tokenizer, vae.eval()
+    model = Model(None, unet.eval(), schedule, Sampling("ddim", 5, 3.0))
+    model.text_encoders, model.tokenizers, model.vae = [text_encoder.eval()], [tokenizer], vae.eval()
     return once("models-text/text", partial(save_model, model))
 
 
@@ -143,7 +144,8 @@ def label_model(once) -> Path:
     from diffusers import UNet2DModel
 
     from fastgen.files.names import ICLEVR_OBJECTS
-    from fastgen.models.folder import LabelConditioner, Model, save_model
+    from fastgen.models.folder import LabelConditioner, Model
+    from fastgen.models.saving import save_model
     from fastgen.sampling.defaults import Sampling
 
     torch.set_num_threads(1)
@@ -167,7 +169,7 @@ def label_model(once) -> Path:
         "prediction_type": "v_prediction",
         "clip_sample": True,
     }
-    model = Model(None, "labels", unet.eval(), schedule, Sampling("ddpm", 5, 1.5), conditioner.eval(), ICLEVR_OBJECTS)
+    model = Model(None, unet.eval(), schedule, Sampling("ddpm", 5, 1.5), conditioner.eval(), dict(ICLEVR_OBJECTS))
     return once("models-labels/labels", partial(save_model, model))
 
 

@@ -1,4 +1,4 @@
-"""What holds for every class of UNet of the label family: its ONNX graph, and bf16."""
+"""What holds for every class of UNet that takes labels: its ONNX graph, and bf16."""
 
 from __future__ import annotations
 

@@ -193,7 +193,7 @@ def needed_kind(words: list[str], before: str, word: str) -> str | None:
     command = words[1] if words[0] == "fastgen" else ""
     if command == "train" and before == "--data":
         preset = preset_of(words)
-        return "text" if load_preset(preset).family == "text" or preset == "evaluator-monsters" else "labels"
+        return "text" if load_preset(preset).kind == "text" or preset == "evaluator-monsters" else "labels"
     if command == "index" and before == "index":
         return "text"
     if command in ("generate", "sweep") and before == command and word.endswith(".json") and "/" not in word:

@@ -117,7 +117,7 @@ class Labels(_Runner):
         if opening["name"] == "diffusers-compile":
             mode = "reduce-overhead" if self._device.startswith("cuda") else "default"
             unet = torch.compile(unet.to(memory_format=torch.channels_last), mode=mode)  # type: ignore[call-overload, assignment]
-        self._unet, self._objects, self._guidance = unet, dict(model.objects or {}), opening["guidance_scale"]
+        self._unet, self._objects, self._guidance = unet, dict(model.names or {}), opening["guidance_scale"]
         self._scheduler = make_scheduler(opening["scheduler"], model.scheduler_config)
 
     def _batch(self, given: list[Any], noise: torch.Tensor, steps: int) -> np.ndarray:

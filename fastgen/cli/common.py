@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from fastgen.errors import InputError
+
 
 class ModelPath(click.Path):
     """A folder, or the name of a model or evaluator that comes with fastgen; a folder of that name wins."""
@@ -21,6 +23,34 @@ class ModelPath(click.Path):
 FOLDER = click.Path(path_type=Path)
 MODEL = ModelPath(path_type=Path)
 POSITIVE = click.IntRange(min=1)
+
+
+def model_options(command: Any) -> Any:
+    """The options that say how a model folder is read, in the order of the help."""
+    options = [
+        click.option("--height", type=POSITIVE, help="Height of the images in px.  [default: training's]"),
+        click.option("--width", type=POSITIVE, help="Width.  [default: training's]"),
+        click.option(
+            "--lora",
+            "loras",
+            multiple=True,
+            metavar="FILE[:SCALE]",
+            help="Fuse LoRA weights; repeatable. none: leave out.",
+        ),
+        click.option("--allow-pickle", is_flag=True, help="Read weights in pickles (.bin) too, tensors alone."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def image_size(height: int | None, width: int | None) -> tuple[int, int] | None:
+    """(height, width) of --height and --width; None without them. InputError for one alone."""
+    if height is None and width is None:
+        return None
+    if height is None or width is None:
+        raise InputError("--height and --width go together; give both")
+    return height, width
 
 
 def say(line: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from fastgen.cli.common import FOLDER, MODEL, say
+from fastgen.cli.common import FOLDER, MODEL, image_size, model_options, say
 from fastgen.errors import FastgenError, InputError
 
 
@@ -41,6 +41,7 @@ from fastgen.errors import FastgenError, InputError
     help="Engine to certify.  [default: every installed one]",
 )
 @click.option("--checkpoint", help="A run's weights: best, last, ema or a step.  [default: the finished model's]")
+@model_options
 @click.option("--overwrite", is_flag=True, help="Replace another bundle at --out; build what --rtx builds again.")
 def export(
     model: Path | None,
@@ -50,6 +51,9 @@ def export(
     capabilities: str | None,
     batch_sizes: str | None,
     engines: Sequence[str],
+    height: int | None,
+    width: int | None,
+    loras: Sequence[str],
     **options: Any,
 ) -> None:
     """Export MODEL (default: the latest run) to a bundle, and certify engines against eager PyTorch in fp32.
@@ -67,6 +71,7 @@ def export(
     from export.bundle import export as run
     from fastgen.models.bundle import is_bundle
     from fastgen.models.find import output_folder
+    from fastgen.models.lora import parse_loras
     from fastgen.models.runs import latest_run
 
     if batch_sizes is not None and not (trt or rtx):
@@ -77,6 +82,7 @@ def export(
     sizes = _batch_sizes(batch_sizes) if batch_sizes is not None else BATCH_SIZES
     source = model or latest_run()
     target = out or (source if is_bundle(source) else output_folder(source, "bundle"))
+    options |= {"size": image_size(height, width), "loras": parse_loras(loras)}
     options |= {"engines": engines or None, "trt": trt, "rtx": rtx, "capabilities": cards, "batch_sizes": sizes}
     certificates = run(source, target, say=say, show=lambda c: click.echo(c.table()), **options)
     click.echo(f"bundle: {target}")

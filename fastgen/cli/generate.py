@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fastgen.cli.certifying import ensure_certified
-from fastgen.cli.common import FOLDER, MODEL, POSITIVE, say
+from fastgen.cli.common import FOLDER, MODEL, POSITIVE, image_size, model_options, say
 from fastgen.errors import FastgenError, InputError
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 )
 @click.option("--limit", type=POSITIVE, help="Only the first N requests.")
 @click.option("--checkpoint", help="A run's weights: best, last, ema or a step.  [default: the finished model's]")
+@model_options
 @click.option(
     "--normalize",
     default="clamp",
@@ -102,6 +103,10 @@ def generate(
     shard: str | None,
     dry_run: bool,
     checkpoint: str | None,
+    height: int | None,
+    width: int | None,
+    loras: Sequence[str],
+    allow_pickle: bool,
     rag: Path | None,
     noise_steps: int | None,
     strength: float | None,
@@ -120,6 +125,7 @@ def generate(
     from fastgen.generate.single import write_image
     from fastgen.generate.start import late_start
     from fastgen.generate.strips import parse_timesteps
+    from fastgen.models.lora import parse_loras
     from fastgen.retrieval.index import open_index
 
     late: dict[str, Any] = {"noise_steps": noise_steps, "strength": strength, "rag_top_k": rag_top_k}
@@ -145,6 +151,7 @@ def generate(
 
     requests = requests[:limit]
     options: dict[str, Any] = {"device": device, "dtype": dtype, "threads": threads, "graphs": graphs}
+    options |= {"size": image_size(height, width), "loras": parse_loras(loras), "allow_pickle": allow_pickle}
     pipeline = load(folder, engine, checkpoint=checkpoint, **options)
     if not dry_run:
         ensure_certified(pipeline)

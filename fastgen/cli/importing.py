@@ -24,12 +24,17 @@ from fastgen.cli.common import FOLDER, POSITIVE, say
 )
 @click.option("--num-train-timesteps", type=POSITIVE, help="Timesteps of it.  [default: 1000, or the preset's]")
 @click.option("--prediction-type", help="epsilon, v_prediction or sample.  [default: epsilon, or the preset's]")
-@click.option("--text-encoder", metavar="PATH_OR_ID[:SUBFOLDER]", help="CLIP text encoder.  [default: the preset's]")
-@click.option("--vae", metavar="PATH_OR_ID[:SUBFOLDER]", help="Autoencoder of the latents.  [default: the preset's]")
+@click.option("--text-encoder", metavar="PATH_OR_ID[:SUBFOLDER]", help="Text encoder.  [default: the preset's]")
+@click.option(
+    "--vae", metavar="PATH_OR_ID[:SUBFOLDER]", help="Autoencoder of the latents; none: pixels.  [default: the preset's]"
+)
 @click.option("--download", is_flag=True, help="Fetch these two from the hub where they are not on this machine.")
-@click.option("--objects", type=FOLDER, help="objects.json, the labels' names.  [default: i-CLEVR's, of 24]")
-@click.option("--conditioner", metavar="FILE[:KEY]", help="Weights of the Linear on the labels, where OLD lacks them.")
+@click.option("--objects", type=FOLDER, help="objects.json, names of labels or classes.  [default: i-CLEVR's, of 24]")
+@click.option("--conditioner", metavar="FILE[:KEY]", help="Weights of the layer on the labels, where OLD lacks it.")
 @click.option("--condition-first", is_flag=True, help="Its code concatenates the labels before the image's channels.")
+@click.option("--embed", metavar="linear|embedding|identity", help="What it is, where weights do not tell.")
+@click.option("--null-class", type=int, help="The class id that its training used for no class: guidance needs it.")
+@click.option("--unconditional", is_flag=True, help="It has no condition.")
 def import_(source: Path, out: Path, **options: Any) -> None:
     """Make a model folder of OLD, a UNet from elsewhere: a diffusers folder, a .safetensors file or a .pt state dict.
 

@@ -67,7 +67,7 @@ def train(
         say(chosen)
     target = out or new_run(loaded.name)
     run(loaded, data, target, **options)
-    if out is None and loaded.family != "evaluator":
+    if out is None and loaded.evaluator is None:
         set_latest(target)
     if is_main():
         click.echo(f"model: {target}")

@@ -19,7 +19,7 @@ IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".p
 
 @dataclass(frozen=True)
 class Example:
-    """One training image with its captions (text family) or labels (label family)."""
+    """One training image with its captions or its labels."""
 
     image: Path
     captions: tuple[str, ...]

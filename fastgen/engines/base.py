@@ -116,14 +116,14 @@ class Engine(abc.ABC):
         """(B, ...) -> (size, ...), the last row repeated."""
         return rows if len(rows) == size else self.xp.concatenate([rows, *[rows[-1:]] * (size - len(rows))])
 
-    def run_guided(self, sample: Array, timestep: Array, cond: Array) -> Array:
-        """The UNet on sample (B, ...) and timestep (B,) under each half of cond (2B, ...): predictions (2B, ...).
+    def run_guided(self, sample: Array, timestep: Array, *conds: Array) -> Array:
+        """The UNet on sample (B, ...) and timestep (B,) under each half of the conditions (2B, ...): predictions (2B, ...).
 
         Classifier-free guidance needs the same state under two conditions; an engine may compute once what does not depend
         on the condition.
         """
         concat = self.xp.concatenate
-        return self.run("unet", concat([sample, sample]), concat([timestep, timestep]), cond)[0]
+        return self.run("unet", concat([sample, sample]), concat([timestep, timestep]), *conds)[0]
 
     def batch_sizes(self, network: str) -> Sequence[int] | None:
         """The batch sizes that `run` takes for this network, ascending, as a range where there are no gaps; None for any."""

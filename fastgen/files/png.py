@@ -20,12 +20,18 @@ TINT = "#fff2cc"
 T = TypeVar("T")
 
 
+def to_image(pixels: np.ndarray) -> Image.Image:
+    """(H, W, channels) uint8 -> an image: grey of 1 channel, RGB of 3; 2 and 4 channels have transparency."""
+    return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+
+
 def png_bytes(pixels: np.ndarray, metadata: Mapping[str, Any]) -> bytes:
-    """(H, W, 3) uint8 -> a PNG file whose text chunk `fastgen` holds `metadata` as JSON; the same input, the same bytes."""
+    """(H, W, channels) uint8 -> a PNG file whose text chunk `fastgen` holds `metadata` as JSON; the same input, the same
+    bytes."""
     info = PngImagePlugin.PngInfo()
     info.add_itxt(METADATA_KEY, json.dumps(metadata, ensure_ascii=False, sort_keys=True))
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG", pnginfo=info, compress_level=4)
+    to_image(pixels).save(buffer, "PNG", pnginfo=info, compress_level=4)
     return buffer.getvalue()
 
 
@@ -37,14 +43,14 @@ def read_metadata(path: Path) -> dict[str, Any]:
 
 
 def image_grid(images: Sequence[np.ndarray], columns: int = 8, padding: int = 2) -> np.ndarray:
-    """Images (H, W, 3) uint8 of one size, in rows on black, with `padding` px between and around them: the layout of
+    """Images (H, W, channels) uint8 of one size, in rows on black, with `padding` px between and around them: the layout of
     torchvision's `make_grid(images, nrow=columns, padding=padding)`, which leaves a single image as it is."""
     if len(images) == 1:
         return images[0]
-    height, width, _ = images[0].shape
+    height, width, channels = images[0].shape
     columns = min(columns, len(images))
     rows = math.ceil(len(images) / columns)
-    shape = rows * (height + padding) + padding, columns * (width + padding) + padding, 3
+    shape = rows * (height + padding) + padding, columns * (width + padding) + padding, channels
     grid = np.zeros(shape, np.uint8)
     for i, image in enumerate(images):
         y, x = i // columns * (height + padding) + padding, i % columns * (width + padding) + padding

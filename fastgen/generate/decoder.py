@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Pictures:
-    """Images (B, H, W, 3) uint8, the problem of each (not finite, or flat; None for a good one), and with --strip the
+    """Images (B, H, W, channels) uint8, the problem of each (not finite, or flat; None for a good one), and with --strip the
     denoising strip of each."""
 
     pixels: np.ndarray
@@ -39,18 +39,19 @@ class Decoder:
     @property
     def most(self) -> int:
         """How many images the engine decodes in one forward by default."""
-        return max(1, self._engine.decode_pixels // self._spec.image_size**2)
+        return max(1, self._engine.decode_pixels // self._spec.space.pixels)
 
     def decode(self, x: Array, limit: int | None = None) -> Array:
-        """(B, C, h, w) -> (B, 3, H, W) float32, nominally in [-1, 1], in forwards of at most `limit` images (default: `most`).
+        """(B, C, h, w) -> (B, channels, H, W) float32, nominally in [-1, 1], in forwards of at most `limit` images (default:
+        `most`).
 
         An engine with static shapes decodes a larger batch in parts of exactly `limit` images, the last one padded, so that
         it compiles once. Other engines decode parts of nearly equal size.
         """
         engine = self._engine
-        if self._spec.family == "labels":
+        if not self._spec.space.latent:
             return x
-        x = x / self._spec.scaling_factor
+        x = self._spec.space.to_vae(x, engine.array)
         sizes = engine.batch_sizes("vae_decoder")
         limit = limit or self.most
         if sizes is None and engine.static_shapes:
@@ -97,7 +98,7 @@ class Decoder:
         """The pictures of x from what `quantised` returned; broken ones are decoded again in fp32."""
         problems = [problem_of(pixels[0].size, *values) for values in zip(*statistics, strict=True)]
         broken = {i: problem for i, problem in enumerate(problems) if problem}
-        if not broken or self._spec.family == "labels" or self._engine.dtype == "fp32" or self._open_exact is None:
+        if not broken or not self._spec.space.latent or self._engine.dtype == "fp32" or self._open_exact is None:
             return Pictures(pixels, problems)
         pixels = np.array(pixels)
         try:

@@ -54,18 +54,18 @@ def automatic_batch_size(pipeline: ModelRunner, settings: Settings) -> int:
     if not pipeline.on_gpu:
         return CPU_BATCH
     beside = 0.0  # bytes of the VAE decoder, which decodes one batch while the next one is sampled
-    if pipeline.spec.family == "text":
+    if pipeline.spec.space.latent:
         decoder = _memory_of(pipeline, "vae_decoder")
         beside = decoder.fixed + decoder.row * _decoded_at_once(pipeline)
     unet = _memory_of(pipeline, "unet")
     rows = unet.rows_in(USABLE * engines_memory.free_memory(engine) - beside)
-    return max(1, min(MAX_BATCH, rows // 2 if settings.guided else rows))
+    return max(1, min(MAX_BATCH, rows // 2 if pipeline.guided(settings) else rows))
 
 
 def decode_batch_size(pipeline: ModelRunner) -> int | None:
     """Images per forward of the VAE decoder: `Decoder.most`, on a GPU at most what fits into a quarter of its free memory. None
-    for a model without a VAE."""
-    if pipeline.spec.family == "labels":
+    for a model in pixels."""
+    if not pipeline.spec.space.latent:
         return None
     if not pipeline.on_gpu or pipeline.engine.batch_sizes("vae_decoder") is not None:
         return pipeline.decoder.most
@@ -94,8 +94,8 @@ def estimate(run: Run, batches: Sequence[Batch], decode: int | None = None) -> E
     inputs = engine.samples("unet", largest)
     seconds = 0.0
     if guided:
-        both = engine.xp.concatenate([inputs[2], inputs[2]])
-        seconds += guided * _seconds(engine, lambda: engine.run_guided(inputs[0], inputs[1], both))
+        both = [engine.xp.concatenate([x, x]) for x in inputs[2:]]
+        seconds += guided * _seconds(engine, lambda: engine.run_guided(inputs[0], inputs[1], *both))
     if plain:
         seconds += plain * _seconds(engine, lambda: engine.run("unet", *inputs))
     seconds += _seconds(engine, lambda: run.pipeline.decoder.decode(inputs[0], decode))

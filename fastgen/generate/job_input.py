@@ -44,12 +44,13 @@ def read_input(
     seed: int = 0,
     count: int | None = None,
 ) -> JobInput:
-    """Read exactly one of `file`, `prompts` and `labels`. `count`: images of each prompt or list of labels, with the seeds
-    `seed`, `seed` + 1, ... A single image goes to a file, unless `out` names a folder. Raises InputError."""
-    ways = sum(map(bool, (file, prompts, labels)))
-    if ways != 1:
-        what = "several of them" if ways else "none"
-        raise InputError(f"give one of REQUESTS.json, --prompt TEXT and --labels NAMES; found {what}")
+    """Read `file`, or else `prompts` and `labels`, of which one or both may be missing. `count`: images of each prompt or list
+    of labels, with the seeds `seed`, `seed` + 1, ... A single image goes to a file, unless `out` names a folder. Raises
+    InputError."""
+    typed = bool(prompts or labels) or (file is None and count is not None)
+    if typed == (file is not None):
+        what = "both" if typed else "none; a model without conditions takes --count N"
+        raise InputError(f"give REQUESTS.json, or --prompt TEXT or --labels NAMES; found {what}")
     if file is not None:
         if count is not None:
             raise InputError("--count goes with --prompt and --labels; a file of requests lists every image")
@@ -57,7 +58,7 @@ def read_input(
     requests = typed_requests(prompts, labels, seed=seed, count=1 if count is None else count)
     images = len(requests.requests)
     if out is None:
-        name = re.sub(r"[^a-z0-9]+", "-", (prompts or labels)[0].lower()).strip("-")[:LONGEST_NAME].rstrip("-")
+        name = re.sub(r"[^a-z0-9]+", "-", (prompts or labels or ("",))[0].lower()).strip("-")[:LONGEST_NAME].rstrip("-")
         name = f"{name or 'image'}-{seed}"
         return JobInput(requests, GENERATED / (f"{name}.png" if images == 1 else name), images == 1)
     single = is_image_file(out)

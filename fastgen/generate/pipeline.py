@@ -12,6 +12,7 @@ from fastgen.engines.choose import default_engine
 from fastgen.engines.unready import check_ready, export_command, obstacle
 from fastgen.errors import InputError
 from fastgen.files.names import check_labels
+from fastgen.files.png import to_image
 from fastgen.generate.requests import Request
 from fastgen.generate.run import Run
 from fastgen.generate.runner import ModelRunner
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from fastgen.engines.base import Engine
+    from fastgen.models.bundle import Bundle
+    from fastgen.models.lora import Lora
     from fastgen.models.spec import Source
 
 
@@ -32,9 +35,10 @@ class Pipeline(ModelRunner):
     def generate(
         self,
         prompts: Sequence[str] | None = None,
-        labels: Sequence[Sequence[str]] | None = None,
+        labels: Sequence[Sequence[str] | str | int] | None = None,
         seeds: Sequence[int] | None = None,
         *,
+        count: int | None = None,
         batch_size: int = 16,
         rag: StartSource | str | os.PathLike[str] | None = None,
         noise_steps: int | None = None,
@@ -42,18 +46,16 @@ class Pipeline(ModelRunner):
         rag_top_k: int | None = None,
         **settings: Any,
     ) -> list[Image.Image]:
-        """Images for prompts (text family) or label lists (label family), as PIL images of spec.image_size.
+        """Images for prompts, label lists (or a class each, by name or number), or both, as PIL images.
 
-        `seeds`: one per image, by default derived from `seed` and the position. `rag`: an index, or its folder; images start
-        from its nearest training images. `noise_steps`, `strength`, `rag_top_k`: see `start.late_start`. Other keywords:
-        see `settings`. Raises InputError for conditions of the wrong kind, unknown labels, settings out of range and another
-        model's index, and FloatingPointError for an image with values that are not finite.
-        """
-        from PIL import Image
-
+        `count`: how many images of a model without conditions. `seeds`: one per image, by default derived from `seed` and the
+        position. `rag`: an index, or its folder; images start from its nearest training images. `noise_steps`, `strength`,
+        `rag_top_k`: see `start.late_start`. Other keywords: see `settings`. Raises InputError for conditions of the wrong kind,
+        unknown labels, settings out of range and another model's index, and FloatingPointError for an image with values that
+        are not finite."""
         import fastgen
 
-        requests = _requests(prompts, labels, seeds)
+        requests = _requests(prompts, labels, seeds, count)
         source = fastgen.open_index(rag) if isinstance(rag, str | os.PathLike) else rag
         late: dict[str, Any] = {"noise_steps": noise_steps, "strength": strength, "rag_top_k": rag_top_k}
         run = Run(self, requests, *late_start(source, self, requests, self.settings(**settings), **late))
@@ -63,29 +65,39 @@ class Pipeline(ModelRunner):
             for request, problem in zip(requests[batch.rows], pictures.problems, strict=True):
                 if problem and not problem.finite:
                     raise FloatingPointError(f"image {request.id}: {problem}")
-            images += [Image.fromarray(p) for p in pictures.pixels]
+            images += [to_image(p) for p in pictures.pixels]
         return images
 
 
 def _requests(
-    prompts: Sequence[str] | None, labels: Sequence[Sequence[str]] | None, seeds: Sequence[int] | None
+    prompts: Sequence[str] | None,
+    labels: Sequence[Sequence[str] | str | int] | None,
+    seeds: Sequence[int] | None,
+    count: int | None,
 ) -> list[Request]:
     """The arguments of `Pipeline.generate` as requests; ids are positions."""
-    conditions: Any = prompts if labels is None else labels
-    if (prompts is None) == (labels is None) or isinstance(conditions, str) or not len(conditions):
-        raise InputError("generate() takes either a list of prompts or a list of label lists, at least one")
-    if seeds is not None and len(seeds) != len(conditions):
-        raise InputError(f"{len(seeds)} seeds for {len(conditions)} images")
+    lengths = {len(values) for values in (prompts, labels) if values is not None and not isinstance(values, str)}
+    if isinstance(prompts, str) or isinstance(labels, str) or len(lengths | ({count} - {None})) > 1:
+        raise InputError("generate() takes lists of prompts, of label lists, or both of the same length")
+    images = max(lengths, default=count if count is not None else len(seeds or ()))
+    if images < 1:
+        raise InputError("generate() needs prompts, labels, or for a model without conditions a count; at least one")
+    if seeds is not None and len(seeds) != images:
+        raise InputError(f"{len(seeds)} seeds for {images} images")
     return [
         Request(
             str(i),
             f"{i}.png",
-            prompt=condition if labels is None else None,
-            labels=None if labels is None else check_labels(condition),
+            prompt=None if prompts is None else prompts[i],
+            labels=None if labels is None else _label_list(labels[i]),
             seed=None if seeds is None else operator.index(seeds[i]),
         )
-        for i, condition in enumerate(conditions)
+        for i in range(images)
     ]
+
+
+def _label_list(value: Sequence[str] | str | int) -> tuple[str, ...]:
+    return check_labels([str(value)] if isinstance(value, str | int) else value)
 
 
 def load(
@@ -97,13 +109,16 @@ def load(
     threads: int | None = None,
     graphs: bool | None = None,
     checkpoint: str | None = None,
+    size: tuple[int, int] | None = None,
+    loras: Sequence[Lora] | None = None,
+    allow_pickle: bool = False,
 ) -> Pipeline:
     """Load a bundle, a model folder or a shipped model, by its name, onto an engine.
 
     `engine`: by default that of `choose.default_engine`. `dtype`: fp32, bf16 or fp16, by default what suits the engine and the
-    hardware. `graphs`: see Pipeline. `checkpoint`: which of a training run's weights, see `checkpoint_choice`. Raises
-    InputError when the folder is no model or bundle, is damaged, or does not suit the engine.
-    """
+    hardware. `graphs`: see Pipeline. `checkpoint`, `size` (height and width), `loras` and `allow_pickle`: see
+    `models.folder.load_model`; a bundle has the size and weights that it was exported with. Raises InputError when the folder
+    is no model or bundle, is damaged, or does not suit the engine."""
     model = path if isinstance(path, ModelFolder) else find_model(path, checkpoint)
     name = engine or default_engine(model.folder, device)
     check_ready(name, name_of(model.folder))
@@ -115,18 +130,21 @@ def load(
         raise InputError(
             f"engine {name} runs model folders; {model.folder} is a bundle: give --model the folder it was exported from"
         )
+    if model.bundle is not None:
+        _check_bundle(model.bundle, size, loras)
     check_installed(name)
 
     def open_source() -> Source:
         if model.bundle is None:
             from fastgen.models.folder import load_model
 
-            return load_model(model.folder, checkpoint)
+            return load_model(model.folder, checkpoint, size=size, loras=loras, allow_pickle=allow_pickle)
         check_bundle_of(model.folder, model.bundle.spec.checkpoint, checkpoint)
         model.bundle.verify()
         return model.bundle
 
     source = open_source()
+    source.spec.space.check_writable()
     options: dict[str, Any] = {"device": device, "threads": threads}
 
     def open_exact() -> Engine:
@@ -138,3 +156,17 @@ def load(
         found = obstacle(name)
         raise found.refusal(name_of(model.folder)) if found else error from None
     return Pipeline(source, opened, graphs=graphs, open_exact=open_exact)
+
+
+def _check_bundle(bundle: Bundle, size: tuple[int, int] | None, loras: Sequence[Lora] | None) -> None:
+    """InputError where a bundle was exported for another size of images, and for weights to fuse into its graphs."""
+    if size is not None and size != bundle.spec.space.image[1:]:
+        height, width = size
+        command = f"fastgen export MODEL --height {height} --width {width} --out BUNDLE"
+        raise InputError(
+            f"{bundle.folder}: was exported for images of {bundle.spec.space.size}; `{command}` makes another"
+        )
+    if loras:
+        raise InputError(
+            f"{bundle.folder}: a bundle's weights are fixed; `fastgen export MODEL --lora FILE` fuses LoRA weights"
+        )

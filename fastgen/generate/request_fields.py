@@ -14,7 +14,9 @@ from typing import Any
 from fastgen.errors import InputError
 from fastgen.files.jsonfiles import brief
 
-FIELDS = ("image_name", "prompt", "text_prompt", "labels", "seed")
+CLASS_KEYS = ("class", "class_id", "class_label", "class_name", "label")  # one class, in place of a list of labels
+PROMPT_KEYS = ("prompt", "text", "caption")  # the first one that a request has is its prompt, the others are ignored
+FIELDS = ("image_name", "prompt", "text_prompt", "labels", *CLASS_KEYS, "seed")
 # Fields of the tasks' files that describe a picture: `text_prompt` is made of the first two, and training sets have the others.
 DESCRIPTIONS = ("given_description", "action_description", "num_frames", "original_name")
 
@@ -34,11 +36,11 @@ OPTIONS = {
         name: f"--{name.replace('_', '-')}"
         for name in (
             *("guidance_interval", "noise_steps", "rag", "rag_top_k", "normalize", "batch_size"),
-            *("model", "checkpoint", "engine", "dtype", "device"),
+            *("model", "checkpoint", "engine", "dtype", "device", "width", "height", "lora"),
         )
     },
 }
-SIZE = "every image has the size that its model makes"
+SIZE = "every image of a job has the size that --height and --width say, by default training's"
 START = "an image starts from noise, or with --rag from the nearest training image"
 ONE = "a request is one image; repeat it with another image_name and seed"
 WHOLE = "a job runs one model as it is"
@@ -46,11 +48,11 @@ NONE = "fastgen has no such setting"
 UNSUPPORTED = {
     **dict.fromkeys(("negative_prompt", "negative_prompt_2", "negative"), "fastgen takes no negative prompts"),
     **dict.fromkeys(("prompt_2", "prompt_3"), "a model has one prompt"),
-    **dict.fromkeys(("width", "height", "size", "image_size", "resolution", "aspect_ratio"), SIZE),
+    **dict.fromkeys(("size", "image_size", "resolution", "aspect_ratio"), SIZE),
     **dict.fromkeys(("init_image", "init_images", "input_image", "image", "mask", "mask_image", "latents"), START),
     **dict.fromkeys(("control_image", "ip_adapter_image"), START),
     **dict.fromkeys(("num_images", "num_images_per_prompt", "num_outputs", "n", "count", "n_iter", "samples"), ONE),
-    **dict.fromkeys(("lora", "loras", "lora_scale", "vae", "controlnet", "ip_adapter", "refiner"), WHOLE),
+    **dict.fromkeys(("loras", "lora_scale", "vae", "controlnet", "ip_adapter", "refiner"), WHOLE),
     **dict.fromkeys(("textual_inversion", "embeddings", "adapter", "adapters"), WHOLE),
     **dict.fromkeys(("clip_skip", "eta", "guidance_rescale", "timesteps", "sigmas", "cross_attention_kwargs"), NONE),
 }
@@ -102,8 +104,9 @@ def ignored_note(keys: Iterable[str], requests: int) -> str:
 def _asked(entry: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str, Any]]:
     """(key, its name in lower case with underscores, value) of what is no field of a request and has a value that asks for
     something; an object under an unknown key, such as `params`, gives its own keys, as `params.steps`."""
+    prompt = next((key for key in ("text_prompt", *PROMPT_KEYS) if entry.get(key) is not None), None)
     for key, value in entry.items():
-        if not prefix and key in (*FIELDS, *DESCRIPTIONS):
+        if not prefix and key in (*FIELDS, *DESCRIPTIONS, prompt):
             continue
         name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|[\s-]+", "_", key).lower()
         known = name in OPTIONS or name in UNSUPPORTED or name in RENAMED or name in FIELDS

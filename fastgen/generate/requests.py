@@ -8,7 +8,7 @@ import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -23,12 +23,13 @@ from fastgen.files.names import (
     check_text,
     read_objects,
 )
-from fastgen.generate.request_fields import check_fields, ignored_note
+from fastgen.generate.request_fields import CLASS_KEYS, PROMPT_KEYS, check_fields, ignored_note
+from fastgen.models.condition import kind_of
 
 MAX_SEED = 2**63  # exclusive
 SCHEMAS = (
     'expected {"0_main": {"image_name": "0_main.png", "text_prompt": "..."}}, [["red cube", ...], ...], '
-    'or [{"prompt": "..."}, ...] (with "labels" instead of "prompt" for a label model)'
+    'or [{"prompt": "..."}, ...] (with "labels" or "class" instead of "prompt", as the model takes them)'
 )
 
 
@@ -38,16 +39,13 @@ class Request:
 
     id: str  # the key in the file, or the position
     image_name: str  # relative POSIX path below the output folder, ends in .png
-    prompt: str | None = None  # exactly one of prompt and labels
-    labels: tuple[str, ...] | None = None
+    prompt: str | None = None  # for a model of text
+    labels: tuple[str, ...] | None = None  # for a model of labels; a single one for a model of classes
     seed: int | None = None  # the request's own; 0 <= seed < 2**63
     description: str | None = None  # the prompt without the action, where the file has it apart
 
     def __post_init__(self) -> None:
         check_image_name(self.image_name)
-        if (self.prompt is None) == (self.labels is None):
-            which = "neither" if self.prompt is None else "both"
-            raise InputError(f"found {which} of prompt and labels, expected exactly one")
         if self.prompt is not None:
             check_text(self.prompt, "prompt")
         if self.labels is not None:
@@ -58,8 +56,9 @@ class Request:
             raise InputError(f"seed: found {brief(self.seed)}, expected an integer with 0 <= seed < 2**63")
 
     @property
-    def kind(self) -> Literal["text", "labels"]:
-        return "labels" if self.prompt is None else "text"
+    def kind(self) -> str:
+        """What it holds, see `Condition.kind`."""
+        return kind_of(self.prompt is not None, self.labels is not None)
 
 
 class Labelled(Protocol):
@@ -78,7 +77,7 @@ class Requests(NamedTuple):
     notes: tuple[str, ...] = ()
 
     @property
-    def kind(self) -> Literal["text", "labels"]:
+    def kind(self) -> str:
         return self.requests[0].kind
 
     def known(self, objects: Mapping[str, int] | None) -> list[Request]:
@@ -97,7 +96,7 @@ def read_requests(
     """Every request of a JSON or JSONL file, see `parse_requests`. Labels must be in `objects`, by default in objects.json
     beside the file, else among the 24 of i-CLEVR. Raises InputError with file, entry and field."""
     requests = parse_requests(path, generated=generated)
-    if requests.kind == "labels" and objects is None:
+    if requests.kind.endswith("labels") and objects is None:
         beside = Path(path).parent / "objects.json"
         objects = read_objects(beside) if beside.exists() else ICLEVR_OBJECTS
     return requests.known(objects)
@@ -107,7 +106,8 @@ def parse_requests(path: str | os.PathLike[str], *, generated: bool = False) -> 
     """Every request of a JSON or JSONL file, in file order; all of one kind, with image names that do not collide.
 
     Schemas: {"0_main": {"image_name", "text_prompt"}} (without text_prompt: given_description and action_description),
-    [["red cube", ...], ...], and {"prompt" | "labels", "image_name"?, "seed"?} in a list, a dict or a JSONL file.
+    [["red cube", ...], ...], and {"prompt", "labels", "image_name", "seed"} in a list, a dict or a JSONL file, with what the
+    model takes: a prompt, labels, a "class" (its name or number) in their place, both, or none of them.
     A missing image_name is the position, "0.png"; null is a missing prompt, labels or seed. A key that asks for something that
     will not be done is refused (`request_fields`); a note names the other keys that are ignored. `generated`: the images are
     there already, so no key is refused and none is noted. Raises InputError with file, entry and field.
@@ -131,17 +131,19 @@ def typed_requests(
     prompts: Sequence[str] = (), labels: Sequence[str] = (), *, seed: int = 0, count: int = 1
 ) -> Requests:
     """Requests from the command line: for each prompt, or each list "red cube, blue sphere" of labels, `count` images with the
-    seeds `seed`, `seed` + 1, ... So an image does not depend on the other prompts. Raises InputError."""
-    if bool(prompts) == bool(labels):
-        raise InputError("give either --prompt or --labels")
+    seeds `seed`, `seed` + 1, ... So an image does not depend on the other prompts. With both, each prompt has the one list of
+    labels; with neither the images have no condition. Raises InputError."""
+    if prompts and len(labels) > 1:
+        raise InputError(f"--prompt with {len(labels)} lists of --labels; give one list, which every prompt gets")
     requests: list[Request] = []
     places: list[str] = []
-    for text in prompts or labels:
-        place = f"--{'prompt' if prompts else 'labels'} {brief(text)}"
+    for text in prompts or labels or ("",):
+        place = f"--{'prompt' if prompts else 'labels'} {brief(text)}" if prompts or labels else f"--count {count}"
         for image_seed in range(seed, seed + count):
             position = len(requests)
             with located(place):
-                names = None if prompts else check_labels([label.strip() for label in text.split(",")])
+                listed = labels[0] if prompts and labels else None if prompts or not labels else text
+                names = None if listed is None else check_labels([label.strip() for label in listed.split(",")])
                 prompt = text if prompts else None
                 requests.append(Request(str(position), f"{position}.png", prompt, names, image_seed))
             places.append(place)
@@ -195,7 +197,7 @@ def _request(key: str, position: int, value: Any) -> Request:
         value = {"labels": value}
     if not isinstance(value, dict):
         raise InputError(f"found {brief(value)}; {SCHEMAS}")
-    labels, description = value.get("labels"), value.get("given_description")
+    labels, description = _labels(value), value.get("given_description")
     return Request(
         id=key,
         image_name=value.get("image_name", f"{position}.png"),
@@ -206,14 +208,30 @@ def _request(key: str, position: int, value: Any) -> Request:
     )
 
 
+def _labels(value: dict[str, Any]) -> Any:
+    """A request's labels; the one class that it may name instead, or its number, is a list of one."""
+    named = [key for key in CLASS_KEYS if value.get(key) is not None]
+    if len(named) + (value.get("labels") is not None) > 1:
+        raise InputError(
+            f"found {' and '.join([*(['labels'] if value.get('labels') is not None else []), *named])}; give one"
+        )
+    if not named:
+        return value.get("labels")
+    found = value[named[0]]
+    if isinstance(found, bool) or not isinstance(found, str | int | float):
+        raise InputError(f"{named[0]}: found {brief(found)}, expected a class's name or number")
+    return [str(found)]
+
+
 def _prompt(value: dict[str, Any]) -> str | None:
     if "text_prompt" in value:
         check_text(value["text_prompt"], "text_prompt")
         if value.get("prompt") is not None:
             raise InputError("found both text_prompt and prompt, expected one of them")
         return value["text_prompt"]
-    if value.get("prompt") is not None or "given_description" not in value:
-        return value.get("prompt")
+    named = [key for key in PROMPT_KEYS if value.get(key) is not None]
+    if named or "given_description" not in value:
+        return value[named[0]] if named else None
     texts = value["given_description"], value.get("action_description", "")
     if not all(isinstance(text, str) for text in texts):
         raise InputError(f"given_description, action_description: found {brief(texts)}, expected one text each")

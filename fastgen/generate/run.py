@@ -11,7 +11,7 @@ import numpy as np
 
 from fastgen.engines.batches import Batch, cut
 from fastgen.errors import InputError
-from fastgen.generate.conditions import conditions_for
+from fastgen.generate.conditions import Conditions
 from fastgen.generate.decoder import Pictures
 from fastgen.generate.requests import Request, resolve_seed
 from fastgen.generate.settings import Settings
@@ -47,8 +47,15 @@ class Run:
             raise InputError("noise_steps and the latents to start from go together: give both or neither")
         spec = pipeline.spec
         self.table = pipeline.source.table(settings.solver)
-        self.guided = guided_rows(self.table, settings.guidance_scale, True, settings.guidance_interval)
-        self.conditions = conditions_for(pipeline.engine, spec, pipeline.tokenizer, requests, settings.guided)
+        self.conditions = Conditions(
+            pipeline.engine, spec.condition, pipeline.tokenizers, requests, settings.guidance_scale
+        )
+        self._scale = settings.guidance_scale if self.conditions.guided else 1.0  # of the loop's guidance
+        if settings.guidance_interval is not None and spec.condition.guidance_width:
+            raise InputError(
+                "guidance_interval: this model takes the guidance scale as an input, the same at every step"
+            )
+        self.guided = guided_rows(self.table, self._scale, True, settings.guidance_interval)
         timesteps = int(spec.scheduler_config.get("num_train_timesteps", 1000))
         self.strip = None if strip is None else StripPlan.of(self.table, strip, timesteps)
 
@@ -77,7 +84,7 @@ class Run:
         return wait if frames is None else frames.start(decode, wait)
 
     def images(self, batch: Batch) -> np.ndarray:
-        """The batch's images (B, 3, H, W) float32, nominally in [-1, 1], not checked."""
+        """The batch's images (B, channels, H, W) float32, nominally in [-1, 1], not checked."""
         return self.pipeline.engine.numpy(self.pipeline.decoder.decode(self.latents(batch)))
 
     def latents(self, batch: Batch) -> Array:
@@ -94,13 +101,13 @@ class Run:
             requests = [*requests, *[requests[-1]] * (batch.bucket - len(batch))]
         seeds = engine.array(np.array([resolve_seed(r, settings.seed) for r in requests], np.int64))
         clean = None if self.start is None else engine.array(self.start.latents(requests))
-        x = initial_latents(self.table, seeds, pipeline.spec.latent_shape, clean)
+        x = initial_latents(self.table, seeds, pipeline.spec.space.shape, clean)
         yield -1, x
         cond = self.conditions(requests)
         options: dict[str, Any] = {
             "seeds": seeds,
-            "guidance_scale": settings.guidance_scale,
-            "uncond": self.conditions.uncond() if settings.guided else None,
+            "guidance_scale": self._scale,
+            "uncond": self.conditions.uncond(requests) if self.conditions.guided else None,
             "guidance_interval": settings.guidance_interval,
         }
         if pipeline.on_gpu:

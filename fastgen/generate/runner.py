@@ -34,7 +34,7 @@ class ModelRunner:
         open_exact: Callable[[], Engine] | None = None,
     ) -> None:
         self.source, self.engine, self.spec = source, engine, source.spec
-        self.tokenizer = source.prompt_tokenizer() if self.spec.family == "text" else None
+        self.tokenizers = source.prompt_tokenizers() if self.spec.condition.text is not None else []
         self.decoder = Decoder(engine, self.spec, open_exact)
         self.on_gpu = engine.device.startswith("cuda")
         if graphs and not self.on_gpu:
@@ -64,14 +64,14 @@ class ModelRunner:
             normalize=normalize,
         )
 
-    def loop(self, table: SolverTable, x: Array, cond: Array) -> DeviceLoop:
+    def loop(self, table: SolverTable, x: Array, cond: Sequence[Array]) -> DeviceLoop:
         """The loop on a GPU for this table and batch size; loops of other tables are dropped with their memory."""
         if any(other != table.key for other, _ in self._loops):
             self._drop_loops()
         key = (table.key, len(x))
         if key not in self._loops:
             pool = next((loop.pool for loop in self._loops.values() if loop.pool), None)
-            self._loops[key] = DeviceLoop(self.engine, table, x.shape, cond.shape, graphs=self._graphs, pool=pool)
+            self._loops[key] = DeviceLoop(self.engine, table, x.shape, cond, graphs=self._graphs, pool=pool)
         return self._loops[key]
 
     def _drop_loops(self) -> None:
@@ -80,11 +80,15 @@ class ModelRunner:
         self._loops.clear()
         gc.collect()
 
+    def guided(self, settings: Settings) -> bool:
+        """Whether an image takes two rows of the denoiser: with guidance, unless the model takes its scale as an input."""
+        return settings.guided and not self.spec.condition.guidance_width
+
     def buckets(self, settings: Settings) -> Sequence[int] | None:
         """Batch sizes in images that the engine was compiled for; None for any. With a guidance interval those that it has for
         guided and for other rows."""
-        sizes = self.engine.buckets(settings.guided)
-        if sizes is None or not settings.guided or settings.guidance_interval is None:
+        sizes = self.engine.buckets(self.guided(settings))
+        if sizes is None or not self.guided(settings) or settings.guidance_interval is None:
             return sizes
         both = sorted(set(sizes) & set(self.engine.buckets(False) or ()))
         if not both:

@@ -12,11 +12,8 @@ import torch
 from torch import nn
 
 from fastgen.errors import InputError, first_line, unknown
-from fastgen.models.weights import pretrained, pretrained_tokenizer
+from fastgen.models.weights import WHOLE_CLIP, pretrained, pretrained_tokenizer
 from fastgen.presets import NetworkPreset
-
-# Weights that a whole CLIP has beside its text encoder.
-WHOLE_CLIP = ("vision_model.", "visual_projection.", "text_projection.", "logit_scale")
 
 
 def build_module(cls: Any, config: Mapping[str, Any], name: str, seed: int) -> Any:

@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 from fastgen.errors import InputError
 from fastgen.files.hashes import check_file, sha256_file
 from fastgen.files.jsonfiles import infinity_from_text, located, read_json
-from fastgen.models.signatures import Signature
+from fastgen.models.condition import Condition, Text
+from fastgen.models.signatures import Signature, TensorSpec
+from fastgen.models.space import Space
 from fastgen.models.spec import Spec
 from fastgen.models.tokenizer import Tokenizer
 from fastgen.sampling.defaults import Sampling
@@ -24,11 +26,11 @@ from fastgen.sampling.defaults import Sampling
 if TYPE_CHECKING:
     from fastgen.sampling.tables import SolverTable, TableStore
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE = (1, 2)  # version 1 knew two kinds of model: text to latents, labels to pixels
 MANIFEST = "bundle.json"
 TABLES = "scheduler/tables.npz"
 REFERENCE = "reference.safetensors"
-NETWORKS = {"text": {"text_encoder", "unet", "vae_decoder", "vae_encoder"}, "labels": {"unet"}}
 LOWERED = ("fp16", "bf16")  # precisions that a bundle may hold graphs in, besides fp32
 CERTIFICATES = "certificates"  # beside the hashed files: added to a bundle after it was written
 COMPILED = "trt-rtx"  # name of the engine whose plans a bundle may hold, and of their folder: trt-rtx/<address>/
@@ -78,12 +80,16 @@ class Bundle:
             if _precision(name) in ("fp32", dtype) and not name.startswith(others):
                 self.file(name)
 
-    def prompt_tokenizer(self) -> Tokenizer:
-        for name in self.files:
-            if name.startswith("tokenizer/"):
-                self.file(name)
-        length = int(self.spec.signatures["text_encoder"].inputs[0].shape[1])
-        return Tokenizer.from_folder(self.folder / "tokenizer", length)
+    def prompt_tokenizers(self) -> list[Tokenizer]:
+        """One per text encoder."""
+        tokenizers = []
+        for i, ids in enumerate(self.spec.signatures["text_encoder"].inputs):
+            folder = f"tokenizer_{i + 1}" if i else "tokenizer"
+            for name in self.files:
+                if name.startswith(f"{folder}/"):
+                    self.file(name)
+            tokenizers.append(Tokenizer.from_folder(self.folder / folder, int(ids.shape[1]), ids.high))
+        return tokenizers
 
     @cached_property
     def _tables(self) -> TableStore:
@@ -131,8 +137,8 @@ def read_bundle(folder: str | os.PathLike[str]) -> Bundle:
         )
     value = read_json(path)
     version = value.get("format_version") if isinstance(value, dict) else value
-    if not isinstance(value, dict) or version != FORMAT_VERSION:
-        problem = f"format_version is {version!r}, this fastgen reads {FORMAT_VERSION}"
+    if not isinstance(value, dict) or version not in READABLE:
+        problem = f"format_version is {version!r}, this fastgen reads {' and '.join(map(str, READABLE))}"
         raise InputError(f"{path}: {problem}; export the model again")
     field_name = "signatures"
     try:
@@ -142,23 +148,44 @@ def read_bundle(folder: str | os.PathLike[str]) -> Bundle:
             sampling = Sampling(**value["sampling"])
         field_name = "files"
         files = {name: {"bytes": int(f["bytes"]), "sha256": str(f["sha256"])} for name, f in value["files"].items()}
-        field_name = "family"
-        needed = NETWORKS[value["family"]]
-        field_name = "scheduler_config, scaling_factor, objects, source_sha256"
+        field_name = "condition, space" if version == FORMAT_VERSION else "family, signatures, scaling_factor, objects"
+        condition, space = _described(value) if version == FORMAT_VERSION else _version_1(value, signatures)
+        field_name = "scheduler_config, source_sha256"
         spec = Spec(
-            family=value["family"],
-            signatures=signatures,
+            condition=condition,
+            space=space,
             sampling=sampling,
             scheduler_config=infinity_from_text(value["scheduler_config"]),
-            scaling_factor=float(value["scaling_factor"]),
-            objects=value["objects"],
             sha256=value["source_sha256"],
             checkpoint=value.get("checkpoint"),
             image_mode=value.get("image_mode"),
             component_sha256=dict(value.get("component_sha256", {})),
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, AssertionError) as error:
         raise InputError(f"{path}: {field_name}: malformed ({type(error).__name__}: {error})") from None
-    if set(signatures) != needed:
-        raise InputError(f"{path}: signatures: found {sorted(signatures)}, expected {sorted(needed)}")
+    if signatures != spec.signatures:
+        name = next((n for n in (*spec.signatures, *signatures) if signatures.get(n) != spec.signatures.get(n)), "")
+        raise InputError(f"{path}: signatures: {name} is not what condition and space say; export the model again")
     return Bundle(folder, spec, files, sha256_file(path))
+
+
+def _described(value: Mapping[str, Any]) -> tuple[Condition, Space]:
+    return Condition.from_json(value["condition"]), Space.from_json(value["space"])
+
+
+def _sizes(tensor: TensorSpec) -> tuple[int, int, int]:
+    _, channels, height, width = map(int, (0, *tensor.shape[1:]))
+    return channels, height, width
+
+
+def _version_1(value: Mapping[str, Any], signatures: Mapping[str, Signature]) -> tuple[Condition, Space]:
+    """The condition and space of a bundle of version 1, whose family was "text" (to latents) or "labels" (to pixels)."""
+    state = _sizes(signatures["unet"].inputs[0])
+    if value["family"] == "labels":
+        return Condition(labels=dict(value["objects"])), Space(state, state, latent=False)
+    if value["family"] != "text":
+        raise ValueError(f"found {value['family']!r}, expected text or labels")
+    ids, (states, pooled) = signatures["text_encoder"].inputs[0], signatures["text_encoder"].outputs
+    text = Text((int(ids.shape[1]),), (ids.high,), int(states.shape[2]), int(pooled.shape[1]))
+    image = _sizes(signatures["vae_decoder"].outputs[0])
+    return Condition(text), Space(state, image, latent=True, scaling_factor=float(value["scaling_factor"]))

@@ -19,7 +19,7 @@ OUTLINE = "model"  # in an unfinished run's checkpoints: the model folder withou
 
 @dataclass(frozen=True)
 class RunWeights:
-    """The UNet's weights (in the label family the conditioner's too) in a checkpoint of a run.
+    """The UNet's weights (and its conditioner's, where it has one) in a checkpoint of a run.
 
     `label` is their lasting name: best@115, last@230, ema@230. `part`: the checkpoint's file, "model", "ema" or "ema-DECAY".
     """
@@ -72,6 +72,12 @@ def choose_checkpoint(run: Path, name: str) -> RunWeights:
         averages = ", ".join(sorted(p for p in checkpoint.parts if p.startswith("ema"))) or "none"
         raise InputError(f"{checkpoint.folder}: holds no average {part!r}; there are: {averages}")
     return RunWeights(f"{'last' if part == 'model' else part}@{step}", checkpoint, part)
+
+
+def choose_weights(run: Path, name: str | None, label: str | None) -> RunWeights | None:
+    """The weights of a run's checkpoint; None without a `name`, and where a folder of its own has the averaged weights
+    (`label`). Raises InputError as `choose_checkpoint` does."""
+    return None if name is None or label is not None else choose_checkpoint(run, name)
 
 
 def model_parts(folder: Path, checkpoint: str | None) -> Path:

@@ -12,12 +12,19 @@ from fastgen.files.jsonfiles import located, read_json
 from fastgen.files.names import read_objects
 from fastgen.models.bundle import MANIFEST, Bundle, is_bundle, read_bundle
 from fastgen.models.checkpoint_choice import model_parts
+from fastgen.models.condition import kind_of
+from fastgen.models.layout import DENOISER_FOLDERS, INDEX, PROMPT, read_index
 from fastgen.models.runs import LATEST, latest_model, latest_run
 
 MODELS = Path(__file__).with_name("shipped")
-INDEX, EVALUATOR = "model_index.json", "config.json"
+EVALUATOR = "config.json"
 HELP = "give --model, or train one with `fastgen train PRESET --data DATA`"
-KINDS = {"text": "prompts", "labels": "labels"}  # what the requests of a model's kind hold
+KINDS = {  # what the requests of a model hold, see `Condition.kind`
+    "text": "prompts",
+    "labels": "labels",
+    "text and labels": "prompts with labels",
+    "nothing": "nothing but seeds",
+}
 
 
 def shipped_names() -> list[str]:
@@ -58,15 +65,24 @@ def output_folder(model: Path, what: str) -> Path:
 
 
 def model_kind(folder: Path) -> str | None:
-    """The kind of requests that a bundle or model folder takes, "text" or "labels", without loading it; None for others."""
+    """The kind of requests that a bundle or model folder takes, see `Condition.kind`, without loading it; None for others."""
     if (folder / MANIFEST).is_file():
-        value = read_json(folder / MANIFEST)
-        family = value.get("family") if isinstance(value, dict) else None
-        return family if isinstance(family, str) and family in KINDS else None
-    index = read_json(folder / INDEX) if (folder / INDEX).is_file() else {}
+        return read_bundle(folder).spec.condition.kind
+    if not (folder / INDEX).is_file():
+        return None
+    index = read_json(folder / INDEX)
     if not isinstance(index, dict):
         return None
-    return "labels" if "conditioner" in index else "text" if "text_encoder" in index else None
+    denoiser = next((name for name in DENOISER_FOLDERS if name in index), None)
+    if denoiser is None:
+        return None
+    text = any(isinstance(entry := index.get(name), list) and entry and entry[0] for name in PROMPT)
+    file = folder / denoiser / "config.json"
+    config = read_json(file, infinity=True) if file.is_file() else {}
+    keys = ("class_embed_type", "num_class_embeds", "num_embeds_ada_norm")
+    if not isinstance(config, dict):
+        return None
+    return kind_of(bool(text), "conditioner" in index or any(config.get(key) for key in keys))
 
 
 @dataclass(frozen=True)
@@ -96,14 +112,22 @@ def find_model(name: str | os.PathLike[str], checkpoint: str | None = None, why:
     folder = find_folder(name)
     if is_bundle(folder):
         bundle = read_bundle(folder)
-        return ModelFolder(folder, bundle, bundle.spec.family, bundle.spec.objects, why)
+        return ModelFolder(folder, bundle, bundle.spec.condition.kind, bundle.spec.condition.labels, why)
     parts = model_parts(folder, checkpoint)
     if not (parts / INDEX).is_file():
         shipped = ", ".join(shipped_names()) or "there are none"
         names = "" if folder.exists() else f", nor the name of a model that comes with fastgen ({shipped})"
         raise InputError(f"{folder}: neither a bundle (bundle.json) nor a model folder (model_index.json){names}")
-    labels = parts / "labels.json"
-    return ModelFolder(folder, None, model_kind(parts), read_objects(labels) if labels.is_file() else None, why)
+    return ModelFolder(folder, None, model_kind(parts), _objects(parts), why)
+
+
+def _objects(folder: Path) -> dict[str, int] | None:
+    """The labels of a model folder that takes sets of them; None for classes, which requests may also call by their numbers."""
+    labels, conditioner = folder / "labels.json", folder / "conditioner" / "config.json"
+    if not labels.is_file() or "conditioner" not in read_index(folder):
+        return None
+    config = read_json(conditioner) if conditioner.is_file() else {}
+    return None if isinstance(config, dict) and config.get("embed") == "embedding" else read_objects(labels)
 
 
 def default_model(

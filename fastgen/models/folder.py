@@ -1,4 +1,4 @@
-"""Model folders (diffusers layout, safetensors) <-> PyTorch modules.
+"""Model folders (diffusers layout) -> PyTorch modules.
 
 This is the one module of generation that needs torch, diffusers and transformers: bundles do not.
 """
@@ -6,211 +6,285 @@ This is the one module of generation that needs torch, diffusers and transformer
 from __future__ import annotations
 
 import copy
-import json
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from fastgen.errors import InputError
+from fastgen.errors import FastgenError, InputError, first_line
 from fastgen.files.hashes import sha256_file, sha256_names
-from fastgen.files.jsonfiles import brief, read_json, write_json
+from fastgen.files.jsonfiles import brief, read_json
 from fastgen.files.names import read_objects
-from fastgen.models.checkpoint_choice import RunWeights, choose_checkpoint, model_parts
-from fastgen.models.networks.labels import (
-    LabelConditioner,
-    LabelUNet,
-    class_record,
-    label_unet_class,
-    load_conditioner,
-    save_conditioner,
-)
-from fastgen.models.networks.text import TextEncoder, TextUNet, VaeDecoder, VaeEncoder
-from fastgen.models.signatures import Signature, label_signatures, text_signatures
+from fastgen.models import interface, pipelines
+from fastgen.models.checkpoint_choice import RunWeights, choose_weights, model_parts
+from fastgen.models.condition import Condition, Text
+from fastgen.models.interface import STATISTICS
+from fastgen.models.layout import AUTOENCODERS, SETTINGS, Layout, class_names, read_layout
+from fastgen.models.lora import Lora, fuse
+from fastgen.models.networks.autoencoder import VaeDecoder, VaeEncoder
+from fastgen.models.networks.denoiser import Denoiser
+from fastgen.models.networks.labels import LabelConditioner, denoiser_class, load_conditioner
+from fastgen.models.networks.text_encoder import TextEncoder
+from fastgen.models.signatures import Signature, model_signatures
+from fastgen.models.space import Space
 from fastgen.models.spec import Spec
 from fastgen.models.tokenizer import Tokenizer
-from fastgen.models.weights import load_state, pretrained, pretrained_tokenizer, quiet_transformers
+from fastgen.models.weight_choice import weight_files
+from fastgen.models.weights import WHOLE_CLIP, load_state, pretrained, pretrained_tokenizer, quiet_transformers
 from fastgen.sampling.compile import TableCompiler
 from fastgen.sampling.defaults import Sampling
 from fastgen.sampling.schedulers import default_name
 from fastgen.sampling.tables import SolverTable
 
-COMPONENTS = ("text_encoder", "vae")  # the spec has a hash of each: an index depends on them, not on the UNet
-WEIGHTS = ("unet", "conditioner", *COMPONENTS)  # folders whose weights identify a model
-SETTINGS = "fastgen.json"  # generation defaults and training record, beside model_index.json
-
 
 @dataclass
 class Model:
-    """A model folder in memory, in eval mode."""
+    """A model in memory, in eval mode: its networks, and what it is conditioned on.
+
+    `folder` and `layout`: where it lies; None for one that was never saved. `names`: label or class name -> index, where the
+    folder names them. `text_encoders` and `tokenizers`: none, one, or the two of SDXL. `size`: height and width of the images,
+    where they are not training's.
+    """
 
     folder: Path | None
-    family: str  # "text" | "labels"
-    unet: nn.Module
+    unet: nn.Module  # or the transformer: what denoises
     scheduler_config: dict[str, Any]
     sampling: Sampling
     conditioner: LabelConditioner | None = None
-    objects: dict[str, int] | None = None  # label family: object name -> index
-    text_encoder: nn.Module | None = None
-    tokenizer: Any = None  # transformers' CLIPTokenizer
+    names: dict[str, int] | None = None
+    null_class: int | None = None
+    text_encoders: list[nn.Module] = field(default_factory=list)
+    tokenizers: list[Any] = field(default_factory=list)  # of transformers
     vae: nn.Module | None = None
+    layout: Layout | None = None
     run_weights: RunWeights | None = None  # of the UNet and the conditioner, where they come from a checkpoint
+    size: tuple[int, int] | None = None
+    loras: tuple[Lora, ...] = ()
+
+    @cached_property
+    def condition(self) -> Condition:
+        return interface.condition_of(
+            type(self.unet).__name__,
+            self._config,
+            self.conditioner,
+            self.names,
+            self._text,
+            self.where,
+            self.null_class,
+        )
+
+    @cached_property
+    def space(self) -> Space:
+        conditioner = self.conditioner
+        planes = int(conditioner.config["dim"]) if conditioner is not None and conditioner.kind == "concat" else 0
+        counted = (
+            pipelines.latent_statistics(self.layout.pipeline, self.vae) if self.layout and self.vae else STATISTICS
+        )
+        return interface.space_of(
+            type(self.unet).__name__, self._config, self.vae, planes, self.where, self.size, counted
+        )
 
     def networks(self) -> dict[str, nn.Module]:
         """The modules under the names and interfaces of `signatures`."""
-        if self.family == "labels":
-            assert self.conditioner is not None
-            return {"unet": LabelUNet(self.unet, self.conditioner).eval()}
-        assert self.text_encoder is not None
-        assert self.vae is not None
-        return {
-            "text_encoder": TextEncoder(self.text_encoder).eval(),
-            "unet": TextUNet(self.unet).eval(),
-            "vae_decoder": VaeDecoder(self.vae).eval(),
-            "vae_encoder": VaeEncoder(self.vae).eval(),
-        }
+        networks: dict[str, nn.Module] = {}
+        if self.text_encoders:
+            penultimate = self._config.get("addition_embed_type") == "text_time"
+            networks["text_encoder"] = TextEncoder(self.text_encoders, penultimate).eval()
+        networks["unet"] = self.denoiser().eval()
+        if self.vae is not None:
+            networks |= {"vae_decoder": VaeDecoder(self.vae).eval(), "vae_encoder": VaeEncoder(self.vae).eval()}
+        return networks
+
+    def denoiser(self) -> Denoiser:
+        """The UNet or transformer with its conditioner; in training mode, as its parts are."""
+        channels, (_, height, width) = self.space.shape[0], self.space.image
+        return Denoiser(
+            self.unet,
+            [name for name, *_ in self.condition.inputs],
+            self.conditioner,
+            channels=channels if interface.learned_variance(self._config, channels) else None,
+            time_ids=(height, width, 0, 0, height, width)
+            if self.condition.text and self.condition.text.pooled_input
+            else None,
+        )
 
     def signatures(self) -> dict[str, Signature]:
-        config: Any = self.unet.config
-        size = config.sample_size
-        if self.family == "labels":
-            assert self.objects is not None
-            return label_signatures(channels=config.out_channels, image_size=size, num_labels=len(self.objects))
-        text: Any = self.text_encoder.config  # type: ignore[union-attr]
-        vae: Any = self.vae.config  # type: ignore[union-attr]
-        return text_signatures(
-            latents=(config.in_channels, size, size),
-            image_size=size * 2 ** (len(vae.block_out_channels) - 1),
-            tokens=text.max_position_embeddings,
-            width=text.hidden_size,
-            pooled=text.hidden_size,
-            vocabulary=text.vocab_size,
-        )
+        return model_signatures(self.condition, self.space)
 
     @cached_property
     def spec(self) -> Spec:
         """Raises InputError for a model that was never saved: it has no files to hash."""
-        if self.folder is None:
+        if self.folder is None or self.layout is None:
             raise InputError("this model lives in memory only; save it with save_model and load the folder")
-        identifying = WEIGHTS if self.run_weights is None else COMPONENTS
-        weights = sorted(f for f in self.folder.glob("*/*.safetensors") if f.parent.name in identifying)
-        hashes = {f.relative_to(self.folder).as_posix(): sha256_file(f) for f in weights}
-        parts = {c: {n: h for n, h in hashes.items() if n.startswith(f"{c}/")} for c in COMPONENTS}
-        if self.run_weights is not None:
-            hashes["unet"] = self.run_weights.sha256
+        hashes, parts = _hashes(self.folder, self.layout, self.run_weights)
+        hashes |= {f"lora {i}": f"{lora.sha256} x {lora.scale}" for i, lora in enumerate(self.loras)}
         return Spec(
-            family=self.family,
-            signatures=self.signatures(),
+            condition=self.condition,
+            space=self.space,
             sampling=self.sampling,
             scheduler_config=self.scheduler_config,
-            scaling_factor=self.scaling_factor,
-            objects=self.objects,
             sha256=sha256_names(hashes),
-            checkpoint=None if self.run_weights is None else self.run_weights.label,
+            checkpoint=self.layout.label if self.run_weights is None else self.run_weights.label,
             image_mode=_trained_mode(self.folder),
-            component_sha256={component: sha256_names(part) for component, part in parts.items() if part},
+            component_sha256=parts,
         )
 
-    def prompt_tokenizer(self) -> Tokenizer:
-        backend = copy.deepcopy(self.tokenizer.backend_tokenizer)
-        length = int(self.signatures()["text_encoder"].inputs[0].shape[1])
-        return Tokenizer(backend, self.tokenizer.pad_token, length)
+    def prompt_tokenizers(self) -> list[Tokenizer]:
+        """One per text encoder."""
+        inputs = self.signatures()["text_encoder"].inputs
+        return [
+            Tokenizer(
+                copy.deepcopy(t.backend_tokenizer),
+                t.pad_token,
+                int(ids.shape[1]),
+                ids.high,
+                t.padding_side == "left",
+                t.truncation_side == "left",
+            )
+            for t, ids in zip(self.tokenizers, inputs, strict=True)
+        ]
 
     def table(self, key: str) -> SolverTable:
         """The solver table `NAME:STEPS[:NOISE_STEPS]` of this model's noise schedule, compiled now."""
         return TableCompiler(self.scheduler_config).table(key)
 
     @property
-    def scaling_factor(self) -> float:
-        """Latents = VAE latents x this (1 in the label family, whose space is pixels)."""
-        return 1.0 if self.vae is None else float(self.vae.config.scaling_factor)  # type: ignore[union-attr, arg-type]
+    def where(self) -> str:
+        """What messages call it."""
+        return "this model" if self.folder is None else str(self.folder)
+
+    @property
+    def _config(self) -> Any:
+        return self.unet.config
+
+    @cached_property
+    def _text(self) -> Text | None:
+        zero = self.layout is not None and self.layout.zero_unconditional
+        return interface.text_of(
+            self._config, self.text_encoders, self.tokenizers, self.where, zero_unconditional=zero and self._is_xl
+        )
+
+    @property
+    def _is_xl(self) -> bool:
+        return self._config.get("addition_embed_type") == "text_time"
 
 
-def save_model(model: Model, folder: Path, record: Mapping[str, Any] | None = None, *, trained: bool = True) -> None:
-    """Write the model folder (diffusers layout; StableDiffusionPipeline.from_pretrained loads the text family).
-
-    `record`, how the model was trained, goes into fastgen.json. `trained`: False leaves out the weights of the UNet and the
-    conditioner, which an unfinished run has in its checkpoints.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    _save_module(model.unet, folder / "unet", trained)
-    (folder / "scheduler").mkdir(exist_ok=True)
-    write_json(folder / "scheduler" / "scheduler_config.json", model.scheduler_config, infinity=True)
-    index: dict[str, Any] = {"scheduler": ["diffusers", model.scheduler_config["_class_name"]]}
-    if model.family == "labels":
-        assert model.conditioner is not None
-        save_conditioner(model.conditioner, folder / "conditioner", trained)
-        write_json(folder / "labels.json", model.objects)
-        index |= {"_class_name": "LabelDiffusion", "unet": class_record(model.unet)}
-        index |= {"conditioner": class_record(model.conditioner)}
-    else:
-        assert model.vae is not None
-        assert model.text_encoder is not None
-        _save_module(model.vae, folder / "vae", True)
-        save_text_encoder(model.text_encoder, model.tokenizer, folder)
-        index |= {
-            "_class_name": "StableDiffusionPipeline",
-            "unet": ["diffusers", "UNet2DConditionModel"],
-            "vae": ["diffusers", "AutoencoderKL"],
-            "text_encoder": ["transformers", "CLIPTextModel"],
-            "tokenizer": ["transformers", "CLIPTokenizer"],
-            "safety_checker": [None, None],
-            "feature_extractor": [None, None],
-            "image_encoder": [None, None],
-            "requires_safety_checker": False,
-        }
-    write_json(folder / SETTINGS, {"sampling": asdict(model.sampling), "training": dict(record or {})})
-    write_json(folder / "model_index.json", index)
-
-
-def _save_module(module: Any, folder: Path, weights: bool) -> None:
-    if weights:
-        module.save_pretrained(folder, safe_serialization=True)
-    else:
-        module.save_config(folder)
-
-
-def save_text_encoder(text_encoder: Any, tokenizer: Any, folder: Path) -> None:
-    """Write text_encoder/ and tokenizer/ in the layout that transformers 4 and 5 both read: `text_model.*` weight keys (version
-    5 writes no prefix, and version 4 then keeps random weights silently), vocab.json and merges.txt beside tokenizer.json."""
-    from safetensors.torch import save_file
-
-    text_encoder.save_pretrained(folder / "text_encoder", safe_serialization=True)
-    state = {k if k.startswith("text_model.") else f"text_model.{k}": v for k, v in text_encoder.state_dict().items()}
-    state = {k: v.contiguous() for k, v in state.items() if not k.endswith("position_ids")}
-    save_file(state, folder / "text_encoder" / "model.safetensors", metadata={"format": "pt"})
-    tokenizer.save_pretrained(folder / "tokenizer")
-    bpe = json.loads((folder / "tokenizer" / "tokenizer.json").read_text(encoding="utf-8"))["model"]
-    merges = [m if isinstance(m, str) else " ".join(m) for m in bpe["merges"]]
-    write_json(folder / "tokenizer" / "vocab.json", bpe["vocab"])
-    lines = "\n".join(["#version: 0.2", *merges, ""])
-    (folder / "tokenizer" / "merges.txt").write_text(lines, encoding="utf-8")
-
-
-def load_model(folder: str | os.PathLike[str], checkpoint: str | None = None) -> Model:
+def load_model(
+    folder: str | os.PathLike[str],
+    checkpoint: str | None = None,
+    *,
+    size: tuple[int, int] | None = None,
+    loras: Sequence[Lora] | None = None,
+    allow_pickle: bool = False,
+) -> Model:
     """Load a model folder onto the CPU in float32, in eval mode.
 
-    `checkpoint`: which of a training run's weights, see `checkpoint_choice.choose_checkpoint`; the run need not be finished.
-    Raises InputError when the folder is not one, a component is missing, or a weight does not match its architecture.
-    """
-    run_weights = choose_checkpoint(Path(folder), checkpoint) if checkpoint else None
-    folder = model_parts(Path(folder), checkpoint)
-    index_file = folder / "model_index.json"
-    if not index_file.is_file():
-        raise InputError(f"{folder}: not a model folder (model_index.json is missing)")
-    index = _table(index_file)
-    scheduler_config = _table(folder / "scheduler" / "scheduler_config.json")
-    sampling = _sampling(folder, scheduler_config)
-    if "conditioner" in index:
-        return _load_labels(folder, index, scheduler_config, sampling, run_weights)
-    if "text_encoder" in index and "vae" in index:
-        return _load_text(folder, scheduler_config, sampling, run_weights)
-    kind = index.get("_class_name")
-    raise InputError(f"{index_file}: {kind} is neither a text-to-latent model nor a labels-to-pixels model")
+    `checkpoint`: which of a training run's weights, see `checkpoint_choice.choose_checkpoint` (the run need not be finished);
+    "ema" also takes the averaged weights in unet_ema/, where diffusers' training script wrote them. `size`: height and width of
+    the images, by default training's. `loras`: fused into the weights; an empty sequence leaves those beside the folder out.
+    `allow_pickle`: read .bin files too. Raises InputError when the folder is not a model folder, a component is missing, a
+    weight does not match its architecture, or the model needs what fastgen does not give."""
+    parts = model_parts(Path(folder), checkpoint)
+    with readable(parts):
+        return _load(Path(folder), parts, checkpoint, size, loras, allow_pickle)
+
+
+@contextmanager
+def readable(folder: Path) -> Iterator[None]:
+    """Raises InputError, in one line, for whatever a library raises on the configs and weights that somebody else wrote."""
+    try:
+        yield
+    except (FastgenError, MemoryError, OSError):
+        raise
+    except Exception as error:
+        if "memory" in str(error).lower():
+            raise
+        kind = type(error).__name__
+        raise InputError(f"{folder}: cannot be loaded as a model ({kind}: {first_line(error)})") from error
+
+
+def _load(
+    folder: Path,
+    parts: Path,
+    checkpoint: str | None,
+    size: tuple[int, int] | None,
+    loras: Sequence[Lora] | None,
+    allow_pickle: bool,
+) -> Model:
+    layout = read_layout(parts, checkpoint, has_lora=loras is not None)
+    run_weights = choose_weights(folder, checkpoint, layout.label)
+    scheduler_config = _table(parts / "scheduler" / "scheduler_config.json")
+    cls = denoiser_class(layout.denoiser_class)
+    unet = _denoiser(cls, parts / layout.denoiser, run_weights, allow_pickle)
+    conditioner = None
+    if layout.conditioner:
+        weights = None if run_weights is None else run_weights.weights("conditioner")
+        conditioner = load_conditioner(parts / "conditioner", weights).eval()
+    foreign = not (parts / SETTINGS).is_file()
+    if foreign:
+        scheduler_config = pipelines.repaired_scheduler(layout.pipeline, scheduler_config)
+        pipelines.repair_size(layout.pipeline, unet)
+    model = Model(parts, unet, scheduler_config, _sampling(parts, layout, scheduler_config), conditioner)
+    model.layout, model.run_weights, model.size = layout, run_weights, size
+    model.names, model.null_class = _names(parts, layout)
+    with quiet_transformers():
+        for name, tokenizer in layout.text_encoders.items():
+            if not (parts / tokenizer).is_dir():
+                raise InputError(f"{parts / tokenizer}: no such folder, model_index.json names it")
+            model.text_encoders.append(_text_encoder(parts / name, allow_pickle))
+            model.tokenizers.append(
+                pretrained_tokenizer(parts / tokenizer, str(parts / tokenizer), local_files_only=True)
+            )
+    if layout.vae is not None:
+        model.vae = _pretrained(_autoencoder(parts / layout.vae), parts / layout.vae, allow_pickle)
+    model.signatures()  # raises for what does not fit together
+    pipelines.check_pipeline(layout.pipeline, parts)
+    if foreign or size is not None:
+        check_runs(model)
+    model.loras = tuple(loras or ())
+    for lora in model.loras:
+        fuse(lora, model.unet, model.text_encoders)
+    return model
+
+
+def check_runs(model: Model) -> None:
+    """Run every network once without computing anything: InputError, in one line, for one that cannot run, or whose outputs
+    have other shapes than the config promises."""
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    signatures = model.signatures()
+    for name, module in model.networks().items():
+        signature = signatures[name]
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+            inputs = [torch.zeros(t.with_batch(2), dtype=getattr(torch, t.dtype)) for t in signature.inputs]
+            try:
+                outputs = module(*inputs)
+            except Exception as error:
+                what = f"its {name} does not run at {model.space.size} ({type(error).__name__}: {first_line(error)})"
+                raise InputError(f"{model.where}: {what}") from error
+        shapes = [tuple(y.shape) for y in (outputs if isinstance(outputs, tuple) else (outputs,))]
+        expected = [t.with_batch(2) for t in signature.outputs]
+        if shapes != expected:
+            raise InputError(f"{model.where}: its {name} gives {shapes}, expected {expected}")
+
+
+def _hashes(folder: Path, layout: Layout, run_weights: RunWeights | None) -> tuple[dict[str, str], dict[str, str]]:
+    """File -> SHA-256 of all weights, and the hash of the text encoder's and the VAE's alone."""
+    components = {"text_encoder": list(layout.text_encoders), "vae": [] if layout.vae is None else [layout.vae]}
+    names = [*([] if run_weights else [layout.denoiser, *(["conditioner"] if layout.conditioner else [])])]
+    names += [name for part in components.values() for name in part]
+    files = sorted(file for name in names for file in weight_files(folder / name, allow_pickle=True).files)
+    hashes = {file.relative_to(folder).as_posix(): sha256_file(file) for file in files}
+    parts = {c: {n: h for n, h in hashes.items() if n.partition("/")[0] in below} for c, below in components.items()}
+    if run_weights is not None:
+        hashes["unet"] = run_weights.sha256
+    return hashes, {component: sha256_names(part) for component, part in parts.items() if part}
 
 
 def _table(file: Path) -> dict[str, Any]:
@@ -229,63 +303,74 @@ def _trained_mode(folder: Path) -> str | None:
     return None
 
 
-def _sampling(folder: Path, scheduler_config: Mapping[str, Any]) -> Sampling:
-    if (folder / SETTINGS).is_file():
+def _sampling(folder: Path, layout: Layout, scheduler_config: Mapping[str, Any]) -> Sampling:
+    """fastgen.json's; else the model's own scheduler, with the steps and guidance of its pipeline."""
+    settings = _table(folder / SETTINGS) if (folder / SETTINGS).is_file() else {}
+    if "sampling" in settings:
         try:
-            return Sampling(**read_json(folder / SETTINGS)["sampling"])
+            return Sampling(**settings["sampling"])
         except (KeyError, TypeError) as error:
             raise InputError(f"{folder / SETTINGS}: sampling: malformed ({type(error).__name__}: {error})") from None
-    guidance = 1.0 if (folder / "conditioner").is_dir() else 7.5
-    return Sampling(default_name(scheduler_config), 50, guidance)
+    steps, guidance = pipelines.defaults(layout.pipeline, text=bool(layout.text_encoders))
+    return Sampling(default_name(scheduler_config), steps, guidance)
 
 
-def _load_labels(
-    folder: Path,
-    index: Mapping[str, Any],
-    scheduler_config: dict[str, Any],
-    sampling: Sampling,
-    run_weights: RunWeights | None,
-) -> Model:
-    try:
-        cls = label_unet_class(str(index["unet"][1]))
-    except (KeyError, IndexError, TypeError, InputError) as error:
-        raise InputError(f"{folder / 'model_index.json'}: unet: {error}") from None
-    unet = _unet(cls, folder / "unet", run_weights)
-    weights = None if run_weights is None else run_weights.weights("conditioner")
-    conditioner = load_conditioner(folder / "conditioner", weights).eval()
-    objects = read_objects(folder / "labels.json")
-    return Model(folder, "labels", unet, scheduler_config, sampling, conditioner, objects, run_weights=run_weights)
+def _names(folder: Path, layout: Layout) -> tuple[dict[str, int] | None, int | None]:
+    """The names of labels or classes, from labels.json or the pipeline's id2label; and the class id that stands for none."""
+    settings = _table(folder / SETTINGS) if (folder / SETTINGS).is_file() else {}
+    null = settings.get("null_class")
+    if null is not None and type(null) is not int:
+        raise InputError(f"{folder / SETTINGS}: null_class: found {brief(null)}, expected a class id")
+    if (folder / "labels.json").is_file():
+        return read_objects(folder / "labels.json"), null
+    return class_names(layout.id2label, folder) if layout.id2label else None, null
 
 
-def _load_text(
-    folder: Path, scheduler_config: dict[str, Any], sampling: Sampling, run_weights: RunWeights | None
-) -> Model:
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextModel
+def _autoencoder(folder: Path) -> Any:
+    import diffusers
 
-    with quiet_transformers():
-        return Model(
-            folder,
-            "text",
-            _unet(UNet2DConditionModel, folder / "unet", run_weights),
-            scheduler_config,
-            sampling,
-            text_encoder=_pretrained(CLIPTextModel, folder / "text_encoder"),
-            tokenizer=pretrained_tokenizer(folder / "tokenizer", str(folder / "tokenizer"), local_files_only=True),
-            vae=_pretrained(AutoencoderKL, folder / "vae"),
-            run_weights=run_weights,
-        )
+    name = _class_of(folder)
+    if name not in AUTOENCODERS:
+        raise InputError(f"{folder}: is a {name}; fastgen runs {', '.join(AUTOENCODERS)}")
+    return getattr(diffusers, name)
 
 
-def _unet(cls: Any, folder: Path, run_weights: RunWeights | None) -> Any:
+def _text_encoder(folder: Path, allow_pickle: bool) -> Any:
+    import transformers
+
+    from fastgen.models.layout import TEXT_ENCODERS
+
+    config = _table(folder / "config.json") if (folder / "config.json").is_file() else {}
+    names = config.get("architectures") or ["CLIPTextModel"]
+    name = "CLIPTextModel" if names[0] == "CLIPModel" else names[0]
+    if name not in TEXT_ENCODERS:
+        raise InputError(f"{folder}: is a {name}; fastgen runs {', '.join(TEXT_ENCODERS)}")
+    whole = names[0] == "CLIPModel"  # which has an image tower beside the text encoder
+    encoder = _pretrained(getattr(transformers, name), folder, allow_pickle, WHOLE_CLIP if whole else ())
+    if (
+        config.get("model_type") == "t5"
+    ):  # torch cannot export its fused attention, which has a bias for each pair of tokens
+        encoder.set_attn_implementation("eager")
+    return encoder
+
+
+def _class_of(folder: Path) -> str:
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{folder}: config.json is missing, expected a saved network of diffusers")
+    return str(_table(folder / "config.json").get("_class_name"))
+
+
+def _denoiser(cls: Any, folder: Path, run_weights: RunWeights | None, allow_pickle: bool) -> Any:
     if run_weights is None:
-        return _pretrained(cls, folder)
+        return _pretrained(cls, folder, allow_pickle)
     unet = cls.from_config(cls.load_config(folder))
     load_state(unet, run_weights.weights("unet"), run_weights.checkpoint.folder, f"the {cls.__name__} of {folder}")
     return unet.eval()
 
 
-def _pretrained(cls: Any, folder: Path) -> Any:
+def _pretrained(cls: Any, folder: Path, allow_pickle: bool, beside: tuple[str, ...] = ()) -> Any:
+    """`beside`: beginnings of the keys of weights that the class does not have and does not need."""
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder}: config.json is missing, expected a saved {cls.__name__}")
-    return pretrained(cls, folder, str(folder), local_files_only=True)
+    options = weight_files(folder, allow_pickle=allow_pickle).options
+    return pretrained(cls, folder, str(folder), lambda key: key.startswith(beside), local_files_only=True, **options)

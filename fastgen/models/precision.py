@@ -53,7 +53,7 @@ class _Island(nn.Module):
 
 
 class _Lowered(nn.Module):
-    """A network of `signatures` computed in another dtype; the timestep, its second input, stays float32."""
+    """A network of `signatures` computed in another dtype; timesteps stay float32."""
 
     def __init__(self, network: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
@@ -64,5 +64,5 @@ class _Lowered(nn.Module):
         return outputs.float() if isinstance(outputs, Tensor) else tuple(y.float() for y in outputs)
 
     def _cast(self, x: Tensor) -> Tensor:
-        """Timesteps are the only inputs (B,); ids are integers."""
+        """Timesteps, and one number per image, are the only inputs (B,); ids are integers."""
         return x.to(self.dtype) if x.is_floating_point() and x.ndim > 1 else x

@@ -12,7 +12,9 @@ from typing import Any
 
 import numpy as np
 
-BATCH = "batch"
+from fastgen.models.condition import BATCH, Condition
+from fastgen.models.space import Space
+
 EXACT = ("text_encoder",)  # networks that stay fp32: they run once per prompt, and all images depend on them
 
 
@@ -56,7 +58,7 @@ class Signature:
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> Signature:
         def tensors(rows: list[dict[str, Any]]) -> tuple[TensorSpec, ...]:
-            return tuple(TensorSpec(r["name"], r["dtype"], tuple(r["shape"]), r["high"]) for r in rows)
+            return tuple(TensorSpec(r["name"], r["dtype"], tuple(r["shape"]), int(r["high"])) for r in rows)
 
         return Signature(tensors(value["inputs"]), tensors(value["outputs"]))
 
@@ -66,49 +68,32 @@ def network_dtype(network: str, dtype: str) -> str:
     return "fp32" if network in EXACT else dtype
 
 
-def text_signatures(
-    *, latents: tuple[int, int, int], image_size: int, tokens: int, width: int, pooled: int, vocabulary: int
-) -> dict[str, Signature]:
-    """The text family: `latents` is (channels, height, width) of the VAE's space, `image_size` in pixels, `tokens` the
-    prompt's length, `width` and `pooled` the text encoder's state and pooled widths."""
-    latent, image = (BATCH, *latents), (BATCH, 3, image_size, image_size)
-    moments = (BATCH, 2 * latents[0], *latents[1:])
-    states = (BATCH, tokens, width)
-    return {
-        "text_encoder": Signature(
-            (TensorSpec("input_ids", "int64", (BATCH, tokens), vocabulary),),
-            (
-                TensorSpec("last_hidden_state", "float32", states),
-                TensorSpec("pooler_output", "float32", (BATCH, pooled)),
-            ),
-        ),
-        "unet": Signature(
-            (
-                TensorSpec("sample", "float32", latent),
-                TensorSpec("timestep", "float32", (BATCH,)),
-                TensorSpec("encoder_hidden_states", "float32", states),
-            ),
-            (TensorSpec("out_sample", "float32", latent),),
-        ),
-        "vae_decoder": Signature(
-            (TensorSpec("latent_sample", "float32", latent),), (TensorSpec("sample", "float32", image),)
-        ),
-        "vae_encoder": Signature(
-            (TensorSpec("sample", "float32", image),), (TensorSpec("latent_parameters", "float32", moments),)
-        ),
-    }
+def model_signatures(condition: Condition, space: Space) -> dict[str, Signature]:
+    """The networks of a model: the denoiser "unet", and where it has them text encoder and autoencoder.
 
-
-def label_signatures(*, channels: int, image_size: int, num_labels: int) -> dict[str, Signature]:
-    """The label family: pixels (channels, image_size, image_size) in [-1, 1], conditioned on a multi-hot (num_labels,)."""
-    image = (BATCH, channels, image_size, image_size)
-    return {
-        "unet": Signature(
-            (
-                TensorSpec("sample", "float32", image),
-                TensorSpec("timestep", "float32", (BATCH,)),
-                TensorSpec("class_labels", "float32", (BATCH, num_labels)),
-            ),
-            (TensorSpec("out_sample", "float32", image),),
+    The autoencoder's encoder gives the moments of the latents, mean and log-variance (B, 2C, h, w); of an autoencoder without
+    a distribution the log-variance is constant and low.
+    """
+    state, image = (BATCH, *space.shape), (BATCH, *space.image)
+    signatures = {}
+    if (text := condition.text) is not None:
+        ids = tuple(
+            TensorSpec("input_ids" if i == 0 else f"input_ids_{i + 1}", "int64", (BATCH, tokens), vocabulary)
+            for i, (tokens, vocabulary) in enumerate(zip(text.tokens, text.vocabulary, strict=True))
         )
-    }
+        states = TensorSpec("last_hidden_state", "float32", (BATCH, text.tokens[0], text.width))
+        signatures["text_encoder"] = Signature(
+            ids, (states, TensorSpec("pooler_output", "float32", (BATCH, text.pooled)))
+        )
+    inputs = (TensorSpec("sample", "float32", state), TensorSpec("timestep", "float32", (BATCH,)))
+    conditions = tuple(TensorSpec(*tensor) for tensor in condition.inputs)
+    signatures["unet"] = Signature((*inputs, *conditions), (TensorSpec("out_sample", "float32", state),))
+    if space.latent:
+        moments = (BATCH, 2 * space.shape[0], *space.shape[1:])
+        signatures["vae_decoder"] = Signature(
+            (TensorSpec("latent_sample", "float32", state),), (TensorSpec("sample", "float32", image),)
+        )
+        signatures["vae_encoder"] = Signature(
+            (TensorSpec("sample", "float32", image),), (TensorSpec("latent_parameters", "float32", moments),)
+        )
+    return signatures

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,10 +13,22 @@ import torch
 from torch import Tensor, nn
 
 from fastgen.errors import InputError, first_line
+from fastgen.files.jsonfiles import brief, read_json
 
 PICKLES = (".pth", ".pt", ".ckpt", ".bin")
 LISTED = 10
-TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
+# Weights that a whole CLIP has beside its text encoder.
+WHOLE_CLIP = ("vision_model.", "visual_projection.", "text_projection.", "logit_scale")
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "spiece.model")
+# Keys that EMAModel of diffusers' training scripts adds to the config.json of unet_ema/.
+AVERAGED = ("decay", "inv_gamma", "min_decay", "optimization_step", "power", "update_after_step", "use_ema_warmup")
+# Keys that diffusers itself writes besides its classes' arguments.
+WRITTEN = {
+    "AutoencoderTiny": ("block_out_channels",),
+    "DiTTransformer2DModel": (
+        *("num_vector_embeds", "only_cross_attention", "double_self_attention", "attention_type"),
+    ),
+}
 
 
 def read_state(path: Path, allow_pickle: bool = False) -> Mapping[str, Any]:
@@ -57,31 +70,56 @@ def pretrained(
     """
     from safetensors import SafetensorError
 
+    _check_config(cls, Path(source), options.get("subfolder"))
     options = {"use_safetensors": True, "torch_dtype": torch.float32, "ignore_mismatched_sizes": True, **options}
     try:
         module, info = cls.from_pretrained(source, output_loading_info=True, **options)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         raise InputError(f"{where}: cannot be loaded as a {cls.__name__}: {first_line(error)}") from None
     unexpected = [key for key in info["unexpected_keys"] if not may_ignore(key)]
-    wrong = sorted(map(str, (*info["missing_keys"], *info["mismatched_keys"], *unexpected)))
+    mismatched = [key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"]]
+    wrong = sorted(map(str, (*info["missing_keys"], *mismatched, *unexpected)))
     wrong = [key for key in wrong if not key.endswith("position_ids")]
     if wrong:
         raise InputError(f"{where}: {len(wrong)} weights do not match {cls.__name__}, the first {wrong[0]}")
+    if broken := [key for key, value in module.state_dict().items() if not torch.isfinite(value).all()]:
+        raise InputError(f"{where}: {len(broken)} weights hold NaN or infinity, the first {broken[0]}")
     return module.eval()
 
 
+def _check_config(cls: Any, folder: Path, subfolder: str | None) -> None:
+    """InputError for a key of a diffusers network's config.json that its class does not have: it would be left out silently,
+    and the network might compute something else. Keys without a value do no harm, nor do those of an average of weights."""
+    file = folder / (subfolder or "") / "config.json"
+    if not (hasattr(cls, "register_to_config") and file.is_file()):
+        return
+    config = read_json(file, infinity=True)
+    known = {*inspect.signature(cls.__init__).parameters, *AVERAGED, *WRITTEN.get(cls.__name__, ())}
+    foreign = [key for key, value in config.items() if key not in known and not key.startswith("_") and value]
+    if foreign:
+        what = f"{foreign[0]} = {brief(config[foreign[0]])}"
+        raise InputError(f"{file}: {what}: {cls.__name__} of diffusers has no such option, and would leave it out")
+
+
 def pretrained_tokenizer(source: str | Path, where: str, **options: Any) -> Any:
-    """The CLIPTokenizer in `source`. Raises InputError, which begins with `where`, where it is missing (`from_pretrained` would
-    make an empty tokenizer of a folder without files) or cannot be read."""
-    from transformers import CLIPTokenizer
+    """The tokenizer in `source`, CLIP's unless its config names another class. Raises InputError, which begins with `where`,
+    where it is missing (`from_pretrained` would make an empty tokenizer of a folder without files) or cannot be read."""
+    from transformers import AutoTokenizer, CLIPTokenizer
 
     folder = Path(source, options.get("subfolder", ""))
     if Path(source).is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise InputError(f"{where}: its tokenizer is missing: {' or '.join(TOKENIZER_FILES)}")
+    config = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
+    if not isinstance(config, dict):
+        raise InputError(f"{where}: tokenizer_config.json: found {brief(config)}, expected an object")
+    cls = CLIPTokenizer if str(config.get("tokenizer_class") or "CLIP").startswith("CLIP") else AutoTokenizer
     try:
-        return CLIPTokenizer.from_pretrained(source, **options)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        tokenizer = cls.from_pretrained(source, **options)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise InputError(f"{where}: its tokenizer cannot be read: {first_line(error)}") from None
+    if not hasattr(tokenizer, "backend_tokenizer"):
+        raise InputError(f"{where}: its tokenizer has no tokenizer.json; save it with transformers' fast class")
+    return tokenizer
 
 
 @contextmanager

@@ -15,16 +15,16 @@ from fastgen.errors import InputError, unknown
 from fastgen.presets.recipe import Training, check, choice
 from fastgen.sampling.defaults import Sampling
 
-FAMILIES = ("text", "labels", "evaluator")
 IMAGE_MODES = ("stretch", "pad", "crop", "figure")
 OPTIONAL = ("loss", "loss_from_epoch", "preview", "sampling", "config")  # tables that a preset may leave out
-CONDITIONERS = ("class_embed", "concat", "broadcast")
-CONDITIONER_KEYS = ("kind", "dim", "hidden")
-NEEDED = {
-    "text": ("text_encoder", "vae", "unet", "scheduler"),
-    "labels": ("conditioner", "unet", "scheduler"),
-    "evaluator": ("evaluator",),
-}
+CONDITIONERS = ("class_embed", "concat", "broadcast", "tokens")
+EMBEDS = ("linear", "identity", "embedding", "tokens")
+CONDITIONER_KEYS = ("kind", "dim", "hidden", "embed")
+FAMILIES = {
+    "text": "text_encoder",
+    "labels": "conditioner",
+    "evaluator": "evaluator",
+}  # an older key -> the table it meant
 NETWORKS = ("unet", "text_encoder", "vae", "evaluator")
 
 
@@ -45,10 +45,13 @@ class NetworkPreset:
 
 @dataclass(frozen=True)
 class Preset:
-    """A system that `fastgen train` builds from a data folder."""
+    """A system that `fastgen train` builds from a data folder: an evaluator, or a diffusion model.
+
+    The tables say what it is: with [text_encoder] it is conditioned on text, with [conditioner] on labels or a class, with
+    neither on nothing; with [vae] it works on latents, else on pixels.
+    """
 
     name: str
-    family: str
     image_size: int
     image_mode: str
     unet: NetworkPreset | None = None
@@ -56,18 +59,16 @@ class Preset:
     sampling: Sampling = field(default_factory=Sampling)
     text_encoder: NetworkPreset | None = None
     vae: NetworkPreset | None = None
-    conditioner: Mapping[str, Any] | None = None  # {"kind": one of CONDITIONERS, "dim": int, "hidden": int}
+    conditioner: Mapping[str, Any] | None = (
+        None  # {"kind": one of CONDITIONERS, "dim": int, "hidden": int, "embed": one of EMBEDS}
+    )
     evaluator: NetworkPreset | None = None
     preview: Mapping[str, Any] = field(default_factory=dict)  # {"prompts": [...]} or {"labels": [[...], ...]}
 
     def __post_init__(self) -> None:
-        choice("family", self.family, FAMILIES)
         choice("image_mode", self.image_mode, IMAGE_MODES)
         check(8 <= self.image_size <= 4096, "image_size", self.image_size, "8 to 4096 px")
-        needed = NEEDED[self.family]
-        tables = {name for name in (*NETWORKS, "conditioner", "scheduler") if getattr(self, name)}
-        expected = ", ".join(f"[{name}]" for name in needed)
-        check(tables == set(needed), f"tables of family {self.family!r}", sorted(tables), f"exactly {expected}")
+        self._check_tables()
         for name in NETWORKS:
             part: NetworkPreset | None = getattr(self, name)
             if part is not None and part.path is None:
@@ -77,8 +78,31 @@ class Preset:
         if self.evaluator is not None:
             _check_evaluator(self.evaluator.config)
         if self.preview:
-            key = {"text": "prompts", "labels": "labels"}.get(self.family)
-            check(list(self.preview) == [key], "preview", dict(self.preview), f"a list of {key}")
+            key = {"text": "prompts", "labels": "labels"}.get(self.kind) if self.evaluator is None else None
+            expected = f"a list of {key}" if key else "none: such a preset has no conditions to preview"
+            check(list(self.preview) == [key], "preview", dict(self.preview), expected)
+
+    @property
+    def kind(self) -> str:
+        """What its data hold: "text", "labels", or "nothing" for images alone."""
+        if self.evaluator is not None or self.conditioner is not None:
+            return "labels"
+        return "text" if self.text_encoder is not None else "nothing"
+
+    @property
+    def described(self) -> str:
+        """`text -> latents`"""
+        return "evaluator" if self.evaluator else f"{self.kind} -> {'latents' if self.vae else 'pixels'}"
+
+    def _check_tables(self) -> None:
+        tables = {name for name in (*NETWORKS, "conditioner", "scheduler") if getattr(self, name)}
+        if self.evaluator is not None:
+            check(tables == {"evaluator"}, "tables of an evaluator", sorted(tables), "exactly [evaluator]")
+            return
+        missing = {"unet", "scheduler"} - tables
+        check(not missing, "tables", sorted(tables), "[unet] and [scheduler] at least, or [evaluator] alone")
+        both = {"text_encoder", "conditioner"} <= tables
+        check(not both, "tables", sorted(tables), "[text_encoder] for text, or [conditioner] for labels, not both")
 
 
 def _check_conditioner(table: Mapping[str, Any]) -> None:
@@ -86,6 +110,7 @@ def _check_conditioner(table: Mapping[str, Any]) -> None:
         if key not in CONDITIONER_KEYS:
             raise unknown("key", f"conditioner.{key}", [f"conditioner.{name}" for name in CONDITIONER_KEYS])
     choice("conditioner.kind", str(table.get("kind")), CONDITIONERS)
+    choice("conditioner.embed", str(table.get("embed", EMBEDS[0])), EMBEDS)
     for key, low in (("dim", 1), ("hidden", 0)):
         value = table.get(key, low)
         check(type(value) is int and value >= low, f"conditioner.{key}", value, f"a whole number, at least {low}")
@@ -130,6 +155,7 @@ def _parse(name: str, text: str, where: str, overrides: Sequence[str]) -> Preset
     except tomllib.TOMLDecodeError as error:
         raise InputError(f"{where}: not valid TOML: {error}") from None
     try:
+        _drop_family(table)
         _apply(table, overrides)
         values = {"name": name, "image_mode": "stretch", **table}
         for key in NETWORKS:
@@ -139,6 +165,20 @@ def _parse(name: str, text: str, where: str, overrides: Sequence[str]) -> Preset
         return _build(Preset, values, "")
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
+
+
+def _drop_family(table: dict[str, Any]) -> None:
+    """Presets once named a family, which the tables say. InputError where the two differ."""
+    if "family" in table:
+        family = str(table.pop("family"))
+        choice("family", family, tuple(FAMILIES))
+        needed = FAMILIES[family]
+        check(
+            needed in table,
+            f"family {family!r}",
+            sorted(k for k, v in table.items() if isinstance(v, dict)),
+            f"[{needed}]",
+        )
 
 
 def _apply(table: dict[str, Any], overrides: Sequence[str]) -> None:

@@ -62,16 +62,18 @@ class Index:
 
     def check(self, spec: Spec) -> None:
         """InputError unless the index was built with this model's text encoder and VAE."""
-        if spec.family != "text":
-            raise InputError(f"{self.folder}: an index is for text models; this model takes labels")
+        if spec.condition.text is None:
+            raise InputError(f"{self.folder}: an index is for models of text; this model takes {spec.condition.takes}")
         if other := foreign_network(self.info, spec.component_sha256, spec.sha256):
             name, ours, theirs = other
             raise self._foreign(f"another {name} ({ours[:12]}; this model's is {theirs[:12]})")
         shape = tuple(self.info["latent_shape"])
-        if shape != spec.latent_shape:
-            raise self._foreign(f"latents of shape {shape}; this model's are {spec.latent_shape}")
-        if not np.isclose(self.info["scaling_factor"], spec.scaling_factor, rtol=1e-6):
-            raise self._foreign(f"scaling factor {self.info['scaling_factor']}; this model's is {spec.scaling_factor}")
+        if shape != spec.space.shape:
+            raise self._foreign(f"latents of shape {shape}; this model's are {spec.space.shape}")
+        if not np.isclose(self.info["scaling_factor"], spec.space.scaling_factor, rtol=1e-6):
+            raise self._foreign(
+                f"scaling factor {self.info['scaling_factor']}; this model's is {spec.space.scaling_factor}"
+            )
 
     def _foreign(self, what: str) -> InputError:
         return InputError(f"{self.folder}: was built with {what}; build one for this model: `{COMMAND}`")
@@ -159,7 +161,7 @@ class Retrieval:
     @cached_property
     def nearest(self) -> dict[Request, tuple[int, float]]:
         """The training image of every request: its row in the index, and the cosine similarity of its text."""
-        states = pooled_states(self._pipeline.engine, self._pipeline.tokenizer, self.texts)
+        states = pooled_states(self._pipeline.engine, self._pipeline.tokenizers, self.texts)
         rows, similarities = self._index.nearest(states, self._top_k)  # (Q, k)
         numbers = {text: i for i, text in enumerate(self.texts)}
         queries = zip(self._requests, self._queries, strict=True)

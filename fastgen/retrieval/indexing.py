@@ -88,11 +88,10 @@ def build_index(
     not match, and on an unknown `image_mode`.
 
     Returns the index, and whether it is new: one of the same data, model and options is kept. Raises InputError for data
-    without texts, a label model, bad images, and an `out` that holds something else.
+    without texts, a model without a text encoder, bad images, and an `out` that holds something else.
     """
     options, out = options or IndexOptions(), Path(out)
-    if pipeline.spec.family != "text":
-        raise InputError("an index needs a text encoder and a VAE; this model takes labels")
+    _check_model(pipeline.spec)
     dataset = _examples(read_dataset(data, limit=limit), options)
     for note in dataset.notes:
         say(f"note: {note}")
@@ -147,9 +146,9 @@ def _identity(pipeline: Pipeline, dataset: Dataset, options: IndexOptions) -> di
         "format_version": FORMAT_VERSION,
         "component_sha256": dict(spec.component_sha256),
         "model_sha256": spec.sha256,
-        "latent_shape": list(spec.latent_shape),
-        "scaling_factor": spec.scaling_factor,
-        "image_size": spec.image_size,
+        "latent_shape": list(spec.space.shape),
+        "scaling_factor": spec.space.scaling_factor,
+        "image_size": spec.space.image[1],
         "image_mode": options.image_mode,
         "text": options.text,
         "frames": options.frames,
@@ -170,7 +169,7 @@ def _check_same(out: Path, identity: Mapping[str, Any]) -> None:
 def _fill(folder: Path, pipeline: Pipeline, dataset: Dataset, identity: Mapping[str, Any], progress: bool) -> None:
     texts, pairs = _texts(dataset.examples, identity["text"])
     with _bar(len(texts), "texts", progress) as bar:
-        rows = unit(pooled_states(pipeline.engine, pipeline.tokenizer, texts, bar.update), "text")  # (T, D)
+        rows = unit(pooled_states(pipeline.engine, pipeline.tokenizers, texts, bar.update), "text")  # (T, D)
     np.save(folder / EMBEDDINGS, rows)
     np.save(folder / PAIRS, pairs)
     small = _encode_images(folder, pipeline, dataset, identity, progress)
@@ -209,7 +208,8 @@ def _texts(examples: Sequence[Example], text: TextChoice) -> tuple[list[str], np
 def _encode_images(
     folder: Path, pipeline: Pipeline, dataset: Dataset, identity: Mapping[str, Any], progress: bool
 ) -> np.ndarray:
-    """Write the latents, the posterior's mean x scaling factor; returns the thumbnails (N, s, s, 3) uint8."""
+    """Write the clean states that the denoiser sees, of latents the posterior's mean; returns the thumbnails (N, s, s, 3)
+    uint8."""
     count = len(dataset.examples)
     latents = np.lib.format.open_memmap(folder / LATENTS, "w+", "float16", (count, *identity["latent_shape"]))
     small = np.empty((count, THUMBNAIL, THUMBNAIL, 3), np.uint8)
@@ -222,7 +222,7 @@ def _encode_images(
             ]  # (b, size, size, 3) uint8
             small[rows] = thumbnails(images, THUMBNAIL)
             with np.errstate(over="ignore"):
-                latents[rows] = _latents(pipeline.engine, images) * np.float32(identity["scaling_factor"])
+                latents[rows] = _clean_states(pipeline, images)
             if not np.isfinite(latents[rows]).all():
                 raise FastgenError("the VAE's latents are not finite in float16; try --dtype fp32")
             bar.update(len(images))
@@ -230,9 +230,32 @@ def _encode_images(
     return small
 
 
+def _check_model(spec: Spec) -> None:
+    """InputError for a model without text, or whose images are not square and RGB, as those of a dataset are read."""
+    if spec.condition.text is None:
+        raise InputError(f"an index needs a text encoder; this model takes {spec.condition.takes}")
+    channels, height, width = spec.space.image
+    if height != width or channels != 3:
+        raise InputError(
+            f"an index holds square RGB images; this model's have {channels} channels and {spec.space.size}"
+        )
+
+
+def _clean_states(pipeline: Pipeline, images: np.ndarray) -> np.ndarray:
+    """(b, H, W, 3) uint8 -> clean states (b, C, h, w) float32."""
+    if pipeline.spec.space.latent:
+        return np.asarray(pipeline.spec.space.from_vae(_latents(pipeline.engine, images)), np.float32)
+    return _signed(images)
+
+
+def _signed(images: np.ndarray) -> np.ndarray:
+    """(b, H, W, 3) uint8 -> (b, 3, H, W) float32 in [-1, 1]."""
+    return np.ascontiguousarray(images.transpose(0, 3, 1, 2), np.float32) / np.float32(127.5) - np.float32(1)
+
+
 def _latents(engine: Engine, images: np.ndarray) -> np.ndarray:
     """(b, H, W, 3) uint8 -> the posterior's mean (b, C, h, w) float32, unscaled."""
-    x = np.ascontiguousarray(images.transpose(0, 3, 1, 2), np.float32) / np.float32(127.5) - np.float32(1)
+    x = _signed(images)
     sizes = engine.batch_sizes("vae_encoder") or [ENCODE]
     means = []
     for batch in cut(len(x), max(sizes), sizes):

@@ -14,7 +14,16 @@ from typing import Any, NamedTuple, Protocol
 
 from fastgen.sampling import streams
 from fastgen.sampling.graphs import Graph
-from fastgen.sampling.loop import TableRow, guide, guided_rows, pack_rows, step, take_rows, unconditional_first
+from fastgen.sampling.loop import (
+    Conditions,
+    TableRow,
+    guide,
+    guided_rows,
+    pack_rows,
+    step,
+    take_rows,
+    unconditional_first,
+)
 from fastgen.sampling.noise import normal
 from fastgen.sampling.tables import SolverTable
 
@@ -29,7 +38,7 @@ class TorchNetworks(Protocol):
 
     def run(self, network: str, *inputs: Tensor) -> tuple[Tensor, ...]: ...
 
-    def run_guided(self, sample: Tensor, timestep: Tensor, cond: Tensor) -> Tensor: ...
+    def run_guided(self, sample: Tensor, timestep: Tensor, *conds: Tensor) -> Tensor: ...
 
 
 class _Prepared(NamedTuple):
@@ -44,17 +53,17 @@ class _Prepared(NamedTuple):
 class DeviceLoop:
     """Runs one solver table at one batch size on a torch engine, as `loop.sample` does.
 
-    `shape` (B, C, h, w) of the state, `cond_shape` (B, ...) of the conditions. With `graphs`, rows are recorded as CUDA
-    graphs when they are first needed: one for guided rows (2B rows of the network), one for the others (B). `pool`: the memory
-    pool of a loop that still exists and never runs at the same time, such as one of another batch size.
-    """
+    `shape` (B, C, h, w) of the state; `cond`: conditions (B, ...) of the shapes and dtypes that all runs have. With `graphs`,
+    rows are recorded as CUDA graphs when they are first needed: one for guided rows (2B rows of the network), one for the
+    others (B). `pool`: the memory pool of a loop that still exists and never runs at the same time, such as one of another
+    batch size."""
 
     def __init__(
         self,
         engine: TorchNetworks,
         table: SolverTable,
         shape: Sequence[int],
-        cond_shape: Sequence[int],
+        cond: Conditions,
         *,
         graphs: bool,
         pool: Any = None,
@@ -67,8 +76,8 @@ class DeviceLoop:
         self._rows = pack_rows(table, torch, engine.device)
         self._x = torch.zeros(*shape, **new)
         self._history = [torch.zeros(*shape, **new) for _ in range(table.depth - 1)]
-        self._cond = torch.zeros(*cond_shape, **new)
-        self._conds = torch.zeros(2 * batch, *cond_shape[1:], **new)  # [uncond, cond]
+        self._cond = [torch.zeros_like(c) for c in cond]
+        self._conds = [torch.cat([c, c]) for c in self._cond]  # [uncond, cond]
         self._scale = torch.zeros((), **new)
         self._seeds = torch.zeros(batch, dtype=torch.int64, device=engine.device)
         self._index = torch.zeros(1, dtype=torch.int64, device=engine.device)
@@ -88,18 +97,18 @@ class DeviceLoop:
         """The memory pool of the recorded graphs, None before there are any."""
         return next((graphs[0].pool for graphs in self._recorded.values()), None)
 
-    def run(self, x: Tensor, cond: Tensor, **options: Any) -> Tensor:
+    def run(self, x: Tensor, cond: Conditions, **options: Any) -> Tensor:
         """The generated sample, the last state of `steps`. Returns when everything is queued, not when it has run."""
         return deque(self.steps(x, cond, **options), maxlen=1)[0][1]
 
     def steps(
         self,
         x: Tensor,
-        cond: Tensor,
+        cond: Conditions,
         *,
         seeds: Tensor,
         guidance_scale: float = 1.0,
-        uncond: Tensor | None = None,
+        uncond: Conditions | None = None,
         guidance_interval: tuple[int, int] | None = None,
     ) -> Iterator[tuple[int, Tensor]]:
         """As `loop.sample_steps`, with `seeds` (B,) int64 on the device. All states but the last are one buffer, which the
@@ -110,9 +119,9 @@ class DeviceLoop:
             for guided in sorted(set(rows) - set(self._recorded)):
                 self._recorded[guided] = self._record(guided)
         self._x.copy_(x)
-        self._cond.copy_(cond)
-        if uncond is not None:
-            self._conds.copy_(unconditional_first(self._torch, uncond, cond))
+        both = () if uncond is None else unconditional_first(self._torch, uncond, cond)
+        for buffer, values in [*zip(self._cond, cond, strict=True), *zip(self._conds, both, strict=False)]:
+            buffer.copy_(values)
         self._seeds.copy_(seeds)
         self._scale.fill_(guidance_scale)
         self._index.zero_()
@@ -171,9 +180,9 @@ class DeviceLoop:
     def _predict(self, guided: bool) -> None:
         sample, timestep = self._prepared[guided].sample, self._prepared[guided].timestep
         if guided:
-            prediction = self._engine.run_guided(sample, timestep, self._conds)  # (2B, ...)
+            prediction = self._engine.run_guided(sample, timestep, *self._conds)  # (2B, ...)
         else:
-            prediction = self._engine.run("unet", sample, timestep, self._cond)[0]
+            prediction = self._engine.run("unet", sample, timestep, *self._cond)[0]
         if self._graphs and not self._engine.capturable:  # the second graph reads a fixed address
             if guided not in self._prediction:
                 self._prediction[guided] = self._torch.empty_like(prediction)

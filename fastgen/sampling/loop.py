@@ -18,8 +18,9 @@ from fastgen.sampling.noise import normal, seed_array
 from fastgen.sampling.tables import SolverTable
 
 Array = Any  # an array of any array-API library
-# (sample (N, ...), timestep (N,) float32, cond (N, ...)) -> prediction like sample
-Denoiser = Callable[[Array, Array, Array], Array]
+Conditions = Sequence[Array]  # what the network takes besides sample and timestep, (N, ...) each; may be empty
+# (sample (N, ...), timestep (N,) float32, *conditions (N, ...)) -> prediction like sample
+Denoiser = Callable[..., Array]
 History = tuple[Array, ...]  # predictions, newest first
 
 
@@ -97,7 +98,7 @@ def step(x: Array, history: History, prediction: Array, row: TableRow, z: Array 
     return x_next, predictions[: len(row.b) - 1]
 
 
-def sample(network: Denoiser, table: SolverTable, x: Array, cond: Array, **options: Any) -> Array:
+def sample(network: Denoiser, table: SolverTable, x: Array, cond: Conditions, **options: Any) -> Array:
     """The generated sample, shaped like x: the last state of `sample_steps`, which takes the same arguments."""
     return deque(sample_steps(network, table, x, cond, **options), maxlen=1)[0][1]
 
@@ -106,38 +107,39 @@ def sample_steps(
     network: Denoiser,
     table: SolverTable,
     x: Array,
-    cond: Array,
+    cond: Conditions,
     *,
     seeds: Sequence[int] | Array,
     guidance_scale: float = 1.0,
-    uncond: Array | None = None,
+    uncond: Conditions | None = None,
     guidance_interval: tuple[int, int] | None = None,
     guided: Denoiser | None = None,
 ) -> Iterator[tuple[int, Array]]:
     """Run a solver table from the state x (B, ...) float32; yields (i, state after row i), the last one the generated sample.
 
-    `network(sample, timestep, cond)` must return a float32 prediction that it does not overwrite until its next call;
-    timestep is (N,) float32. `cond` (B, ...); `seeds`: B, for the noise of stochastic solvers.
+    `network(sample, timestep, *cond)` must return a float32 prediction that it does not overwrite until its next call;
+    timestep is (N,) float32. `cond`: arrays (B, ...); `seeds`: B, for the noise of stochastic solvers.
     Guidance (Ho and Salimans 2022): with `guidance_scale` s other than 1 the network sees one batch of 2B rows,
-    [uncond, cond], where `uncond` (1, ...) is a single row for all, and the prediction is uncond + s * (cond - uncond).
-    `guided(sample (B), timestep (B), conds (2B))` replaces the network there, if a (2B, ...) prediction can be had cheaper.
+    [uncond, cond], and the prediction is uncond + s * (cond - uncond). `uncond`: an array (1, ...), one row for all images, or
+    (B, ...), for each of `cond`. `guided(sample (B), timestep (B), *conds (2B))` replaces the network there, if a (2B, ...)
+    prediction can be had cheaper.
     `guidance_interval` (lo, hi) limits this to the rows lo <= i < hi of the table; elsewhere, as with s = 1, only the B
     conditional rows run. States are arrays of their own, which later rows do not write to. Raises InputError.
     """
     xp, device, batch = array_namespace(x), array_api_compat.device(x), x.shape[0]
     seeds = seed_array(seeds, xp, device)
     first, last = guided_rows(table, guidance_scale, uncond is not None, guidance_interval)
-    both = unconditional_first(xp, uncond, cond) if first < last else None
-    guided = guided or (lambda x, t, conds: network(xp.concat((x, x)), xp.concat((t, t)), conds))
+    both = unconditional_first(xp, uncond, cond) if first < last else ()
+    guided = guided or (lambda x, t, *conds: network(xp.concat((x, x)), xp.concat((t, t)), *conds))
     timesteps = xp.asarray(table.timesteps.tolist(), dtype=xp.float32, device=device)[:, None]  # (R, 1)
     timesteps = timesteps * xp.ones((1, batch), dtype=xp.float32, device=device)  # (R, B)
     history: History = ()
     for i, row in enumerate(table_rows(table)):
         network_input = x if row.scale == 1.0 else row.scale * x
         if first <= i < last:
-            prediction = guide(guided(network_input, timesteps[i], both), guidance_scale)
+            prediction = guide(guided(network_input, timesteps[i], *both), guidance_scale)
         else:
-            prediction = network(network_input, timesteps[i], cond)
+            prediction = network(network_input, timesteps[i], *cond)
         z = normal(seeds, row.stream, x.shape[1:]) if row.c != 0.0 else None
         x, history = step(x, history, prediction, row, z)
         yield i, x
@@ -198,11 +200,16 @@ def guided_rows(
     return lo, hi
 
 
-def unconditional_first(xp: Any, uncond: Array, cond: Array) -> Array:
-    """(2B, ...): the single unconditional row B times, then the conditions."""
-    if tuple(uncond.shape) != (1, *cond.shape[1:]):
-        raise InputError(f"unconditional row of shape {tuple(uncond.shape)}, expected {(1, *cond.shape[1:])}")
-    return xp.concat((xp.broadcast_to(uncond, cond.shape), cond))
+def unconditional_first(xp: Any, uncond: Conditions | None, cond: Conditions) -> tuple[Array, ...]:
+    """(2B, ...) each: the unconditional rows, a single one B times, then the conditions. Raises InputError."""
+    if uncond is None or len(uncond) != len(cond):
+        raise InputError(f"{len(uncond or ())} unconditional arrays, expected {len(cond)}, one for each condition")
+    both = []
+    for none, array in zip(uncond, cond, strict=True):
+        if tuple(none.shape[1:]) != tuple(array.shape[1:]) or none.shape[0] not in (1, array.shape[0]):
+            raise InputError(f"unconditional row of shape {tuple(none.shape)}, expected {(1, *array.shape[1:])}")
+        both.append(xp.concat((xp.broadcast_to(none, array.shape), array)))
+    return tuple(both)
 
 
 def _weighted_sum(*terms: tuple[Any, Any]) -> Array:

@@ -13,7 +13,7 @@ import numpy as np
 from fastgen import __version__
 from fastgen.data.attributes import MEAN, read_attributes
 from fastgen.errors import InputError
-from fastgen.generate.requests import Request, multi_hot, read_requests
+from fastgen.generate.requests import Request, multi_hot, parse_requests, read_requests
 from fastgen.models.precision import device_of
 from fastgen.scoring.attribute_accuracy import attribute_samples, attribute_targets, metric_names, value_shares
 from fastgen.scoring.clip import ClipNetwork, cosines, load_clip
@@ -172,7 +172,7 @@ class Scorer:
     def _work(self, folders: Sequence[Path] | None, path: Path | None, limit: int | None = None) -> Work:
         judge = self.evaluator if path and not self.attributes else None
         objects = label_objects(judge.evaluator, self._objects, path) if judge and path else None
-        requests = None if path is None else read_requests(path, objects, generated=True)[:limit]
+        requests = None if path is None else _requests(path, objects)[:limit]
         names = tuple(r.image_name for r in requests or ()) if folders is None else image_names(folders, requests)
         references = self.reference.files_by_name(names) if self.clip and self.reference else {}
         prompts = tuple(r.prompt for r in requests or () if r.prompt is not None) if self.clip else ()
@@ -252,3 +252,12 @@ class Scorer:
                 f"CLIP-I left out: the reference has an image of the same name for {references} of {images} images"
             )
         return tuple(out)
+
+
+def _requests(path: Path, objects: Mapping[str, int] | None) -> list[Request]:
+    """The requests of a file; labels are checked where a judge knows them, not where they only name classes of a model."""
+    return (
+        parse_requests(path, generated=True).requests
+        if objects is None
+        else read_requests(path, objects, generated=True)
+    )

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from fastgen.errors import InputError, unknown
 from fastgen.files.jsonfiles import located
-from fastgen.generate.conditions import check_kind
+from fastgen.generate.conditions import check_requests
 from fastgen.generate.job import job_limits
 from fastgen.generate.job_folder import check_same_job
 from fastgen.generate.pipeline import Pipeline, load
 from fastgen.generate.record import job_identity
-from fastgen.generate.requests import Request, read_requests
+from fastgen.generate.requests import Request, parse_requests
 from fastgen.generate.run import Run
 from fastgen.generate.settings import Settings
 from fastgen.generate.start import late_start
@@ -117,13 +117,13 @@ def prepare(
     weights = {name: problems.attempt(partial(model.weights, name)) for name in grid.checkpoints}
     problems.check()
     first = grid.checkpoints[0]
-    requests = read_requests(path, find_model(model.folder, first).objects)[:limit]
+    requests = parse_requests(path).known(find_model(model.folder, first).objects)[:limit]
     problems.attempt(lambda: _check_seeds(seeds, requests))
     metrics = problems.attempt(lambda: scorer.planned(path, limit)) or ()
     metric_name = problems.attempt(lambda: _metric(metric, metrics)) if metrics else None
     index = None if rag is None else problems.attempt(lambda: open_index(rag))
     pipeline = model.load(first)
-    problems.attempt(lambda: check_kind(requests, pipeline.spec.family))
+    problems.attempt(lambda: check_requests(requests, pipeline.spec.condition))
     if index is not None:
         problems.attempt(lambda: index.check(pipeline.spec))
     points = problems.attempt(lambda: grid.points(pipeline.spec.sampling, rag=rag is not None, weights=weights)) or []

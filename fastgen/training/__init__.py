@@ -14,12 +14,10 @@ from fastgen.training.examples import load_examples
 from fastgen.training.logs import say
 from fastgen.training.processes import join
 from fastgen.training.run_folder import flat, open_job
-from fastgen.training.stages import train_evaluator, train_labels, train_text
+from fastgen.training.stages import train_evaluator, train_model
 from fastgen.training.trackers import tracking
 
 __all__ = ["train"]
-
-FAMILIES = {"text": train_text, "labels": train_labels, "evaluator": train_evaluator}
 
 
 def train(
@@ -44,7 +42,7 @@ def train(
     """
     out = Path(out)
     dataset = data if isinstance(data, Dataset) else read_dataset(data)
-    if preset.family == "evaluator":
+    if preset.evaluator is not None:
         dataset = with_labels(dataset)
     target = choose("fp32", device).device
     processes = join(target)
@@ -57,5 +55,6 @@ def train(
             raise InputError(f"{resume}: is this run's own checkpoint; to branch off there, choose another --out")
         examples = load_examples(dataset, preset, skip_bad)
     with tracking(tracker, out, dict(flat(job.identity)), target.type == "cpu") as tell:
-        FAMILIES[preset.family](preset, examples, dataclasses.replace(job, tracker=tell, resume=resume))
+        train_stages = train_model if preset.evaluator is None else train_evaluator
+        train_stages(preset, examples, dataclasses.replace(job, tracker=tell, resume=resume))
     return out

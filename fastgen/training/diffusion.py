@@ -1,4 +1,4 @@
-"""The denoising objective of both families."""
+"""The denoising objective, whatever the condition and the space."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class DiffusionTask(Task):
         noise = draws.normal(NOISE, self.space.shape)
         timesteps = draws.timesteps(TIMESTEP, self.schedule.count, shift)  # (b,)
         noisy, target = self.schedule.example(x0, noise, timesteps)
-        prediction = module(noisy, timesteps.float(), condition).float()  # (b, C, h, w)
+        prediction = module(noisy, timesteps.float(), *condition).float()  # (b, C, h, w)
         if draws.step == VALIDATION:
             return functional.mse_loss(prediction, target, reduction="none").mean(dim=(1, 2, 3))
         batch = Denoised(

@@ -13,11 +13,11 @@ import torch
 from tqdm import tqdm
 
 from fastgen.data.cache import cached, read_array, write_array
+from fastgen.models.networks.autoencoder import moments
 from fastgen.models.weights import weights_hash
 from fastgen.training.augment import VARIANTS, light_variant
 from fastgen.training.logs import say
 from fastgen.training.sources import to_signed
-from fastgen.training.vae import moments
 
 IMAGES, TEXTS = 16, 64  # per batch
 STATISTICS = 4096  # examples that the latents' scale is measured on

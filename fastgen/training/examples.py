@@ -16,8 +16,6 @@ from fastgen.generate.requests import multi_hot
 from fastgen.presets import Preset, Training
 from fastgen.training.logs import say
 
-KINDS = {"text": "text", "labels": "labels", "evaluator": "labels"}  # family -> what its dataset holds
-
 
 @dataclass(frozen=True)
 class Examples:
@@ -49,6 +47,16 @@ class Examples:
         return multi_hot(self.dataset.examples, self.dataset.objects or {})
 
     @cached_property
+    def classes(self) -> np.ndarray:
+        """(N,) int64: the index of each example's one label. Raises InputError for an example with several."""
+        for example in self.dataset.examples:
+            if len(example.labels) != 1:
+                reason = "a model of classes learns exactly one per image"
+                raise InputError(f"{example.image}: has {len(example.labels)} labels; {reason}")
+        objects = self.dataset.objects or {}
+        return np.array([objects[example.labels[0]] for example in self.dataset.examples], np.int64)
+
+    @cached_property
     def captions(self) -> tuple[list[str], list[np.ndarray]]:
         """The distinct captions, the empty prompt first, and for each example the indices of its captions."""
         texts = ["", *sorted({text for example in self.dataset.examples for text in example.captions} - {""})]
@@ -75,9 +83,9 @@ class Examples:
 def load_examples(dataset: Dataset, preset: Preset, skip_bad: bool) -> Examples:
     """Decode the dataset, or read it from the cache; a note on stderr for every kind of example that is left out. Raises
     InputError for a dataset of the other kind and, unless `skip_bad`, for images that cannot be read."""
-    if dataset.kind != KINDS[preset.family]:
-        what = f"images with {'captions' if dataset.kind == 'text' else 'labels'}"
-        raise InputError(f"{dataset.root}: holds {what}; preset {preset.name} is for the {preset.family} family")
+    if preset.kind not in (dataset.kind, "nothing"):
+        holds, needs = ("captions" if kind == "text" else "labels" for kind in (dataset.kind, preset.kind))
+        raise InputError(f"{dataset.root}: holds images with {holds}; preset {preset.name} needs {needs}")
     pixels = cached_pixels(dataset, preset.image_size, cast(Mode, preset.image_mode), skip_bad)
     for line in (*dataset.notes, *pixels.notes):
         say(f"note: {line}")

@@ -75,7 +75,7 @@ def objective_of(recipe: Training, *, latents: bool, image_size: int) -> Objecti
                 raise InputError(f"{table}.{name} = {value}: expected 0 or more")
     for name in LATENTS_ONLY:
         if weights[name] > 0 and not latents:
-            reason = "looks at the autoencoder's latents, and a label model works on pixels; use lpips, or mse alone"
+            reason = "looks at the autoencoder's latents, and this model works on pixels; use lpips, or mse alone"
             raise InputError(f"{where}.{name} = {weights[name]}: {reason}")
     objective = Objective(weights, dict(recipe.loss_from_epoch), recipe.min_snr_gamma)
     if not objective.active(0):
@@ -158,11 +158,11 @@ def _kl(batch: Denoised, objective: Objective) -> Tensor:
 
 
 def _latent_perceptual(batch: Denoised, objective: Objective) -> Tensor:
-    vae, scale = batch.space.vae, batch.space.scaling_factor
+    space = batch.space
     with _without_fp16(batch.x0):
-        predicted = decoder_features(vae, batch.x0_hat / scale)
+        predicted = decoder_features(space.vae, space.to_vae(batch.x0_hat))
         with torch.no_grad():
-            true = decoder_features(vae, batch.x0 / scale)
+            true = decoder_features(space.vae, space.to_vae(batch.x0))
     return feature_distance(predicted, true) * batch.alphas_cumprod
 
 

@@ -32,9 +32,9 @@ CELL = 96  # px, at least, so that captions can be read
 
 @dataclass(frozen=True)
 class PresetConditions:
-    """The conditions (n, ...) of a preset's own previews, and their n captions."""
+    """The conditions, tensors (n, ...), of a preset's own previews, and their n captions."""
 
-    condition: Tensor
+    condition: tuple[Tensor, ...]
     captions: tuple[str, ...]
 
 
@@ -79,26 +79,28 @@ def sampled_preview(
     table = default_table(scheduler_config, sampling)
 
     def preview(module: nn.Module) -> Image.Image:
-        def network(x: Tensor, timestep: Any, condition: Tensor) -> Tensor:
+        def network(x: Tensor, timestep: Any, *condition: Tensor) -> Tensor:
             timesteps = torch.as_tensor(timestep, dtype=torch.float32, device=x.device).expand(len(x))
             with precision.autocast():
-                return module(x, timesteps, condition).float()
+                return module(x, timesteps, *condition).float()
 
-        def generate(condition: Tensor, first_seed: int) -> list[np.ndarray]:
+        def generate(condition: tuple[Tensor, ...], count: int, first_seed: int) -> list[np.ndarray]:
             images: list[np.ndarray] = []
-            for part in condition.split(COUNT):
-                seeds = [first_seed + len(images) + i for i in range(len(part))]
+            for start in range(0, count, COUNT):
+                part = tuple(tensor[start : start + COUNT] for tensor in condition)
+                seeds = list(range(first_seed + start, first_seed + min(start + COUNT, count)))
                 x = initial_latents(table, seeds, space.shape, xp=torch, device=precision.device)
-                scale = sampling.guidance_scale
-                x = sample(network, table, x, part, seeds=seeds, guidance_scale=scale, uncond=uncond[:1])
+                scale = sampling.guidance_scale if condition else 1.0
+                none = tuple(tensor[:1] for tensor in uncond)
+                x = sample(network, table, x, part, seeds=seeds, guidance_scale=scale, uncond=none)
                 images += list(space.images(x))
             return images
 
         cond, uncond = conditions.pair(rows)
-        images: list[Any] = [space.pixels[rows], generate(cond, 0)]
+        images: list[Any] = [space.pixels[rows], generate(cond, len(rows), 0)]
         texts: list[Sequence[str]] = [[f"real: {text}" for text in captions], captions]
         if extra is not None:
-            images += in_rows(generate(extra.condition, len(rows)), COUNT)
+            images += in_rows(generate(extra.condition, len(extra.captions), len(rows)), COUNT)
             texts += in_rows(extra.captions, COUNT)
         cells = [[Image.fromarray(image) for image in row] for row in images]
         return sheet(cells, texts, cell=max(CELL, cells[0][0].width))

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from fastgen.generate.quantise import quantised
+from fastgen.models.interface import latent_space
 from fastgen.training.augment import VARIANT, color_jitter, light_variant
 from fastgen.training.draws import Draws
 
@@ -27,7 +28,6 @@ class Space(ABC):
 
     shape: tuple[int, int, int]
     vae: Any = None  # None where samples are pixels
-    scaling_factor = 1.0
 
     def __init__(self, pixels: np.ndarray, device: torch.device) -> None:
         self.pixels, self.device = pixels, device
@@ -40,6 +40,10 @@ class Space(ABC):
     def pictures(self, rows: np.ndarray, draws: Draws, flip: bool = False, jitter: float = 0) -> Tensor:
         """The images of which `clean` with the same arguments gives the samples: (b, 3, H, W) float32 in [-1, 1]."""
 
+    def to_vae(self, samples: Tensor) -> Tensor:
+        """Samples as the autoencoder's latents, see `models.space.Space.to_vae`."""
+        return samples
+
     @abstractmethod
     def decode(self, samples: Tensor) -> Tensor:
         """(b, *shape) -> (b, 3, H, W), differentiable."""
@@ -50,12 +54,12 @@ class Space(ABC):
 
 
 class ConditionSource(Protocol):
-    """Conditions of examples: multi-hot labels or text states."""
+    """Conditions of examples, as the denoiser takes them: multi-hot labels, class ids, text states, or nothing."""
 
-    def of(self, rows: np.ndarray, draws: Draws, dropout: float) -> Tensor:
-        """(b, ...) float32; a share `dropout` of the rows is the unconditional one."""
+    def of(self, rows: np.ndarray, draws: Draws, dropout: float) -> tuple[Tensor, ...]:
+        """Tensors (b, ...); a share `dropout` of the rows is the unconditional one."""
 
-    def pair(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+    def pair(self, rows: np.ndarray) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """(conditional, unconditional) of the examples, without random choices, for previews."""
 
 
@@ -85,14 +89,15 @@ class LatentSpace(Space):
     def __init__(self, moments: np.ndarray, images: np.ndarray, vae: Any, device: torch.device) -> None:
         super().__init__(images, device)
         self.moments, self.vae = moments, vae
+        self._space = latent_space(vae, moments.shape[4:], images.shape[1:3])
         self.shape = (moments.shape[3] // 2, *moments.shape[4:])
-        self.scaling_factor = float(vae.config.scaling_factor)
 
     def clean(self, rows: np.ndarray, draws: Draws, flip: bool = False, jitter: float = 0) -> Tensor:
         side = draws.integers(FLIP, 2) if flip else 0
         moments = torch.from_numpy(self.moments[rows, self._variant(draws, jitter), side]).to(self.device).float()
         mean, logvar = moments.chunk(2, dim=1)  # (b, C, h, w) each
-        return (mean + torch.exp(0.5 * logvar) * draws.normal(POSTERIOR, self.shape)) * self.scaling_factor
+        latents = mean + torch.exp(0.5 * logvar) * draws.normal(POSTERIOR, self.shape)
+        return self._space.from_vae(latents, self._tensor)
 
     def pictures(self, rows: np.ndarray, draws: Draws, flip: bool = False, jitter: float = 0) -> Tensor:
         x = to_signed(self.pixels[rows], self.device)  # (b, 3, H, W)
@@ -101,7 +106,13 @@ class LatentSpace(Space):
         return flip_some(x, draws) if flip else x
 
     def decode(self, samples: Tensor) -> Tensor:
-        return self.vae.decode(samples / self.scaling_factor, return_dict=False)[0]
+        return self.vae.decode(self.to_vae(samples), return_dict=False)[0]
+
+    def to_vae(self, samples: Tensor) -> Tensor:
+        return self._space.to_vae(samples, self._tensor)
+
+    def _tensor(self, values: np.ndarray) -> Tensor:
+        return torch.from_numpy(values).to(self.device)
 
     def _variant(self, draws: Draws, jitter: float) -> np.ndarray | int:
         return draws.integers(VARIANT, self.moments.shape[1]) if jitter else 0
@@ -113,13 +124,38 @@ class LabelSource:
     def __init__(self, multi_hot: np.ndarray, device: torch.device) -> None:
         self.multi_hot, self.device = multi_hot, device
 
-    def of(self, rows: np.ndarray, draws: Draws, dropout: float) -> Tensor:
+    def of(self, rows: np.ndarray, draws: Draws, dropout: float) -> tuple[Tensor, ...]:
         mask = (draws.uniform(DROPOUT) >= dropout).astype(np.float32)  # (b,)
-        return torch.from_numpy(self.multi_hot[rows] * mask[:, None]).to(self.device)
+        return (torch.from_numpy(self.multi_hot[rows] * mask[:, None]).to(self.device),)
 
-    def pair(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+    def pair(self, rows: np.ndarray) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         labels = torch.from_numpy(self.multi_hot[rows]).to(self.device)
-        return labels, torch.zeros_like(labels)
+        return (labels,), (torch.zeros_like(labels),)
+
+
+class ClassSource:
+    """Class ids (N,) int64; `null_class` is the unconditional one."""
+
+    def __init__(self, classes: np.ndarray, null_class: int, device: torch.device) -> None:
+        self.classes, self.null_class, self.device = classes, null_class, device
+
+    def of(self, rows: np.ndarray, draws: Draws, dropout: float) -> tuple[Tensor, ...]:
+        ids = np.where(draws.uniform(DROPOUT) < dropout, self.null_class, self.classes[rows])
+        return (torch.from_numpy(ids).to(self.device),)
+
+    def pair(self, rows: np.ndarray) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        ids = torch.from_numpy(self.classes[rows]).to(self.device)
+        return (ids,), (torch.full_like(ids, self.null_class),)
+
+
+class NoCondition:
+    """Of a model that is conditioned on nothing."""
+
+    def of(self, rows: np.ndarray, draws: Draws, dropout: float) -> tuple[Tensor, ...]:
+        return ()
+
+    def pair(self, rows: np.ndarray) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        return (), ()
 
 
 class CaptionSource:
@@ -128,15 +164,15 @@ class CaptionSource:
     def __init__(self, states: np.ndarray, choices: Sequence[np.ndarray], device: torch.device) -> None:
         self.states, self.choices, self.device = states, choices, device  # choices[example]: its rows of `states`
 
-    def of(self, rows: np.ndarray, draws: Draws, dropout: float) -> Tensor:
+    def of(self, rows: np.ndarray, draws: Draws, dropout: float) -> tuple[Tensor, ...]:
         return self._states(np.where(draws.uniform(DROPOUT) < dropout, 0, draw_captions(self.choices, rows, draws)))
 
-    def pair(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+    def pair(self, rows: np.ndarray) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         first = np.array([self.choices[row][0] for row in rows])
         return self._states(first), self._states(np.zeros_like(first))
 
-    def _states(self, captions: np.ndarray) -> Tensor:
-        return torch.from_numpy(self.states[captions]).to(self.device).float()  # (b, 77, D)
+    def _states(self, captions: np.ndarray) -> tuple[Tensor, ...]:
+        return (torch.from_numpy(self.states[captions]).to(self.device).float(),)  # (b, 77, D)
 
 
 def draw_captions(choices: Sequence[np.ndarray], rows: np.ndarray, draws: Draws) -> np.ndarray:

@@ -1,7 +1,8 @@
-"""The stages of each family of models, in order. A finished stage loads its checkpoint in place of training again."""
+"""The stages of a training, in order. A finished stage loads its checkpoint in place of training again."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,9 @@ from fastgen.errors import InputError
 from fastgen.generate.requests import Request, multi_hot
 from fastgen.models import evaluator
 from fastgen.models.build import build_module, build_text_encoder, load_text_encoder, load_vae
-from fastgen.models.folder import Model, save_model
-from fastgen.models.networks.labels import LabelConditioner, LabelUNet, conditioner_dim, unet_class
-from fastgen.models.networks.text import TextUNet
+from fastgen.models.folder import Model
+from fastgen.models.networks.labels import LabelConditioner, conditioner_dim, unet_class
+from fastgen.models.saving import save_model
 from fastgen.presets import NetworkPreset, Preset, Training
 from fastgen.training.bpe import train_tokenizer
 from fastgen.training.classifier import AttributeTask, ClassifierTask
@@ -31,70 +32,122 @@ from fastgen.training.previews import (
     sampled_preview,
 )
 from fastgen.training.run_folder import Job
-from fastgen.training.sources import CaptionSource, ConditionSource, LabelSource, LatentSpace, PixelSpace, Space
+from fastgen.training.sources import (
+    CaptionSource,
+    ClassSource,
+    ConditionSource,
+    LabelSource,
+    LatentSpace,
+    NoCondition,
+    PixelSpace,
+    Space,
+)
 from fastgen.training.trainer import fit
 from fastgen.training.vae import VaeTask
 
 
-def train_text(preset: Preset, data: Examples, job: Job) -> None:
-    """Autoencoder, tokenizer and text encoder, then the UNet on their outputs."""
-    from diffusers import UNet2DConditionModel
-
-    vae, (text_encoder, tokenizer), recipe = _vae(preset), _text_encoder(preset, data), _recipe(preset.unet, "unet")
-    unet = build_module(UNet2DConditionModel, _network(preset.unet).config, "unet", recipe.seed)
-    _check_text_unet(unet, vae, text_encoder, preset)
+def train_model(preset: Preset, data: Examples, job: Job) -> None:
+    """A diffusion model: the networks around its UNet, where it has any, then the UNet on what they give."""
+    model, recipe = _assemble(preset, data), _recipe(preset.unet, "unet")
     _check_process(preset)
-    objective = objective_of(recipe, latents=True, image_size=preset.image_size)
-    prompts = fixed_prompts(preset)
+    model.condition.check_guided(preset.sampling.guidance_scale)
+    objective = objective_of(recipe, latents=model.vae is not None, image_size=preset.image_size)
+    fixed = fixed_prompts(preset) if preset.kind == "text" else fixed_labels(preset, data.dataset.objects or {})
     device = job.run("unet", recipe.precision).precision.device
+    if model.vae is not None:
+        _fit_vae(model.vae, preset, data, job)
+    if model.text_encoders:
+        _fit_text_encoder(model.text_encoders[0], model.tokenizers[0], preset, data, job)
+    space = _space(model, preset, data, job, device)
+    conditions, extra = _conditions(model, data, job, device, fixed)
+    _train_unet(model, space, conditions, objective, extra, preset, data, job)
 
-    _fit_vae(vae, preset, data, job)
-    _fit_text_encoder(text_encoder, tokenizer, preset, data, job)
+
+def _assemble(preset: Preset, data: Examples) -> Model:
+    """The model with fresh weights, or loaded ones where the preset names them. Raises InputError for networks that do not fit
+    together, or to the preset's image size."""
+    config, table = _network(preset.unet).config, dict(preset.conditioner or {})
+    crosses = preset.text_encoder is not None or "cross_attention_dim" in config
+    cls = unet_class(table.get("kind") or (None if crosses else "class_embed"), config)
+    unet = build_module(cls, config, "unet", _recipe(preset.unet, "unet").seed)
+    model = Model(None, unet, dict(preset.scheduler), preset.sampling)
+    if table:
+        objects = dict(data.dataset.objects or {})
+        model.names = objects
+        count = len(objects)
+        if table.get("embed") == "embedding":  # one more class, which stands for none
+            model.null_class, count = len(objects), len(objects) + 1
+        model.conditioner = LabelConditioner(num_labels=count, **_conditioner(table, unet.config, count))
+    elif config.get("num_class_embeds") or config.get("class_embed_type"):
+        raise InputError(
+            "unet.config: class_embed_type, num_class_embeds: labels and classes have a [conditioner] of their own"
+        )
+    if preset.vae is not None:
+        model.vae = _vae(preset)
+    if preset.text_encoder is not None:
+        encoder, tokenizer = _text_encoder(preset, data)
+        model.text_encoders, model.tokenizers = [encoder], [tokenizer]
+    try:
+        size, channels = model.space.image[1:], model.space.image[0]
+        model.signatures()
+    except InputError as error:
+        raise InputError(f"preset {preset.name}: {str(error).removeprefix(f'{model.where}: ')}") from None
+    if size != (preset.image_size, preset.image_size):
+        found = " x ".join(map(str, dict.fromkeys(size)))
+        raise InputError(
+            f"unet.config.sample_size = {unet.config.sample_size}: gives {found} px, image_size is {preset.image_size}"
+        )
+    if channels != 3:
+        raise InputError(f"the model's images have {channels} channels; training reads RGB images, of 3")
+    return model
+
+
+def _space(model: Model, preset: Preset, data: Examples, job: Job, device: torch.device) -> Space:
+    """The training images as samples, encoded once where the model works on latents."""
+    if model.vae is None:
+        return PixelSpace(data.images, device)
+    recipe = _recipe(preset.unet, "unet")
     with job.processes.main_first():
         moments = cached_moments(
-            vae, data.images, data.pixel_fields, recipe.flip, device, job.progress, recipe.color_jitter
+            model.vae, data.images, data.pixel_fields, recipe.flip, device, job.progress, recipe.color_jitter
         )
     if _network(preset.vae).path is None:
+        vae: Any = model.vae
         vae.register_to_config(scaling_factor=latent_scale(moments, data.rows(recipe)[0]))
-    texts, choices = data.captions
-    ids = tokenize(tokenizer, texts, text_encoder.config.max_position_embeddings)
+        del model.space  # it has the old factor
+    return LatentSpace(moments, data.images, model.vae, device)
+
+
+def _conditions(
+    model: Model, data: Examples, job: Job, device: torch.device, fixed: Sequence[Any]
+) -> tuple[ConditionSource, PresetConditions | None]:
+    """The conditions of the training images, and those of the preset's own previews, `fixed`: prompts or label lists."""
+    if model.text_encoders:
+        texts, choices = data.captions
+        source = CaptionSource(_states(model, texts, job, device), choices, device)
+        if not fixed:
+            return source, None
+        states = np.array(_states(model, fixed, job, device))
+        return source, PresetConditions((torch.from_numpy(states).to(device).float(),), tuple(fixed))
+    if model.conditioner is None:
+        return NoCondition(), None
+    requests = [Request(str(i), f"{i}.png", labels=labels) for i, labels in enumerate(fixed)]
+    captions = tuple(map(", ".join, fixed))
+    if model.null_class is not None:
+        ids = torch.tensor([model.condition.class_id(r.labels or ()) for r in requests], device=device)
+        return ClassSource(data.classes, model.null_class, device), PresetConditions(
+            (ids,), captions
+        ) if fixed else None
+    rows = torch.from_numpy(multi_hot(requests, model.names or {})).to(device) if fixed else torch.zeros(0)
+    return LabelSource(data.multi_hot, device), PresetConditions((rows,), captions) if fixed else None
+
+
+def _states(model: Model, texts: Sequence[str], job: Job, device: torch.device) -> np.ndarray:
+    """(N, tokens, D) states of texts, from the cache."""
+    assert model.condition.text is not None
+    ids = tokenize(model.tokenizers[0], texts, model.condition.text.tokens[0])
     with job.processes.main_first():
-        states = cached_states(text_encoder, ids, device, job.progress)
-    space, conditions = LatentSpace(moments, data.images, vae, device), CaptionSource(states, choices, device)
-    extra = None
-    if prompts:
-        ids = tokenize(tokenizer, prompts, text_encoder.config.max_position_embeddings)
-        with job.processes.main_first():
-            prompt_states = np.array(cached_states(text_encoder, ids, device, job.progress))
-        extra = PresetConditions(torch.from_numpy(prompt_states).to(device).float(), prompts)
-    model = Model(None, "text", unet, dict(preset.scheduler), preset.sampling)
-    model.text_encoder, model.tokenizer, model.vae = text_encoder, tokenizer, vae
-    _train_unet(TextUNet(unet), model, space, conditions, objective, extra, preset, data, job)
-
-
-def train_labels(preset: Preset, data: Examples, job: Job) -> None:
-    """The UNet and its conditioner, on pixels."""
-    recipe = _recipe(preset.unet, "unet")
-    device = job.run("unet", recipe.precision).precision.device
-    objects = dict(data.dataset.objects or {})
-    config = _network(preset.unet).config
-    unet = build_module(unet_class((preset.conditioner or {})["kind"], config), config, "unet", recipe.seed)
-    conditioner = LabelConditioner(num_labels=len(objects), **_conditioner(preset, unet.config))
-    if unet.config.sample_size != preset.image_size:
-        size = unet.config.sample_size
-        raise InputError(f"unet.config.sample_size = {size}: expected image_size, {preset.image_size}")
-    _check_process(preset)
-    objective = objective_of(recipe, latents=False, image_size=preset.image_size)
-    lists = fixed_labels(preset, objects)
-    extra = None
-    if lists:
-        requests = [Request(str(i), f"{i}.png", labels=labels) for i, labels in enumerate(lists)]
-        condition = torch.from_numpy(multi_hot(requests, objects)).to(device)
-        extra = PresetConditions(condition, tuple(map(", ".join, lists)))
-
-    space, conditions = PixelSpace(data.images, device), LabelSource(data.multi_hot, device)
-    model = Model(None, "labels", unet, dict(preset.scheduler), preset.sampling, conditioner, objects)
-    _train_unet(LabelUNet(unet, conditioner), model, space, conditions, objective, extra, preset, data, job)
+        return cached_states(model.text_encoders[0], ids, device, job.progress)
 
 
 def train_evaluator(preset: Preset, data: Examples, job: Job) -> None:
@@ -145,24 +198,15 @@ def _text_encoder(preset: Preset, data: Examples) -> tuple[Any, Any]:
     return build_text_encoder(network.config, tokenizer, _recipe(network, "text_encoder").seed), tokenizer
 
 
-def _check_text_unet(unet: Any, vae: Any, text_encoder: Any, preset: Preset) -> None:
-    channels = int(vae.config.latent_channels)
-    size = preset.image_size // 2 ** (len(vae.config.block_out_channels) - 1)
-    for key, expected, why in (
-        ("in_channels", channels, "the autoencoder's latent channels"),
-        ("out_channels", channels, "the autoencoder's latent channels"),
-        ("sample_size", size, f"the latents' size at {preset.image_size} px"),
-        ("cross_attention_dim", text_encoder.config.hidden_size, "the text encoder's width"),
-    ):
-        if unet.config[key] != expected:
-            raise InputError(f"unet.config.{key} = {unet.config[key]!r}: expected {expected}, {why}")
-
-
-def _conditioner(preset: Preset, unet: Any) -> dict[str, Any]:
-    table = dict(preset.conditioner or {})
+def _conditioner(table: dict[str, Any], unet: Any, count: int) -> dict[str, Any]:
+    """The preset's table with its width, which the UNet says."""
     width, where = conditioner_dim(table["kind"], unet)
     if table.setdefault("dim", width) != width:
         raise InputError(f"conditioner.dim = {table['dim']}: expected {width}, {where}")
+    if table.get("embed") == "identity" and width != count:
+        raise InputError(
+            f"conditioner.embed = 'identity': the data have {count} labels, the UNet takes {width} ({where})"
+        )
     return table
 
 
@@ -187,13 +231,12 @@ def _fit_text_encoder(encoder: Any, tokenizer: Any, preset: Preset, data: Exampl
     recipe = _recipe(preset.text_encoder, "text_encoder")
     run = job.run("text_encoder", recipe.precision)
     texts, choices = data.captions
-    ids = tokenize(tokenizer, texts, encoder.config.max_position_embeddings)
+    ids = tokenize(tokenizer, texts, min(tokenizer.model_max_length, encoder.config.max_position_embeddings))
     rows = data.rows(recipe)
     fit(ContrastiveTask(encoder, ids, choices, data.subjects, data.images, rows, run.precision.device), recipe, run)
 
 
 def _train_unet(
-    module: Any,
     model: Model,
     space: Space,
     conditions: ConditionSource,
@@ -203,7 +246,7 @@ def _train_unet(
     data: Examples,
     job: Job,
 ) -> None:
-    """Train `module`, the model's UNet with its conditioner, and save the model."""
+    """Train the model's UNet with its conditioner, and save the model."""
     job.outline(lambda folder: save_model(model, folder, trained=False))
     recipe = _recipe(preset.unet, "unet")
     run = job.run("unet", recipe.precision)
@@ -212,7 +255,7 @@ def _train_unet(
     process, captions = (preset.scheduler, preset.sampling, run.precision), data.captions_of(examples)
     preview = sampled_preview(space, conditions, examples, captions, *process, extra)
     task = DiffusionTask(
-        module,
+        model.denoiser(),
         space,
         conditions,
         preset.scheduler,
@@ -225,7 +268,7 @@ def _train_unet(
         preview=preview,
     )
     fit(task, recipe, run)
-    for network in (model.unet, model.conditioner, model.text_encoder, model.vae):
+    for network in (model.unet, model.conditioner, *model.text_encoders, model.vae):
         if network is not None:
             network.cpu()
     job.finish(lambda folder: save_model(model, folder, record(preset, data, job)))

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from fastgen.models.networks.autoencoder import moments
 from fastgen.training.draws import Draws
 from fastgen.training.previews import preview_rows
 from fastgen.training.sources import POSTERIOR, flip_some, stack_rows, to_signed, to_uint8
@@ -30,12 +31,6 @@ class Autoencoding(nn.Module):
         mean, logvar = moments(self.vae, x).float().chunk(2, dim=1)  # (b, C, h, w) each
         latents = mean + torch.exp(0.5 * logvar.clamp(-30, 20)) * noise
         return self.vae.decode(latents, return_dict=False)[0], mean, logvar.clamp(-30, 20)
-
-
-def moments(vae: Any, x: Tensor) -> Tensor:
-    """Mean and log-variance of the latents (b, 2C, h, w)."""
-    hidden = vae.encoder(x)
-    return hidden if vae.quant_conv is None else vae.quant_conv(hidden)
 
 
 class VaeTask(Task):

@@ -175,12 +175,12 @@ def test_synthetic_architectures_have_the_size_of_the_reference_systems(name, tm
     params, gflop = UNETS[name]
     with torch.device("meta"):
         build(preset, "unet").save_config(tmp_path / "unet")
-        if preset.family == "text":
+        if preset.kind == "text":
             build(preset, "vae").save_config(tmp_path / "vae")
     work = floor.count(tmp_path)
     assert work.unet_params / 1e6 == pytest.approx(params, abs=0.05)
     assert gflop is None or work.unet_flop / 1e9 == pytest.approx(gflop, abs=0.01)
-    if preset.family == "text":
+    if preset.kind == "text":
         assert work.vae_params / 1e6 == pytest.approx(49.5, abs=0.05)
         assert work.vae_flop / 1e9 == pytest.approx(622.2, abs=0.1)
 

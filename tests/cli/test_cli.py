@@ -173,7 +173,7 @@ def test_a_truncated_prompt_is_a_warning(fastgen, text_bundle, tmp_path):
         ('[{"prompt": "a dragon"}]', "this model takes labels"),
         ('[{"prompt": 3}]', "entry [0]: prompt: found 3, expected text"),
         ('[{"prompt": "  "}]', "entry [0]: prompt: is empty"),
-        ('[{"text": "a"}]', "found neither of prompt and labels"),
+        ('[{"prompt": null}]', "request 0 holds nothing; this model takes labels"),
     ],
 )
 def test_bad_requests_are_one_line(refused, label_bundle, tmp_path, content, words):
@@ -183,7 +183,7 @@ def test_bad_requests_are_one_line(refused, label_bundle, tmp_path, content, wor
 
 def test_labels_for_a_text_model_are_refused(refused, text_bundle, requests_files):
     line = refused(requests_files["labels"], "--model", text_bundle, "--engine", "ort")
-    assert "request 0 holds labels; this model takes prompts" in line
+    assert "request 0 holds labels; this model takes a prompt" in line
 
 
 def test_missing_requests_are_reported_before_the_model_is_loaded(refused, label_model, tmp_path, monkeypatch):
@@ -231,7 +231,7 @@ def test_bad_options_are_one_line(refused, label_bundle, requests_files, options
     [
         (["generat"], "No such command 'generat'"),
         (["import"], "Missing argument 'OLD'. (see `fastgen import --help`)"),
-        (["generate"], "give one of REQUESTS.json, --prompt TEXT and --labels NAMES; found none"),
+        (["generate"], "give REQUESTS.json, or --prompt TEXT or --labels NAMES; found none"),
         (["--nope"], "No such option"),
         (["data", "dragons", "out"], "No such command 'dragons'"),
         (["export", "nowhere"], "nowhere: not a model folder"),

@@ -45,7 +45,8 @@ def sd_model(tmp_path_factory) -> Path:
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
     from fastgen.models.build import build_text_encoder
-    from fastgen.models.folder import Model, save_model
+    from fastgen.models.folder import Model
+    from fastgen.models.saving import save_model
     from fastgen.sampling.defaults import Sampling
     from fastgen.training.bpe import train_tokenizer
 
@@ -78,8 +79,8 @@ def sd_model(tmp_path_factory) -> Path:
         "set_alpha_to_one": False,
         "steps_offset": 1,
     }
-    model = Model(None, "text", unet.eval(), schedule, Sampling("pndm", 5, 7.5), tokenizer=tokenizer)
-    model.text_encoder, model.vae = build_text_encoder(text | {"vocab_size": 600}, tokenizer, 3), vae.eval()
+    model = Model(None, unet.eval(), schedule, Sampling("pndm", 5, 7.5), tokenizers=[tokenizer])
+    model.text_encoders, model.vae = [build_text_encoder(text | {"vocab_size": 600}, tokenizer, 3)], vae.eval()
     folder = tmp_path_factory.mktemp("models") / "sd"
     save_model(model, folder)
     return folder
@@ -99,27 +100,27 @@ def large_bundle(sd_model, export_few, tmp_path_factory):
     return get
 
 
-def conditions(family: str, count: int) -> Any:
-    if family == "text":
+def conditions(kind: str, count: int) -> Any:
+    if kind == "text":
         return [f"A {COLORS[i % 8]} monster, number {i}{', with horns' * (i % 3)}." for i in range(count)]
     return [[f"{COLORS[i % 8]} cube", "red sphere"][: 1 + i % 2] for i in range(count)]
 
 
 def generated(pipeline, rows, guidance, **options) -> list[bytes]:
     """The images' bytes of the requests with these numbers, in one batch."""
-    family = pipeline.spec.family
-    every = conditions(family, max(rows) + 1)
-    key = "prompts" if family == "text" else "labels"
+    kind = pipeline.spec.condition.kind
+    every = conditions(kind, max(rows) + 1)
+    key = "prompts" if kind == "text" else "labels"
     asked = {key: [every[i] for i in rows], "seeds": [100 + i for i in rows], **STEPS, **options}
     return [image.tobytes() for image in pipeline.generate(**asked, guidance_scale=guidance, batch_size=MOST)]
 
 
 def written(pipeline, count, batch_size, guidance, out, lost=()) -> list[bytes]:
     """The images' bytes of a job; files of the requests `lost` are deleted first, so that it goes on."""
-    text = pipeline.spec.family == "text"
+    text = pipeline.spec.condition.kind == "text"
     requests = [
         Request(str(i), f"{i}.png", prompt=c if text else None, labels=None if text else tuple(c), seed=100 + i)
-        for i, c in enumerate(conditions(pipeline.spec.family, count))
+        for i, c in enumerate(conditions(pipeline.spec.condition.kind, count))
     ]
     for i in lost:
         (out / f"{i}.png").unlink()

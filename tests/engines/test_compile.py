@@ -342,7 +342,7 @@ class TestOnAGpu:
     def test_it_computes_what_eager_computes(self, engine, label_model, rows):
         assert_certified(engine, label_model, "unet", rows)
 
-    def test_the_text_family_computes_what_eager_computes(self, text_model):
+    def test_a_text_model_computes_what_eager_computes(self, text_model):
         engine = open_engine(text_model, "fp16", "cuda")
         for network in ("text_encoder", "unet", "vae_decoder", "vae_encoder"):
             assert_certified(engine, text_model, network, 2)

@@ -29,7 +29,7 @@ def cpu_has_bf16() -> bool:
 
 def generate(path, engine, **options):
     pipeline = load(path, engine, dtype="fp32")
-    conditions = {"prompts": PROMPTS} if pipeline.spec.family == "text" else {"labels": LABELS}
+    conditions = {"prompts": PROMPTS} if pipeline.spec.condition.kind == "text" else {"labels": LABELS}
     images = pipeline.generate(**conditions, seeds=SEEDS, **options)
     return np.stack([np.asarray(image) for image in images]).astype(int)
 
@@ -65,7 +65,7 @@ def test_a_guided_run_equals_diffusers_own_pipeline(text_model, scheduler):
     theirs = StableDiffusionPipeline.from_pretrained(text_model, safety_checker=None)
     theirs.set_progress_bar_config(disable=True)
     theirs.scheduler = make_scheduler(scheduler, ours.spec.scheduler_config)
-    latents = torch.from_numpy(normal(SEEDS, 0, ours.spec.latent_shape))
+    latents = torch.from_numpy(normal(SEEDS, 0, ours.spec.space.shape))
     expected = theirs(PROMPTS, num_inference_steps=6, guidance_scale=4.0, latents=latents, output_type="pt").images
     assert images.std() > 0.05
     assert np.abs((images / 2 + 0.5).clip(0, 1) - expected.numpy()).max() <= 1e-4

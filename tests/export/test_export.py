@@ -243,15 +243,18 @@ def test_a_tokenizer_without_tokenizer_json_gets_one(text_model, tmp_path, monke
     expected = CLIPTokenizer.from_pretrained(folder / "tokenizer")(
         prompts, padding="max_length", max_length=77, truncation=True
     ).input_ids
-    assert Tokenizer.from_folder(tmp_path / "partial" / "tokenizer", 77).encode(prompts)[0].tolist() == expected
+    assert Tokenizer.from_folder(tmp_path / "partial" / "tokenizer", 77, 1000).encode(prompts)[0].tolist() == expected
 
 
 def test_a_concatenating_label_model_exports_too(tmp_path):
     from diffusers import UNet2DModel
 
     from export.onnx import export_onnx
-    from fastgen.models.folder import LabelConditioner, LabelUNet
-    from fastgen.models.signatures import label_signatures
+    from fastgen.models.condition import CLASS, Condition
+    from fastgen.models.networks.denoiser import Denoiser
+    from fastgen.models.networks.labels import LabelConditioner
+    from fastgen.models.signatures import model_signatures
+    from fastgen.models.space import Space
 
     torch.manual_seed(0)
     unet: Any = UNet2DModel(
@@ -264,8 +267,9 @@ def test_a_concatenating_label_model_exports_too(tmp_path):
         down_block_types=("DownBlock2D",),
         up_block_types=("UpBlock2D",),
     )
-    network = LabelUNet(unet, LabelConditioner("concat", 24, 5, hidden=7)).eval()
-    signature = label_signatures(channels=3, image_size=16, num_labels=24)["unet"]
+    network = Denoiser(unet, [CLASS], LabelConditioner("concat", 24, 5, hidden=7)).eval()
+    condition = Condition(labels={str(i): i for i in range(24)})
+    signature = model_signatures(condition, Space((3, 16, 16), (3, 16, 16), latent=False))["unet"]
     export_onnx(network, signature, tmp_path / "unet" / "model.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "unet" / "model.onnx", providers=["CPUExecutionProvider"])
     for batch in (1, 3):

@@ -31,10 +31,10 @@ def order(*names: str) -> list[str]:
 
 
 def test_unet_rows_are_b_and_2b_text_rows_fixed_and_vae_rows_bounded():
-    assert network_rows("unet", [1, 8, 2], 256) == [1, 2, 4, 8, 16]
-    assert network_rows("text_encoder", [1, 64], 256) == [16]
-    assert network_rows("vae_decoder", [1, 8, 64], 256) == [1, 8, 16]
-    assert network_rows("vae_decoder", [8], 4096) == [1]
+    assert network_rows("unet", [1, 8, 2], 256**2) == [1, 2, 4, 8, 16]
+    assert network_rows("text_encoder", [1, 64], 256**2) == [16]
+    assert network_rows("vae_decoder", [1, 8, 64], 256**2) == [1, 8, 16]
+    assert network_rows("vae_decoder", [8], 4096**2) == [1]
 
 
 def test_builds_are_strongly_typed_static_detailed_without_tf32_and_in_order(card, labels):
@@ -81,7 +81,7 @@ def test_other_weights_are_another_plan(card, labels, scaled_weights, tmp_path):
     assert build(labels)[0].recipe.digest != build(other)[0].recipe.digest
 
 
-def test_text_family_leaves_out_the_vae_encoder_and_keeps_the_text_encoder_exact(card, text_bundle):
+def test_a_text_model_leaves_out_the_vae_encoder_and_keeps_the_text_encoder_exact(card, text_bundle):
     built = {
         (a.recipe.fields["network"], a.recipe.fields["batch"]) for a in build(read_bundle(text_bundle), batch_sizes=[1])
     }

@@ -161,7 +161,7 @@ def test_without_the_package_nothing_is_exported_and_the_command_is_named(fastge
 
 
 @pytest.mark.slow
-def test_the_text_family_gets_its_encoder_at_one_size_and_an_exact_decoder(rtx_card, lowered_bundle, tmp_path):
+def test_a_text_model_gets_its_encoder_at_one_size_and_an_exact_decoder(rtx_card, lowered_bundle, tmp_path):
     folder = shutil.copytree(lowered_bundle("text", "fp16"), tmp_path / "text")
     build(folder)
     assert [plan[:3] for plan in plans(folder)] == [

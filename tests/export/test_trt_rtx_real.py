@@ -23,7 +23,9 @@ from fastgen.engines.trt.product import RTX
 from fastgen.errors import FastgenError
 from fastgen.files.names import ICLEVR_OBJECTS
 from fastgen.models.bundle import read_bundle
-from fastgen.models.signatures import Signature, label_signatures, text_signatures
+from fastgen.models.condition import CLASS, STATES, Condition, Text
+from fastgen.models.signatures import Signature, model_signatures
+from fastgen.models.space import Space
 from fastgen.presets import load_preset
 
 pytest.importorskip("torch")
@@ -44,20 +46,21 @@ def small_unet(name: str) -> tuple[Any, Signature]:
     """The UNet of a preset at small widths, weights random, and its signature."""
     from diffusers import UNet2DConditionModel
 
-    from fastgen.models.networks.labels import LabelConditioner, LabelUNet, unet_class
-    from fastgen.models.networks.text import TextUNet
+    from fastgen.models.networks.denoiser import Denoiser
+    from fastgen.models.networks.labels import LabelConditioner, unet_class
 
     preset = load_preset(name, SMALL[name])
     assert preset.unet is not None
-    if preset.family == "text":
-        sizes: dict[str, Any] = {"latents": (4, 16, 16), "image_size": 64, "tokens": 77, "width": 32, "pooled": 32}
+    if preset.kind == "text":
+        text, space = Text((77,), (600,), width=32, pooled=32), Space((4, 16, 16), (3, 64, 64), latent=True)
         unet = UNet2DConditionModel(**preset.unet.config)
-        return TextUNet(unet).eval(), text_signatures(**sizes, vocabulary=600)["unet"]
+        return Denoiser(unet, [STATES]).eval(), model_signatures(Condition(text), space)["unet"]
     assert preset.conditioner is not None
     pixels = unet_class(preset.conditioner["kind"], preset.unet.config)(**preset.unet.config)
-    labels = len(ICLEVR_OBJECTS)
-    network = LabelUNet(pixels, LabelConditioner(num_labels=labels, **preset.conditioner)).eval()
-    return network, label_signatures(channels=3, image_size=preset.image_size, num_labels=labels)["unet"]
+    conditioner = LabelConditioner(num_labels=len(ICLEVR_OBJECTS), **preset.conditioner)
+    shape = (3, preset.image_size, preset.image_size)
+    signatures = model_signatures(Condition(labels=ICLEVR_OBJECTS), Space(shape, shape, latent=False))
+    return Denoiser(pixels, [CLASS], conditioner).eval(), signatures["unet"]
 
 
 def test_the_real_builder_puts_a_plan_for_every_card_into_the_bundle_and_prints_nothing(half_copy, capfd):

@@ -39,6 +39,16 @@ def test_typed_requests_depend_on_nothing_but_what_is_typed():
     assert [r.image_name for r in among] == ["0.png", "1.png", "2.png", "3.png"]
 
 
+def test_typed_prompts_share_a_list_of_labels_and_without_either_images_have_no_condition():
+    both = typed_requests(["a cube", "a sphere"], ["red cube, blue cube"], seed=2).requests
+    assert [(r.prompt, r.labels, r.seed, r.kind) for r in both] == [
+        (prompt, ("red cube", "blue cube"), 2, "text and labels") for prompt in ("a cube", "a sphere")
+    ]
+    neither = typed_requests(seed=5, count=2).requests
+    assert [(r.prompt, r.labels, r.seed, r.kind) for r in neither] == [(None, None, s, "nothing") for s in (5, 6)]
+    assert read_input(None, [], [], None, count=1).out == Path("generated/image-0.png")
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -46,7 +56,18 @@ def test_typed_requests_depend_on_nothing_but_what_is_typed():
         ({"labels": ["red cube,, blue cube"]}, "--labels 'red cube,, blue cube': labels: is empty"),
         ({"labels": ["red cube, red cube"]}, "'red cube' occurs twice"),
         ({"labels": ["red cube"], "seed": -1}, "seed: found -1, expected an integer with 0 <= seed"),
-        ({"labels": ["red cube"], "prompts": ["a"]}, "give one of REQUESTS.json, --prompt TEXT and --labels NAMES"),
+        (
+            {},
+            "give REQUESTS.json, or --prompt TEXT or --labels NAMES; found none; a model without conditions takes --count N",
+        ),
+        (
+            {"labels": ["red cube"], "file": Path("r.json")},
+            "REQUESTS.json, or --prompt TEXT or --labels NAMES; found both",
+        ),
+        (
+            {"labels": ["a", "b"], "prompts": ["a"]},
+            "--prompt with 2 lists of --labels; give one list, which every prompt gets",
+        ),
         ({"labels": ["a", "b"], "out": Path("x.png")}, "--out x.png: is one file, and there are 2 images"),
         ({"labels": ["a"], "count": 2, "out": Path("x.PNG")}, "--out x.PNG: is one file, and there are 2 images"),
         ({"labels": ["a"], "out": Path("a/x.jpg")}, "--out a/x.jpg: images are PNG files; give a/x.png, or a folder"),
@@ -177,7 +198,7 @@ def test_bad_words_are_refused_before_the_model_is_loaded(generate, monkeypatch,
     assert line.startswith(
         "--labels 'red cub, blue sphere': unknown label 'red cub'; did you mean 'red cube'? (choices:"
     )
-    assert "found several of them" in refused(generate("r.json", "--labels", "red cube"))
+    assert "found both" in refused(generate("r.json", "--labels", "red cube"))
     (tmp_path / "file").write_text("x")
     assert "file is not a folder" in refused(generate("--labels", "red cube", "--out", "file/x.png"))
     (tmp_path / "folder.png").mkdir()

@@ -52,7 +52,7 @@ def test_a_job_writes_all_its_files_and_its_manifest_in_request_order(pipelines,
     assert (report.images, report.generated, report.errors) == (len(names), len(names), {})
     for request, line in zip(requests, lines, strict=True):
         with Image.open(out / request.image_name) as image:
-            assert image.size == (pipeline.spec.image_size,) * 2
+            assert image.size == pipeline.spec.space.image[:0:-1]
             assert image.mode == "RGB"
         assert read_metadata(out / request.image_name) == line
         assert line["id"] == request.id
@@ -112,7 +112,7 @@ def test_a_long_prompt_is_truncated_reported_and_recorded(pipelines, tmp_path):
     long = "a red dragon " * 60
     requests = [Request("0", "0.png", prompt=long), Request("1", "1.png", prompt="short")]
     report = start(pipelines["text"], requests, tmp_path / "out")
-    tokens = len(pipelines["text"].tokenizer._backend.encode(long).ids)
+    tokens = len(pipelines["text"].tokenizers[0]._backend.encode(long).ids)
     assert report.truncated == {long: tokens}
     first, second = manifest(tmp_path / "out")
     assert (first["prompt"], first["truncated_from_tokens"]) == (long, tokens)

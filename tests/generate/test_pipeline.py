@@ -11,6 +11,7 @@ import pytest
 
 import fastgen
 from fastgen.errors import InputError
+from fastgen.files.names import ICLEVR_OBJECTS
 from fastgen.generate.pipeline import load
 from fastgen.generate.settings import Settings
 from fastgen.models.find import find_model
@@ -155,12 +156,16 @@ def test_seeds_decide_and_without_them_the_base_seed_does(labels):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({}, "either a list of prompts or a list of label lists"),
+        ({}, "needs prompts, labels, or for a model without conditions a count"),
         ({"labels": []}, "at least one"),
-        ({"prompts": ["a"], "labels": [["red cube"]]}, "either"),
-        ({"prompts": "a single string"}, "a list of prompts"),
+        ({"prompts": ["a"], "labels": [["red cube"]]}, "request 0 holds text and labels; this model takes labels"),
+        ({"prompts": "a single string"}, "lists of prompts"),
+        ({"prompts": ["a", "b"], "labels": [["red cube"]]}, "or both of the same length"),
+        ({"count": 2}, "request 0 holds nothing; this model takes labels"),
+        ({"labels": [["red cube"]], "count": 2}, "of the same length"),
         ({"prompts": ["a dragon"]}, "this model takes labels"),
-        ({"labels": ["red cube"]}, "expected a list"),
+        ({"labels": "red cube"}, "lists of prompts, of label lists"),
+        ({"labels": [3]}, "unknown label '3'"),
         ({"labels": [["red cub"]]}, "unknown label 'red cub'; did you mean 'red cube'?"),
         ({"labels": [[]]}, "expected a list of one or more"),
         ({"labels": [["red cube"]], "seeds": [1, 2]}, "2 seeds for 1 images"),
@@ -184,12 +189,19 @@ def test_wrong_arguments_are_one_line(labels, arguments, words):
 
 def test_a_text_model_refuses_labels_and_what_is_no_text(text):
     for arguments, words in (
-        ({"labels": [["red cube"]]}, "this model takes prompts"),
+        ({"labels": [["red cube"]]}, "this model takes a prompt"),
         ({"prompts": [3]}, "expected text"),
         ({"prompts": [" "]}, "is empty"),
     ):
         with pytest.raises(InputError, match=words):
             text.generate(**arguments)
+
+
+def test_one_label_needs_no_list_of_its_own(labels):
+    options = {"seeds": [3], "num_inference_steps": 2}
+    assert np.array_equal(
+        *(arrays(labels.generate(labels=given, **options)) for given in (["red cube"], [["red cube"]]))
+    )
 
 
 def test_values_that_are_not_finite_are_no_images(label_bundle, scaled_weights, tmp_path):
@@ -213,6 +225,7 @@ def test_settings_fall_back_to_the_model_s_own(text, labels):
 
 
 def test_the_objects_of_a_model_are_read_without_loading_it(label_bundle, label_model, text_bundle, text_model):
-    assert find_model(label_bundle).objects == find_model(label_model).objects == load(label_bundle, "ort").spec.objects
+    assert find_model(label_bundle).objects == find_model(label_model).objects == ICLEVR_OBJECTS
+    assert load(label_bundle, "ort").spec.condition.labels == ICLEVR_OBJECTS
     assert find_model(text_bundle).objects is None
     assert find_model(text_model).objects is None

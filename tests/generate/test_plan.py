@@ -144,6 +144,7 @@ def test_broken_or_flat_pictures_are_decoded_again_in_fp32(text, value):
         """The same engine in half precision, whose decoder breaks the second image."""
 
         device, dtype, static_shapes, decode_pixels, xp = "cpu", "fp16", False, 2**16, np
+        array = staticmethod(np.asarray)
 
         def batch_sizes(self, network):
             return None
@@ -156,7 +157,7 @@ def test_broken_or_flat_pictures_are_decoded_again_in_fp32(text, value):
         def numpy(self, values):
             return values
 
-    x = np.random.default_rng(0).standard_normal((3, *text.spec.latent_shape)).astype(np.float32)
+    x = np.random.default_rng(0).standard_normal((3, *text.spec.space.shape)).astype(np.float32)
     expected = text.decoder.start(x)()
     assert expected.problems == [None] * 3
     fixed = Decoder(Broken(), text.spec, lambda: text.engine).start(x)()
@@ -298,7 +299,7 @@ def on_a_gpu(pipeline, monkeypatch, total, costs):
 
 def test_the_unet_gets_what_the_decoder_that_runs_beside_it_leaves(text, monkeypatch):
     costs = {"vae_decoder": memory.Memory(0, 100.0), "unet": memory.Memory(0, 10.0)}
-    monkeypatch.setattr(text.engine, "decode_pixels", 16 * text.spec.image_size**2)
+    monkeypatch.setattr(text.engine, "decode_pixels", 16 * text.spec.space.pixels)
     on_a_gpu(text, monkeypatch, 4000, costs)
     assert estimate.decode_batch_size(text) == 10  # a quarter of 4000
     assert estimate.automatic_batch_size(text, text.settings(guidance_scale=1.0)) == 128
@@ -413,7 +414,8 @@ def test_an_engine_that_compiles_per_size_decodes_large_batches_in_one_size(text
     seen = []
 
     class Compiled:
-        device, dtype, static_shapes, decode_pixels, xp = "cpu", "fp16", True, 16 * text.spec.image_size**2, np
+        device, dtype, static_shapes, decode_pixels, xp = "cpu", "fp16", True, 16 * text.spec.space.pixels, np
+        array = staticmethod(np.asarray)
 
         def batch_sizes(self, network):
             return None
@@ -425,10 +427,10 @@ def test_an_engine_that_compiles_per_size_decodes_large_batches_in_one_size(text
             seen.append(len(x))
             return (np.repeat(x[:, :3].mean((2, 3))[:, :, None, None], 2, 2),)
 
-    x = np.random.default_rng(0).standard_normal((batch, *text.spec.latent_shape)).astype(np.float32)
+    x = np.random.default_rng(0).standard_normal((batch, *text.spec.space.shape)).astype(np.float32)
     images = Decoder(Compiled(), text.spec).decode(x)
     assert seen == expected
-    np.testing.assert_allclose(images[:, :, 0, 0], x[:, :3].mean((2, 3)) / text.spec.scaling_factor, atol=1e-6)
+    np.testing.assert_allclose(images[:, :, 0, 0], x[:, :3].mean((2, 3)) / text.spec.space.scaling_factor, atol=1e-6)
 
 
 def test_an_error_without_words_ends_a_job_in_one_line(labels, monkeypatch, tmp_path):

@@ -55,10 +55,12 @@ def refusal(path: Path) -> str:
         ({"steps": 4, "scheduler": "ddim"}, "'steps', 'scheduler': fastgen has one setting for the whole job; give "),
         ({"strength": 0.5}, "give --strength 0.5 to"),
         ({"model": {"name": "x"}}, "give --model to"),
-        ({"width": 512, "height": 512}, "'width': every image has the size that its model makes; take the key out; 'height'"),
-        ({"size": "512x512"}, "'size': every image has the size"),
+        ({"width": 512, "height": 512}, "'width', 'height': fastgen has one setting for the whole job; give "
+         "--width 512 --height 512 to"),
+        ({"size": "512x512"}, "'size': every image of a job has the size that --height and --width say"),
         ({"init_image": "a.png"}, "'init_image': an image starts from noise, or with --rag"),
         ({"image": "a.png"}, "'image': an image starts from noise"),
+        ({"lora": "x.safetensors"}, "'lora': fastgen has one setting for the whole job; give --lora x.safetensors to"),
         ({"loras": [{"path": "x"}]}, "'loras': a job runs one model as it is"),
         ({"num_images": 4}, "'num_images': a request is one image; repeat it with another image_name and seed"),
         ({"clip_skip": 2}, "'clip_skip': fastgen has no such setting"),
@@ -155,3 +157,11 @@ def test_the_command_notes_once_and_refuses_before_it_writes(fastgen, label_bund
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert "test.json: entry [0]: 'negative_prompt': fastgen takes no negative prompts" in err
     assert not (tmp_path / "other").exists()
+
+
+def test_a_text_or_caption_is_the_prompt_where_there_is_no_other(tmp_path):
+    file = tmp_path / "r.json"
+    file.write_text(json.dumps([{"text": "a"}, {"caption": "b"}, {"prompt": "c", "text": "noted"}]))
+    requests = parse_requests(file)
+    assert [r.prompt for r in requests.requests] == ["a", "b", "c"]
+    assert requests.notes == (f"{file}: ignored, as no part of a request: 'text' (1 of 3 requests)",)

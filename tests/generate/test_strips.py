@@ -73,7 +73,7 @@ def test_frames_are_the_network_inputs_of_diffusers_own_loop(
     monkeypatch.setattr("fastgen.engines.memory.free_memory", lambda engine: 2**40)
     condition = {"prompt": "a red dragon"} if kind == "text" else {"labels": ["red cube"]}
     (tmp_path / "r.json").write_text(json.dumps([{**condition, "seed": seed} for seed in SEEDS]))
-    requests = read_requests(tmp_path / "r.json", pipeline.spec.objects)
+    requests = read_requests(tmp_path / "r.json", pipeline.spec.condition.labels)
     reference = make_scheduler(scheduler, model.scheduler_config)
     reference.set_timesteps(5)
     cond = Run(pipeline, requests, pipeline.settings(guidance_scale=1.0)).conditions(requests)
@@ -81,9 +81,9 @@ def test_frames_are_the_network_inputs_of_diffusers_own_loop(
 
     def network(x, t):
         seen[round(float(t))] = x  # the last one at a timestep: a corrector's
-        return pipeline.engine.run("unet", x, torch.full((2,), float(t)), cond)[0]
+        return pipeline.engine.run("unet", x, torch.full((2,), float(t)), *cond)[0]
 
-    x = reference.init_noise_sigma * torch.from_numpy(normal(SEEDS, 0, pipeline.spec.latent_shape))
+    x = reference.init_noise_sigma * torch.from_numpy(normal(SEEDS, 0, pipeline.spec.space.shape))
     with torch.no_grad():
         seen[0] = run_diffusers(reference, reference.timesteps, network, x, seeds=SEEDS)
     wanted = [t for t in dict.fromkeys(map(round, reference.timesteps.tolist())) if t] + [0]
@@ -93,7 +93,7 @@ def test_frames_are_the_network_inputs_of_diffusers_own_loop(
         for timestep, frame in zip(wanted, found, strict=True):
             state = seen[timestep][i : i + 1]
             with torch.no_grad():
-                image = model.vae.decode(state / model.scaling_factor).sample if kind == "text" else state
+                image = model.vae.decode(model.space.to_vae(state)).sample if kind == "text" else state
             assert np.abs(frame.astype(int) - quantised(image)[0][0].numpy()).max() <= 1, timestep
         assert np.array_equal(found[-1], read_pixels(tmp_path / "out" / f"{i}.png"))
 
@@ -183,7 +183,7 @@ def test_images_named_like_a_strip_or_the_grid_are_refused(pipelines, tmp_path):
     for name, strip, grid in (("strips/0.png", [0], None), ("grid.png", None, 8), ("Strips.png", [0], None)):
         rows = [{"labels": ["red cube"], "image_name": image} for image in (name, "0.png")]
         (tmp_path / "r.json").write_text(json.dumps(rows))
-        requests = read_requests(tmp_path / "r.json", pipelines["labels"].spec.objects)
+        requests = read_requests(tmp_path / "r.json", pipelines["labels"].spec.condition.labels)
         settings = pipelines["labels"].settings(num_inference_steps=2)
         with pytest.raises(InputError, match="rename the image"):
             run_job(Run(pipelines["labels"], requests, settings, strip=strip), tmp_path / "out", grid=grid)

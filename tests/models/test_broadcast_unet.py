@@ -12,8 +12,10 @@ from label_unets import LABELS, check_bf16, check_onnx_graph, inputs
 
 from fastgen.errors import InputError
 from fastgen.files.names import ICLEVR_OBJECTS
-from fastgen.models.folder import LabelConditioner, LabelUNet, Model, load_model, save_model
+from fastgen.models.folder import LabelConditioner, Model, load_model
 from fastgen.models.networks.broadcast_unet import BroadcastUNet
+from fastgen.models.networks.denoiser import Denoiser
+from fastgen.models.saving import save_model
 from fastgen.sampling.defaults import Sampling
 
 SCHEDULE = {"_class_name": "DDPMScheduler", "num_train_timesteps": 1000, "beta_schedule": "squaredcos_cap_v2"}
@@ -26,14 +28,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     unet = BroadcastUNet(16, block_out_channels=(8, 16, 128), label_dim=DIM, time_dim=TIME, norm_num_groups=4)
     conditioner = LabelConditioner("broadcast", LABELS, DIM)
-    model = Model(None, "labels", unet, SCHEDULE, Sampling("ddpm", 3, 1.0), conditioner, ICLEVR_OBJECTS)
+    model = Model(None, unet, SCHEDULE, Sampling("ddpm", 3, 1.0), conditioner, ICLEVR_OBJECTS)
     save_model(model, out := tmp_path_factory.mktemp("models") / "broadcast")
     return out
 
 
 def test_every_level_is_told_label_and_time_by_constant_planes(folder: Path) -> None:
     model = load_model(folder)
-    unet: LabelUNet = model.networks()["unet"]  # type: ignore[assignment]
+    unet: Denoiser = model.networks()["unet"]  # type: ignore[assignment]
     x, timesteps, labels = inputs(2)
     seen = []
     blocks = [*unet.unet.down_blocks, *unet.unet.up_blocks]
@@ -63,9 +65,12 @@ def test_a_model_folder_names_the_class_and_loads_to_the_same_network(folder: Pa
 
 def test_an_unknown_class_of_unet_is_one_line(folder: Path, tmp_path: Path) -> None:
     save_model(load_model(folder), tmp_path / "copy")
-    file = tmp_path / "copy" / "model_index.json"
-    file.write_text(file.read_text().replace('"BroadcastUNet"', '"BroadcastUNett"'))
-    with pytest.raises(InputError, match=r"model_index\.json: unet: unknown UNet class 'BroadcastUNett'; did you mean"):
+    for name in ("model_index.json", "unet/config.json"):
+        file = tmp_path / "copy" / name
+        file.write_text(file.read_text().replace('"BroadcastUNet"', '"BroadcastUNett"'))
+    with pytest.raises(
+        InputError, match=r"unet: is a BroadcastUNett; fastgen runs UNet2DConditionModel, .*BroadcastUNet$"
+    ):
         load_model(tmp_path / "copy")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -10,8 +11,12 @@ import numpy as np
 import pytest
 
 from fastgen.errors import InputError
+from fastgen.files.names import ICLEVR_OBJECTS
 from fastgen.generate.pipeline import load
 from fastgen.models.bundle import is_bundle, read_bundle
+from fastgen.models.condition import Condition, Text
+from fastgen.models.space import Space
+from fastgen.models.spec import Spec
 from fastgen.sampling.compile import TableCompiler
 
 FILES = ["unet/model.onnx", "text_encoder/model.onnx", "vae_decoder/model.onnx"]
@@ -21,6 +26,18 @@ FILES += ["scheduler/tables.npz", "tokenizer/tokenizer.json", "model_index.json"
 @pytest.fixture
 def copy(text_bundle, tmp_path):
     return shutil.copytree(text_bundle, tmp_path / "bundle")
+
+
+def version_1(manifest):
+    """bundle.json as fastgen wrote it when it knew two families of models."""
+    condition, space = manifest.pop("condition"), manifest.pop("space")
+    text = condition["text"] is not None
+    return {
+        "format_version": 1,
+        "family": "text" if text else "labels",
+        "scaling_factor": space["scaling_factor"],
+        "objects": None if text else condition["labels"],
+    } | {key: value for key, value in manifest.items() if key != "format_version"}
 
 
 def edit(bundle, **changes):
@@ -36,10 +53,28 @@ def test_a_bundle_says_what_its_model_folder_says(text_bundle, text_model, label
         assert not is_bundle(model)
         found, expected = read_bundle(bundle).spec, load_model(model).spec
         assert found == expected
-        assert (found.latent_shape, found.image_size) == (expected.latent_shape, expected.image_size)
-    assert read_bundle(text_bundle).spec.latent_shape == (4, 8, 8)
-    assert read_bundle(text_bundle).spec.image_size == 32
-    assert read_bundle(label_bundle).spec.image_size == 16
+        assert found.component_sha256 == expected.component_sha256
+        assert found.signatures == expected.signatures
+    assert read_bundle(text_bundle).spec.space == Space((4, 8, 8), (3, 32, 32), latent=True, scaling_factor=0.7)
+    assert read_bundle(label_bundle).spec.space == Space((3, 16, 16), (3, 16, 16), latent=False)
+    assert read_bundle(text_bundle).spec.condition == Condition(Text((77,), (546,), 32, 32))
+    assert read_bundle(label_bundle).spec.condition == Condition(labels=ICLEVR_OBJECTS)
+
+
+@pytest.mark.parametrize("kind", ["text", "labels"])
+def test_a_bundle_of_version_1_says_the_same(kind, request, tmp_path):
+    bundle = shutil.copytree(
+        request.getfixturevalue({"text": "text_bundle", "labels": "label_bundle"}[kind]), tmp_path / "b"
+    )
+    expected = read_bundle(bundle)
+    manifest = json.loads((bundle / "bundle.json").read_text())
+    (bundle / "bundle.json").write_text(json.dumps(version_1(manifest)))
+    found = read_bundle(bundle)
+    for field in dataclasses.fields(Spec):
+        assert getattr(found.spec, field.name) == getattr(expected.spec, field.name), field.name
+    assert found.spec.signatures == expected.spec.signatures
+    assert found.files == expected.files
+    found.verify()
 
 
 @pytest.mark.parametrize("name", [*FILES, "unet/model.onnx.data"])
@@ -75,10 +110,10 @@ def test_a_file_that_bundle_json_does_not_list_is_not_used(copy):
         read_bundle(copy).file("extra.onnx")
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None, [1]])
+@pytest.mark.parametrize("version", [0, 3, "1", None, [1]])
 def test_a_foreign_format_version_is_named(copy, version):
     edit(copy, format_version=version)
-    with pytest.raises(InputError, match=r"format_version is .*, this fastgen reads 1"):
+    with pytest.raises(InputError, match=r"format_version is .*, this fastgen reads 1 and 2"):
         read_bundle(copy)
 
 
@@ -92,10 +127,17 @@ def test_a_foreign_format_version_is_named(copy, version):
         ({"sampling": {"scheduler": "ddim", "num_inference_steps": 0}}, "num_inference_steps"),
         ({"files": ["unet/model.onnx"]}, "files"),
         ({"files": {"unet/model.onnx": {"bytes": "many"}}}, "files"),
-        ({"family": "video"}, "family"),
-        ({"family": ["text"]}, "family"),
-        ({"family": "labels"}, "signatures"),
-        ({"scaling_factor": "x"}, "scaling_factor"),
+        ({"condition": None}, "condition"),
+        ({"condition": {"text": None, "video": None}}, "condition"),
+        ({"condition": {"text": {"tokens": [77]}}}, "condition"),
+        ({"condition": {"text": None}}, "signatures: unet is not what condition and space say"),
+        ({"space": [3, 32, 32]}, "space"),
+        ({"space": {"shape": 3, "image": [3, 32, 32], "latent": True}}, "space"),
+        ({"space": {"shape": [4, 8, 8], "image": [3, 64, 64], "latent": True}}, "signatures: vae_decoder is not what"),
+        ({"format_version": 1, "family": "video"}, "family"),
+        ({"format_version": 1, "family": ["text"]}, "family"),
+        ({"format_version": 1, "family": "labels", "objects": {"red cube": 0}}, "signatures"),
+        ({"format_version": 1, "family": "text", "scaling_factor": "x"}, "scaling_factor"),
     ],
 )
 def test_a_malformed_field_is_named_in_one_line(copy, changes, field):

@@ -34,7 +34,7 @@ def check_models(folder: Path) -> None:
             judge = evaluator.load(folder / name)
             assert judge.objects if name == "evaluator-iclevr" else judge.attributes
         else:
-            assert load_model(folder / name).family == ("labels" if name.startswith("iclevr") else "text")
+            assert load_model(folder / name).condition.kind == ("labels" if name.startswith("iclevr") else "text")
         assert (folder / name / "README.md").read_text().startswith("# "), name
         assert (folder / name / "preset.toml").is_file(), name
     assert sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) <= LIMIT
@@ -129,7 +129,7 @@ def test_a_latest_run_that_fits_but_lacks_a_bundle_is_not_passed_over(here, labe
 
 
 def test_the_python_api_takes_names(here):
-    assert load("iclevr-64").spec.family == "labels"
+    assert load("iclevr-64").spec.condition.kind == "labels"
     with pytest.raises(InputError, match=r"iclevr: neither .*, nor the name of a model that comes with fastgen \(eval"):
         load("iclevr")
 

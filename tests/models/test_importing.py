@@ -13,6 +13,7 @@ from torch import nn
 
 from fastgen.errors import InputError
 from fastgen.files.names import ICLEVR_OBJECTS
+from fastgen.models.condition import Condition
 from fastgen.models.folder import load_model
 from fastgen.models.importing import MismatchError, import_model
 
@@ -68,11 +69,7 @@ def patched(**config):
 
 def toml(path, config, *tables):
     lines = [f"{k} = {json.dumps(list(v) if isinstance(v, tuple) else v)}" for k, v in config.items()]
-    head = (
-        'family = "labels"\nimage_size = 16\n'
-        if "cross_attention_dim" not in config
-        else 'family = "text"\nimage_size = 32\n'
-    )
+    head = f"image_size = {32 if 'cross_attention_dim' in config else 16}\n"
     path.write_text("\n".join([head, "[unet.config]", *lines, "[unet.train]\nsteps = 1", *tables]))
     return path
 
@@ -97,9 +94,11 @@ def text_preset(tmp_path, text_model):
 
 def inputs(model, seed=5):
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(3, 4 if model.family == "text" else 3, *[model.unet.config.sample_size] * 2, generator=generator)
+    x = torch.randn(
+        3, 4 if model.condition.kind == "text" else 3, *[model.unet.config.sample_size] * 2, generator=generator
+    )
     t = torch.tensor([3.0, 250.0, 999.0])
-    if model.family == "text":
+    if model.condition.kind == "text":
         return x, t, torch.randn(3, 77, 32, generator=generator)
     return x, t, (torch.rand(3, LABELS, generator=generator) < 0.1).float()
 
@@ -132,7 +131,7 @@ def test_a_patched_class_embedding_that_diffusers_drops_is_found_in_the_folder(t
     assert any("class_embedding.weight (32, 24) found although config.json says nothing" in n for n in imported.notes)
     assert imported.difference == 0
     assert difference(tmp_path / "out", lambda x, t, y: unet(x, t, class_labels=y).sample) == 0
-    assert load_model(tmp_path / "out").objects == ICLEVR_OBJECTS
+    assert load_model(tmp_path / "out").condition.labels == ICLEVR_OBJECTS
     assert imported.parameters == sum(p.numel() for p in unet.parameters())
 
 
@@ -209,7 +208,7 @@ def test_a_bare_text_unet_becomes_a_whole_model(kind, tmp_path, text_model, text
     assert difference(tmp_path / "out", lambda x, t, y: unet(x, t, y).sample) == 0
     pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "out")
     assert torch.equal(pipeline.unet.conv_in.weight, unet.conv_in.weight)
-    assert imported.family == "text"
+    assert imported.described == "text -> latents"
     config = json.loads((tmp_path / "out" / "scheduler" / "scheduler_config.json").read_text())
     if kind != "pt":
         assert (config["beta_start"], config["beta_end"], config["clip_sample"]) == (0.00085, 0.012, False)
@@ -278,7 +277,25 @@ def test_an_embedding_of_single_classes_is_not_taken_for_a_linear(tmp_path):
     unet = patched()
     unet.class_embedding = nn.Embedding(LABELS, 32)
     unet.save_pretrained(tmp_path / "old")
-    assert "nn.Embedding of single classes" in str(refused(tmp_path, tmp_path / "old", schedule="linear"))
+    imported = import_model(tmp_path / "old", tmp_path / "out", schedule="linear")
+    assert any(f"a table (nn.Embedding) of {LABELS} classes" in note for note in imported.notes)
+    model = load_model(tmp_path / "out")
+    assert model.condition == Condition(classes={str(i): i for i in range(LABELS)})
+    x, t, _ = inputs(model)
+    ids = torch.tensor([0, 5, LABELS - 1])
+    with torch.no_grad():
+        assert torch.equal(model.networks()["unet"](x, t, ids), unet(x, t, class_labels=ids).sample)
+
+
+def test_a_square_table_may_be_either_and_the_user_says_which(tmp_path):
+    unet = patched()
+    unet.class_embedding = nn.Embedding(32, 32)
+    unet.save_pretrained(tmp_path / "old")
+    message = str(refused(tmp_path, tmp_path / "old", schedule="linear"))
+    assert "an nn.Embedding of 32 classes or a Linear on 32 labels; say which with --embed" in message
+    import_model(tmp_path / "old", tmp_path / "out", schedule="linear", embed="embedding", null_class=31)
+    condition = load_model(tmp_path / "out").condition
+    assert (len(condition.classes), condition.null_class, condition.class_count) == (31, 31, 32)
 
 
 def test_weights_that_do_not_match_are_listed_one_by_one(tmp_path, concat_preset):
@@ -346,7 +363,7 @@ def test_the_noise_schedule_is_never_guessed(tmp_path):
         ({"schedule": "beta_start=0.1"}, "beta_schedule is missing"),
         ({"schedule": "missing.json"}, "no such file"),
         ({"schedule": "linear", "prediction_type": "noise"}, "epsilon"),
-        ({"schedule": "linear", "vae": "somewhere"}, "--vae does not concern"),
+        ({"schedule": "linear", "vae": "somewhere"}, "give --vae FOLDER, or allow --download"),
         ({"schedule": "linear", "condition_first": True}, "--condition-first"),
         ({"schedule": "linear", "key": "ema"}, "ema"),
         ({"schedule": "linear", "objects": "objects.json"}, "25 objects, expected 24"),
@@ -375,7 +392,7 @@ def test_schedules_say_what_diffusers_does(tmp_path):
         ("beta_schedule=linear,beta_end=0.03,num_train_timesteps=300", {"beta_end": 0.03, "num_train_timesteps": 300}),
         (str(tmp_path), {"beta_schedule": "sigmoid", "num_train_timesteps": 2000}),
     ]:
-        config = choose_schedule(named, None, family="labels")
+        config = choose_schedule(named, None, latents=False)
         found = make_scheduler("DDPMScheduler", config)
         assert torch.equal(found.alphas_cumprod, DDPMScheduler(**arguments).alphas_cumprod), named
 
@@ -425,7 +442,9 @@ def test_text_encoder_and_vae_must_be_named_and_suit_the_unet(tmp_path, text_mod
         assert word in str(refused(tmp_path, tmp_path / "old", **options | {name: None}))
         message = str(refused(tmp_path, tmp_path / "old", **options | {name: str(tmp_path / "nowhere")}))
         assert f"give {word} FOLDER, or allow --download" in message
-    assert "the text encoder's width is 32" in str(refused(tmp_path, tmp_path / "narrow", **options))
+    assert "the text encoder gives 32 wide, but the UNet takes cross_attention_dim = 16" in str(
+        refused(tmp_path, tmp_path / "narrow", **options)
+    )
 
 
 def test_a_whole_model_folder_and_a_taken_out_are_refused(tmp_path, text_model):
@@ -440,9 +459,9 @@ def test_the_command_prints_what_was_made_and_the_model_generates(fastgen, tmp_p
     code, out, err = fastgen("import", tmp_path / "old", "--out", tmp_path / "out", "--schedule", "squaredcos_cap_v2")
     assert (code, err) == (0, "")
     for word in (
-        "family labels: UNet2DModel, 16 px",
+        "labels -> pixels: UNet2DModel, 16 px",
         "squaredcos_cap_v2, 1000 timesteps, epsilon",
-        "from the source network is 0",
+        "from the source network, called as the notes say, is 0",
     ):
         assert word in out, out
     (tmp_path / "test.json").write_text('[["red cube"], ["blue sphere", "gray cube"]]')
@@ -454,10 +473,10 @@ def test_the_command_prints_what_was_made_and_the_model_generates(fastgen, tmp_p
 @pytest.mark.parametrize(
     ("preset", "word"),
     [
-        (SimpleNamespace(name="p", family="evaluator", conditioner=None, unet=None), "family 'evaluator'"),
+        (SimpleNamespace(name="p", conditioner=None, unet=None), "preset p describes an evaluator"),
         (
-            SimpleNamespace(name="p", family="labels", conditioner={"kind": "broadcast"}, unet=None),
-            "only class_embed, concat",
+            SimpleNamespace(name="p", conditioner={"kind": "broadcast"}, unet=SimpleNamespace()),
+            "only class_embed, concat, tokens",
         ),
     ],
 )

@@ -10,7 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fastgen.errors import InputError
-from fastgen.models.folder import LabelConditioner, LabelUNet, load_model, save_model
+from fastgen.models.condition import CLASS
+from fastgen.models.folder import LabelConditioner, load_model
+from fastgen.models.networks.denoiser import Denoiser
+from fastgen.models.saving import save_model
 
 
 def outputs(model, seed=0):
@@ -26,9 +29,9 @@ def outputs(model, seed=0):
     return found
 
 
-@pytest.mark.parametrize("family", ["text_model", "label_model"])
-def test_a_saved_model_computes_the_same_after_loading(family, request, tmp_path):
-    model = load_model(request.getfixturevalue(family))
+@pytest.mark.parametrize("fixture", ["text_model", "label_model"])
+def test_a_saved_model_computes_the_same_after_loading(fixture, request, tmp_path):
+    model = load_model(request.getfixturevalue(fixture))
     save_model(model, tmp_path / "copy")
     for (name, first), second in zip(
         outputs(model).items(), outputs(load_model(tmp_path / "copy")).values(), strict=True
@@ -37,9 +40,9 @@ def test_a_saved_model_computes_the_same_after_loading(family, request, tmp_path
             assert torch.equal(a, b), name
 
 
-@pytest.mark.parametrize("family", ["text_model", "label_model"])
-def test_outputs_have_the_shapes_of_their_signature(family, request):
-    model = load_model(request.getfixturevalue(family))
+@pytest.mark.parametrize("fixture", ["text_model", "label_model"])
+def test_outputs_have_the_shapes_of_their_signature(fixture, request):
+    model = load_model(request.getfixturevalue(fixture))
     for name, found in outputs(model).items():
         expected = [tensor.with_batch(2) for tensor in model.signatures()[name].outputs]
         assert [tuple(y.shape) for y in found] == expected
@@ -71,7 +74,7 @@ def test_the_concat_conditioner_feeds_the_labels_as_channels():
     conditioner = LabelConditioner("concat", num_labels=4, dim=5)
     x, t, labels = torch.randn(2, 3, 8, 8), torch.tensor([3.0, 900.0]), torch.eye(4)[:2]
     with torch.no_grad():
-        found = LabelUNet(unet, conditioner)(x, t, labels)
+        found = Denoiser(unet, [CLASS], conditioner)(x, t, labels)
         planes = conditioner.embed(labels)[:, :, None, None] * torch.ones(2, 5, 8, 8)
         expected = unet(torch.cat([x, planes], 1), t).sample
     torch.testing.assert_close(found, expected)
@@ -85,7 +88,7 @@ def test_the_concat_conditioner_feeds_the_labels_as_channels():
         ("conditioner/model.safetensors", "reshape", "conditioner"),
         ("unet/diffusion_pytorch_model.safetensors", "drop", "weights do not match"),
         ("unet/config.json", "remove", "config.json is missing"),
-        ("fastgen.json", "empty", "sampling: malformed"),
+        ("fastgen.json", "other", "sampling: malformed"),
         ("labels.json", "empty", "labels.json"),
         ("model_index.json", "remove", "not a model folder"),
     ],
@@ -100,6 +103,8 @@ def test_a_damaged_model_folder_is_one_clear_line(label_model, tmp_path, file, d
         path.unlink()
     elif damage == "empty":
         path.write_text("{}")
+    elif damage == "other":
+        path.write_text('{"sampling": {"steps": 5}}')
     else:
         tensors = load_file(path)
         first = sorted(tensors)[0]
@@ -119,7 +124,16 @@ def test_a_damaged_model_folder_is_one_clear_line(label_model, tmp_path, file, d
         ("tokenizer", None, "tokenizer: its tokenizer is missing"),
         ("vae/diffusion_pytorch_model.safetensors", b"nothing", "vae: cannot be loaded as a AutoencoderKL"),
         ("text_encoder/config.json", b'{"hidden_size": 64}', "text_encoder: .* weights do not match CLIPTextModel"),
-        ("vae/config.json", b'{"latent_channels": 3}', "vae: .* weights do not match AutoencoderKL"),
+        (
+            "vae/config.json",
+            b'{"_class_name": "AutoencoderKL", "latent_channels": 3}',
+            "vae: .* weights do not match AutoencoderKL",
+        ),
+        (
+            "vae/config.json",
+            b'{"_class_name": "AutoencoderDC"}',
+            "vae: is a AutoencoderDC; fastgen runs AutoencoderKL, ",
+        ),
         ("model_index.json", b"[]", "model_index.json: found \\[\\], expected"),
         ("scheduler/scheduler_config.json", b"[]", "scheduler_config.json: found \\[\\], expected"),
     ],
@@ -137,11 +151,17 @@ def test_a_damaged_text_model_is_one_clear_line(text_model, tmp_path, file, cont
     assert "\n" not in str(error.value)
 
 
-def test_a_pixel_model_without_conditioner_is_refused(label_model, tmp_path):
+def test_a_model_whose_conditioner_is_gone_is_refused(label_model, tmp_path):
+    """Its UNet takes a vector of 32 values, and nothing says how 24 labels make it."""
     folder = tmp_path / "model"
     shutil.copytree(label_model, folder)
     index = json.loads((folder / "model_index.json").read_text())
     del index["conditioner"]
     (folder / "model_index.json").write_text(json.dumps(index))
-    with pytest.raises(InputError, match="neither a text-to-latent model nor a labels-to-pixels model"):
+    with pytest.raises(InputError, match="names for 24 labels or classes, but the network has 32"):
+        load_model(folder)
+    (folder / "labels.json").unlink()
+    with pytest.raises(
+        InputError, match="class_embed_type = 'identity': the UNet takes a vector of 32 values, and there is no"
+    ):
         load_model(folder)

@@ -55,10 +55,11 @@ def test_a_packed_model_loads_as_float32_networks_with_the_fp16_values(request, 
     for name, network in model.networks().items():
         assert {p.dtype for p in network.parameters()} == {torch.float32}
         assert_rounded(network, networks[name])
-    assert (model.sampling, model.scheduler_config, model.objects) == (
+    assert (model.sampling, model.scheduler_config, model.condition, model.space) == (
         source.sampling,
         source.scheduler_config,
-        source.objects,
+        source.condition,
+        source.space,
     )
 
 
@@ -67,7 +68,8 @@ def test_diffusers_and_transformers_read_a_packed_model(packed, text_model):
 
     pipeline = StableDiffusionPipeline.from_pretrained(packed["text"], torch_dtype=torch.float32)
     source = load_model(text_model)
-    for name in ("unet", "vae", "text_encoder"):
+    assert_rounded(pipeline.text_encoder, source.text_encoders[0])
+    for name in ("unet", "vae"):
         assert_rounded(getattr(pipeline, name), getattr(source, name))
     vae = AutoencoderKL.from_pretrained(packed["text"], subfolder="vae", torch_dtype=torch.float32)
     assert_rounded(vae, source.vae)

@@ -13,8 +13,9 @@ from label_unets import LABELS, check_bf16, check_onnx_graph, inputs
 
 from fastgen.files.names import ICLEVR_OBJECTS
 from fastgen.models.build import build_module
-from fastgen.models.folder import LabelConditioner, Model, load_model, save_model
+from fastgen.models.folder import LabelConditioner, Model, load_model
 from fastgen.models.networks.patch_unet import PatchUNet
+from fastgen.models.saving import save_model
 from fastgen.sampling.defaults import Sampling
 
 SCHEDULE = {"_class_name": "DDPMScheduler", "num_train_timesteps": 1000, "beta_schedule": "squaredcos_cap_v2"}
@@ -33,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     unet = PatchUNet(4, sample_size=16, **BLOCKS)
     conditioner = LabelConditioner("class_embed", LABELS, 32)
-    model = Model(None, "labels", unet, SCHEDULE, Sampling("ddpm", 3, 1.0), conditioner, ICLEVR_OBJECTS)
+    model = Model(None, unet, SCHEDULE, Sampling("ddpm", 3, 1.0), conditioner, ICLEVR_OBJECTS)
     save_model(model, out := tmp_path_factory.mktemp("models") / "patches")
     return out
 

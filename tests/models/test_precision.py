@@ -29,9 +29,9 @@ def distance(found, expected):
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-@pytest.mark.parametrize("family", ["text", "labels"])
-def test_a_lowered_network_is_at_least_as_close_as_plain_casting(text_model, label_model, family, dtype):
-    model = load_model(text_model if family == "text" else label_model)
+@pytest.mark.parametrize("kind", ["text", "labels"])
+def test_a_lowered_network_is_at_least_as_close_as_plain_casting(text_model, label_model, kind, dtype):
+    model = load_model(text_model if kind == "text" else label_model)
     for name, module in model.networks().items():
         signature = model.spec.signatures[name]
         expected = outputs(module, signature)

@@ -14,7 +14,7 @@ from fastgen.errors import InputError
 from fastgen.models.tokenizer import Tokenizer
 
 REAL = Path(__file__).parents[3] / "shared" / "data" / "monsters"
-LENGTH = 77
+LENGTH, VOCABULARY = 77, 1000  # of the text model: ids are smaller
 ADDED_TOKEN = {
     "__type": "AddedToken",
     "content": "!",
@@ -56,7 +56,7 @@ def reference(text_model):
 
 @pytest.fixture(scope="module")
 def tokenizer(text_model):
-    return Tokenizer.from_folder(text_model / "tokenizer", LENGTH)
+    return Tokenizer.from_folder(text_model / "tokenizer", LENGTH, VOCABULARY)
 
 
 def transformers_ids(reference, prompts):
@@ -114,19 +114,39 @@ def test_the_padding_token_is_the_one_that_transformers_takes(text_model, tmp_pa
     if map_pad:
         (tmp_path / "special_tokens_map.json").write_text(json.dumps({"pad_token": map_pad}))
     expected = transformers_ids(CLIPTokenizer.from_pretrained(tmp_path), ["a dragon", ""])
-    assert Tokenizer.from_folder(tmp_path, LENGTH).encode(["a dragon", ""])[0].tolist() == expected
+    assert Tokenizer.from_folder(tmp_path, LENGTH, VOCABULARY).encode(["a dragon", ""])[0].tolist() == expected
 
 
 def test_a_padding_token_outside_the_vocabulary_is_named(text_model, tmp_path):
     shutil.copytree(text_model / "tokenizer", tmp_path, dirs_exist_ok=True)
     (tmp_path / "tokenizer_config.json").write_text('{"pad_token": "<pad>"}')
     with pytest.raises(InputError, match="'<pad>' is not in its vocabulary"):
-        Tokenizer.from_folder(tmp_path, LENGTH)
+        Tokenizer.from_folder(tmp_path, LENGTH, VOCABULARY)
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"not json", b"\xff\xfe\x00"])
 def test_a_damaged_tokenizer_is_one_line_that_names_the_file(tmp_path, content):
     (tmp_path / "tokenizer.json").write_bytes(content)
     with pytest.raises(InputError, match=r"tokenizer\.json: cannot be read as a tokenizer") as error:
-        Tokenizer.from_folder(tmp_path, LENGTH)
+        Tokenizer.from_folder(tmp_path, LENGTH, VOCABULARY)
     assert "\n" not in str(error.value)
+
+
+def test_a_placeholder_of_several_vectors_stands_for_all_of_them(text_model):
+    """As diffusers' `load_textual_inversion` leaves the tokenizer, and `maybe_convert_prompt` writes the prompt."""
+    from diffusers.loaders import TextualInversionLoaderMixin
+    from transformers import CLIPTokenizer
+
+    slow = CLIPTokenizer.from_pretrained(text_model / "tokenizer")
+    slow.add_tokens(["<cat>", "<cat>_1", "<cat>_2", "<dog>"])
+    ours = Tokenizer(slow.backend_tokenizer, slow.pad_token, LENGTH, VOCABULARY)
+    for prompt in ("a <cat> on a hill", "<cat>", "a <dog>", "no placeholder", "<dog> and <cat>"):
+        expected = TextualInversionLoaderMixin().maybe_convert_prompt(prompt, slow)
+        assert ours.encode([prompt])[0].tolist() == transformers_ids(slow, [expected])
+    added = slow.convert_tokens_to_ids(["<cat>", "<cat>_1", "<cat>_2"])
+    assert [i for i in ours.encode(["a <cat>"])[0][0].tolist() if i in added] == added
+
+
+def test_ids_that_the_text_encoder_does_not_know_are_refused(text_model):
+    with pytest.raises(InputError, match="but the text encoder knows 100 ids: they do not belong together"):
+        Tokenizer.from_folder(text_model / "tokenizer", LENGTH, 100).encode(["a dragon"])

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -8,7 +9,6 @@ from fastgen.errors import InputError
 from fastgen.presets import NetworkPreset, Preset, Training, load_preset, preset_names
 
 LABELS = """
-family = "labels"
 image_size = 64
 [unet.config]
 sample_size = 64
@@ -35,7 +35,8 @@ def test_every_preset_of_the_package_is_valid(name: str) -> None:
 
 def test_a_users_file_is_a_preset_named_after_it(tmp_path: Path) -> None:
     preset = load_preset(write(tmp_path, LABELS))
-    assert (preset.name, preset.family, preset.image_mode) == ("mine", "labels", "stretch")
+    assert (preset.name, preset.kind, preset.image_mode) == ("mine", "labels", "stretch")
+    assert preset.described == "labels -> pixels"
     assert preset.unet is not None
     assert preset.unet.train == Training(steps=10, adam_betas=(0.9, 0.99))
 
@@ -80,7 +81,6 @@ def test_an_override_reaches_a_networks_own_arguments_and_the_top(tmp_path: Path
         ("unet.train.precision=fp8", r"unknown train\.precision 'fp8'; did you mean"),
         ("unet.train.adam_betas=[0.9]", r"train\.adam_betas = \[0\.9\]: expected two numbers"),
         ("unet.train=3", r"unet\.train = 3: expected a table"),
-        ("family=label", r"unknown family 'label'; did you mean 'labels'"),
         ("conditioner.kind=embed", r"unknown conditioner\.kind 'embed'"),
         ("conditioner.width=3", r"unknown key 'conditioner\.width'"),
         ("sampling.guidance_scale=-1", r"sampling\.guidance_scale = -1: expected 0 or more"),
@@ -98,7 +98,20 @@ def test_a_wrong_override_is_one_line_that_names_it(tmp_path: Path, override: st
     [
         ("family = \n", "not valid TOML.*line 1"),
         (LABELS.replace("steps = 10", ""), r"train\.steps, train\.epochs = \(0, 0\): expected one of them"),
-        (LABELS.replace("[conditioner]\nkind", "[vae.config]\nkind"), r"tables of family 'labels'"),
+        ('family = "label"' + LABELS, r"unknown family 'label'; did you mean 'labels'"),
+        (
+            'family = "text"' + LABELS,
+            r"family 'text' = \['conditioner', 'scheduler', 'unet'\]: expected \[text_encoder\]",
+        ),
+        (
+            LABELS.partition("[unet.config]")[0] + "[scheduler]\na = 1\n",
+            r"tables = \['scheduler'\]: expected \[unet\] and \[sch",
+        ),
+        (
+            LABELS + "[text_encoder]\npath = 'clip'\n",
+            r"\[text_encoder\] for text, or \[conditioner\] for labels, not both",
+        ),
+        (LABELS.replace('"class_embed"', '"class_embed"\nembed = "onehot"'), r"unknown conditioner\.embed 'onehot'"),
         (LABELS.replace("[unet.train]\nsteps = 10\nadam_betas = [0.9, 0.99]", ""), r"unet\.train = None"),
     ],
 )
@@ -121,10 +134,29 @@ def test_a_network_is_either_loaded_or_trained() -> None:
         NetworkPreset()
 
 
-def test_the_text_family_needs_its_three_networks() -> None:
+def test_a_preset_that_still_names_its_family_is_the_same_preset(tmp_path: Path) -> None:
+    assert load_preset(write(tmp_path, 'family = "labels"' + LABELS)) == load_preset(write(tmp_path, LABELS))
+
+
+def test_the_tables_say_what_a_model_is_conditioned_on_and_what_it_works_on() -> None:
     trained = NetworkPreset(config={"a": 1}, train=Training(steps=1))
-    with pytest.raises(InputError, match=r"\[text_encoder\], \[vae\], \[unet\], \[scheduler\]"):
-        Preset("x", "text", 64, "pad", unet=trained, scheduler={"_class_name": "DDPMScheduler"})
+    tables: dict[str, Any] = {"text_encoder": trained, "conditioner": {"kind": "concat"}, "vae": trained}
+    for names, described in (
+        ((), "nothing -> pixels"),
+        (("vae",), "nothing -> latents"),
+        (("text_encoder",), "text -> pixels"),
+        (("text_encoder", "vae"), "text -> latents"),
+        (("conditioner", "vae"), "labels -> latents"),
+    ):
+        preset = Preset("x", 64, "pad", trained, {"_class_name": "DDPMScheduler"}, **{n: tables[n] for n in names})
+        assert preset.described == described
+        assert preset.kind == described.partition(" ")[0]
+
+
+def test_a_preset_needs_a_unet_and_the_schedule_that_it_learns() -> None:
+    trained = NetworkPreset(config={"a": 1}, train=Training(steps=1))
+    with pytest.raises(InputError, match=r"tables = \['unet'\]: expected \[unet\] and \[scheduler\] at least"):
+        Preset("x", 64, "pad", unet=trained)
 
 
 def test_the_width_of_an_evaluator_may_be_set() -> None:

@@ -21,8 +21,10 @@ from small_presets import SHORT, SMALL
 from torch import nn
 
 from fastgen.files.names import ICLEVR_OBJECTS
+from fastgen.models.condition import CLASS
 from fastgen.models.networks.broadcast_unet import BroadcastUNet
-from fastgen.models.networks.labels import LabelConditioner, LabelUNet, conditioner_dim, unet_class
+from fastgen.models.networks.denoiser import Denoiser
+from fastgen.models.networks.labels import LabelConditioner, conditioner_dim, unet_class
 from fastgen.presets import Preset, load_preset, preset_names
 from fastgen.training.diffusion import NoiseSchedule
 from fastgen.training.previews import default_table
@@ -53,7 +55,7 @@ PIXELS = pytest.mark.parametrize("name", [name for name in SYSTEMS if name.start
 def networks(preset: Preset) -> Any:
     """(UNet, conditioner or None), built as training builds them but for the weights' values."""
     assert preset.unet is not None
-    if preset.family == "text":
+    if preset.kind == "text":
         return UNet2DConditionModel(**preset.unet.config), None
     assert preset.conditioner is not None
     unet = unet_class(preset.conditioner["kind"], preset.unet.config)(**preset.unet.config)
@@ -180,8 +182,9 @@ def test_a_conditioner_fits_its_unet_and_previews_name_real_objects(name: str) -
 @PIXELS
 def test_a_label_presets_prediction_has_the_images_shape(name: str) -> None:
     with torch.device("meta"):
-        unet = LabelUNet(*networks(load_preset(name)))
-        shape = unet(torch.empty(2, 3, 64, 64), torch.empty(2), torch.empty(2, 24)).shape
+        unet, conditioner = networks(load_preset(name))
+        denoiser = Denoiser(unet, [CLASS], conditioner)
+        shape = denoiser(torch.empty(2, 3, 64, 64), torch.empty(2), torch.empty(2, 24)).shape
     assert shape == (2, 3, 64, 64)
 
 

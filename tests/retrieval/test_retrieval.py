@@ -155,7 +155,7 @@ def test_an_index_holds_every_frame_or_the_first_and_each_distinct_text_once(mon
 def test_a_text_finds_the_first_image_that_it_describes(monsters_data, ort, tmp_path, text):
     index, _ = build_index(monsters_data, ort, tmp_path / "index", IndexOptions(text=text))
     words = "Green robot with a sword, drawn."
-    queries = pooled_states(ort.engine, ort.tokenizer, [words, f"{words} The monster is dying."])
+    queries = pooled_states(ort.engine, ort.tokenizers, [words, f"{words} The monster is dying."])
     rows, similarities = index.nearest(queries, 1)
     found = [index.images[row]["group"] for row in rows[:, 0]]
     assert found == (["2_main", "2_die1"] if text == "caption" else ["2_main", "2_main"])
@@ -310,7 +310,7 @@ def test_the_seed_chooses_among_the_k_nearest(ort, index):
     same = [Request(str(i), f"{i}.png", prompt="A small blue slime.", seed=i) for i in range(60)]
     start = index.start(ort, same, seed=0, top_k=3)
     counts = np.bincount([start.nearest[r][0] for r in same], minlength=16)
-    rows, _ = index.nearest(pooled_states(ort.engine, ort.tokenizer, ["A small blue slime."]), 3)
+    rows, _ = index.nearest(pooled_states(ort.engine, ort.tokenizers, ["A small blue slime."]), 3)
     assert set(np.flatnonzero(counts)) == set(rows[0].tolist())
     assert counts.max() < 40
     again = index.start(ort, same[::-1], seed=0, top_k=3)

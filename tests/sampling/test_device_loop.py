@@ -72,11 +72,12 @@ def inputs(pipeline, table):
     x = initial_latents(table, SEEDS, SHAPE, clean, xp=torch, device=pipeline.engine.device)
     cond = torch.zeros(3, 24)
     cond[0, 3] = cond[1, 7] = cond[2, 9] = 1
-    return x, cond.to(pipeline.engine.device), torch.zeros(1, 24, device=pipeline.engine.device)
+    return x, (cond.to(pipeline.engine.device),), (torch.zeros(1, 24, device=pipeline.engine.device),)
 
 
 def device_loop(pipeline, table, graphs):
-    return DeviceLoop(pipeline.engine, table, (3, *SHAPE), (3, 24), graphs=graphs)
+    cond = (torch.zeros(3, 24, device=pipeline.engine.device),)
+    return DeviceLoop(pipeline.engine, table, (3, *SHAPE), cond, graphs=graphs)
 
 
 def seeds_on(pipeline):
@@ -163,9 +164,9 @@ def test_no_row_needs_a_value_on_the_host_not_even_inside_an_operation(key):
     """A boolean mask, for one, is looked up by an operation that reads the device inside."""
     table = TableCompiler(SCHEDULE).table(key)
     assert (table.clip is not None) == key.startswith(("ddim", "ddpm", "heun"))  # clipping is among what is looked at
-    loop = DeviceLoop(Shapes(), table, (3, *SHAPE), (3, 24), graphs=False)
     new = {"device": "meta"}
-    x, cond, uncond = torch.empty(3, *SHAPE, **new), torch.empty(3, 24, **new), torch.empty(1, 24, **new)
+    x, cond, uncond = torch.empty(3, *SHAPE, **new), (torch.empty(3, 24, **new),), (torch.empty(1, 24, **new),)
+    loop = DeviceLoop(Shapes(), table, (3, *SHAPE), cond, graphs=False)
     seeds = torch.empty(3, dtype=torch.int64, **new)
     for options in ({}, {"guidance_scale": 2.0, "uncond": uncond}):
         with OneDevice():
@@ -178,17 +179,18 @@ def test_no_row_needs_a_value_on_the_host_not_even_inside_an_operation(key):
 )
 def test_no_reference_network_needs_a_value_on_the_host(name, dtype):
     from benchmarks.models import architecture, build
-    from fastgen.models.networks.labels import LabelConditioner, LabelUNet, conditioner_dim
-    from fastgen.models.networks.text import TextUNet
+    from fastgen.models.condition import CLASS, STATES
+    from fastgen.models.networks.denoiser import Denoiser
+    from fastgen.models.networks.labels import LabelConditioner, conditioner_dim
 
     preset = architecture(name)
     with torch.device("meta"):
         unet = build(preset, "unet")
         if preset.conditioner is None:
-            network, cond = TextUNet(unet), torch.empty(2, 77, unet.config.cross_attention_dim)
+            network, cond = Denoiser(unet, [STATES]), torch.empty(2, 77, unet.config.cross_attention_dim)
         else:
             table = {"dim": conditioner_dim(preset.conditioner["kind"], unet.config)[0], **preset.conditioner}
-            network = LabelUNet(unet, LabelConditioner(num_labels=24, **table))
+            network = Denoiser(unet, [CLASS], LabelConditioner(num_labels=24, **table))
             cond = torch.empty(2, 24)
         size = unet.config.sample_size
         x, timestep = torch.empty(2, unet.config.out_channels, size, size), torch.empty(2)
@@ -247,7 +249,7 @@ def test_an_engine_that_records_its_own_graphs_runs_between_two_of_ours(pipeline
     options = {"seeds": seeds_on(pipeline), "guidance_scale": 3.0, "uncond": uncond, "guidance_interval": (1, 4)}
     engine = SelfRecording(pipeline.engine)
     expected = device_loop(pipeline, table, False).run(x, cond, **options)
-    loop = DeviceLoop(engine, table, (3, *SHAPE), (3, 24), graphs=True)
+    loop = DeviceLoop(engine, table, (3, *SHAPE), cond, graphs=True)
     torch.testing.assert_close(loop.run(x, cond, **options), expected, atol=5e-4, rtol=1e-3)
     engine.calls = 0
     loop.run(x, cond, **options)
@@ -261,7 +263,7 @@ def test_half_the_rows_where_nothing_is_guided(pipelines, label_model):
     counted, rows = SelfRecording(pipeline.engine), []
     counted.run = lambda name, s, t, c: rows.append(len(c)) or pipeline.engine.run(name, s, t, c)
     counted.run_guided = lambda s, t, c: rows.append(len(c)) or pipeline.engine.run_guided(s, t, c)
-    loop = DeviceLoop(counted, table, (3, *SHAPE), (3, 24), graphs=False)
+    loop = DeviceLoop(counted, table, (3, *SHAPE), cond, graphs=False)
     loop.run(x, cond, seeds=seeds_on(pipeline), guidance_scale=2.0, uncond=uncond, guidance_interval=(2, 4))
     assert rows == [3, 3, 6, 6, 3, 3]
     rows.clear()

@@ -116,7 +116,7 @@ def assert_samples_as_diffusers_does(table, scheduler, steps, tolerance=2e-5):
     x = table.init_sigma * torch.from_numpy(normal(SEEDS, 0, SHAPE)).double()
     trail: list[torch.Tensor] = []
     expected = run_diffusers(scheduler, timesteps, network, x, seeds=SEEDS, trail=trail)
-    ours = sample(lambda x, t, _: network(x, t[0]), table, x, torch.zeros(2, 1), seeds=SEEDS)
+    ours = sample(lambda x, t: network(x, t[0]), table, x, (), seeds=SEEDS)
     largest = max(float(state.abs().max()) for state in trail)
     assert math.isfinite(largest)
     assert float((ours - expected).abs().max()) <= tolerance * largest
@@ -359,13 +359,13 @@ def test_every_flow_solver_approaches_the_exact_solution(name):
     shift = {} if name.startswith("LTX") else {"shift": 2.0}
     table = TableCompiler(config(diffusers.FlowMatchEulerDiscreteScheduler, **shift)).table(f"{name}:200")
 
-    def velocity(x, timestep, _):
+    def velocity(x, timestep):
         s = float(timestep[0]) / 1000
         return (s - (1 - s) * variance) / ((1 - s) ** 2 * variance + s**2) * x
 
     seeds = list(range(40))
     x = normal(seeds, 0, (1, 8, 8)).astype(np.float32)
-    out = sample(velocity, table, x, np.zeros((40, 1), np.float32), seeds=seeds)
+    out = sample(velocity, table, x, (), seeds=seeds)
     assert out.std() == pytest.approx(0.5, rel=0.05)
     if not sde:
         assert np.abs(out - x / 2).max() < 0.1
@@ -465,7 +465,7 @@ def test_a_learned_variance_becomes_the_fixed_one_of_the_mean_channels(cls, vari
     scheduler = cls(**fixed)
     scheduler.set_timesteps(12)
     expected = run_diffusers(scheduler, scheduler.timesteps, lambda x, t: doubled(x, t)[:, :2], x, seeds=SEEDS)
-    ours = sample(lambda x, t, _: doubled(x, t[0])[:, :2], table, x, torch.zeros(2, 1), seeds=SEEDS)
+    ours = sample(lambda x, t: doubled(x, t[0])[:, :2], table, x, (), seeds=SEEDS)
     assert float((ours - expected).abs().max()) < 1e-5 * float(expected.abs().max())
     assert make_scheduler("ddim", config(variance_type=variance_type)).config.prediction_type == "epsilon"
 

@@ -74,11 +74,11 @@ def inputs(table):
         clean = torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(0))
     cond = torch.zeros(3, 24)
     cond[0, 3] = cond[1, 7] = cond[2, 9] = 1
-    return initial_latents(table, SEEDS, SHAPE, clean, xp=torch), cond, torch.zeros(1, 24)
+    return initial_latents(table, SEEDS, SHAPE, clean, xp=torch), (cond,), (torch.zeros(1, 24),)
 
 
 def recorded_loop(engine, table):
-    return DeviceLoop(engine, table, (3, *SHAPE), (3, 24), graphs=True)
+    return DeviceLoop(engine, table, (3, *SHAPE), (torch.zeros(3, 24),), graphs=True)
 
 
 def run(loop, table, **options):
@@ -386,7 +386,7 @@ def test_an_event_that_is_not_waited_for_is_noticed(on_a_gpu, monkeypatch, text_
 def test_a_broken_picture_is_decoded_again_in_order_beside_the_next_batch(on_a_gpu, monkeypatch, text_model):
     pipeline, exact = on_a_gpu(text_model), on_a_gpu(text_model).engine
     engine, run = pipeline.engine, pipeline.engine.run
-    x = torch.randn(4, *pipeline.spec.latent_shape)
+    x = torch.randn(4, *pipeline.spec.space.shape)
     expected = pipeline.decoder.start(x)().pixels
     engine.dtype = "fp16"
 
@@ -411,7 +411,7 @@ def test_an_engine_that_compiles_per_size_decodes_broken_pictures_one_by_one(on_
     broken = pipeline.engine.run
     monkeypatch.setattr(pipeline.engine, "run", lambda name, x: (broken(name, x)[0] * torch.nan,))
     pictures = Decoder(pipeline.engine, pipeline.spec, lambda: exact).start(
-        torch.randn(3, *pipeline.spec.latent_shape)
+        torch.randn(3, *pipeline.spec.space.shape)
     )()
     assert pictures.problems == [None] * 3
     assert sizes == [1, 1, 1]

@@ -21,7 +21,7 @@ SCALED_LINEAR = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_
 COSINE = {"beta_schedule": "squaredcos_cap_v2"}
 SHAPE = (3, 8, 8)
 SEEDS = [11, 2**62 + 5]
-NO_COND = torch.zeros(len(SEEDS), 1)
+NO_COND = ()
 
 
 @pytest.fixture(autouse=True)
@@ -42,13 +42,13 @@ def fastgen_states(table, network, library="torch", clean=None, **options):
     if library == "numpy":
         x = initial_latents(table, SEEDS, SHAPE, None if clean is None else clean.numpy())
 
-        def call(sample, timestep, cond):
+        def call(sample, timestep):
             return network(torch.from_numpy(sample), torch.from_numpy(timestep)).numpy()
 
-        steps = sample_steps(call, table, x, NO_COND.numpy(), seeds=SEEDS, **options)
+        steps = sample_steps(call, table, x, NO_COND, seeds=SEEDS, **options)
         return [torch.from_numpy(x) for _, x in steps]
     x = initial_latents(table, SEEDS, SHAPE, clean, xp=torch)
-    steps = sample_steps(lambda x, t, c: network(x, t), table, x, NO_COND, seeds=SEEDS, **options)
+    steps = sample_steps(network, table, x, NO_COND, seeds=SEEDS, **options)
     return [x for _, x in steps]
 
 
@@ -194,7 +194,7 @@ def test_a_late_pndm_run_continues_a_full_one_and_sliced_timesteps_do_not():
     expected = states[-1]
     assert full.timesteps[11] == late.timesteps[0]
     halfway = states[10]
-    continued = sample(lambda x, t, c: network(x, t), late, halfway, NO_COND, seeds=SEEDS)
+    continued = sample(network, late, halfway, NO_COND, seeds=SEEDS)
     scheduler.set_timesteps(70)
     sliced = run_diffusers(scheduler, scheduler.timesteps[-60:], network, halfway, seeds=SEEDS)
     assert (continued - expected).abs().max() < 0.1 * (sliced - expected).abs().max()
@@ -207,7 +207,7 @@ class Gaussian:
         self.sigma = np.sqrt(1 - alphas_cumprod)
         self.spread = np.sqrt(0.25 * alphas_cumprod + 1 - alphas_cumprod)
 
-    def __call__(self, x, timestep, cond):
+    def __call__(self, x, timestep):
         t = int(timestep[0])
         return np.float32(self.sigma[t] / self.spread[t] ** 2) * x
 
@@ -224,7 +224,7 @@ def test_full_and_late_runs_approach_the_exact_solution(name):
         x = initial_latents(table, SEEDS, SHAPE, clean)
         network = Gaussian(scheduler.alphas_cumprod.double().numpy())
         scaled = x * table.scale[0]
-        result = sample(network, table, x, NO_COND.numpy(), seeds=SEEDS)
+        result = sample(network, table, x, NO_COND, seeds=SEEDS)
         assert np.abs(result - network.solution(scaled, table.timesteps[0])).max() < (0.12 if name == "ddim" else 0.05)
 
 
@@ -246,7 +246,7 @@ def test_guidance_is_what_diffusers_pipelines_do(name):
     table = compile_table(scheduler, 10)
     network = Conditional(scheduler.alphas_cumprod)
     x = initial_latents(table, SEEDS, SHAPE, xp=torch)
-    ours = sample(network, table, x, COND, seeds=SEEDS, guidance_scale=2.0, uncond=UNCOND)
+    ours = sample(network, table, x, (COND,), seeds=SEEDS, guidance_scale=2.0, uncond=(UNCOND,))
 
     def guided(x, timestep):  # StableDiffusionPipeline.__call__
         prediction = network(torch.cat([x] * 2), timestep, torch.cat([UNCOND.expand(2, 1), COND]))
@@ -262,7 +262,7 @@ def test_guidance_scale_one_runs_the_conditional_rows_only():
     table = TableCompiler(config()).table("ddim:6")
     network = Conditional(diffusers.DDPMScheduler().alphas_cumprod)
     x = initial_latents(table, SEEDS, SHAPE, xp=torch)
-    sample(network, table, x, COND, seeds=SEEDS, guidance_scale=1.0, uncond=UNCOND)
+    sample(network, table, x, (COND,), seeds=SEEDS, guidance_scale=1.0, uncond=(UNCOND,))
     assert network.calls == [2] * 6
 
 
@@ -270,14 +270,15 @@ def test_a_guidance_interval_limits_guidance_to_its_rows():
     table = TableCompiler(config()).table("ddim:6")
     network = Conditional(diffusers.DDPMScheduler().alphas_cumprod)
     x = initial_latents(table, SEEDS, SHAPE, xp=torch)
-    options = {"seeds": SEEDS, "guidance_scale": 5.0, "uncond": UNCOND}
-    states = [x for _, x in sample_steps(network, table, x, COND, guidance_interval=(2, 4), **options)]
+    options = {"seeds": SEEDS, "guidance_scale": 5.0, "uncond": (UNCOND,)}
+    states = [x for _, x in sample_steps(network, table, x, (COND,), guidance_interval=(2, 4), **options)]
     limited = states[-1]
     assert network.calls == [2, 2, 4, 4, 2, 2]
     assert torch.equal(
-        sample(network, table, x, COND, guidance_interval=(0, 6), **options), sample(network, table, x, COND, **options)
+        sample(network, table, x, (COND,), guidance_interval=(0, 6), **options),
+        sample(network, table, x, (COND,), **options),
     )
-    unguided = [x for _, x in sample_steps(network, table, x, COND, seeds=SEEDS)]
+    unguided = [x for _, x in sample_steps(network, table, x, (COND,), seeds=SEEDS)]
     assert torch.equal(states[1], unguided[1])
     assert not torch.allclose(states[2], unguided[2])
     assert not torch.allclose(limited, unguided[-1])
@@ -294,9 +295,26 @@ def test_guidance_without_an_unconditional_row_is_an_input_error():
     table = TableCompiler(config()).table("ddim:2")
     x = initial_latents(table, SEEDS, SHAPE, xp=torch)
     with pytest.raises(InputError, match="needs the unconditional row"):
-        sample(None, table, x, COND, seeds=SEEDS, guidance_scale=2.0)
-    with pytest.raises(InputError, match=r"unconditional row of shape \(2, 1\), expected \(1, 1\)"):
-        sample(None, table, x, COND, seeds=SEEDS, guidance_scale=2.0, uncond=COND)
+        sample(None, table, x, (COND,), seeds=SEEDS, guidance_scale=2.0)
+    with pytest.raises(InputError, match=r"unconditional row of shape \(3, 1\), expected \(1, 1\)"):
+        sample(None, table, x, (COND,), seeds=SEEDS, guidance_scale=2.0, uncond=(torch.zeros(3, 1),))
+    with pytest.raises(InputError, match="0 unconditional arrays, expected 1, one for each condition"):
+        sample(None, table, x, (COND,), seeds=SEEDS, guidance_scale=2.0, uncond=())
+
+
+def test_an_unconditional_row_may_be_each_images_own():
+    table = TableCompiler(config()).table("ddim:4")
+    network = Conditional(diffusers.DDPMScheduler().alphas_cumprod)
+    x = initial_latents(table, SEEDS, SHAPE, xp=torch)
+
+    def run(rows, uncond):
+        seeds = [SEEDS[i] for i in rows]
+        return sample(network, table, x[rows], (COND[rows],), seeds=seeds, guidance_scale=3.0, uncond=(uncond,))
+
+    own = torch.tensor([[0.1], [0.7]])
+    together = run([0, 1], own)
+    for i in (0, 1):
+        torch.testing.assert_close(together[i], run([i], own[i : i + 1])[0])
 
 
 def test_guide_leaves_the_prediction_alone():
@@ -324,7 +342,7 @@ def test_an_image_does_not_depend_on_its_batch(key):
         return np.tanh(sample) * cond[:, :, None, None]
 
     def run(seeds, cond):
-        return sample(network, table, initial_latents(table, seeds, SHAPE), cond, seeds=seeds)
+        return sample(network, table, initial_latents(table, seeds, SHAPE), (cond,), seeds=seeds)
 
     seeds, cond = [5, 9, 2**50], np.array([[0.5], [1.0], [0.1]], np.float32)
     together = run(seeds, cond)
@@ -350,12 +368,12 @@ def test_the_network_gets_float32_timesteps_and_the_state_it_expects():
     table = TableCompiler(config()).table("euler:4")
     seen = []
 
-    def network(sample, timestep, cond):
+    def network(sample, timestep):
         seen.append((sample.dtype, timestep.dtype, timestep.shape, float(timestep[0]), float(np.std(sample))))
         return sample * 0
 
     x = initial_latents(table, range(8), SHAPE)
-    sample(network, table, x, np.zeros((8, 1), np.float32), seeds=range(8))
+    sample(network, table, x, (), seeds=range(8))
     assert {(s[0], s[1], s[2]) for s in seen} == {(np.dtype("float32"), np.dtype("float32"), (8,))}
     assert [s[3] for s in seen] == table.timesteps.tolist()
     assert seen[0][4] == pytest.approx(1, abs=0.05)  # the state's sigma is scaled away
@@ -400,7 +418,7 @@ def test_images_at_different_rows_may_share_a_batch(key, library):
         x, history = step(x, history, network(row.scale * x, row), row, z)
         finished.update({0: x[0]} if tick == rows - 1 else {1: x[1]} if tick == rows + 1 else {})
     alone = sample(
-        lambda sample, t, c: library.tanh(sample + t[:, None, None, None] / 500), table, start, start, seeds=SEEDS
+        lambda sample, t: library.tanh(sample + t[:, None, None, None] / 500), table, start, (), seeds=SEEDS
     )  # fmt: skip
     for j in (0, 1):
         np.testing.assert_allclose(np.asarray(finished[j]), np.asarray(alone[j]), atol=2e-5)

@@ -17,7 +17,8 @@ from fastgen.errors import InputError  # noqa: E402
 from fastgen.files.jsonfiles import infinity_as_text, infinity_from_text, read_json, write_json  # noqa: E402
 from fastgen.generate.pipeline import load  # noqa: E402
 from fastgen.models.bundle import read_bundle  # noqa: E402
-from fastgen.models.folder import load_model, save_model  # noqa: E402
+from fastgen.models.folder import load_model  # noqa: E402
+from fastgen.models.saving import save_model  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning")
 PROMPTS, SEEDS = ["A red dragon with wings.", "A small blue slime."], [0, 5]
@@ -86,7 +87,7 @@ def test_a_folder_with_dpm_solver_generates_what_diffusers_own_pipeline_does(dpm
     assert pipeline.spec.sampling.scheduler == "dpmpp-2m"
     theirs = diffusers.StableDiffusionPipeline.from_pretrained(dpm_model, safety_checker=None)
     theirs.set_progress_bar_config(disable=True)
-    latents = torch.from_numpy(normal(SEEDS, 0, pipeline.spec.latent_shape))
+    latents = torch.from_numpy(normal(SEEDS, 0, pipeline.spec.space.shape))
     expected = theirs(PROMPTS, num_inference_steps=6, guidance_scale=3.0, latents=latents, output_type="np").images
     assert np.abs(images(pipeline) - np.round(255 * expected)).max() <= 1
 
@@ -116,7 +117,7 @@ def test_it_is_saved_again_as_diffusers_reads_it(dpm_model, tmp_path):
 def test_import_takes_its_schedule(dpm_model, tmp_path):
     from fastgen.models.importing.schedule import choose_schedule
 
-    found = choose_schedule(str(dpm_model), None, family="text")
+    found = choose_schedule(str(dpm_model), None, latents=True)
     assert found["lambda_min_clipped"] == -math.inf
 
 

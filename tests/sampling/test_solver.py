@@ -395,7 +395,7 @@ from fastgen.sampling.compile import TableCompiler
 from fastgen.sampling.tables import TableStore
 table = TableStore({str(stored[0])!r}).get("ddpm:12")
 x = initial_latents(table, [1, 2], (3, 8, 8))
-x = sample(lambda x, t, c: x, table, x, np.zeros((2, 1), np.float32), seeds=[1, 2])
+x = sample(lambda x, t: x, table, x, (), seeds=[1, 2])
 assert x.shape == (2, 3, 8, 8) and x.dtype == np.float32
 try:
     TableCompiler({{"_class_name": "DDPMScheduler"}}).table("ddpm:12")

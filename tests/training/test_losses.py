@@ -377,8 +377,8 @@ def test_the_parts_are_means_since_the_last_call_over_all_processes_and_only_of_
         ({"lpip": 0.1}, True, "unknown loss term 'lpip'; did you mean 'lpips'"),
         ({"kl": -1}, True, r"unet\.train\.loss\.kl = -1: expected 0 or more"),
         ({"mse": 0}, True, "no term counts in the first epoch"),
-        ({"latent_perceptual": 0.1}, False, r"latent_perceptual = 0\.1: .*a label model works on pixels"),
-        ({"kl": 0.1}, False, r"kl = 0\.1: .*a label model works on pixels"),
+        ({"latent_perceptual": 0.1}, False, r"latent_perceptual = 0\.1: .*this model works on pixels"),
+        ({"kl": 0.1}, False, r"kl = 0\.1: .*this model works on pixels"),
     ],
 )
 def test_an_objective_that_cannot_be_is_one_line(loss: dict[str, float], latent: bool, message: str) -> None:

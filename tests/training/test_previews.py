@@ -77,7 +77,7 @@ def test_ground_truth_is_above_what_is_generated_for_the_same_conditions_and_the
     expected = real, list(zip(colours, TEXTS, strict=True))
     assert np.array_equal(preview(None)[0], sheet(*expected))
     yellow = np.full((8, 8, 3), (255, 255, 0), np.uint8)
-    own = PresetConditions(torch.tensor([[1.0, 1.0, 0.0]] * 11), tuple(f"yellow {i}" for i in range(11)))
+    own = PresetConditions((torch.tensor([[1.0, 1.0, 0.0]] * 11),), tuple(f"yellow {i}" for i in range(11)))
     found, painter = preview(own)
     cells = [(yellow, f"yellow {i}") for i in range(11)]
     assert np.array_equal(found, sheet(*expected, cells[:COUNT], cells[COUNT:]))
@@ -102,9 +102,9 @@ def test_a_preview_samples_with_the_table_that_generate_compiles_also_at_every_t
 def preset(**preview: Any) -> Preset:
     network, schedule = NetworkPreset(config={"a": 1}, train=Training(steps=1)), {"_class_name": "DDPMScheduler"}
     if "labels" in preview:
-        return Preset("p", "labels", 8, "pad", network, schedule, conditioner={"kind": "concat"}, preview=preview)
+        return Preset("p", 8, "pad", network, schedule, conditioner={"kind": "concat"}, preview=preview)
     parts = {"text_encoder": network, "vae": network}
-    return Preset("p", "text", 8, "pad", network, schedule, preview=preview, **parts)
+    return Preset("p", 8, "pad", network, schedule, preview=preview, **parts)
 
 
 def test_the_presets_prompts_and_labels_are_read_as_they_are() -> None:

@@ -22,7 +22,6 @@ from fastgen.presets import NetworkPreset, Preset, Training, load_preset
 from fastgen.training import train
 
 LABEL_PRESET = """
-family = "labels"
 image_size = 16
 [unet.config]
 sample_size = 16
@@ -52,7 +51,6 @@ guidance_scale = 2.0
 """
 
 TEXT_PRESET = """
-family = "text"
 image_size = 32
 image_mode = "pad"
 [vae.config]
@@ -165,8 +163,8 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 def test_a_label_model_is_trained_saved_and_loaded(labelled: Path, tmp_path: Path) -> None:
     out = train(preset_of(LABEL_PRESET, tmp_path), labelled, tmp_path / "model", progress=False)
     model = load_model(out)
-    assert model.family == "labels"
-    assert model.objects == {"red cube": 0, "green cube": 1, "blue cube": 2}
+    assert model.condition.kind == "labels"
+    assert model.condition.labels == {"red cube": 0, "green cube": 1, "blue cube": 2}
     assert model.sampling.guidance_scale == 2.0
     unet = model.networks()["unet"]
     with torch.no_grad():
@@ -252,8 +250,8 @@ def test_a_bad_image_stops_training_unless_it_is_skipped(
     assert json.loads((out / "fastgen.json").read_text())["training"]["images"] == 11
 
 
-def test_data_of_the_other_family_is_refused(labelled: Path, described: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="holds images with labels; preset tiny is for the text family"):
+def test_data_of_the_other_kind_is_refused(labelled: Path, described: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="holds images with labels; preset tiny needs captions"):
         train(preset_of(TEXT_PRESET, tmp_path), labelled, tmp_path / "a", progress=False)
     with pytest.raises(InputError, match="holds images with captions"):
         train(preset_of(LABEL_PRESET, tmp_path), described, tmp_path / "b", progress=False)
@@ -262,7 +260,7 @@ def test_data_of_the_other_family_is_refused(labelled: Path, described: Path, tm
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("unet.config.sample_size=32", r"unet\.config\.sample_size = 32: expected image_size, 16"),
+        ("unet.config.sample_size=32", r"unet\.config\.sample_size = 32: gives 32 px, image_size is 16"),
         ("conditioner.dim=5", r"conditioner\.dim = 5: expected 32"),
         ("unet.config.block_out_chanels=[8]", r"unknown key 'unet\.config\.block_out_chanels'; did you mean"),
         ("unet.config.norm_num_groups=3", r"unet\.config: UNet2DModel refuses it"),
@@ -297,12 +295,14 @@ def test_a_text_model_loads_in_diffusers_and_generates(described: Path, tmp_path
     prompts = ["A red slime number 0. The monster is attacking.", "", "naïve 東 dragon's 42", "a " * 100]
     options = {"padding": "max_length", "truncation": True, "max_length": 77}
     ids = pipeline.tokenizer(prompts, **options)["input_ids"]
-    assert ids == ours.tokenizer(prompts, **options)["input_ids"]
+    assert ids == ours.tokenizers[0](prompts, **options)["input_ids"]
     fast = Tokenizer.from_file(str(out / "tokenizer" / "tokenizer.json"))
     assert fast.encode(prompts[0]).ids == [i for i in ids[0] if i != ids[0][-1]] + [ids[0][-1]]
-    states = [encoder(torch.tensor(ids)).last_hidden_state for encoder in (pipeline.text_encoder, ours.text_encoder)]
+    states = [
+        encoder(torch.tensor(ids)).last_hidden_state for encoder in (pipeline.text_encoder, ours.text_encoders[0])
+    ]
     torch.testing.assert_close(*states)
-    assert pipeline.vae.config.scaling_factor == ours.scaling_factor != 0.18215
+    assert pipeline.vae.config.scaling_factor == ours.space.scaling_factor != 0.18215
     image = pipeline("a red slime", num_inference_steps=2, output_type="np", height=32, width=32).images[0]
     assert image.shape == (32, 32, 3)
 
@@ -310,9 +310,9 @@ def test_a_text_model_loads_in_diffusers_and_generates(described: Path, tmp_path
 def test_pooled_text_is_taken_at_the_end_token(described: Path, tmp_path: Path) -> None:
     out = train(preset_of(TEXT_PRESET, tmp_path), described, tmp_path / "model", progress=False)
     model = load_model(out)
-    ids = torch.tensor(model.tokenizer(["a red slime"], padding="max_length", max_length=77)["input_ids"])
-    result = model.text_encoder(ids)  # type: ignore[misc]
-    end = ids[0].tolist().index(model.tokenizer.eos_token_id)
+    ids = torch.tensor(model.tokenizers[0](["a red slime"], padding="max_length", max_length=77)["input_ids"])
+    result = model.text_encoders[0](ids)
+    end = ids[0].tolist().index(model.tokenizers[0].eos_token_id)
     assert 0 < end < 76
     torch.testing.assert_close(result.pooler_output[0], result.last_hidden_state[0, end])
 
@@ -325,7 +325,7 @@ def test_latents_are_scaled_to_unit_variance(described: Path, tmp_path: Path) ->
     with torch.no_grad():
         distribution = model.vae.encode(x).latent_dist  # type: ignore[union-attr, operator]
     torch.manual_seed(0)
-    assert (distribution.sample() * model.scaling_factor).std().item() == pytest.approx(1, abs=0.05)
+    assert (model.space.from_vae(distribution.sample())).std().item() == pytest.approx(1, abs=0.05)
 
 
 def test_finished_stages_are_not_repeated(described: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -363,7 +363,7 @@ def test_networks_with_a_path_are_loaded_frozen(described: Path, tmp_path: Path)
     assert frozen
     assert all(torch.equal(a[name], b[name]) for name in frozen)
     assert not (second / "checkpoints" / "vae").exists()
-    assert load_model(second).scaling_factor == load_model(first).scaling_factor
+    assert load_model(second).space == load_model(first).space
 
 
 def test_a_path_that_holds_no_network_is_one_line(described: Path, tmp_path: Path) -> None:
@@ -377,7 +377,7 @@ def test_an_evaluator_is_trained_saved_and_loaded(labelled: Path, tmp_path: Path
     from fastgen.models import evaluator
 
     recipe = Training(steps=3, batch_size=4, precision="fp32", validation_fraction=0.25)
-    preset = Preset("tiny", "evaluator", 64, "stretch", evaluator=NetworkPreset({"width": 8}, train=recipe))
+    preset = Preset("tiny", 64, "stretch", evaluator=NetworkPreset({"width": 8}, train=recipe))
     out = train(preset, labelled, tmp_path / "evaluator", progress=False)
     loaded = evaluator.load(out)
     assert loaded.objects == {"red cube": 0, "green cube": 1, "blue cube": 2}
@@ -394,7 +394,7 @@ def test_an_evaluator_of_attributes_is_trained_saved_and_loaded(described: Path,
     entries = {key: {"colour": list(COLOURS)[int(key[0]) % 3], "action": key[2:]} for key in keys}
     (described / "attributes.json").write_text(json.dumps(entries))
     recipe = Training(steps=3, batch_size=4, precision="fp32", validation_fraction=0.25)
-    preset = Preset("tiny", "evaluator", 64, "stretch", evaluator=NetworkPreset({"width": 8}, train=recipe))
+    preset = Preset("tiny", 64, "stretch", evaluator=NetworkPreset({"width": 8}, train=recipe))
     out = train(preset, described, tmp_path / "evaluator", progress=False)
     loaded = evaluator.load(out)
     assert loaded.attributes == {"colour": ("blue", "green", "red"), "action": ("attack1", "main")}
@@ -458,7 +458,7 @@ def test_a_label_model_previews_the_presets_own_labels(labelled: Path, tmp_path:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("unet.train.loss={latent_perceptual=0.1}", "a label model works on pixels"),
+        ("unet.train.loss={latent_perceptual=0.1}", "this model works on pixels"),
         ("unet.train.loss={mes=1}", "unknown loss term 'mes'; did you mean 'mse'"),
         ("scheduler.rescale_betas_zero_snr=true", 'use prediction_type = "v_prediction"'),
     ],

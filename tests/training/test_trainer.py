@@ -23,7 +23,7 @@ from fastgen.training.ema import Ema
 from fastgen.training.logs import TrainingLog
 from fastgen.training.optimise import learning_rate
 from fastgen.training.optimizers import Muon
-from fastgen.training.sources import LabelSource, PixelSpace
+from fastgen.training.sources import ClassSource, LabelSource, PixelSpace
 from fastgen.training.trainer import TrainingRun, fit
 
 CPU = torch.device("cpu")
@@ -336,10 +336,21 @@ def test_targets_are_diffusers_own() -> None:
 def test_the_share_of_dropped_conditions_is_the_one_asked_for() -> None:
     labels = LabelSource(np.ones((1, 4), np.float32), CPU)
     draws = Draws(0, 0, np.arange(4000), 4000, CPU)
-    given = labels.of(np.zeros(4000, int), draws, 0.25)
+    (given,) = labels.of(np.zeros(4000, int), draws, 0.25)
     assert set(given.sum(dim=1).tolist()) == {0.0, 4.0}
     assert stats.binomtest(int((given.sum(dim=1) == 0).sum()), 4000, 0.25).pvalue > 1e-3
-    assert (labels.of(np.zeros(4000, int), draws, 0.0) == 1).all()
+    assert (labels.of(np.zeros(4000, int), draws, 0.0)[0] == 1).all()
+
+
+def test_dropped_classes_are_the_class_that_stands_for_none() -> None:
+    source = ClassSource(np.array([2, 0, 1]), 3, CPU)
+    rows = np.array([0, 1, 2] * 1000)
+    (given,) = source.of(rows, Draws(0, 0, np.arange(3000), 3000, CPU), 0.25)
+    dropped = given == 3
+    assert torch.equal(given[~dropped], torch.from_numpy(source.classes[rows])[~dropped])
+    assert stats.binomtest(int(dropped.sum()), 3000, 0.25).pvalue > 1e-3
+    (cond,), (uncond,) = source.pair(np.array([0, 2]))
+    assert (cond.tolist(), uncond.tolist()) == ([2, 1], [3, 3])
 
 
 def test_precision_that_a_cpu_lacks_is_refused() -> None:

@@ -40,9 +40,7 @@ class Engine(TorchEngine):
     def run(self, network: str, *inputs: Any) -> tuple[Any, ...]:
         self.checked_rows(network, inputs)
         with self.precisely(network), self._torch.inference_mode():
-            names = [t.name for t in self.signatures[network].inputs]
-            cast = [self._cast(name, x) for name, x in zip(names, inputs, strict=True)]
-            outputs = self._module(network)(*cast)
+            outputs = self._module(network)(*map(self._cast, inputs))
             outputs = outputs if isinstance(outputs, tuple) else (outputs,)
             return tuple(y.float() for y in outputs)
 
@@ -57,6 +55,7 @@ class Engine(TorchEngine):
                 self._modules[network] = self._networks[network].to(self.device, self._torch_dtype)
         return self._modules[network]
 
-    def _cast(self, name: str, x: Any) -> Any:
-        """Timesteps stay float32, as in diffusers: bf16 cannot tell 999 from 1000."""
-        return x.to(self._torch_dtype) if x.is_floating_point() and name != "timestep" else x
+    def _cast(self, x: Any) -> Any:
+        """Timesteps stay float32, as in diffusers: bf16 cannot tell 999 from 1000. They, and the one number per image that some
+        models are conditioned on, are the only inputs (B,)."""
+        return x.to(self._torch_dtype) if x.is_floating_point() and x.ndim > 1 else x

@@ -20,10 +20,10 @@ from fastgen.engines.cache.artifacts import Artifact, Recipe, obtain
 from fastgen.engines.machine import cpu
 from fastgen.engines.openvino.rewrites import (
     CONDITION,
-    TIMESTEP,
     VERSION,
     interleave_channels_last,
     normalise_channels_last,
+    numbers,
     pad_products,
     share_rows,
     take_embedding,
@@ -47,12 +47,13 @@ class Lane:
 
     request: Any
     embedding: Any | None
+    numbers: Sequence[int] = ()  # places of the inputs that the embedding takes
 
     def start(self, inputs: Sequence[np.ndarray]) -> None:
         """Begin a forward. The inputs have to live until `outputs`."""
         if self.embedding is not None:
             self.embedding.infer(inputs, share_inputs=True)
-            others = (*inputs[:TIMESTEP], *inputs[TIMESTEP + 1 :])
+            others = [x for i, x in enumerate(inputs) if i not in self.numbers]
             inputs = (*others, *(tensor.data for tensor in self.embedding.output_tensors))
         self.request.start_async(inputs, share_inputs=True)
 
@@ -100,15 +101,15 @@ class Engine(base.Engine):
         outputs = _run_all(lanes, list(zip(*parts, strict=True)))
         return tuple(np.concatenate(column) for column in zip(*outputs, strict=True))
 
-    def run_guided(self, sample: np.ndarray, timestep: np.ndarray, cond: np.ndarray) -> np.ndarray:
+    def run_guided(self, sample: np.ndarray, timestep: np.ndarray, *conds: np.ndarray) -> np.ndarray:
         try:
             lanes = self._opened("unet", len(sample), guided=True)
         except NotSharedError:
-            return super().run_guided(sample, timestep, cond)
+            return super().run_guided(sample, timestep, *conds)
         count = len(lanes)
-        conds = cond.reshape(2, count, -1, *cond.shape[1:]).swapaxes(0, 1)  # (lanes, 2, B / lanes, ...)
         parts = [np.split(x, count) for x in (sample, timestep)]
-        inputs = [(*x, c.reshape(-1, *cond.shape[1:])) for x, c in zip(zip(*parts, strict=True), conds, strict=True)]
+        parts += [_halves(cond, count) for cond in conds]
+        inputs = list(zip(*parts, strict=True))
         predictions = np.stack([outputs[0] for outputs in _run_all(lanes, inputs)])  # (lanes, 2 * B / lanes, ...)
         rows = predictions.shape[2:]
         return predictions.reshape(count, 2, -1, *rows).swapaxes(0, 1).reshape(-1, *rows)  # (2B, ...)
@@ -143,7 +144,11 @@ class Engine(base.Engine):
         artifact = obtain(self._recipe(network, batch, guided), make, announce, say_built=large)
         models = fresh or self._imported(artifact, network, weights, batch)
         return [
-            Lane(*(models[name].create_infer_request() if name in models else None for name in (NETWORK, EMBEDDING)))
+            Lane(
+                models[NETWORK].create_infer_request(),
+                models[EMBEDDING].create_infer_request() if EMBEDDING in models else None,
+                numbers(self.signatures[network].inputs),
+            )
             for _ in range(self._split(batch))
         ]
 
@@ -158,7 +163,7 @@ class Engine(base.Engine):
             model = self._core.read_model(path)
             if guided and not share_rows(model):
                 raise NotSharedError
-            counts = [2 * rows if guided and i == CONDITION else rows for i in range(len(inputs))]
+            counts = [2 * rows if guided and i >= CONDITION else rows for i in range(len(inputs))]
             model.reshape({t.name: t.with_batch(n) for t, n in zip(inputs, counts, strict=True)})
             if network == "vae_decoder":  # not where a rounded moment would be met again at every step
                 normalise_channels_last(model)
@@ -170,7 +175,7 @@ class Engine(base.Engine):
             if network == "unet" and self.executed(network) != "fp32":
                 models = {EMBEDDING: time_embedding(model)} | models
                 models[EMBEDDING] = self._core.compile_model(models[EMBEDDING], "CPU", self._config("fp32", 1))
-                take_embedding(model)
+                take_embedding(model, numbers(inputs))
             config = self._config(self.executed(network), self._split(batch))
             return models | {NETWORK: self._core.compile_model(model, "CPU", config)}
         except RuntimeError as error:
@@ -220,6 +225,12 @@ class Engine(base.Engine):
                 "threads": self._threads,
             },
         )
+
+
+def _halves(cond: np.ndarray, count: int) -> list[np.ndarray]:
+    """(2B, ...), unconditional rows first, -> for each of `count` lanes its share of both halves (2B / count, ...)."""
+    lanes = cond.reshape(2, count, -1, *cond.shape[1:]).swapaxes(0, 1)  # (lanes, 2, B / lanes, ...)
+    return [np.ascontiguousarray(lane.reshape(-1, *cond.shape[1:])) for lane in lanes]
 
 
 class NotSharedError(Exception):

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 VERSION = 2  # of these rewrites: part of the address of what was compiled with them
-TIMESTEP, CONDITION = 1, 2  # places among the UNet's inputs
+TIMESTEP, CONDITION = 1, 2  # places among the UNet's inputs: of the timestep, and of the first condition
 MIN_PIXELS = 64 * 64  # smaller images are normalised faster in OpenVINO's own way
 TILE = 32  # values of bf16 in a row of an AMX tile
 LAYOUT = ("Reshape", "Transpose", "Unsqueeze", "Squeeze")
@@ -27,10 +27,9 @@ def share_rows(unet: Any) -> bool:
 
     _scale_before_layouts(unet)
     parameters = unet.get_parameters()
-    condition = parameters[CONDITION]
-    both = _reached([condition])
-    either = _reached([p for p in parameters if p is not condition])
-    either |= {p.get_friendly_name() for p in parameters} - {condition.get_friendly_name()}
+    both = _reached(parameters[CONDITION:])
+    either = _reached(parameters[:CONDITION])
+    either |= {p.get_friendly_name() for p in parameters[:CONDITION]}
     nodes = unet.get_ordered_ops()
     for node in reversed(nodes):  # layouts stay with the attention that they are fused into
         name, layout = node.get_friendly_name(), node.get_type_name() in LAYOUT
@@ -242,7 +241,8 @@ def widen_convolutions(model: Any) -> None:
 
 
 def time_embedding(unet: Any) -> Any:
-    """The part of a UNet between its timestep and the first matrix products, as a model with the UNet's inputs.
+    """The part of a UNet between its timestep and the first matrix products, as a model with the UNet's inputs; and the same of
+    a condition that is one number per image.
 
     It is executed in fp32: in bf16 the timestep 999 is 1000, which costs more accuracy than all the rest together.
     """
@@ -251,28 +251,40 @@ def time_embedding(unet: Any) -> Any:
     return openvino.Model(list(_embedded(unet)), unet.get_parameters(), "time_embedding")
 
 
-def take_embedding(unet: Any) -> None:
-    """Make a UNet take what `time_embedding` computes, behind its other inputs, instead of the timestep."""
+def numbers(inputs: Sequence[Any]) -> list[int]:
+    """The places of the timestep, and of other inputs that are one floating-point number per image, in a signature."""
+    return [i for i, tensor in enumerate(inputs) if len(tensor.shape) == 1 and tensor.dtype == "float32"]
+
+
+def take_embedding(unet: Any, places: Sequence[int]) -> None:
+    """Make a UNet take what `time_embedding` computes, behind its other inputs, instead of those at `places`, see `numbers`."""
     import openvino
 
-    timestep = unet.get_parameters()[TIMESTEP]
+    parameters = unet.get_parameters()
     for output, consumers in _embedded(unet).items():
         parameter = openvino.opset13.parameter(output.get_shape(), np.float32)
         for consumer in consumers:
             consumer.replace_source_output(parameter.output(0))
         unet.add_parameters([parameter])
-    unet.remove_parameter(timestep)
+    for place in places:
+        unet.remove_parameter(parameters[place])
     unet.validate_nodes_and_infer_types()
 
 
 def _embedded(unet: Any) -> dict[Any, list[Any]]:
-    """What is computed from the timestep without a matrix product -> the inputs of the matrix products that take it."""
+    """What is computed from the timestep, or another number per image, alone and without a matrix product -> the inputs of the
+    matrix products, and of operations with other values, that take it."""
+    parameters = unet.get_parameters()
+    starts = [
+        p for p in parameters if len(p.get_output_partial_shape(0)) == 1 and p.get_output_element_type(0).is_real()
+    ]
+    others = _reached([p for p in parameters if p not in starts]) | {p.get_friendly_name() for p in parameters}
     found: dict[Any, list[Any]] = {}
-    reached, front = set(), [unet.get_parameters()[TIMESTEP].output(0)]
+    reached, front = set(), [p.output(0) for p in starts]
     for output in front:
         for consumer in output.get_target_inputs():
             node = consumer.get_node()
-            if node.get_type_name() == "MatMul":
+            if node.get_type_name() == "MatMul" or node.get_friendly_name() in others:
                 found.setdefault(output, []).append(consumer)
             elif node.get_friendly_name() not in reached:
                 reached.add(node.get_friendly_name())

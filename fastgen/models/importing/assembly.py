@@ -1,4 +1,4 @@
-"""Imported weights -> a model in memory, in either family; and the source's own network, built apart from fastgen's classes."""
+"""Imported weights -> a model in memory; and the source's own network, built apart from fastgen's classes."""
 
 from __future__ import annotations
 
@@ -13,22 +13,35 @@ from torch import Tensor
 
 from fastgen.errors import InputError
 from fastgen.files.names import ICLEVR_OBJECTS, read_objects
+from fastgen.models.condition import CLASS, GUIDANCE, POOLED, STATES
 from fastgen.models.folder import Model
-from fastgen.models.importing.architecture import Architecture, empty_unet, fill
-from fastgen.models.importing.split import (
-    LabelWeights,
-    MismatchError,
-    SplitWeights,
-    find_label_layers,
-    mismatches,
-    split,
-)
-from fastgen.models.importing.weight_files import WeightFile, read_tensors, split_name
-from fastgen.models.networks.labels import LabelConditioner
+from fastgen.models.importing.architecture import Architecture, empty_network, fill
+from fastgen.models.importing.label_layers import LabelLayers, find_layers
+from fastgen.models.importing.split import MismatchError, SplitWeights, mismatches, split
+from fastgen.models.importing.weight_files import UNET_MARK, WeightFile, read_tensors, split_name
+from fastgen.models.interface import latent_channels
 from fastgen.presets import NetworkPreset, Preset
 from fastgen.sampling.defaults import Sampling
+from fastgen.sampling.schedulers import learned_variance
 
-Reference = Callable[..., Tensor]  # (sample, timestep, condition) -> prediction, as the checkpoint's author called it
+MARKS = {"DiTTransformer2DModel": "pos_embed.proj.weight"}  # a key of every network of the class
+Reference = Callable[..., Tensor]  # (sample, timestep, *conditions) -> prediction, as the checkpoint's author called it
+
+
+@dataclass(frozen=True)
+class ImportOptions:
+    """What the user says of a checkpoint, see `import_model`."""
+
+    text_encoder: str | None = None
+    vae: str | None = None
+    download: bool = False
+    objects: Path | None = None
+    conditioner: str | None = None
+    embed: str | None = None
+    condition_first: bool = False
+    unconditional: bool = False
+    null_class: int | None = None
+    allow_pickle: bool = False
 
 
 @dataclass
@@ -40,146 +53,283 @@ class Assembly:
     notes: list[str] = field(default_factory=list)
 
 
-def text_model(
+def assemble(
     checkpoint: WeightFile,
     architecture: Architecture,
     preset: Preset | None,
-    *,
-    text_encoder: str | None,
-    vae: str | None,
-    download: bool,
+    scheduler_config: dict[str, Any],
+    options: ImportOptions,
 ) -> Assembly:
-    """A UNet2DConditionModel's weights with a text encoder and a VAE from elsewhere. Raises InputError when one of these is not
-    named, does not load, or does not fit the UNet."""
-    from fastgen.models.build import load_text_encoder, load_vae
-
-    encoder, autoencoder = _network("text_encoder", text_encoder, preset), _network("vae", vae, preset)
-    parts = split(checkpoint)
-    # A key that names the UNet leaves out what lies beside it on purpose.
-    rest = parts.rest if checkpoint.key is None else {}
-    _check_unet(parts, empty_unet(architecture), checkpoint.path, rest)
-    model = Model(None, "text", fill(empty_unet(architecture), parts.unet), {}, Sampling())
-    with _download_hint("--text-encoder", encoder, download):
-        model.text_encoder, model.tokenizer = load_text_encoder(encoder, local_files_only=not download)
-    with _download_hint("--vae", autoencoder, download):
-        model.vae = load_vae(autoencoder, local_files_only=not download)
-    _check_fit(architecture, model, preset)
-    source: Any = fill(empty_unet(architecture), parts.unet)
-
-    def reference(sample: Tensor, timestep: Tensor, states: Tensor) -> Tensor:
-        return source(sample, timestep, states).sample
-
-    notes = [f"text encoder from {encoder.path}", f"VAE from {autoencoder.path}"]
-    notes.append(f"latents are VAE latents x {model.scaling_factor:g}")
-    if parts.rest:
+    """The denoiser's weights with what is around it: text encoder and VAE from elsewhere, the layers that embed labels in place
+    of `class_embedding`, beside the network, or in a file of their own. Raises InputError when one of these is not named, does
+    not load or does not fit, MismatchError for weights that do not fit the architecture."""
+    parts = split(checkpoint, MARKS.get(architecture.class_name, UNET_MARK))
+    model = Model(None, torch.nn.Identity(), scheduler_config, Sampling())
+    notes = list(parts.notes)
+    text = _takes_text(architecture, preset, options, parts)
+    rest = {} if checkpoint.key is not None and text else parts.rest  # a key leaves out what lies beside on purpose
+    if text:
+        _add_text_encoder(model, preset, options, notes)
+    if _takes_latents(architecture, preset, options, text):
+        _add_vae(model, preset, options, notes)
+    layers = None
+    if text or (architecture.native and options.conditioner is None):
+        _refuse(
+            architecture,
+            embed=options.embed,
+            condition_first=options.condition_first,
+            unconditional=options.unconditional,
+        )
+        _check_weights(parts, empty_network(architecture), checkpoint.path, rest)
+    else:
+        layers = _label_layers(checkpoint, architecture, preset, parts, model, options)
+    if text and parts.rest:
         notes.append(f"{len(parts.rest)} weights beside the UNet left out")
-    return Assembly(model, reference, [*parts.notes, *notes])
+    model.unet, reference = _networks(architecture, parts, layers, options)
+    model.null_class = options.null_class
+    if layers is not None:
+        model.conditioner = layers.conditioner()
+        notes += _layer_notes(layers, parts, checkpoint, options)
+    model.names = _names(model, options, notes)
+    if layers is not None and layers.embed == "identity":
+        notes.append(_identity_note(layers))
+    return Assembly(model, _by_names(model, reference), notes)
 
 
-def label_model(
+def _takes_text(architecture: Architecture, preset: Preset | None, options: ImportOptions, parts: SplitWeights) -> bool:
+    """Whether the network is conditioned on text. Raises InputError where nothing says so, nor the contrary."""
+    labels = (preset and preset.conditioner) or options.conditioner or options.embed
+    if options.text_encoder or (preset and preset.text_encoder):
+        _refuse(architecture, conditioner=options.conditioner, embed=options.embed, objects=options.objects)
+        _refuse(architecture, condition_first=options.condition_first, unconditional=options.unconditional)
+        if architecture.class_name != "UNet2DConditionModel":
+            _refuse(architecture, text_encoder=options.text_encoder or True)
+        return True
+    blocks = (*architecture.config.get("down_block_types", ()), *architecture.config.get("up_block_types", ()))
+    if architecture.states_width and any("CrossAttn" in block for block in blocks) and not labels:
+        if parts.rest and not options.vae:
+            return False
+        raise InputError(
+            "the text_encoder is not named: give --text-encoder PATH_OR_ID[:SUBFOLDER]; if its cross-attention takes labels "
+            "or a class, give the layer that embeds them with --conditioner FILE, or say how with --embed"
+        )
+    return False
+
+
+def _takes_latents(architecture: Architecture, preset: Preset | None, options: ImportOptions, text: bool) -> bool:
+    """Whether the network works on latents: with --vae or a preset's VAE. A UNet2DConditionModel must say it either way."""
+    if options.vae == "none":
+        return False
+    if options.vae or (preset and preset.vae):
+        return True
+    if architecture.class_name == "DiTTransformer2DModel" or (text and preset is None):
+        raise InputError("the vae is not named; give --vae PATH_OR_ID[:SUBFOLDER], or --vae none for a model in pixels")
+    return False
+
+
+def _add_text_encoder(model: Model, preset: Preset | None, options: ImportOptions, notes: list[str]) -> None:
+    from fastgen.models.build import load_text_encoder
+
+    network = _network("text_encoder", options.text_encoder, preset)
+    with _download_hint("--text-encoder", network, options.download):
+        encoder, tokenizer = load_text_encoder(network, local_files_only=not options.download)
+    model.text_encoders, model.tokenizers = [encoder], [tokenizer]
+    notes.append(f"text encoder from {network.path}")
+
+
+def _add_vae(model: Model, preset: Preset | None, options: ImportOptions, notes: list[str]) -> None:
+    from fastgen.models.build import load_vae
+
+    network = _network("vae", options.vae, preset)
+    with _download_hint("--vae", network, options.download):
+        vae = load_vae(network, local_files_only=not options.download)
+    model.vae = vae
+    notes += [f"VAE from {network.path}", f"latents are VAE latents x {vae.config.get('scaling_factor') or 1:g}"]
+
+
+def _label_layers(
     checkpoint: WeightFile,
     architecture: Architecture,
     preset: Preset | None,
-    *,
-    conditioner: str | None,
-    objects: Path | None,
-    condition_first: bool,
-    allow_pickle: bool,
-) -> Assembly:
-    """A UNet2DModel's weights and the layers that embed the labels, which are in place of `class_embedding`, beside the UNet,
-    or in the file `conditioner`. Raises InputError when they are missing or the labels have no names, MismatchError for
-    weights that do not fit."""
-    parts, table = split(checkpoint), dict((preset.conditioner if preset else None) or {})
+    parts: SplitWeights,
+    model: Model,
+    options: ImportOptions,
+) -> LabelLayers | None:
+    """The layers that embed labels or a class; None where the user says that the model is unconditional."""
+    table = dict((preset.conditioner if preset else None) or {})
+    embed = options.embed or table.get("embed")
     patched = {k: parts.unet.pop(k) for k in list(parts.unet) if k.startswith("class_embedding.")}
-    _check_unet(parts, empty_unet(architecture), checkpoint.path)
-    extra = architecture.config["in_channels"] - architecture.config["out_channels"]
-    kind = table.get("kind") or ("concat" if extra > 0 else "class_embed")
-    dim = extra if kind == "concat" else architecture.time_embedding_dim
-    tensors = read_tensors(conditioner, allow_pickle) if conditioner else patched | parts.rest
-    layers = find_label_layers(tensors, conditioner or checkpoint.path)
-    if layers is None:
-        raise _missing_layers(kind, dim, checkpoint.path)
-    _check_layers(layers, kind, dim, table, conditioner or str(checkpoint.path))
-    if condition_first and kind != "concat":
+    _check_weights(parts, empty_network(architecture), checkpoint.path, {})
+    channels = _channels(architecture, model)
+    extra = int(architecture.config["in_channels"]) - channels
+    kind = table.get("kind") or ("tokens" if architecture.states_width else "concat" if extra > 0 else "class_embed")
+    dim = {"concat": extra, "tokens": architecture.states_width}.get(kind, architecture.time_embedding_dim)
+    if options.condition_first and kind != "concat":
         raise InputError("--condition-first: this model adds its labels to the time embedding, it concatenates nothing")
-    names, notes = _objects(objects, layers.num_labels), [*parts.notes, _layers_note(layers, kind, patched, checkpoint)]
-    if condition_first:
-        order = "labels come before the image, torch.cat([planes, x], 1)"
-        notes.append(f"{order}: conv_in's input channels reordered to match ours")
-    elif kind == "concat":
-        order = "labels are taken to follow the image, torch.cat([x, planes], 1)"
-        notes.append(f"{order}; if not, import with --condition-first")
+    beside = {} if checkpoint.key is not None else _layers(parts.rest)  # a key leaves out what lies beside on purpose
+    tensors = read_tensors(options.conditioner, options.allow_pickle) if options.conditioner else patched | beside
+    where = options.conditioner or str(checkpoint.path)
+    if options.unconditional:
+        _refuse(architecture, embed=options.embed, objects=options.objects)
+        if tensors or extra > 0 or table:
+            raise InputError(
+                f"--unconditional: {where} holds {next(iter(tensors), 'channels or a preset of a condition')}"
+            )
+        return None
+    if not tensors:
+        if kind == "class_embed" or (embed != "identity" and dim != _named(options)):
+            raise _missing_layers(kind, dim, checkpoint.path)
+        return LabelLayers("its labels", kind, "identity", (), dim)
+    if embed == "identity":
+        raise InputError(
+            f"{where}: {next(iter(tensors))} lies beside the network, but --embed identity says that nothing embeds"
+        )
+    return find_layers(tensors, kind, dim, embed, int(table.get("hidden", 0)), where)
 
-    embed, source = layers.module(), fill(empty_unet(architecture), parts.unet)
-    if kind == "class_embed":
-        source.class_embedding = layers.module()  # where its author had the Linear
-    state = dict(parts.unet)
-    if condition_first:
+
+def _layers(rest: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Of what lies beside the network the weights and biases of layers; not counters and tables of the noise schedule, such as
+    step, initted or betas, that a checkpoint holds besides."""
+    layers = {key.rpartition(".")[0] for key, value in rest.items() if value.ndim > 1}
+    return {key: value for key, value in rest.items() if key.rpartition(".")[0] in layers}
+
+
+def _named(options: ImportOptions) -> int:
+    """How many labels have names."""
+    return len(ICLEVR_OBJECTS if options.objects is None else read_objects(options.objects))
+
+
+def _channels(architecture: Architecture, model: Model) -> int:
+    """Channels of the space that the network denoises in. It may predict as many variances beside them: where the noise
+    schedule says so, or where it predicts exactly twice the channels that it takes."""
+    if model.vae is not None:
+        return latent_channels(model.vae)
+    taken, given = int(architecture.config["in_channels"]), int(architecture.config["out_channels"])
+    return given // 2 if given == 2 * taken or learned_variance(model.scheduler_config) else given
+
+
+def _networks(
+    architecture: Architecture, parts: SplitWeights, layers: LabelLayers | None, options: ImportOptions
+) -> tuple[Any, Callable[..., Tensor]]:
+    """The network as fastgen runs it; and the source's, a function of sample, timestep and the conditions by their names."""
+    source = fill(empty_network(architecture), parts.unet)
+    if layers is None:
+
+        def plain(sample: Tensor, timestep: Tensor, **conditions: Tensor) -> Tensor:
+            words = {key: conditions[key] for key in (CLASS, GUIDANCE) if key in conditions}
+            if architecture.class_name == "UNet2DConditionModel":
+                words["encoder_hidden_states"] = conditions.get(STATES)  # type: ignore[assignment]
+            return source(sample, timestep, **words).sample
+
+        return fill(empty_network(architecture), parts.unet), plain
+    embed, state = layers.module(), dict(parts.unet)
+    if layers.kind == "class_embed":
+        source.class_embedding = layers.module()  # where its author had it
+    if options.condition_first:
         weight = state["conv_in.weight"]  # (width, dim + C, 3, 3)
-        state["conv_in.weight"] = torch.cat([weight[:, dim:], weight[:, :dim]], dim=1).contiguous()
-    unet = fill(empty_unet(architecture, "identity" if kind == "class_embed" else None), state)
-    module = LabelConditioner(kind, layers.num_labels, dim, layers.hidden)
-    module.load_state_dict(layers.state())
+        state["conv_in.weight"] = torch.cat([weight[:, layers.dim :], weight[:, : layers.dim]], dim=1).contiguous()
 
-    def reference(sample: Tensor, timestep: Tensor, labels: Tensor) -> Tensor:
-        if kind == "class_embed":
-            return source(sample, timestep, class_labels=labels).sample
-        planes = embed(labels).view(len(labels), dim, 1, 1).repeat(1, 1, *sample.shape[2:])  # (B, dim, H, W)
-        return source(torch.cat([planes, sample] if condition_first else [sample, planes], dim=1), timestep).sample
+    def reference(sample: Tensor, timestep: Tensor, **conditions: Tensor) -> Tensor:
+        labels = conditions[CLASS]
+        crosses = {"encoder_hidden_states": None} if architecture.class_name == "UNet2DConditionModel" else {}
+        if layers.kind == "class_embed":
+            return source(sample, timestep, class_labels=labels, **crosses).sample
+        if layers.kind == "tokens":
+            return source(sample, timestep, embed(labels)[:, None]).sample
+        planes = embed(labels).view(len(labels), layers.dim, 1, 1).repeat(1, 1, *sample.shape[2:])  # (B, dim, H, W)
+        both = [planes, sample] if options.condition_first else [sample, planes]
+        return source(torch.cat(both, dim=1), timestep, **crosses).sample
 
-    return Assembly(Model(None, "labels", unet, {}, Sampling(), module.eval(), names), reference, notes)
-
-
-def _check_unet(parts: SplitWeights, unet: Any, path: Path, rest: Mapping[str, Tensor] | None = None) -> None:
-    wrong = mismatches(unet.state_dict(), parts.unet, parts.prefix) + mismatches({}, rest or {})
-    if wrong:
-        raise MismatchError(f"{path}: {type(unet).__name__} of {unet.num_parameters() / 1e6:.1f} M parameters", wrong)
+    return fill(empty_network(architecture, "identity" if layers.kind == "class_embed" else None), state), reference
 
 
-def _check_layers(layers: LabelWeights, kind: str, dim: int, table: Mapping[str, Any], where: str) -> None:
-    if layers.hidden and not table.get("hidden"):
+def _by_names(model: Model, reference: Callable[..., Tensor]) -> Reference:
+    names = [name for name, *_ in model.condition.inputs]
+    if POOLED in names:
         raise InputError(
-            f"{where}: {layers.name} holds two layers, and weights do not tell the activation between them; if it is SiLU, "
-            f"say so in the preset: [conditioner] hidden = {layers.hidden}"
+            "this UNet takes a pooled text and sizes (SDXL): save it in its whole pipeline; fastgen reads that folder"
         )
-    if kind == "class_embed" and layers.num_labels == dim != layers.dim:
-        raise InputError(
-            f"{where}: {layers.name}.weight is {(layers.dim, dim)}, an nn.Embedding of single classes; expected a Linear "
-            f"on multi-hot labels, ({dim}, number of labels)"
-        )
-    wrong = [
-        f"shape {layers.name}: {key} found {getattr(layers, key)}, expected {value}"
-        for key, value in {"dim": dim, "hidden": table.get("hidden", 0)}.items()
-        if getattr(layers, key) != value
-    ]
+    channels = model.space.shape[0]
+
+    def call(sample: Tensor, timestep: Tensor, *conditions: Tensor) -> Tensor:
+        prediction = reference(sample, timestep, **dict(zip(names, conditions, strict=True)))
+        return prediction[:, :channels]  # a learned variance is dropped
+
+    return call
+
+
+def _check_weights(parts: SplitWeights, network: Any, path: Path, rest: Mapping[str, Tensor]) -> None:
+    wrong = mismatches(network.state_dict(), parts.unet, parts.prefix) + mismatches({}, rest)
     if wrong:
-        raise MismatchError(f"{where}: label conditioner of kind {kind!r}", wrong)
+        count = sum(p.numel() for p in network.parameters())
+        raise MismatchError(f"{path}: {type(network).__name__} of {count / 1e6:.1f} M parameters", wrong)
 
 
 def _missing_layers(kind: str, dim: int, path: Path) -> InputError:
-    what = "class_embedding.weight" if kind == "class_embed" else "a Linear beside the UNet"
+    what = {"class_embed": "class_embedding.weight", "tokens": "the layer whose states cross-attention takes"}.get(
+        kind, "a Linear beside the UNet"
+    )
     lost = "; UNet2DModel.from_pretrained drops a Linear there and says nothing" if kind == "class_embed" else ""
+    others = ", or --unconditional if it has no condition" if kind == "class_embed" else ""
+    others = f", or --embed identity if the {dim} labels themselves are its planes" if kind == "concat" else others
     return InputError(
-        f"{path}: holds no conditioner: {what} is missing{lost}; give the file that has the Linear's weights "
-        f"({dim}, number of labels) with --conditioner FILE"
+        f"{path}: holds no conditioner: {what} is missing{lost}; give the file that has its weights, a Linear's "
+        f"({dim}, number of labels), with --conditioner FILE{others}"
     )
 
 
-def _layers_note(layers: LabelWeights, kind: str, patched: Mapping[str, Tensor], checkpoint: WeightFile) -> str:
+def _layer_notes(layers: LabelLayers, parts: SplitWeights, checkpoint: WeightFile, options: ImportOptions) -> list[str]:
+    notes = [] if layers.embed == "identity" else [_found_note(layers, checkpoint)]
+    if options.condition_first:
+        order = "labels come before the image, torch.cat([planes, x], 1)"
+        notes.append(f"{order}: conv_in's input channels reordered to match ours")
+    elif layers.kind == "concat":
+        order = "labels are taken to follow the image, torch.cat([x, planes], 1)"
+        notes.append(f"{order}; if not, import with --condition-first")
+    return notes
+
+
+def _found_note(layers: LabelLayers, checkpoint: WeightFile) -> str:
     shape = tuple(layers.layers[0]["weight"].shape)
-    if patched and checkpoint.config is not None and not checkpoint.config.get("class_embed_type"):
-        name = next(k for k in patched if k.endswith("weight"))
-        return f"{name} {shape} found although config.json says nothing: a {layers}"
-    return f"{layers.name} {shape}: a {layers}, kind {kind!r}"
+    config = checkpoint.config
+    if layers.name.startswith("class_embedding") and config is not None and not config.get("class_embed_type"):
+        return f"{layers.weight_name} {shape} found although config.json says nothing: a {layers}"
+    return f"{layers.name} {shape}: a {layers}, kind {layers.kind!r}"
 
 
-def _objects(path: Path | None, num_labels: int) -> dict[str, int]:
-    if path is None and num_labels != len(ICLEVR_OBJECTS):
-        raise InputError(f"the {num_labels} labels have no names; give them with --objects objects.json")
-    names = dict(ICLEVR_OBJECTS) if path is None else read_objects(path)
-    if len(names) != num_labels:
-        raise InputError(f"{path}: {len(names)} objects, expected {num_labels}, one for each input of the conditioner")
-    return names
+def _identity_note(layers: LabelLayers) -> str:
+    return (
+        f"the {layers.dim} planes beside the image are taken to be the labels themselves, without a layer between; if its code "
+        "had one, give it with --conditioner FILE"
+    )
+
+
+def _names(model: Model, options: ImportOptions, notes: list[str]) -> dict[str, int] | None:
+    """The names of labels or classes: of --objects, else i-CLEVR's for 24 labels; classes go without."""
+    named = None if options.objects is None else read_objects(options.objects)
+    kinds = model.condition  # names are numbers so far
+    if kinds.names is None:
+        if named is not None:
+            raise InputError("--objects: this model takes neither labels nor classes")
+        return None
+    count = len(kinds.names)
+    if named is None and kinds.labels is not None:
+        if count != len(ICLEVR_OBJECTS):
+            raise InputError(f"the {count} labels have no names; give them with --objects objects.json")
+        named = dict(ICLEVR_OBJECTS)
+        notes.append("its labels are taken to be the 24 objects of i-CLEVR, in their order")
+    if named is not None and len(named) != count:
+        what = "each input of the conditioner" if kinds.labels is not None else "each class"
+        raise InputError(f"{options.objects}: {len(named)} objects, expected {count}, one for {what}")
+    del model.condition  # it is computed again, with the names
+    return named
+
+
+def _refuse(architecture: Architecture, **options: Any) -> None:
+    for name, value in options.items():
+        if value:
+            option = "--" + name.replace("_", "-")
+            raise InputError(f"{option} does not concern a {architecture.class_name}, which {architecture.where} names")
 
 
 def _network(name: str, option_value: str | None, preset: Preset | None) -> NetworkPreset:
@@ -204,20 +354,3 @@ def _download_hint(option: str, network: NetworkPreset, download: bool) -> Itera
         if download or Path(str(network.path)).exists():
             raise
         raise InputError(f"{error}; give {option} FOLDER, or allow --download") from None
-
-
-def _check_fit(architecture: Architecture, model: Model, preset: Preset | None) -> None:
-    text: Any = model.text_encoder.config  # type: ignore[union-attr]
-    vae: Any = model.vae.config  # type: ignore[union-attr]
-    config = architecture.config
-    image_size = config["sample_size"] * 2 ** (len(vae.block_out_channels) - 1)
-    pairs = [
-        ("cross_attention_dim", config["cross_attention_dim"], text.hidden_size, "the text encoder's width"),
-        ("in_channels", config["in_channels"], vae.latent_channels, "the VAE's latent channels"),
-        ("out_channels", config["out_channels"], vae.latent_channels, "the VAE's latent channels"),
-    ]
-    if preset is not None:
-        pairs.append(("sample_size", image_size, preset.image_size, "image_size in px, through this VAE,"))
-    for key, found, expected, what in pairs:
-        if found != expected:
-            raise InputError(f"{architecture.where}: {key} = {config[key]!r} gives {found}, but {what} is {expected}")

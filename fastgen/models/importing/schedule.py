@@ -21,18 +21,18 @@ def choose_schedule(
     text: str | None,
     preset: Mapping[str, Any] | None,
     *,
-    family: str,
+    latents: bool,
     num_train_timesteps: int | None = None,
     prediction_type: str | None = None,
 ) -> dict[str, Any]:
     """The scheduler config of a model that was trained elsewhere: that of `text`, else the preset's.
 
     `text`: `linear`, `scaled_linear:0.00085:0.012`, `squaredcos_cap_v2`, `beta_schedule=linear,clip_sample=false`, or the path
-    of a scheduler_config.json (or of its folder). Raises InputError where both are missing: weights do not tell the schedule
-    that they were trained on, and with another one sampling gives worse images without an error.
-    """
+    of a scheduler_config.json (or of its folder). `latents`: of a model that works on latents. Raises InputError where both are
+    missing: weights do not tell the schedule that they were trained on, and with another one sampling gives worse images
+    without an error."""
     if text is not None:
-        config = _read(text, family)
+        config = _read(text, latents)
     elif preset:
         config = dict(preset)
     else:
@@ -62,7 +62,7 @@ def describe(config: Mapping[str, Any]) -> str:
     return ", ".join(str(word) for word in words if word)
 
 
-def _read(text: str, family: str) -> dict[str, Any]:
+def _read(text: str, latents: bool) -> dict[str, Any]:
     path = Path(text)
     if path.is_dir():
         inside = [path / part for part in ("scheduler_config.json", "scheduler/scheduler_config.json")]
@@ -73,7 +73,7 @@ def _read(text: str, family: str) -> dict[str, Any]:
             raise InputError(f"{path}: expected a scheduler_config.json with _class_name")
         return config
     values = _pairs(text) if "=" in text else _betas(text)
-    clip = {"clip_sample": False} if family == "text" else {}  # by default DDPMScheduler clips, as is right for pixels
+    clip = {"clip_sample": False} if latents else {}  # by default DDPMScheduler clips, as is right for pixels
     return {"_class_name": "DDPMScheduler", "num_train_timesteps": 1000, **clip, **values}
 
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastgen.errors import InputError, unknown
 from fastgen.models.importing.weight_files import LISTED, UNET_MARK, WeightFile
@@ -39,15 +37,15 @@ class SplitWeights:
     notes: tuple[str, ...]
 
 
-def split(checkpoint: WeightFile) -> SplitWeights:
-    """Find the UNet in a state dict by its keys, whatever prefix they have, and rename the keys of old diffusers.
+def split(checkpoint: WeightFile, mark: str = UNET_MARK) -> SplitWeights:
+    """Find the denoiser in a state dict by its key `mark`, whatever prefix it has, and rename the keys of old diffusers.
 
     Raises InputError when there is none, or several and `key` names none of them.
     """
     state, key = checkpoint.state, checkpoint.key
-    prefixes = [k.removesuffix(UNET_MARK) for k in state if k.endswith(UNET_MARK)]
+    prefixes = [k.removesuffix(mark) for k in state if k.endswith(mark)]
     if not prefixes:
-        raise _foreign(checkpoint)
+        raise _foreign(checkpoint, mark)
     names = [prefix.removesuffix(".") for prefix in prefixes]
     if key is not None and key not in names:
         raise unknown(f"UNet in {checkpoint.path}:", key, names)
@@ -83,73 +81,10 @@ def _renamed(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], int]:
     return renamed, sum(OLD_ATTENTION.match(key) is not None for key in state)
 
 
-def _foreign(checkpoint: WeightFile) -> InputError:
+def _foreign(checkpoint: WeightFile, mark: str) -> InputError:
     keys = [f"unexpected {k} {tuple(v.shape)}" for k, v in checkpoint.state.items()]
     script = "convert_original_stable_diffusion_to_diffusers.py"
     compvis = any(".input_blocks." in f".{k}" for k in checkpoint.state)
     hint = f" (these are CompVis's keys: convert it with diffusers' {script})" if compvis else ""
-    where = f"{checkpoint.path}: no diffusers UNet, which has {UNET_MARK}{hint}"
-    return MismatchError(where, [f"missing {UNET_MARK}", *keys])
-
-
-@dataclass(frozen=True)
-class LabelWeights:
-    """The layers between the multi-hot labels and their embedding: one Linear, or two with an activation between them."""
-
-    name: str  # of the module in the checkpoint
-    layers: tuple[dict[str, Tensor], ...]  # {"weight": (out, in), "bias": (out,)}
-
-    @property
-    def num_labels(self) -> int:
-        return self.layers[0]["weight"].shape[1]
-
-    @property
-    def dim(self) -> int:
-        return self.layers[-1]["weight"].shape[0]
-
-    @property
-    def hidden(self) -> int:
-        return self.layers[0]["weight"].shape[0] if len(self.layers) > 1 else 0
-
-    def state(self) -> dict[str, Tensor]:
-        """The state dict of a `LabelConditioner`."""
-        names = ("embed",) if len(self.layers) == 1 else ("embed.0", "embed.2")
-        return {f"{name}.{k}": v for name, layer in zip(names, self.layers, strict=True) for k, v in layer.items()}
-
-    def module(self) -> nn.Module:
-        """The layers as plain torch modules."""
-        linears = []
-        for layer in self.layers:
-            out, inside = layer["weight"].shape
-            linears.append(nn.Linear(inside, out, device="meta"))
-            linears[-1].load_state_dict(layer, assign=True)
-        return linears[0] if len(linears) == 1 else nn.Sequential(linears[0], nn.SiLU(), linears[1])
-
-    def __str__(self) -> str:
-        kind = f"Linear-SiLU-Linear conditioner ({self.hidden} wide)" if self.hidden else "Linear conditioner"
-        return f"{kind} of {self.num_labels} labels"
-
-
-def find_label_layers(state: Mapping[str, Tensor], where: Path | str) -> LabelWeights | None:
-    """The one Linear, or the chain of two, that these tensors are; None for no tensors. Raises MismatchError for others."""
-    if not state:
-        return None
-    groups: dict[str, dict[str, Tensor]] = {}
-    for key, value in state.items():
-        layer, _, kind = key.rpartition(".")
-        groups.setdefault(layer, {})[kind] = value
-    names = sorted(groups)
-    layers = [groups[name] for name in names]
-    linear = len(layers) <= 2 and all(map(_is_linear, layers))
-    if not linear or (len(layers) == 2 and len(layers[0]["weight"]) != layers[1]["weight"].shape[1]):
-        shapes = [f"unexpected {k} {tuple(v.shape)}" for k, v in state.items()]
-        raise MismatchError(f"{where}: beside the UNet, a label conditioner is one Linear or a chain of two", shapes)
-    complete = [{"weight": x["weight"], "bias": x.get("bias", torch.zeros(len(x["weight"])))} for x in layers]
-    name = names[0] if len(names) == 1 else names[0].rpartition(".")[0]
-    return LabelWeights(name or "its Linear", tuple(complete))
-
-
-def _is_linear(layer: Mapping[str, Tensor]) -> bool:
-    weight, bias = layer.get("weight"), layer.get("bias")
-    sizes = weight is not None and weight.ndim == 2 and (bias is None or bias.shape == weight.shape[:1])
-    return sizes and layer.keys() <= {"weight", "bias"}
+    where = f"{checkpoint.path}: no diffusers UNet, which has {mark}{hint}"
+    return MismatchError(where, [f"missing {mark}", *keys])

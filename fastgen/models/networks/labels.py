@@ -1,4 +1,4 @@
-"""The networks of the label family: conditioners, their UNets, and both as one network."""
+"""Conditioners: from labels or a class to what a UNet takes; and the classes of UNet that take it."""
 
 from __future__ import annotations
 
@@ -11,66 +11,91 @@ from torch import Tensor, nn
 
 from fastgen.errors import InputError, unknown
 from fastgen.files.jsonfiles import read_json, write_json
+from fastgen.models.layout import DENOISERS
+
+KINDS = ("class_embed", "concat", "broadcast", "tokens")
+EMBEDS = ("linear", "identity", "embedding", "tokens")
 
 
 class LabelConditioner(nn.Module):
-    """Multi-hot labels (B, num_labels) -> embedding (B, dim): Linear, or Linear-SiLU-Linear when `hidden` > 0.
+    """Multi-hot labels (B, num_labels), or class ids (B,), -> embedding (B, dim), or tokens (B, T, dim).
 
-    `kind` says where the embedding enters the UNet: "class_embed" is added to the time embedding (dim = 4 x the first
-    width), "concat" is broadcast over the image and concatenated to its channels, "broadcast" is that in every level of a
-    BroadcastUNet (dim = its `label_dim`).
+    `kind` says where the embedding enters the network: "class_embed" is added to the time embedding (dim = its width),
+    "concat" is broadcast over the image and concatenated to its channels, "broadcast" is that in every level of a BroadcastUNet
+    (dim = its `label_dim`), "tokens" goes into cross-attention.
+    `embed` says how: "linear" is a Linear, or Linear-SiLU-Linear when `hidden` > 0; "identity" are the labels themselves
+    (dim = num_labels); "embedding" is a row of a table for each class id; of kind "tokens" these three give a single token, and
+    "tokens", the default there, one for each label, which absent labels share.
     """
 
-    def __init__(self, kind: str, num_labels: int, dim: int, hidden: int = 0) -> None:
+    def __init__(self, kind: str, num_labels: int, dim: int, hidden: int = 0, embed: str | None = None) -> None:
         super().__init__()
-        self.config = {"kind": kind, "num_labels": num_labels, "dim": dim, "hidden": hidden}
-        self.kind = kind
-        if hidden:
-            self.embed: nn.Module = nn.Sequential(nn.Linear(num_labels, hidden), nn.SiLU(), nn.Linear(hidden, dim))
-        else:
-            self.embed = nn.Linear(num_labels, dim)
+        default = "tokens" if kind == "tokens" else "linear"
+        embed = embed or default
+        if kind not in KINDS or embed not in EMBEDS or (embed == "tokens" != kind):
+            raise InputError(
+                f"conditioner: found {kind!r} with {embed!r}, expected one of {KINDS} with one of {EMBEDS}"
+            )
+        if embed == "identity" and dim != num_labels:
+            raise InputError(f"conditioner: dim is {dim}, expected {num_labels}: the labels themselves")
+        self.config: dict[str, Any] = {"kind": kind, "num_labels": num_labels, "dim": dim, "hidden": hidden}
+        self.config |= {} if embed == default else {"embed": embed}
+        self.kind, self.takes_class = kind, embed == "embedding"
+        self._one_token = kind == "tokens" != embed
+        self.embed = _embedding(embed, num_labels, dim, hidden)
 
     def forward(self, class_labels: Tensor) -> Tensor:
-        return self.embed(class_labels)
+        embedding = self.embed(class_labels)
+        return embedding[:, None] if self._one_token else embedding
 
 
-class LabelUNet(nn.Module):
-    """UNet2DModel, PatchUNet or BroadcastUNet, and its conditioner, as one network."""
+def _embedding(embed: str, num_labels: int, dim: int, hidden: int) -> nn.Module:
+    if embed == "tokens":
+        return LabelTokens(num_labels, dim)
+    if embed == "identity":
+        return nn.Identity()
+    if embed == "embedding":
+        return nn.Embedding(num_labels, dim)
+    if hidden:
+        return nn.Sequential(nn.Linear(num_labels, hidden), nn.SiLU(), nn.Linear(hidden, dim))
+    return nn.Linear(num_labels, dim)
 
-    unet: Any
-    conditioner: Any
 
-    def __init__(self, unet: nn.Module, conditioner: LabelConditioner) -> None:
+class LabelTokens(nn.Module):
+    """Multi-hot labels (B, K) -> tokens (B, K, dim) for cross-attention: a row of its own for each label that is present, one
+    common row for all that are absent. So without labels all tokens are equal: the unconditional sequence."""
+
+    def __init__(self, num_labels: int, dim: int) -> None:
         super().__init__()
-        self.unet, self.conditioner = unet, conditioner
+        self.present = nn.Embedding(num_labels, dim)
+        self.absent = nn.Parameter(torch.randn(dim))
 
-    def forward(self, sample: Tensor, timestep: Tensor, class_labels: Tensor) -> Tensor:
-        """sample (B, C, H, W), timestep (B,), class_labels (B, num_labels) -> prediction (B, C, H, W)."""
-        embedding = self.conditioner(class_labels)  # (B, dim)
-        if self.conditioner.kind != "concat":
-            return self.unet(sample, timestep, class_labels=embedding, return_dict=False)[0]
-        planes = embedding[:, :, None, None].expand(-1, -1, *sample.shape[-2:])  # (B, dim, H, W)
-        return self.unet(torch.cat([sample, planes], dim=1), timestep, return_dict=False)[0]
+    def forward(self, class_labels: Tensor) -> Tensor:
+        share = class_labels[:, :, None]  # (B, K, 1)
+        return share * self.present.weight + (1 - share) * self.absent
 
 
-def unet_class(kind: str, config: Mapping[str, Any]) -> Any:
-    """The class of UNet for a conditioner of this kind and these keyword arguments: with a `patch_size` it is a PatchUNet."""
+def unet_class(kind: str | None, config: Mapping[str, Any]) -> Any:
+    """The class of UNet for a conditioner of this kind (None for a prompt) and these keyword arguments: with a `patch_size` it
+    is a PatchUNet, with cross-attention a UNet2DConditionModel."""
     if kind == "broadcast":
-        return label_unet_class("BroadcastUNet")
-    return label_unet_class("PatchUNet" if "patch_size" in config else "UNet2DModel")
+        return denoiser_class("BroadcastUNet")
+    if kind in (None, "tokens"):
+        return denoiser_class("UNet2DConditionModel")
+    return denoiser_class("PatchUNet" if "patch_size" in config else "UNet2DModel")
 
 
-def label_unet_class(name: str) -> Any:
-    """A class of UNet by the name that a model folder gives it. Raises InputError for any other."""
-    from diffusers import UNet2DModel
+def denoiser_class(name: str) -> Any:
+    """A class of network that denoises, by the name that a model folder gives it. Raises InputError for any other."""
+    import diffusers
 
     from fastgen.models.networks.broadcast_unet import BroadcastUNet
     from fastgen.models.networks.patch_unet import PatchUNet
 
-    classes = {"UNet2DModel": UNet2DModel, "BroadcastUNet": BroadcastUNet, "PatchUNet": PatchUNet}
-    if name not in classes:
-        raise unknown("UNet class", name, list(classes))
-    return classes[name]
+    ours = {"BroadcastUNet": BroadcastUNet, "PatchUNet": PatchUNet}
+    if name not in DENOISERS:
+        raise unknown("class of denoiser", name, DENOISERS)
+    return ours.get(name) or getattr(diffusers, name)
 
 
 def class_record(network: nn.Module) -> list[str]:
@@ -85,6 +110,8 @@ def conditioner_dim(kind: str, unet: Any) -> tuple[int, str]:
     """
     if kind == "broadcast":
         return int(unet.label_dim), "unet.config.label_dim"
+    if kind == "tokens":
+        return int(unet.cross_attention_dim), "unet.config.cross_attention_dim"
     if kind == "class_embed":
         if unet.class_embed_type != "identity":
             raise InputError("unet.config.class_embed_type: expected 'identity' with conditioner.kind 'class_embed'")

@@ -156,6 +156,34 @@ def test_weights_as_people_have_them(kind, fastgen, tmp_path):
     assert max(differences(piece, model, tmp_path / "out", piece.images())) <= 1
 
 
+def test_lora_weights_are_fused_when_asked_and_only_then(fastgen, tmp_path):
+    import gallery
+    from safetensors.torch import save_file
+
+    model, unet = tmp_path / "model", gallery.text_unet()
+    piece = gallery.stable_diffusion(model)
+    plain, lora = piece.images(), {}
+    generator = torch.Generator().manual_seed(6)
+    for name, module in unet.named_modules():
+        if name.endswith(("to_q", "to_k", "to_v", "to_out.0")):
+            rows, columns = module.weight.shape
+            down, up = (0.3 * torch.randn(*shape, generator=generator) for shape in ((4, columns), (rows, 4)))
+            lora |= {f"unet.{name}.lora_A.weight": down, f"unet.{name}.lora_B.weight": up}
+            module.weight.data += 0.5 * up @ down
+    file = model / "pytorch_lora_weights.safetensors"
+    save_file(lora, file)
+    tokens = gallery.tokenizer()
+    gallery.save_sd(tmp_path / "fused", tokens, gallery.clip(tokens), unet, gallery.kl())
+    fused = gallery.pipeline_images(gallery.StableDiffusionPipeline, tmp_path / "fused", (4, 8, 8))
+    assert np.abs(fused.astype(int) - plain.astype(int)).max() > 3
+    assert "--lora" in refused(fastgen, model, tmp_path / "out")
+    for words, expected in (((f"{file}:0.5",), fused), (("none",), plain)):
+        out = tmp_path / words[0][-4:].strip(":.")
+        code, err = generate(fastgen, piece, model, out, "--engine", "eager", "--lora", *words)
+        assert code == 0, err
+        assert max(differences(piece, model, out, expected)) <= 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ENTRIES)
 def test_its_bundle_gives_them_on_every_engine(name, fastgen, export_few, graph_once, tmp_path, monkeypatch):

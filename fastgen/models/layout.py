@@ -9,6 +9,7 @@ from typing import Any
 
 from fastgen.errors import InputError
 from fastgen.files.jsonfiles import brief, read_json
+from fastgen.models.pipelines import RUN
 
 INDEX = "model_index.json"
 DENOISERS = ("UNet2DConditionModel", "UNet2DModel", "DiTTransformer2DModel", "PatchUNet", "BroadcastUNet")
@@ -137,7 +138,7 @@ def _check_scheduler(folder: Path, index: Mapping[str, Any]) -> None:
     named = entry[1] if isinstance(entry, list) and len(entry) > 1 else None
     config = read_json(file, infinity=True) if file.is_file() else {}
     stored = config.get("_class_name") if isinstance(config, dict) else None
-    if named and stored and named != stored:
+    if index.get("_class_name") in RUN and named and stored and named != stored:
         raise InputError(
             f"{folder}: {INDEX} names {named}, scheduler_config.json is of {stored}; make both say the same"
         )

@@ -328,7 +328,7 @@ def test_nan_in_a_network_is_an_error_not_a_figure(clip, reference, tmp_path):
     (name,) = [name for name in state if name.endswith("visual_projection.weight")]
     state[name].fill_(float("nan"))
     save_file(state, broken / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(FastgenError, match="1 weights hold NaN or infinity, the first visual_projection.weight"):
+    with pytest.raises(FastgenError, match="1 weights hold NaN or infinity"):
         score(make_images(tmp_path / "out"), clip=broken, reference=reference)
 
 

@@ -23,7 +23,6 @@ from fastgen.files.names import read_objects
 from fastgen.models import interface, pipelines
 from fastgen.models.checkpoint_choice import RunWeights, choose_weights, model_parts
 from fastgen.models.condition import Condition, Text
-from fastgen.models.interface import STATISTICS
 from fastgen.models.layout import AUTOENCODERS, SETTINGS, Layout, class_names, read_layout
 from fastgen.models.lora import Lora, fuse
 from fastgen.models.networks.autoencoder import VaeDecoder, VaeEncoder
@@ -82,9 +81,7 @@ class Model:
     def space(self) -> Space:
         conditioner = self.conditioner
         planes = int(conditioner.config["dim"]) if conditioner is not None and conditioner.kind == "concat" else 0
-        counted = (
-            pipelines.latent_statistics(self.layout.pipeline, self.vae) if self.layout and self.vae else STATISTICS
-        )
+        counted = pipelines.latent_statistics(self.layout.pipeline if self.layout else None, self.vae)
         return interface.space_of(
             type(self.unet).__name__, self._config, self.vae, planes, self.where, self.size, counted
         )

@@ -11,6 +11,7 @@ from fastgen.files.jsonfiles import brief
 from fastgen.models.condition import Condition, Text
 from fastgen.models.networks.labels import LabelConditioner
 from fastgen.models.networks.text_encoder import pooled_encoder
+from fastgen.models.pipelines import STATISTICS
 from fastgen.models.space import Space
 from fastgen.models.tokenizer import UNLIMITED
 
@@ -28,7 +29,6 @@ REFUSED = {
     },
 }
 CROPPING = ("UpBlock2D", "CrossAttnUpBlock2D")  # they take a size that is no multiple of 2
-STATISTICS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")  # of an autoencoder's latents
 CLASS_EMBEDS = {
     "UNet2DConditionModel": ("timestep", "identity", "projection", "simple_projection"),
     "UNet2DModel": ("timestep", "identity"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ TEXT = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
 XL = ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline")
 CONSISTENCY = ("LatentConsistencyModelPipeline", "LatentConsistencyModelImg2ImgPipeline")
 OTHERS = ("DiTPipeline", "DDPMPipeline", "DDIMPipeline", "PNDMPipeline", "LDMPipeline", "ConsistencyModelPipeline")
+STATISTICS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")  # of an autoencoder's latents
 RUN = (*TEXT, *XL, *CONSISTENCY, *OTHERS)
 # Pipeline -> (steps, guidance scale) that it takes where nothing is said; others take those of `defaults`.
 DEFAULTS = {
@@ -33,11 +35,14 @@ def check_pipeline(name: str | None, folder: Path) -> None:
 
 
 def repaired_scheduler(name: str | None, config: dict[str, Any]) -> dict[str, Any]:
-    """The scheduler config as Stable Diffusion's pipeline changes it when it is made: steps_offset 1, and no clipping."""
+    """The scheduler config as Stable Diffusion's pipeline changes it when it is made: steps_offset 1, and no clipping, where
+    the class has these options."""
+    import diffusers
+
     if name not in TEXT:
         return config
-    repairs = {key: value for key, value in (("steps_offset", 1), ("clip_sample", False)) if key in config}
-    return config | repairs
+    options = inspect.signature(getattr(diffusers, str(config.get("_class_name")), dict)).parameters
+    return config | {key: value for key, value in (("steps_offset", 1), ("clip_sample", False)) if key in options}
 
 
 def repair_size(name: str | None, unet: Any) -> None:
@@ -53,14 +58,17 @@ def repair_size(name: str | None, unet: Any) -> None:
         unet.register_to_config(sample_size=64)
 
 
-def latent_statistics(name: str | None, vae: Any) -> Collection[str]:
+def latent_statistics(name: str | None, vae: Any | None) -> Collection[str]:
     """Which statistics of the autoencoder's config count: those that the pipeline uses; all of them for somebody's own."""
-    both = vae.config.get("latents_mean") is not None and vae.config.get("latents_std") is not None
+    both = vae is not None and vae.config.get("latents_mean") is not None and vae.config.get("latents_std") is not None
     if name in XL:
         return ("scaling_factor", "latents_mean", "latents_std") if both else ("scaling_factor",)
-    if name in RUN:
-        return ("scaling_factor",)
-    return ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
+    return ("scaling_factor",) if name in RUN else STATISTICS
+
+
+def given_statistics(vae: Any) -> set[str]:
+    """The statistics that an autoencoder's config has a value for."""
+    return {key for key in STATISTICS if vae.config.get(key)}
 
 
 def defaults(name: str | None, *, text: bool) -> tuple[int, float]:

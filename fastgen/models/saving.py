@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fastgen.files.jsonfiles import write_json
 from fastgen.models.layout import SETTINGS
 from fastgen.models.networks.labels import class_record, save_conditioner
+from fastgen.models.pipelines import given_statistics, latent_statistics
 
 if TYPE_CHECKING:
     from fastgen.models.folder import Model
@@ -55,15 +56,20 @@ def save_model(model: Model, folder: Path, record: Mapping[str, Any] | None = No
 
 
 def _pipeline_class(model: Model) -> str:
-    """diffusers' pipeline for such a model, where there is one that takes the same components."""
+    """diffusers' pipeline for such a model, where there is one that takes the same components and counts all statistics of the
+    autoencoder; else a name that diffusers does not have."""
     name, latent = type(model.unet).__name__, model.vae is not None
     if model.conditioner is not None:
         return "LabelDiffusion"
     if model.text_encoders:
-        return "StableDiffusionXLPipeline" if len(model.text_encoders) > 1 else "StableDiffusionPipeline"
-    if name == "DiTTransformer2DModel":
-        return "DiTPipeline"
-    return "LDMPipeline" if latent else "DDPMPipeline"
+        pipeline = "StableDiffusionXLPipeline" if len(model.text_encoders) > 1 else "StableDiffusionPipeline"
+    elif name == "DiTTransformer2DModel":
+        pipeline = "DiTPipeline"
+    else:
+        pipeline = "LDMPipeline" if latent else "DDPMPipeline"
+    if model.vae is not None and not given_statistics(model.vae) <= set(latent_statistics(pipeline, model.vae)):
+        return "LatentDiffusion"
+    return pipeline
 
 
 def _save_module(module: Any, folder: Path, weights: bool) -> None:

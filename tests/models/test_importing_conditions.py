@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 pytest.importorskip("diffusers")
@@ -17,6 +18,7 @@ from diffusers import DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel
 from fastgen.errors import InputError
 from fastgen.models.folder import load_model
 from fastgen.models.importing import import_model
+from fastgen.models.saving import save_model
 
 BLOCKS = {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}
 UNET = {
@@ -189,3 +191,29 @@ def test_labels_on_latents_and_a_dit(tmp_path, text_model):
     same(tmp_path / "dit-out", expected, x, T, IDS)
     with pytest.raises(InputError, match="the vae is not named"):
         import_model(tmp_path / "dit", tmp_path / "no", schedule="linear")
+
+
+@torch.no_grad()
+def test_counters_and_tables_beside_a_network_are_left_out_with_a_note(tmp_path):
+    """As ema-pytorch and Lightning save them."""
+    network = unet(num_class_embeds=10)
+    network.save_pretrained(tmp_path / "old")
+    file = tmp_path / "old" / "diffusion_pytorch_model.safetensors"
+    state = {f"ema_model.{key}": value for key, value in load_file(file).items()}
+    save_file(state | {"step": torch.tensor(7), "initted": torch.tensor(True), "betas": torch.ones(1000)}, file)
+    imported = import_model(tmp_path / "old", tmp_path / "out", schedule="linear")
+    same(tmp_path / "out", network(X, T, class_labels=IDS).sample, X, T, IDS)
+    assert any(all(word in note for word in ("left out", "step", "initted", "betas")) for note in imported.notes)
+    save_file(state | {"head.weight": torch.ones(3, 4)}, file)  # a layer is no counter
+    with pytest.raises(InputError, match=r"unexpected head\.weight"):
+        import_model(tmp_path / "old", tmp_path / "no", schedule="linear")
+
+
+def test_a_model_keeps_its_autoencoders_statistics_when_it_is_saved(tmp_path, text_model):
+    """Stable Diffusion's pipeline would leave a shift out: the folder must not be called one."""
+    model = load_model(text_model)
+    assert json.loads((text_model / "model_index.json").read_text())["_class_name"] == "StableDiffusionPipeline"
+    model.vae.register_to_config(shift_factor=0.25)
+    save_model(model, tmp_path / "shifted")
+    assert json.loads((tmp_path / "shifted" / "model_index.json").read_text())["_class_name"] == "LatentDiffusion"
+    assert load_model(tmp_path / "shifted").space.shift_factor == 0.25

@@ -25,6 +25,7 @@ from fastgen.sampling.defaults import Sampling
 from fastgen.sampling.schedulers import learned_variance
 
 MARKS = {"DiTTransformer2DModel": "pos_embed.proj.weight"}  # a key of every network of the class
+LISTED = 5  # entries that a note names
 Reference = Callable[..., Tensor]  # (sample, timestep, *conditions) -> prediction, as the checkpoint's author called it
 
 
@@ -67,7 +68,7 @@ def assemble(
     model = Model(None, torch.nn.Identity(), scheduler_config, Sampling())
     notes = list(parts.notes)
     text = _takes_text(architecture, preset, options, parts)
-    rest = {} if checkpoint.key is not None and text else parts.rest  # a key leaves out what lies beside on purpose
+    beside = {} if checkpoint.key is not None else _layers(parts.rest)  # a key leaves out what lies beside on purpose
     if text:
         _add_text_encoder(model, preset, options, notes)
     if _takes_latents(architecture, preset, options, text):
@@ -80,11 +81,12 @@ def assemble(
             condition_first=options.condition_first,
             unconditional=options.unconditional,
         )
-        _check_weights(parts, empty_network(architecture), checkpoint.path, rest)
+        _check_weights(parts, empty_network(architecture), checkpoint.path, beside)
     else:
-        layers = _label_layers(checkpoint, architecture, preset, parts, model, options)
-    if text and parts.rest:
-        notes.append(f"{len(parts.rest)} weights beside the UNet left out")
+        layers = _label_layers(checkpoint, architecture, preset, parts, beside, model, options)
+    if left := [key for key in parts.rest if key not in beside]:
+        more = f", ... ({len(left)} in all)" if len(left) > LISTED else ""
+        notes.append(f"beside the UNet left out: {', '.join(left[:LISTED])}{more}")
     model.unet, reference = _networks(architecture, parts, layers, options)
     model.null_class = options.null_class
     if layers is not None:
@@ -152,6 +154,7 @@ def _label_layers(
     architecture: Architecture,
     preset: Preset | None,
     parts: SplitWeights,
+    beside: Mapping[str, Tensor],
     model: Model,
     options: ImportOptions,
 ) -> LabelLayers | None:
@@ -166,8 +169,7 @@ def _label_layers(
     dim = {"concat": extra, "tokens": architecture.states_width}.get(kind, architecture.time_embedding_dim)
     if options.condition_first and kind != "concat":
         raise InputError("--condition-first: this model adds its labels to the time embedding, it concatenates nothing")
-    beside = {} if checkpoint.key is not None else _layers(parts.rest)  # a key leaves out what lies beside on purpose
-    tensors = read_tensors(options.conditioner, options.allow_pickle) if options.conditioner else patched | beside
+    tensors = read_tensors(options.conditioner, options.allow_pickle) if options.conditioner else patched | dict(beside)
     where = options.conditioner or str(checkpoint.path)
     if options.unconditional:
         _refuse(architecture, embed=options.embed, objects=options.objects)

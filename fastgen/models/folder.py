@@ -23,7 +23,7 @@ from fastgen.files.names import read_objects
 from fastgen.models import interface, pipelines
 from fastgen.models.checkpoint_choice import RunWeights, choose_weights, model_parts
 from fastgen.models.condition import Condition, Text
-from fastgen.models.layout import AUTOENCODERS, SETTINGS, Layout, class_names, read_layout
+from fastgen.models.layout import AUTOENCODERS, SETTINGS, TEXT_ENCODERS, Layout, class_names, read_layout
 from fastgen.models.lora import Lora, fuse
 from fastgen.models.networks.autoencoder import VaeDecoder, VaeEncoder
 from fastgen.models.networks.denoiser import Denoiser
@@ -90,8 +90,7 @@ class Model:
         """The modules under the names and interfaces of `signatures`."""
         networks: dict[str, nn.Module] = {}
         if self.text_encoders:
-            penultimate = self._config.get("addition_embed_type") == "text_time"
-            networks["text_encoder"] = TextEncoder(self.text_encoders, penultimate).eval()
+            networks["text_encoder"] = TextEncoder(self.text_encoders, penultimate=self._takes_sizes).eval()
         networks["unet"] = self.denoiser().eval()
         if self.vae is not None:
             networks |= {"vae_decoder": VaeDecoder(self.vae).eval(), "vae_encoder": VaeEncoder(self.vae).eval()}
@@ -104,7 +103,7 @@ class Model:
             self.unet,
             [name for name, *_ in self.condition.inputs],
             self.conditioner,
-            channels=channels if interface.learned_variance(self._config, channels) else None,
+            channels=channels if interface.predicts_variance(self._config, channels) else None,
             time_ids=(height, width, 0, 0, height, width)
             if self.condition.text and self.condition.text.pooled_input
             else None,
@@ -161,13 +160,12 @@ class Model:
 
     @cached_property
     def _text(self) -> Text | None:
-        zero = self.layout is not None and self.layout.zero_unconditional
-        return interface.text_of(
-            self._config, self.text_encoders, self.tokenizers, self.where, zero_unconditional=zero and self._is_xl
-        )
+        zero = self.layout is not None and self.layout.zero_unconditional and self._takes_sizes
+        return interface.text_of(self._config, self.text_encoders, self.tokenizers, self.where, zero_unconditional=zero)
 
     @property
-    def _is_xl(self) -> bool:
+    def _takes_sizes(self) -> bool:
+        """Whether the UNet takes a pooled text and sizes, as SDXL's."""
         return self._config.get("addition_embed_type") == "text_time"
 
 
@@ -335,8 +333,6 @@ def _autoencoder(folder: Path) -> Any:
 def _text_encoder(folder: Path, allow_pickle: bool) -> Any:
     import transformers
 
-    from fastgen.models.layout import TEXT_ENCODERS
-
     config = _table(folder / "config.json") if (folder / "config.json").is_file() else {}
     names = config.get("architectures") or ["CLIPTextModel"]
     name = "CLIPTextModel" if names[0] == "CLIPModel" else names[0]
@@ -344,9 +340,8 @@ def _text_encoder(folder: Path, allow_pickle: bool) -> Any:
         raise InputError(f"{folder}: is a {name}; fastgen runs {', '.join(TEXT_ENCODERS)}")
     whole = names[0] == "CLIPModel"  # which has an image tower beside the text encoder
     encoder = _pretrained(getattr(transformers, name), folder, allow_pickle, WHOLE_CLIP if whole else ())
-    if (
-        config.get("model_type") == "t5"
-    ):  # torch cannot export its fused attention, which has a bias for each pair of tokens
+    if config.get("model_type") == "t5":
+        # torch cannot export its fused attention, which has a bias for each pair of tokens.
         encoder.set_attn_implementation("eager")
     return encoder
 

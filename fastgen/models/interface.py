@@ -250,7 +250,7 @@ def latent_channels(vae: Any) -> int:
     return int(vae.config.get("vq_embed_dim") or vae.config.latent_channels)
 
 
-def learned_variance(config: Mapping[str, Any], channels: int) -> bool:
+def predicts_variance(config: Mapping[str, Any], channels: int) -> bool:
     """Whether a denoiser predicts a variance beside each of the `channels`."""
     return int(config["out_channels"] or config["in_channels"]) == 2 * channels
 

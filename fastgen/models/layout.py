@@ -13,10 +13,8 @@ from fastgen.models.pipelines import RUN
 
 INDEX = "model_index.json"
 DENOISERS = ("UNet2DConditionModel", "UNet2DModel", "DiTTransformer2DModel", "PatchUNet", "BroadcastUNet")
-LEGACY = (
-    "Transformer2DModel",
-    "DiTTransformer2DModel",
-)  # what diffusers called it before, with norm_type "ada_norm_zero"
+# What diffusers called DiT before, with norm_type "ada_norm_zero"; and its class now.
+LEGACY = ("Transformer2DModel", "DiTTransformer2DModel")
 SETTINGS = "fastgen.json"  # generation defaults and training record, beside model_index.json
 AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny", "VQModel")
 TEXT_ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel")
@@ -102,7 +100,8 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 
 def class_names(id2label: object, folder: Path) -> dict[str, int]:
-    """The names of classes from a DiT pipeline's id2label, {"0": "tench, Tinca tinca"}: each name between commas counts."""
+    """The names of classes from a DiT pipeline's id2label, {"0": "tench, Tinca tinca"}: each name between commas counts.
+    Of a name that occurs twice, such as crane, the last class counts, as in that pipeline."""
     if not isinstance(id2label, Mapping):
         raise InputError(f"{folder / INDEX}: id2label: found {brief(id2label)}, expected an object")
     names: dict[str, int] = {}
@@ -112,9 +111,7 @@ def class_names(id2label: object, folder: Path) -> dict[str, int]:
                 f"{folder / INDEX}: id2label: found {brief({number: text})}, expected a class id and its names"
             )
         for name in text.split(","):
-            names[name.strip()] = int(
-                number
-            )  # of a name that occurs twice, such as crane, the last counts, as in DiT's pipeline
+            names[name.strip()] = int(number)
     return names
 
 

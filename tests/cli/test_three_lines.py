@@ -243,3 +243,26 @@ def test_a_process_tells_the_reason_within_seconds(command, runs):
     assert first.startswith("engine trt is not ready: TensorRT needs an NVIDIA GPU: ")
     assert seconds < 60  # 3 on an idle machine
     assert not [name for name in parts if "bundle" in name]
+
+
+@pytest.mark.slow
+def test_the_three_lines_of_the_readme_as_they_stand(fastgen_process, tmp_path):
+    """In a folder with a dataset, each line in a process of its own; the first with less to do."""
+    if gpus()[0]:
+        pytest.skip("with a GPU TensorRT may run, and what it needs is tested elsewhere")
+    assert fastgen_process("data", "iclevr", "data", "--count", 24, cwd=tmp_path).returncode == 0
+    shutil.copy(tmp_path / "data" / "test.json", tmp_path)
+    few = [f"--set=unet.train.{key}" for key in ("steps=2", "batch_size=4", "validation_fraction=0.25")]
+    trained = fastgen_process("train", *few, "--set=unet.config.block_out_channels=[8, 16, 32]", cwd=tmp_path)
+    assert (trained.returncode, "preset: iclevr-64, the default for images with labels" in trained.stderr) == (0, True)
+    exported = fastgen_process("export", "--trt", cwd=tmp_path)
+    first, *_, last = exported.stderr.strip().splitlines()
+    assert exported.returncode == 1
+    assert NEEDS_GPU in first
+    assert "is complete, but no TensorRT engines were built" in last
+    generated = fastgen_process("generate", "test.json", "--engine", "trt", cwd=tmp_path)
+    assert generated.returncode == 2
+    assert "`fastgen export --trt`" in generated.stderr
+    assert not (tmp_path / "generated").exists()
+    assert fastgen_process("generate", "test.json", "--engine", "ort", cwd=tmp_path).returncode == 0
+    assert len(list((tmp_path / "generated" / "test").glob("*.png"))) > 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from export.trt_layers import check_network
-from export.trt_progress import Progress
+from export.trt_progress import Progress, cancelled_by_ctrl_c
 from fastgen.engines.trt.platform import TrtLibrary
 from fastgen.errors import InputError, Say, unknown
 from fastgen.generate.conditions import ENCODE_BATCH
@@ -132,22 +131,14 @@ def _build(
     progress = Progress(what, say)
     config.progress_monitor = progress.monitor(library.trt)
 
-    registered = threading.Event()
-
     def build() -> Any:
-        registered.wait()  # a pool waits only for threads that `submit` has registered, and Ctrl-C may come before
         with current():  # each thread has a current GPU of its own
             return builder.build_serialized_network(network, config)
 
-    with progress, ThreadPoolExecutor(1) as pool:
-        try:
-            future = pool.submit(build)
-            registered.set()
-            plan = future.result()
-        except KeyboardInterrupt:
-            progress.cancel()  # then the pool waits until TensorRT has stopped
-            registered.set()
-            raise
+    with progress, cancelled_by_ctrl_c(progress), ThreadPoolExecutor(1) as pool:
+        plan = pool.submit(build).result()
+    if progress.cancelled:
+        raise KeyboardInterrupt
     if plan is None:
         raise library.failure(f"{what}: cannot be built")
     return plan

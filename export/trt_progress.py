@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +32,7 @@ class Progress:
         self._what, self._say, self._clock = what, say, clock
         self._phases: dict[str, _Phase] = {}
         self._lock = threading.Lock()
-        self._cancelled = False
+        self.cancelled = False
         self._start = self._last_line = clock()
         self._bar: Any = None
 
@@ -66,7 +68,7 @@ class Progress:
 
     def cancel(self) -> None:
         """Stop the build at its next step."""
-        self._cancelled = True
+        self.cancelled = True
 
     def start(self, phase: str, parent: str | None, steps: int) -> None:
         with self._lock:
@@ -78,7 +80,7 @@ class Progress:
             if phase in self._phases:
                 self._phases[phase].done = step + 1
             self._show(phase)
-        return not self._cancelled
+        return not self.cancelled
 
     def finish(self, phase: str) -> None:
         with self._lock:
@@ -97,3 +99,24 @@ class Progress:
         elif now - self._last_line >= LINE_SECONDS:
             self._last_line = now
             self._say(f"{self._what}: {percent:.0f}% after {now - self._start:.0f} s ({phase})")
+
+
+@contextmanager
+def cancelled_by_ctrl_c(progress: Progress) -> Iterator[None]:
+    """Inside, the first Ctrl-C cancels the build and raises nothing: an exception in the midst of starting or awaiting the
+    build's thread could lose that thread. A second one does what it did before. It changes nothing outside the main thread,
+    which alone gets signals, nor where the process ignores Ctrl-C or handles it in C."""
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield
+        return
+
+    def cancel(number: int, frame: object) -> None:
+        signal.signal(signal.SIGINT, before)
+        progress.cancel()
+
+    signal.signal(signal.SIGINT, cancel)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import io
+import signal
 import sys
+import threading
 from typing import Any
 
+import pytest
 import tensorrt_double as double
 
-from export.trt_progress import LINE_SECONDS, Progress
+from export.trt_progress import LINE_SECONDS, Progress, cancelled_by_ctrl_c
 
 
 class Terminal(io.StringIO):
@@ -77,3 +80,38 @@ def test_phases_that_were_never_announced_do_no_harm():
     assert progress.step("elsewhere", 3)
     progress.finish("elsewhere")
     assert progress.fraction() == 0.0
+
+
+def test_the_first_ctrl_c_cancels_and_the_second_interrupts():
+    progress = Progress("unet", print)
+    before = signal.getsignal(signal.SIGINT)
+    with cancelled_by_ctrl_c(progress):
+        signal.raise_signal(signal.SIGINT)
+        assert progress.cancelled
+        assert not progress.step("Timing", 0)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize("handler", [signal.SIG_IGN, signal.SIG_DFL], ids=["nohup", "default"])
+def test_a_process_that_does_not_raise_at_ctrl_c_keeps_its_way(handler):
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        with cancelled_by_ctrl_c(Progress("unet", print)):
+            assert signal.getsignal(signal.SIGINT) == handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_outside_the_main_thread_handlers_stay_as_they_are():
+    before, found = signal.getsignal(signal.SIGINT), []
+
+    def build() -> None:
+        with cancelled_by_ctrl_c(Progress("unet", print)):
+            found.append(signal.getsignal(signal.SIGINT))
+
+    thread = threading.Thread(target=build)
+    thread.start()
+    thread.join()
+    assert found == [before]

@@ -27,7 +27,7 @@ def optimise(task: Task, state: State, recipe: Training, precision: Precision, p
     rate = learning_rate(recipe, state.step) * state.progress.rate_scale
     for group in state.optimizer.param_groups:
         group["lr"] = rate
-    loss = _gradients(task, state, recipe, precision, processes)
+    loss = gradients(task, state, recipe, precision, processes)
     state.scaler.unscale_(state.optimizer)
     norm = nn.utils.clip_grad_norm_(state.module.parameters(), recipe.max_grad_norm)
     state.scaler.step(state.optimizer)
@@ -53,7 +53,7 @@ def learning_rate(recipe: Training, step: int) -> float:
     return recipe.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
 
 
-def _gradients(task: Task, state: State, recipe: Training, precision: Precision, processes: Processes) -> Tensor:
+def gradients(task: Task, state: State, recipe: Training, precision: Precision, processes: Processes) -> Tensor:
     """Computes the global batch's gradients into the module's `.grad`; returns this process's share of the loss."""
     split = task.splits_batches
     positions = processes.part(np.arange(recipe.batch_size)) if split else np.arange(recipe.batch_size)

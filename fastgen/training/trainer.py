@@ -16,6 +16,7 @@ from fastgen.models import checkpoints
 from fastgen.models.checkpoints import Checkpoint
 from fastgen.presets.recipe import Training
 from fastgen.training.autocast import Precision
+from fastgen.training.compiling import compile_checked
 from fastgen.training.curves import plot_losses
 from fastgen.training.draws import VALIDATION, Draws
 from fastgen.training.logs import TrainingLog, say
@@ -46,15 +47,15 @@ def fit(task: Task, recipe: Training, run: TrainingRun) -> None:
     """Optimise `task.module` by the recipe, from the newest intact checkpoint on. At the end the module is in eval mode and
     has the averaged weights, the last or the best ones.
 
-    Raises FastgenError when the loss is not finite, or a checkpoint cannot be written.
+    Raises FastgenError when the loss is not finite, a checkpoint cannot be written, or torch.compile gives other gradients.
     """
     check_accumulation(task, recipe.accumulation)
     recipe = recipe.for_examples(len(task.train_rows))
     state = begin(task, recipe, run)
     if run.processes.is_main:
         run.log.rewind(task.name, state.step)
-    if recipe.compile:
-        state.module.compile()
+    if recipe.compile and state.step < recipe.steps:
+        compile_checked(task, state, recipe, run.precision, run.processes)
     show = run.progress and run.processes.is_main
     with tqdm(total=recipe.steps, initial=state.step, desc=task.name, unit="step", disable=not show) as bar:
         clock, last_plot = (time.perf_counter(), state.step), time.perf_counter()

@@ -75,21 +75,23 @@ def diffusion_task(dropout_layer: float = 0.1) -> DiffusionTask:
     return DiffusionTask(module, *sources, SCHEDULE, rows, dropout=0.2, flip=True)
 
 
-def run_in(folder: Path, job: str = "a") -> TrainingRun:
+def run_in(folder: Path, job: str = "a", precision: str = "fp32") -> TrainingRun:
     return TrainingRun(
         folder / "checkpoints",
         folder / "previews",
         TrainingLog(folder / "log.jsonl"),
-        choose("fp32", "cpu"),
+        choose(precision, "cpu"),
         job,
         False,
     )
 
 
-def trained(folder: Path, recipe: Training = RECIPE, task: DiffusionTask | None = None) -> dict[str, Tensor]:
+def trained(
+    folder: Path, recipe: Training = RECIPE, task: DiffusionTask | None = None, precision: str = "fp32"
+) -> dict[str, Tensor]:
     folder.mkdir(exist_ok=True)
     task = task or diffusion_task()
-    fit(task, recipe, run_in(folder))
+    fit(task, recipe, run_in(folder, precision=precision))
     return task.module.state_dict()
 
 

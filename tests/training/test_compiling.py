@@ -1,0 +1,103 @@
+"""torch.compile in training: its gradients are checked, and every layer of a compiled network learns."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_trainer import CPU, RECIPE, SCHEDULE, TinyUNet, diffusion_task, trained
+from torch import Tensor, nn
+
+from fastgen.errors import FastgenError
+from fastgen.models.build import build_module
+from fastgen.training.diffusion import DiffusionTask
+from fastgen.training.sources import LabelSource, PixelSpace
+
+pytestmark = pytest.mark.slow  # code is generated and compiled
+COMPILED = replace(RECIPE, steps=4, compile=True)
+CONFIG: dict[str, Any] = {
+    "sample_size": 8,
+    "in_channels": 3,
+    "out_channels": 3,
+    "block_out_channels": [16, 32],
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+    "attention_head_dim": 4,
+    "cross_attention_dim": 8,
+}
+
+
+class Detached(TinyUNet):
+    """Loses a gradient when it is compiled, as a faulty compiler would."""
+
+    def forward(self, x: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
+        embedding = self.condition(torch.cat([labels, timesteps[:, None] / 100], dim=1))
+        if torch.compiler.is_compiling():
+            embedding = embedding.detach()
+        return self.outer(torch.tanh(self.dropout(self.inner(x)) + embedding[:, :, None, None]))
+
+
+class WithTokens(nn.Module):
+    """diffusers' UNet with a token of 8 numbers in cross-attention: (b, 3, 8, 8), (b,), (b, 8) -> (b, 3, 8, 8)."""
+
+    def __init__(self) -> None:
+        from diffusers import UNet2DConditionModel
+
+        super().__init__()
+        self.unet = build_module(UNet2DConditionModel, CONFIG, "unet", 0)
+
+    def forward(self, x: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
+        return self.unet(x, timesteps, labels[:, None], return_dict=False)[0]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_gradients_that_the_compiler_loses_are_one_line(tmp_path: Path, dropout: float) -> None:
+    task = diffusion_task(dropout)
+    task.module.__class__ = Detached
+    with pytest.raises(
+        FastgenError, match=r"other gradients than the network itself: condition\.weight by 100%"
+    ) as raised:
+        trained(tmp_path, COMPILED, task)
+    assert "\n" not in str(raised.value)
+    assert "train with compile = false" in str(raised.value)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_a_network_that_compiles_rightly_passes_with_its_weights_as_they_were(tmp_path: Path, dropout: float) -> None:
+    task = diffusion_task(dropout)
+    with torch.no_grad():
+        task.module.outer.weight.zero_()
+    eager = diffusion_task(dropout)
+    eager.module.load_state_dict(task.module.state_dict())
+    expected = trained(tmp_path / "eager", replace(COMPILED, compile=False), eager)
+    found = trained(tmp_path / "compiled", COMPILED, task)
+    if not dropout:  # compiled, other units are dropped
+        for name, weight in expected.items():
+            torch.testing.assert_close(found[name], weight, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_every_layer_of_a_compiled_unet_learns(tmp_path: Path, precision: str) -> None:
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (40, 8, 8, 3), np.uint8), rng.random((40, 8), np.float32)
+    module = WithTokens()
+    zeros = [name for name, weight in module.named_parameters() if not weight.any() and name.endswith("weight")]
+    task = DiffusionTask(
+        module,
+        PixelSpace(images, CPU),
+        LabelSource(labels, CPU),
+        SCHEDULE,
+        (np.arange(30), np.arange(30, 40)),
+        dropout=0.1,
+        flip=True,
+    )
+    found = trained(tmp_path, COMPILED, task, precision)
+    assert {name.split(".")[1] for name in zeros} == {"down_blocks", "mid_block", "up_blocks", "conv_out"}
+    assert [name for name in zeros if not found[name].any()] == []

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -17,6 +20,7 @@ from fastgen.engines import base  # noqa: E402
 from fastgen.engines.cache.artifacts import artifacts  # noqa: E402
 from fastgen.engines.openvino import engine as module  # noqa: E402
 from fastgen.engines.openvino import rewrites  # noqa: E402
+from fastgen.engines.openvino.engine import shared_core  # noqa: E402
 from fastgen.generate.pipeline import load  # noqa: E402
 from fastgen.models.bundle import read_bundle  # noqa: E402
 from fastgen.models.folder import load_model  # noqa: E402
@@ -31,7 +35,7 @@ def exported(network, shape, out, tmp_path):
         (TensorSpec("x", "float32", ("batch", *shape)),), (TensorSpec("y", "float32", ("batch", *out)),)
     )
     export_onnx(network.eval(), signature, tmp_path / "model.onnx")
-    model = openvino.Core().read_model(tmp_path / "model.onnx")
+    model = shared_core().read_model(tmp_path / "model.onnx")
     model.reshape([1, *shape])
     return model
 
@@ -41,7 +45,7 @@ def operators(model):
 
 
 def infer(model, x, dtype="f32"):
-    compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": dtype})
+    compiled = shared_core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": dtype})
     return compiled(x)[0]
 
 
@@ -95,7 +99,7 @@ def test_group_norms_of_small_images_stay_as_they_are(tmp_path):
 def test_every_group_norm_of_an_exported_network_is_recognised(text_model, text_bundle, network):
     """What the rewrites match is what export writes: an exporter that writes something else must not pass unnoticed."""
     signature = read_bundle(text_bundle).spec.signatures[network]
-    model = openvino.Core().read_model(text_bundle / network / "model.onnx")
+    model = shared_core().read_model(text_bundle / network / "model.onnx")
     model.reshape({t.name: t.with_batch(2) for t in signature.inputs})
     modules = load_model(text_model).networks()[network].named_modules()
     norms = [name for name, one in modules if isinstance(one, nn.GroupNorm) and ".encoder." not in name]
@@ -136,7 +140,7 @@ def test_a_guided_batch_is_what_two_batches_would_be(request, kind, batch):
 
 
 def test_a_guided_batch_computes_once_what_the_condition_does_not_reach(text_bundle):
-    model = openvino.Core().read_model(text_bundle / "unet/model.onnx")
+    model = shared_core().read_model(text_bundle / "unet/model.onnx")
     assert rewrites.share_rows(model)
     names = [p.get_friendly_name() for p in model.get_parameters()]
     signature = load(text_bundle, "openvino").spec.signatures["unet"]
@@ -160,7 +164,7 @@ def test_a_graph_that_takes_shapes_from_its_sample_is_left_alone():
 
 def lone_and_among(model, rows, rewrite):
     """Outputs of one row in bf16, alone and among `rows`, of a graph (B, ...) -> (B, ...) that `rewrite` was applied to."""
-    if "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+    if "BF16" not in shared_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         pytest.skip("this CPU has no bf16")
     outputs = []
     for count in (1, rows):
@@ -170,7 +174,7 @@ def lone_and_among(model, rows, rewrite):
         rewrite(copy)
         x = np.random.default_rng(0).standard_normal(copy.inputs[0].get_shape(), np.float32)
         x[0] = np.random.default_rng(1).standard_normal(x.shape[1:], np.float32)
-        compiled = openvino.Core().compile_model(copy, "CPU", {"INFERENCE_PRECISION_HINT": "bf16"})
+        compiled = shared_core().compile_model(copy, "CPU", {"INFERENCE_PRECISION_HINT": "bf16"})
         outputs.append([y[0] for y in compiled(x).values()])
     return outputs
 
@@ -210,7 +214,7 @@ def test_convolutions_of_one_tiny_image_are_those_among_others(size, stride):
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_a_compiled_network_from_the_cache_makes_the_same_bytes(engine, dtype, monkeypatch):
-    if dtype == "bf16" and "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+    if dtype == "bf16" and "BF16" not in shared_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         pytest.skip("this CPU has no bf16")
 
     def images():
@@ -267,3 +271,34 @@ def test_other_threads_and_weights_have_another_address(engine, label_bundle, te
 
 def test_the_text_encoder_is_executed_in_fp32(engine):
     assert engine().engine.executed("text_encoder") == "fp32"
+
+
+FREED_ELSEWHERE = """
+import gc, signal, sys, threading
+import fastgen
+
+held = [fastgen.load(sys.argv[1], "openvino")]
+held[0].generate(labels=["red cube"], num_inference_steps=2)
+
+def free():
+    held.clear()
+    gc.collect()
+
+thread = threading.Thread(target=free)
+thread.start()
+thread.join()
+try:
+    signal.raise_signal(signal.SIGINT)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+def test_ctrl_c_works_after_another_thread_freed_the_engine(label_bundle):
+    done = subprocess.run(
+        [sys.executable, "-X", "faulthandler", "-c", FREED_ELSEWHERE, label_bundle],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, "interrupted\n"), done.stderr

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +64,18 @@ class Lane:
         return [tensor.data for tensor in self.request.output_tensors]
 
 
+@cache
+def shared_core() -> Any:
+    """The process's one `openvino.Core`, which is never freed.
+
+    Its CPU plugin gives the thread that loads it a stack for signal handlers. A plugin that another thread frees, as a garbage
+    collection may, takes that stack away while it is in use (OpenVINO 2026.4): then Ctrl-C is a segmentation fault.
+    """
+    import openvino
+
+    return openvino.Core()
+
+
 class Engine(base.Engine):
     name = "openvino"
     source_kind = "bundle"
@@ -82,7 +95,7 @@ class Engine(base.Engine):
             raise InputError(f"engine openvino runs on cpu, not {device}")
         self.xp = np
         self.device = "cpu"
-        self._core = openvino.Core()
+        self._core = shared_core()
         capabilities = self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         self.dtype = base.choose_dtype(Engine, dtype, "bf16" if "BF16" in capabilities else "fp32")
         if _HINTS[self.dtype].upper() not in ("F32", *(c.upper().replace("FP", "F") for c in capabilities)):

@@ -103,9 +103,9 @@ class Progress:
 
 @contextmanager
 def cancelled_by_ctrl_c(progress: Progress) -> Iterator[None]:
-    """Inside, the first Ctrl-C cancels the build and raises nothing: an exception in the midst of starting or awaiting the
-    build's thread could lose that thread. A second one does what it did before. It changes nothing outside the main thread,
-    which alone gets signals, nor where the process ignores Ctrl-C or handles it in C."""
+    """Inside, the first Ctrl-C cancels the build and raises nothing, so that the thread of the build is always awaited. The
+    second one goes to the handler from before. Nothing changes outside the main thread, which alone gets signals, nor where
+    the process ignores Ctrl-C or handles it in C."""
     before = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(before):
         yield

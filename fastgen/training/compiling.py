@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastgen.errors import FastgenError
 from fastgen.presets.recipe import Training
@@ -13,7 +13,8 @@ from fastgen.training.processes import Processes
 from fastgen.training.state import State
 from fastgen.training.tasks import Task
 
-# With its choice of layouts, torch 2.13 compiles UNets in bf16 for a CPU to code whose gradient is 0 below an upsampling layer.
+OPTIONS = {"fallback_random": True}  # dropout draws what it draws without compilation
+# With this optimisation torch 2.13 compiles a UNet in bf16 on a CPU wrongly: the gradient is 0 below an upsampling layer.
 CPU_OPTIONS = {"layout_optimization": False}
 LARGEST_ERROR = 0.3  # of a parameter's gradient, relative; in bf16 rounding alone gives up to about 0.1
 LEAST_SHARE = 1e-3  # of the norm of all gradients: smaller differences do not count
@@ -21,33 +22,25 @@ SHOWN = 3  # parameters that an error names
 
 
 def compile_checked(task: Task, state: State, recipe: Training, precision: Precision, processes: Processes) -> None:
-    """Compile the module in place, and run one batch through it both ways. Weights that are all 0 are random meanwhile: a last
-    layer of zeros would hide every gradient before it.
+    """Compile the module in place, and run the next batch through it twice, compiled and not.
 
-    Raises FastgenError when the compiled module's gradients are others: it would train, but another network.
+    Meanwhile weights that are all 0 have random values: a last layer of zeros would hide every gradient before it. Afterwards
+    the weights are what they were. Raises FastgenError when the gradients differ: training would go on, with a wrong result.
     """
-    options = dict(CPU_OPTIONS) if precision.device.type == "cpu" else {}
-    if any(isinstance(m, nn.Dropout) and m.p > 0 for m in state.module.modules()):
-        options["fallback_random"] = True  # the same units are dropped
-    state.module.compile(options=options)
+    state.module.compile(options=OPTIONS | (CPU_OPTIONS if precision.device.type == "cpu" else {}))
     zeros = [p for p in state.module.parameters() if not p.any()]
     generator = torch.Generator().manual_seed(recipe.seed)
     try:
         for parameter in zeros:
-            _set(parameter, 0.02 * torch.randn(parameter.shape, generator=generator))
+            parameter.detach().copy_(0.02 * torch.randn(parameter.shape, generator=generator))
         compiled = _gradients(task, state, recipe, precision, processes)
         with torch.compiler.set_stance("force_eager"):
             expected = _gradients(task, state, recipe, precision, processes)
     finally:
         for parameter in zeros:
-            _set(parameter, torch.zeros(parameter.shape))
+            parameter.detach().zero_()
     task.parts(lambda sums: sums)  # forgets the losses of these batches
     _compare(task, expected, compiled)
-
-
-@torch.no_grad()
-def _set(parameter: Tensor, value: Tensor) -> None:
-    parameter.copy_(value)
 
 
 def _gradients(
@@ -62,6 +55,7 @@ def _gradients(
 
 
 def _compare(task: Task, expected: dict[str, Tensor], compiled: dict[str, Tensor]) -> None:
+    """Raises FastgenError when a parameter's compiled gradient is far from the expected one."""
     whole = torch.stack([gradient.norm() for gradient in expected.values()]).norm()
     wrong = {}
     for name, gradient in expected.items():

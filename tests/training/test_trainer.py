@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fastgen.errors import FastgenError, InputError
 from fastgen.models import checkpoints
 from fastgen.presets import Training
+from fastgen.training import optimizers
 from fastgen.training.autocast import choose
 from fastgen.training.contrastive import ContrastiveTask
 from fastgen.training.diffusion import DiffusionTask, NoiseSchedule
@@ -363,28 +364,40 @@ def test_precision_that_a_cpu_lacks_is_refused() -> None:
             choose("auto", "cuda")
 
 
-def test_muon_is_torchs_muon_for_matrices_and_torchs_adamw_for_the_rest() -> None:
+@pytest.mark.parametrize("entries", [2**24, 300], ids=["together", "in several batches"])
+def test_muon_is_torchs_muon_for_matrices_and_torchs_adamw_for_the_rest(
+    entries: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if not hasattr(torch.optim, "Muon"):
         pytest.skip("torch.optim.Muon came with torch 2.9")
+    monkeypatch.setattr(optimizers, "BATCH", entries)
     torch.manual_seed(0)
-    convolution, bias = torch.randn(8, 4, 3, 3), torch.randn(8)
-    ours = nn.Parameter(convolution.clone()), nn.Parameter(bias.clone())
-    theirs = nn.Parameter(convolution.flatten(1).clone()), nn.Parameter(bias.clone())
+    shapes = [(8, 4, 3, 3), (36, 8), (8, 36), (8, 4, 3, 3), (16, 1, 1, 1), (5, 5), (8,), (3,)]
+    values = [torch.randn(shape) for shape in shapes]
+    ours, theirs = [nn.Parameter(v.clone()) for v in values], [nn.Parameter(_matrix(v).clone()) for v in values]
+    unused = nn.Parameter(torch.ones(8, 36))  # has no gradient
     options: dict[str, Any] = {"lr": 0.02, "weight_decay": 0.1}
-    muon = Muon([ours[0]], [ours[1]], torch.bfloat16, betas=(0.9, 0.99), **options)
+    muon = Muon([*ours[:6], unused], ours[6:], torch.bfloat16, betas=(0.9, 0.99), **options)
     references = [
-        torch.optim.Muon([theirs[0]], momentum=0.95, adjust_lr_fn="match_rms_adamw", **options),
-        torch.optim.AdamW([theirs[1]], betas=(0.9, 0.99), **options),
+        torch.optim.Muon(theirs[:6], momentum=0.95, adjust_lr_fn="match_rms_adamw", **options),
+        torch.optim.AdamW(theirs[6:], betas=(0.9, 0.99), **options),
     ]
     for _ in range(5):
-        gradients = torch.randn(8, 4, 3, 3), torch.randn(8)
-        ours[0].grad, ours[1].grad = gradients
-        theirs[0].grad, theirs[1].grad = gradients[0].flatten(1), gradients[1]
+        for our, their in zip(ours, theirs, strict=True):
+            our.grad = torch.randn(our.shape)
+            their.grad = _matrix(our.grad).clone()
         muon.step()
         for reference in references:
             reference.step()
-    torch.testing.assert_close(ours[0].flatten(1), theirs[0], rtol=0, atol=2e-3)  # bf16 products
-    torch.testing.assert_close(ours[1], theirs[1])
+    assert torch.equal(unused, torch.ones(8, 36))
+    for our, their in zip(ours[:6], theirs, strict=False):
+        torch.testing.assert_close(_matrix(our), their, rtol=0, atol=2e-3)  # bf16 products
+    for our, their in zip(ours[6:], theirs[6:], strict=True):
+        torch.testing.assert_close(our, their)
+
+
+def _matrix(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.flatten(1) if tensor.ndim > 1 else tensor
 
 
 def test_a_muon_run_that_continues_equals_an_uninterrupted_one_bit_for_bit(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 from fastgen.errors import InputError
 from fastgen.sampling.probe import CHECK, FIT, LENGTH, ZERO, Trace, continuous, run_probe, start_run
 from fastgen.sampling.schedulers import default_name, make_scheduler
+from fastgen.sampling.stability import refuse_unstable
 from fastgen.sampling.tables import SolverTable, format_key, parse_key
 
 MAX_DEPTH = 16
@@ -84,7 +85,8 @@ class TableCompiler:
         self._schedulers: dict[tuple[str, bool], Any] = {}  # slow to make, quick to copy; probing uses a copy up
 
     def table(self, key: str) -> SolverTable:
-        """The table of a key `NAME:STEPS[:NOISE_STEPS]`. Raises InputError."""
+        """The table of a key `NAME:STEPS[:NOISE_STEPS]`. Raises InputError, also for a solver whose steps are too coarse for
+        the noise schedule, unless it is the model's own: that one is sampled as diffusers samples it."""
         name, steps, noise_steps = parse_key(key)
         whole = steps == self._config.get(
             "num_train_timesteps", 1000
@@ -92,7 +94,12 @@ class TableCompiler:
         if (name, whole) not in self._schedulers:
             config = {**self._config, "steps_offset": 0} if whole else self._config
             self._schedulers[name, whole] = make_scheduler(name, config)
-        return _compile(copy.deepcopy(self._schedulers[name, whole]), steps, noise_steps, name, {})
+        scheduler = self._schedulers[name, whole]
+        table = _compile(copy.deepcopy(scheduler), steps, noise_steps, name, {})
+        if type(scheduler).__name__ != self._config.get("_class_name"):
+            with _labelled(scheduler, name, steps):
+                refuse_unstable(table, scheduler)
+        return table
 
     def common(
         self, on_skip: Callable[[str, InputError], None] = lambda key, error: None

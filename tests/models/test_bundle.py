@@ -160,7 +160,7 @@ def test_a_folder_without_bundle_json_says_how_to_make_one(tmp_path):
         read_bundle(tmp_path)
 
 
-@pytest.mark.parametrize("key", ["ddim:5", "ddpm:1000", "pndm:20", "dpmpp-2m:10", "unipc:20", "heun:5"])
+@pytest.mark.parametrize("key", ["ddim:5", "ddpm:1000", "pndm:20", "dpmpp-2m:10", "unipc:20", "euler:5"])
 def test_stored_solver_tables_are_those_that_the_scheduler_compiles_to(label_bundle, key):
     bundle = read_bundle(label_bundle)
     assert key in bundle.solver_keys()

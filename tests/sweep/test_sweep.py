@@ -108,7 +108,7 @@ def test_the_table_as_csv_and_the_pictures(fastgen, arguments, tmp_path):
     [
         ("ddim", {"guidance_scale": 1.0}),
         ("ddim", {"guidance_scale": 2.0}),
-        ("heun", {"guidance_scale": 2.0}),
+        ("kdpm2", {"guidance_scale": 2.0}),
         ("ddim", {"guidance_scale": 2.0, "guidance_interval": (1, 3)}),
     ],
 )

@@ -556,7 +556,7 @@ def dit_without_variance(folder: Path) -> Piece:
 def conditioned(folder: Path, kind: str, embed: str, latent: bool, dim: int) -> Piece:
     """Labels, or a class with one more that stands for none, through a conditioner."""
     from fastgen.models.folder import Model
-    from fastgen.models.networks.labels import LabelConditioner
+    from fastgen.models.networks.labels import LabelConditioner, label_words
     from fastgen.models.saving import save_model
     from fastgen.sampling.defaults import Sampling
 
@@ -569,12 +569,14 @@ def conditioned(folder: Path, kind: str, embed: str, latent: bool, dim: int) -> 
         else unet(**inside, class_embed_type="identity" if kind == "class_embed" else None)
     )
     torch.manual_seed(4)
-    conditioner = LabelConditioner(kind, count, dim, embed=embed).eval()
+    names = {f"label {i}": i for i in range(count - classes_)}
+    words = label_words(names) if embed == "words" else None
+    conditioner = LabelConditioner(kind, count, dim, embed=embed, words=words).eval()
     scheduler, vae = pixel_scheduler(clip_sample=not latent), kl() if latent else None
     model = Model(
         None, denoiser, json.loads(scheduler.to_json_string()), Sampling("ddim", STEPS, GUIDANCE), conditioner
     )
-    model.names, model.vae = {f"label {i}": i for i in range(count - classes_)}, vae
+    model.names, model.vae = names, vae
     model.null_class = count - 1 if classes_ else None
     save_model(model, folder)
     if classes_:
@@ -598,6 +600,10 @@ def conditioned(folder: Path, kind: str, embed: str, latent: bool, dim: int) -> 
 
 def label_tokens_on_latents(folder: Path) -> Piece:
     return conditioned(folder, "tokens", "tokens", latent=True, dim=32)
+
+
+def label_words_on_latents(folder: Path) -> Piece:
+    return conditioned(folder, "tokens", "words", latent=True, dim=32)
 
 
 def labels_on_latents(folder: Path) -> Piece:
@@ -633,7 +639,8 @@ ENTRIES: dict[str, Callable[[Path], Piece]] = {
         *(xl, xl_empty_prompt, xl_channel_statistics, text_and_class, text_and_number, text_and_projected_labels),
         *(text_and_simply_projected_labels, text_to_pixels, unconditional, grey_pixels, learned_variance),
         *(fourier_pixels, learned_time, skip_blocks, class_ids, class_number, quantised_latents, dit_classes),
-        *(dit_without_variance, label_tokens_on_latents, labels_on_latents, label_planes, class_planes),
+        *(dit_without_variance, label_tokens_on_latents, label_words_on_latents),
+        *(labels_on_latents, label_planes, class_planes),
         *(class_token_on_latents,),
     )
 }

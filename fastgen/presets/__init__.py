@@ -18,7 +18,7 @@ from fastgen.sampling.defaults import Sampling
 IMAGE_MODES = ("stretch", "pad", "crop", "figure")
 OPTIONAL = ("loss", "loss_from_epoch", "preview", "sampling", "config")  # tables that a preset may leave out
 CONDITIONERS = ("class_embed", "concat", "broadcast", "tokens")
-EMBEDS = ("linear", "identity", "embedding", "tokens")
+EMBEDS = ("linear", "identity", "embedding", "tokens", "words")
 CONDITIONER_KEYS = ("kind", "dim", "hidden", "embed")
 FAMILIES = {
     "text": "text_encoder",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,14 +13,15 @@ from fastgen.generate.requests import Request, multi_hot
 from fastgen.models import evaluator
 from fastgen.models.build import build_module, build_text_encoder, load_text_encoder, load_vae
 from fastgen.models.folder import Model
-from fastgen.models.networks.labels import LabelConditioner, conditioner_dim, unet_class
+from fastgen.models.networks.autoencoder import standardise
+from fastgen.models.networks.labels import LabelConditioner, conditioner_dim, label_words, unet_class
 from fastgen.models.saving import save_model
 from fastgen.presets import NetworkPreset, Preset, Training
 from fastgen.training.bpe import train_tokenizer
 from fastgen.training.classifier import AttributeTask, ClassifierTask
 from fastgen.training.contrastive import ContrastiveTask
 from fastgen.training.diffusion import DiffusionTask, NoiseSchedule
-from fastgen.training.encode import cached_moments, cached_states, latent_scale, tokenize
+from fastgen.training.encode import cached_moments, cached_states, latent_scale, latent_statistics, tokenize
 from fastgen.training.examples import Examples
 from fastgen.training.losses import Objective, objective_of, refuse_unet_keys
 from fastgen.training.previews import (
@@ -77,7 +78,7 @@ def _assemble(preset: Preset, data: Examples) -> Model:
         count = len(objects)
         if table.get("embed") == "embedding":  # one more class, which stands for none
             model.null_class, count = len(objects), len(objects) + 1
-        model.conditioner = LabelConditioner(num_labels=count, **_conditioner(table, unet.config, count))
+        model.conditioner = LabelConditioner(num_labels=count, **_conditioner(table, unet.config, count, objects))
     elif config.get("num_class_embeds") or config.get("class_embed_type"):
         raise InputError(
             "unet.config: class_embed_type, num_class_embeds: labels and classes have a [conditioner] of their own"
@@ -198,11 +199,13 @@ def _text_encoder(preset: Preset, data: Examples) -> tuple[Any, Any]:
     return build_text_encoder(network.config, tokenizer, _recipe(network, "text_encoder").seed), tokenizer
 
 
-def _conditioner(table: dict[str, Any], unet: Any, count: int) -> dict[str, Any]:
-    """The preset's table with its width, which the UNet says."""
+def _conditioner(table: dict[str, Any], unet: Any, count: int, names: Mapping[str, int]) -> dict[str, Any]:
+    """The preset's table with its width, which the UNet says, and the words of the labels where it embeds them."""
     width, where = conditioner_dim(table["kind"], unet)
     if table.setdefault("dim", width) != width:
         raise InputError(f"conditioner.dim = {table['dim']}: expected {width}, {where}")
+    if table.get("embed") == "words":
+        table["words"] = label_words(names)
     if table.get("embed") == "identity" and width != count:
         raise InputError(
             f"conditioner.embed = 'identity': the data have {count} labels, the UNet takes {width} ({where})"
@@ -223,6 +226,17 @@ def _fit_vae(vae: Any, preset: Preset, data: Examples, job: Job) -> None:
     run = job.run("vae", recipe.precision)
     rows = data.rows(recipe)
     fit(VaeTask(vae, data.images, rows, run.precision.device, flip=recipe.flip, loss=recipe.loss), recipe, run)
+    if vae.quant_conv is not None:
+        _standardise(vae, data.images, rows[0], job, run.precision.device)
+
+
+def _standardise(vae: Any, images: np.ndarray, rows: np.ndarray, job: Job, device: torch.device) -> None:
+    """Latents of zero mean and unit variance in every channel: the noise schedule assumes it, and trained autoencoders have
+    channels that differ several times. All processes take the main one's figures."""
+    statistics = torch.zeros(2, vae.config.latent_channels, device=device)
+    if job.processes.is_main:
+        statistics = latent_statistics(vae, images, rows, device)
+    standardise(vae, *job.processes.sum(statistics))
 
 
 def _fit_text_encoder(encoder: Any, tokenizer: Any, preset: Preset, data: Examples, job: Job) -> None:

@@ -13,6 +13,7 @@ from fastgen.errors import InputError
 from fastgen.models.condition import CLASS
 from fastgen.models.folder import LabelConditioner, load_model
 from fastgen.models.networks.denoiser import Denoiser
+from fastgen.models.networks.labels import label_words, load_conditioner, save_conditioner
 from fastgen.models.saving import save_model
 
 
@@ -78,6 +79,44 @@ def test_the_concat_conditioner_feeds_the_labels_as_channels():
         planes = conditioner.embed(labels)[:, :, None, None] * torch.ones(2, 5, 8, 8)
         expected = unet(torch.cat([x, planes], 1), t).sample
     torch.testing.assert_close(found, expected)
+
+
+def test_labels_share_the_embeddings_of_their_words(tmp_path):
+    names = {"red cube": 0, "red_sphere": 2, "small blue cube": 1}
+    words = label_words(names)
+    assert words == [[0, 1], [2, 3, 1], [0, 4]]
+    torch.manual_seed(0)
+    conditioner = LabelConditioner("tokens", 3, 8, embed="words", words=words)
+    rows, absent = conditioner.embed.present.weight, conditioner.embed.absent
+    expected = torch.stack([torch.stack([(rows[0] + rows[1]) / 2, absent, absent]), torch.stack([absent] * 3)])
+    expected[1, 1] = (rows[2] + rows[3] + rows[1]) / 3
+    torch.testing.assert_close(conditioner(torch.tensor([[1.0, 0, 0], [0, 1, 0]])), expected)
+    save_conditioner(conditioner, tmp_path / "words")
+    again = load_conditioner(tmp_path / "words")
+    assert torch.equal(again(torch.eye(3)), conditioner(torch.eye(3)))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"words": None},
+        {"words": [[0]]},
+        {"words": [[0], [], [1]]},
+        {"words": [[0], [-1], [1]]},
+        {"words": [[0], [1.5], [1]]},
+        {"words": 3},
+        {"words": ["ab", "c", "d"]},
+        {"words": [[0], [10**12], [1]]},
+        {"kind": "class_embed"},
+        {"embed": "tokens"},
+    ],
+    ids=str,
+)
+def test_words_that_do_not_fit_are_one_clear_line(tmp_path, change):
+    config = {"kind": "tokens", "num_labels": 3, "dim": 8, "embed": "words", "words": [[0, 1], [2, 1], [0, 3]]}
+    with pytest.raises(InputError, match="conditioner") as caught:
+        LabelConditioner(**config | change)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,7 @@ CONDITIONS: dict[str, tuple[str, int, str, dict]] = {
     "planes": ('[conditioner]\nkind = "concat"\ndim = 5\n', 5, SELF, {"labels": [["red"]]}),
     "label planes": ('[conditioner]\nkind = "concat"\nembed = "identity"\n', 5, SELF, {"labels": [["red"]]}),
     "tokens": ('[conditioner]\nkind = "tokens"\n', 0, CROSS, {"labels": [["blue", "small"]]}),
+    "words": ('[conditioner]\nkind = "tokens"\nembed = "words"\n', 0, CROSS, {"labels": [["blue", "small"]]}),
     "class": (
         '[conditioner]\nkind = "class_embed"\nembed = "embedding"\n',
         0,

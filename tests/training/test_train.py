@@ -13,11 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file
 
 from fastgen.errors import InputError
 from fastgen.models.folder import load_model
+from fastgen.models.networks.autoencoder import standardise
 from fastgen.presets import NetworkPreset, Preset, Training, load_preset
 from fastgen.training import train
 
@@ -305,6 +307,40 @@ def test_a_text_model_loads_in_diffusers_and_generates(described: Path, tmp_path
     assert pipeline.vae.config.scaling_factor == ours.space.scaling_factor != 0.18215
     image = pipeline("a red slime", num_inference_steps=2, output_type="np", height=32, width=32).images[0]
     assert image.shape == (32, 32, 3)
+
+
+def test_the_latents_of_a_trained_autoencoder_have_zero_mean_and_unit_variance_in_every_channel(
+    described: Path, tmp_path: Path
+) -> None:
+    out = train(preset_of(TEXT_PRESET, tmp_path), described, tmp_path / "model", progress=False)
+    model: Any = load_model(out)
+    pictures = [
+        np.asarray(Image.open(file).convert("RGB").resize((32, 32))) for file in sorted(described.rglob("*.png"))
+    ]
+    x = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) / 127.5 - 1
+    with torch.no_grad():
+        latents = model.vae.encode(x).latent_dist.mean * model.space.scaling_factor
+    assert model.space.scaling_factor == pytest.approx(1, abs=0.1)
+    assert latents.mean(dim=(0, 2, 3)).abs().max() < 0.2
+    assert (latents.std(dim=(0, 2, 3)) - 1).abs().max() < 0.25
+
+
+def test_standardised_latents_leave_the_autoencoder_as_it_was() -> None:
+    vae: Any = load_preset("iclevr-latents").vae
+    torch.manual_seed(0)
+    vae = AutoencoderKL(**vae.config).eval()
+    x, mean, std = torch.rand(4, 3, 64, 64) * 2 - 1, torch.randn(16), torch.rand(16) + 0.2
+    with torch.no_grad():
+        before = vae.encode(x).latent_dist
+        picture = vae.decode(before.mean).sample
+        standardise(vae, mean, std)
+        after = vae.encode(x).latent_dist
+        torch.testing.assert_close(vae.decode(after.mean).sample, picture)
+    shape = (1, 16, 1, 1)
+    torch.testing.assert_close(after.mean, (before.mean - mean.view(shape)) / std.view(shape))
+    torch.testing.assert_close(after.std, before.std / std.view(shape))
+    with pytest.raises(ValueError, match="no quant_conv"):
+        standardise(AutoencoderKL(use_quant_conv=False), mean, std)
 
 
 def test_pooled_text_is_taken_at_the_end_token(described: Path, tmp_path: Path) -> None:

@@ -36,6 +36,24 @@ class VaeEncoder(nn.Module):
         return moments(self.vae, sample)
 
 
+@torch.no_grad()
+def standardise(vae: Any, mean: Tensor, std: Tensor) -> None:
+    """Replace the latents z of an AutoencoderKL by (z - mean) / std, channel by channel; mean and std (C,).
+
+    Its 1x1 convolutions after the encoder and before the decoder take this up, so that it reconstructs as before, and whoever
+    knows only `scaling_factor` needs to know nothing else. Raises ValueError for an autoencoder without them.
+    """
+    after, before = vae.quant_conv, vae.post_quant_conv
+    if after is None or before is None:
+        raise ValueError("the autoencoder has no quant_conv and post_quant_conv")
+    channels = len(mean)
+    after.weight[:channels] /= std[:, None, None, None]
+    after.bias[:channels] = (after.bias[:channels] - mean) / std
+    after.bias[channels:] -= 2 * std.log()  # of the log-variance
+    before.bias += before.weight[:, :, 0, 0] @ mean
+    before.weight *= std[None, :, None, None]
+
+
 def moments(vae: Any, x: Tensor) -> Tensor:
     """Mean and log-variance of the latents (B, 2C, h, w) of an AutoencoderKL, AutoencoderTiny or VQModel."""
     hidden = vae.encoder(x)

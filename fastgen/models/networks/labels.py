@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from fastgen.errors import InputError, unknown
-from fastgen.files.jsonfiles import read_json, write_json
+from fastgen.files.jsonfiles import brief, read_json, write_json
 from fastgen.models.layout import DENOISERS
 
 KINDS = ("class_embed", "concat", "broadcast", "tokens")
-EMBEDS = ("linear", "identity", "embedding", "tokens")
+EMBEDS = ("linear", "identity", "embedding", "tokens", "words")
 
 
 class LabelConditioner(nn.Module):
@@ -25,14 +25,24 @@ class LabelConditioner(nn.Module):
     (dim = its `label_dim`), "tokens" goes into cross-attention.
     `embed` says how: "linear" is a Linear, or Linear-SiLU-Linear when `hidden` > 0; "identity" are the labels themselves
     (dim = num_labels); "embedding" is a row of a table for each class id; of kind "tokens" these three give a single token, and
-    "tokens", the default there, one for each label, which absent labels share.
+    "tokens", the default there, one for each label, which absent labels share; "words" is that with the mean of the rows of a
+    label's `words`, indices from 0 as `label_words` gives them, so that "red cube" and "red sphere" share what is red.
     """
 
-    def __init__(self, kind: str, num_labels: int, dim: int, hidden: int = 0, embed: str | None = None) -> None:
+    def __init__(
+        self,
+        kind: str,
+        num_labels: int,
+        dim: int,
+        hidden: int = 0,
+        embed: str | None = None,
+        words: list[list[int]] | None = None,
+    ) -> None:
         super().__init__()
         default = "tokens" if kind == "tokens" else "linear"
         embed = embed or default
-        if kind not in KINDS or embed not in EMBEDS or (embed == "tokens" != kind):
+        per_label = embed in ("tokens", "words")
+        if kind not in KINDS or embed not in EMBEDS or (per_label and kind != "tokens"):
             raise InputError(
                 f"conditioner: found {kind!r} with {embed!r}, expected one of {KINDS} with one of {EMBEDS}"
             )
@@ -41,17 +51,21 @@ class LabelConditioner(nn.Module):
         self.config: dict[str, Any] = {"kind": kind, "num_labels": num_labels, "dim": dim, "hidden": hidden}
         self.config |= {} if embed == default else {"embed": embed}
         self.kind, self.takes_class = kind, embed == "embedding"
-        self._one_token = kind == "tokens" != embed
-        self.embed = _embedding(embed, num_labels, dim, hidden)
+        self._one_token = kind == "tokens" and not per_label
+        if (words is None) == (embed == "words") or (words is not None and not _are_words(words, num_labels)):
+            expected = f"expected a list of words for each of {num_labels} labels, with embed = 'words' alone"
+            raise InputError(f"conditioner: embed = {embed!r} with words = {brief(words)}: {expected}")
+        self.config |= {} if words is None else {"words": words}
+        self.embed = _embedding(embed, num_labels, dim, hidden, words)
 
     def forward(self, class_labels: Tensor) -> Tensor:
         embedding = self.embed(class_labels)
         return embedding[:, None] if self._one_token else embedding
 
 
-def _embedding(embed: str, num_labels: int, dim: int, hidden: int) -> nn.Module:
-    if embed == "tokens":
-        return LabelTokens(num_labels, dim)
+def _embedding(embed: str, num_labels: int, dim: int, hidden: int, words: list[list[int]] | None) -> nn.Module:
+    if embed in ("tokens", "words"):
+        return LabelTokens([[label] for label in range(num_labels)] if words is None else words, dim)
     if embed == "identity":
         return nn.Identity()
     if embed == "embedding":
@@ -62,17 +76,42 @@ def _embedding(embed: str, num_labels: int, dim: int, hidden: int) -> nn.Module:
 
 
 class LabelTokens(nn.Module):
-    """Multi-hot labels (B, K) -> tokens (B, K, dim) for cross-attention: a row of its own for each label that is present, one
-    common row for all that are absent. So without labels all tokens are equal: the unconditional sequence."""
+    """Multi-hot labels (B, K) -> tokens (B, K, dim) for cross-attention: for each label that is present the mean of the rows of
+    its `words`, one common row for all that are absent. So without labels all tokens are equal: the unconditional sequence."""
 
-    def __init__(self, num_labels: int, dim: int) -> None:
+    shares: Tensor
+
+    def __init__(self, words: list[list[int]], dim: int) -> None:
         super().__init__()
-        self.present = nn.Embedding(num_labels, dim)
+        count = 1 + max(index for indices in words for index in indices)
+        self.present = nn.Embedding(count, dim)
         self.absent = nn.Parameter(torch.randn(dim))
+        shares = torch.zeros(len(words), count)
+        for label, indices in enumerate(words):
+            for index in indices:
+                shares[label, index] += 1 / len(indices)
+        self.register_buffer("shares", shares, persistent=False)
 
     def forward(self, class_labels: Tensor) -> Tensor:
         share = class_labels[:, :, None]  # (B, K, 1)
-        return share * self.present.weight + (1 - share) * self.absent
+        return share * (self.shares @ self.present.weight) + (1 - share) * self.absent
+
+
+def _are_words(words: Any, num_labels: int) -> bool:
+    """Whether these are lists of indices, one for each label, without a gap."""
+    if not isinstance(words, list) or not all(isinstance(indices, list) and indices for indices in words):
+        return False
+    indices = [index for label in words for index in label]
+    if not all(isinstance(index, int) for index in indices):
+        return False
+    return len(words) == num_labels and set(indices) == set(range(len(set(indices))))
+
+
+def label_words(names: Mapping[str, int]) -> list[list[int]]:
+    """For each label, in the order of its index, the indices of the words of its name, which blanks and underscores part."""
+    known: dict[str, int] = {}
+    ordered = sorted(names, key=lambda name: names[name])
+    return [[known.setdefault(word, len(known)) for word in name.replace("_", " ").split()] for name in ordered]
 
 
 def unet_class(kind: str | None, config: Mapping[str, Any]) -> Any:

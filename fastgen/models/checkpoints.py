@@ -88,6 +88,16 @@ def latest(parent: Path, warn: Callable[[str], None]) -> Checkpoint | None:
     return None
 
 
+def best(parent: Path, warn: Callable[[str], None]) -> Checkpoint | None:
+    """The averaged weights with the lowest loss; `warn` gets a line where they are damaged."""
+    if not (parent / BEST).is_dir():
+        return None
+    problem, checkpoint = _verify(parent / BEST)
+    if checkpoint is None:
+        warn(f"warning: {parent / BEST}: {problem}; beginning without it")
+    return checkpoint
+
+
 def read(folder: Path) -> Checkpoint:
     """The checkpoint in `folder`. Raises InputError when there is none, or when it is damaged."""
     if not folder.is_dir():

@@ -235,10 +235,16 @@ def _build(cls: type[Any], values: Mapping[str, Any], where: str) -> Any:
 
 
 def _convert(value: Any, spec: dataclasses.Field[Any], where: str) -> Any:
-    kinds: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
+    kinds: dict[str, tuple[type, ...]] = {
+        "int": (int,),
+        "float": (int, float),
+        "bool": (bool,),
+        "bool | str": (bool, str),
+        "str": (str,),
+    }
     kind = str(spec.type).removesuffix(" | None")
     if kind in kinds:
-        right = isinstance(value, kinds[kind]) and (kind == "bool" or not isinstance(value, bool))
+        right = isinstance(value, kinds[kind]) and (bool in kinds[kind] or not isinstance(value, bool))
         check(right, where, value, f"a value of type {kind}")
     elif kind.startswith("tuple"):
         check(isinstance(value, list) and all(map(_is_number, value)), where, value, "a list of numbers")

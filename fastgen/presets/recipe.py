@@ -66,7 +66,7 @@ class Training:
     further_ema_decays: tuple[float, ...] = ()  # kept in the checkpoints beside it
     ema_from_epoch: float = 0
     precision: str = "auto"  # auto: bf16 where the hardware has it, else fp32
-    compile: bool = False  # torch.compile
+    compile: bool | str = False  # torch.compile; auto: in runs that are long enough, where a compiler is installed
     condition_dropout: float = 0.1  # share of examples trained with the empty prompt or all-zero labels
     flip: bool = False
     color_jitter: float = 0  # largest relative change of brightness, contrast and saturation
@@ -105,6 +105,7 @@ class Training:
             check(0 < getattr(self, name) < 1, f"train.{name}", getattr(self, name), "a share in (0, 1)")
         betas = len(self.adam_betas) == 2 and all(0 <= beta < 1 for beta in self.adam_betas)
         check(betas, "train.adam_betas", list(self.adam_betas), "two numbers, 0 <= beta < 1")
+        check(self.compile in (True, False, "auto"), "train.compile", self.compile, "true, false or 'auto'")
         choice("train.precision", self.precision, PRECISIONS)
         choice("train.optimizer", self.optimizer, OPTIMIZERS)
         choice("train.lr_schedule", self.lr_schedule, LR_SCHEDULES)

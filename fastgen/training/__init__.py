@@ -13,7 +13,7 @@ from fastgen.training.autocast import choose
 from fastgen.training.examples import load_examples
 from fastgen.training.logs import say
 from fastgen.training.processes import join
-from fastgen.training.run_folder import flat, open_job
+from fastgen.training.run_folder import check_branch_point, flat, open_job
 from fastgen.training.stages import train_evaluator, train_model
 from fastgen.training.trackers import tracking
 
@@ -37,14 +37,16 @@ def train(
     finished job it does nothing. `accelerate launch` starts several processes, which share every batch.
     `skip_bad` leaves unreadable images out. `device`: "cpu", "cuda", ...; the GPU if there is one. `tracker`: see
     `trackers.tracking`. `resume`: the checkpoint of another run, RUN/checkpoints/STAGE/step-NNNNNN, at which this one begins.
-    Raises InputError for data that does not suit the preset and for a folder with another job, FastgenError when the loss is
-    not finite or the disk is full.
+    Raises InputError for data that does not suit the preset, for a folder with another job, and for a `resume` that is no
+    checkpoint; FastgenError when the loss is not finite or the disk is full.
     """
     out = Path(out)
     dataset = data if isinstance(data, Dataset) else read_dataset(data)
     if preset.evaluator is not None:
         dataset = with_labels(dataset)
     target = choose("fp32", device).device
+    if resume is not None:
+        check_branch_point(resume)
     processes = join(target)
     with processes.main_first():
         job = open_job(out, preset, dataset.fingerprint, device=device, progress=progress, processes=processes)

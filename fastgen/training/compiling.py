@@ -7,9 +7,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fastgen.errors import FastgenError
+from fastgen.errors import FastgenError, first_line
 from fastgen.presets.recipe import Training
 from fastgen.training.autocast import Precision
+from fastgen.training.logs import say
 from fastgen.training.optimise import gradients
 from fastgen.training.processes import Processes
 from fastgen.training.state import State
@@ -18,18 +19,35 @@ from fastgen.training.tasks import Task
 OPTIONS = {"fallback_random": True}  # dropout draws what it draws without compilation
 # With this optimisation torch 2.13 compiles a UNet in bf16 on a CPU wrongly: the gradient is 0 below an upsampling layer.
 CPU_OPTIONS = {"layout_optimization": False}
+AUTO_STEPS = 500  # fewer are over before compilation, a minute or more, has paid
 LARGEST_ERROR = 0.3  # of a parameter's gradient, relative; larger ones are held against fp32
 ROUNDING = 3.0  # times the error that the network itself has against fp32: what rounding may do
 LEAST_SHARE = 1e-3  # of the norm of all gradients: smaller differences do not count
+REMEDY = "; train with compile = false"
 SHOWN = 3  # parameters that an error names
+
+
+def prepare(task: Task, state: State, recipe: Training, precision: Precision, processes: Processes) -> None:
+    """Compile the module in place where the recipe says so. With "auto" that is where at least AUTO_STEPS steps are left; where
+    it fails then, a line says why, and training goes on without it."""
+    left = recipe.steps - state.step
+    if recipe.compile is True and left:
+        compile_checked(task, state, recipe, precision, processes)
+    elif recipe.compile == "auto" and left >= AUTO_STEPS:
+        try:
+            compile_checked(task, state, recipe, precision, processes)
+        except FastgenError as error:
+            state.module._compiled_call_impl = None  # what nn.Module.compile sets
+            state.optimizer.zero_grad(set_to_none=True)
+            say(f"note: {str(error).removesuffix(REMEDY)}; training goes on without it")
 
 
 def compile_checked(task: Task, state: State, recipe: Training, precision: Precision, processes: Processes) -> None:
     """Compile the module in place, and run the next batch through it twice, compiled and not.
 
     Meanwhile weights that are all 0 have random values: a last layer of zeros would hide every gradient before it. Afterwards
-    the weights are what they were. Raises FastgenError when the gradients differ by more than rounding: training would go on,
-    with a wrong result.
+    the weights are what they were. Raises FastgenError when it cannot be compiled, as without a C++ compiler, and when the
+    gradients differ by more than rounding: training would go on, with a wrong result.
     """
     state.module.compile(options=OPTIONS | (CPU_OPTIONS if precision.device.type == "cpu" else {}))
     zeros = [p for p in state.module.parameters() if not p.any()]
@@ -37,7 +55,11 @@ def compile_checked(task: Task, state: State, recipe: Training, precision: Preci
     try:
         for parameter in zeros:
             parameter.detach().copy_(0.02 * torch.randn(parameter.shape, generator=generator))
-        compiled = _gradients(task, state, recipe, precision, processes)
+        try:
+            compiled = _gradients(task, state, recipe, precision, processes)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            reason = first_line(getattr(error, "inner_exception", error))
+            raise FastgenError(f"{task.name}: torch.compile does not work here: {reason}{REMEDY}") from None
         with torch.compiler.set_stance("force_eager"):
             expected = _gradients(task, state, recipe, precision, processes)
             wrong = _far(compiled, expected)
@@ -53,7 +75,7 @@ def compile_checked(task: Task, state: State, recipe: Training, precision: Preci
         more = f" and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
         raise FastgenError(
             f"{task.name}: torch.compile (torch {torch.__version__}) computes other gradients than the network itself: {shown}"
-            f"{more}; train with compile = false"
+            f"{more}{REMEDY}"
         )
 
 

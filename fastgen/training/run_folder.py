@@ -25,6 +25,7 @@ from fastgen.training.processes import Processes
 from fastgen.training.trainer import TrainingRun
 
 FILE = "training.json"
+STAGES = ("vae", "text_encoder", "unet", "evaluator")  # in the order in which they are trained
 # Keys of a recipe that do not change the trained weights: they may differ when a job continues.
 OPERATIONAL = (
     "checkpoint_every",
@@ -118,12 +119,27 @@ def open_job(folder: Path, preset: Preset, fingerprint: str, **settings: Any) ->
     return Job(folder, identity, **settings)
 
 
+def check_branch_point(checkpoint: Path) -> None:
+    """Raises InputError unless `checkpoint` is RUN/checkpoints/STAGE/step-NNNNNN, and intact."""
+    if checkpoint.parent.name not in STAGES:
+        expected = f"RUN/checkpoints/STAGE/step-000500, STAGE one of {', '.join(STAGES)}"
+        raise InputError(f"{checkpoint}: is no checkpoint to resume from; expected {expected}")
+    checkpoints.read(checkpoint)
+
+
 def _branch_point(checkpoint: Path, stage: str) -> Checkpoint | None:
-    """The checkpoint of another run at which `stage` begins. `checkpoint` is RUN/checkpoints/STAGE/step-NNNNNN: for its own
-    stage that one, for another the latest of the same stage in RUN."""
+    """The checkpoint of another run at which `stage` begins, None for a stage that comes later. `checkpoint` is
+    RUN/checkpoints/STAGE/step-NNNNNN: for its own stage that one, for another the latest of the same stage in RUN.
+
+    Raises InputError when RUN has none of an earlier stage: `checkpoint` was trained with its network.
+    """
     if checkpoint.parent.name == stage:
         return checkpoints.read(checkpoint)
-    return checkpoints.latest(checkpoint.parent.parent / stage, say)
+    found = checkpoints.latest(checkpoint.parent.parent / stage, say)
+    if found is None and STAGES.index(stage) < STAGES.index(checkpoint.parent.name):
+        missing = checkpoint.parent.parent / stage
+        raise InputError(f"{missing}: holds no checkpoint, and {checkpoint} was trained with that network")
+    return found
 
 
 def _plain(preset: Preset) -> dict[str, Any]:

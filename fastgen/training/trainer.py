@@ -16,7 +16,7 @@ from fastgen.models import checkpoints
 from fastgen.models.checkpoints import Checkpoint
 from fastgen.presets.recipe import Training
 from fastgen.training.autocast import Precision
-from fastgen.training.compiling import compile_checked
+from fastgen.training.compiling import prepare
 from fastgen.training.curves import plot_losses
 from fastgen.training.draws import VALIDATION, Draws
 from fastgen.training.logs import TrainingLog, say
@@ -47,15 +47,16 @@ def fit(task: Task, recipe: Training, run: TrainingRun) -> None:
     """Optimise `task.module` by the recipe, from the newest intact checkpoint on. At the end the module is in eval mode and
     has the averaged weights, the last or the best ones.
 
-    Raises FastgenError when the loss is not finite, a checkpoint cannot be written, or torch.compile gives other gradients.
+    Raises FastgenError when the loss is not finite, a checkpoint cannot be written, or torch.compile fails or gives
+    other gradients where the recipe asks for it.
     """
     check_accumulation(task, recipe.accumulation)
     recipe = recipe.for_examples(len(task.train_rows))
-    state = begin(task, recipe, run)
+    with run.processes.main_first():
+        state = begin(task, recipe, run)
     if run.processes.is_main:
         run.log.rewind(task.name, state.step)
-    if recipe.compile and state.step < recipe.steps:
-        compile_checked(task, state, recipe, run.precision, run.processes)
+    prepare(task, state, recipe, run.precision, run.processes)
     show = run.progress and run.processes.is_main
     with tqdm(total=recipe.steps, initial=state.step, desc=task.name, unit="step", disable=not show) as bar:
         clock, last_plot = (time.perf_counter(), state.step), time.perf_counter()
@@ -87,17 +88,39 @@ def fit(task: Task, recipe: Training, run: TrainingRun) -> None:
 
 
 def begin(task: Task, recipe: Training, run: TrainingRun) -> State:
-    """The state at the newest intact checkpoint of this stage, else at `run.resume`, or the initial one."""
+    """The state at the newest intact checkpoint of this stage, else at `run.resume`, or the initial one.
+
+    A run that begins at another's checkpoint writes it as its own first one, so that it needs the other no more.
+    """
     state = initial(task.module, recipe, run.precision, len(task.train_rows))
     checkpoint = checkpoints.latest(run.checkpoints, say)
     if checkpoint is not None and checkpoint.extra["job"] != run.job:
         raise InputError(f"{checkpoint.folder}: belongs to another job; delete {run.checkpoints}, or use another --out")
+    branch = run.resume if checkpoint is None else None
     checkpoint = checkpoint or run.resume
     if checkpoint is not None:
         load(state, checkpoint)
+        if branch is not None:
+            _branch_off(branch, state, recipe, run)
         if 0 < state.step < recipe.steps:
             say(f"{task.name}: continues at step {state.step} of {recipe.steps}")
     return state
+
+
+def _branch_off(branch: Checkpoint, state: State, recipe: Training, run: TrainingRun) -> None:
+    if state.step > recipe.steps:
+        raise InputError(f"{branch.folder}: is at step {state.step}, the recipe ends at {recipe.steps}")
+    best = checkpoints.best(branch.folder.parent, say)
+    if (
+        best is not None and best.step != state.progress.best_step
+    ):  # of a later step: the branch does not come from there
+        best = None
+    if best is None:
+        state.progress.best, state.progress.best_step = None, 0
+    if run.processes.is_main:
+        if best is not None:
+            checkpoints.save_best(run.checkpoints, best.step, best.load("ema"), {**best.extra, "job": run.job})
+        save(state, run.checkpoints, run.job, recipe.checkpoint_limit)
 
 
 def log_row(task: Task, state: State, recipe: Training, run: TrainingRun) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -119,3 +120,49 @@ def test_every_layer_of_a_compiled_unet_learns(tmp_path: Path, precision: str) -
     found = trained(tmp_path, COMPILED, task, precision)
     assert {name.split(".")[1] for name in zeros} == {"down_blocks", "mid_block", "up_blocks", "conv_out"}
     assert [name for name in zeros if not found[name].any()] == []
+
+
+@pytest.fixture
+def no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    import torch._inductor.config as options
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    torch._dynamo.reset()
+    with options.patch({"cpp.cxx": ("no-such-compiler",)}):
+        yield
+
+
+def test_without_a_compiler_it_is_one_line_that_says_so(tmp_path: Path, no_compiler: None) -> None:
+    with pytest.raises(
+        FastgenError, match=r"^unet: torch\.compile does not work here: .*ompiler.*; train with"
+    ) as raised:
+        trained(tmp_path / "run", COMPILED)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("fault", ["no compiler", "other gradients"])
+def test_where_compilation_is_not_demanded_training_goes_on_without_it(
+    tmp_path: Path, fault: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    expected = trained(tmp_path / "eager", replace(COMPILED, compile=False))
+    task = diffusion_task()
+    if fault == "no compiler":
+        request.getfixturevalue("no_compiler")
+    else:
+        task.module.__class__ = Detached
+    monkeypatch.setattr("fastgen.training.compiling.AUTO_STEPS", COMPILED.steps)
+    found = trained(tmp_path / "auto", replace(COMPILED, compile="auto"), task)
+    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "torch.compile" in line]
+    assert line.startswith("note: unet: torch.compile ")
+    assert line.endswith("; training goes on without it")
+
+
+def test_a_short_run_is_not_compiled_unless_it_must(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def compiled(*_: Any, **__: Any) -> None:
+        raise AssertionError("compiled")
+
+    monkeypatch.setattr(nn.Module, "compile", compiled)
+    trained(tmp_path / "auto", replace(COMPILED, compile="auto"))
+    with pytest.raises(AssertionError, match="compiled"):
+        trained(tmp_path / "must", COMPILED)

@@ -519,6 +519,23 @@ def test_a_run_that_branches_off_a_checkpoint_equals_the_run_it_left(tmp_path: P
     assert min(row["step"] for row in figures(tmp_path / "branch")) > 8
 
 
+@pytest.mark.parametrize("step", [8, 24])
+def test_a_branch_begins_with_the_best_weights_that_were_found_before_it(tmp_path: Path, step: int) -> None:
+    recipe = replace(RECIPE, checkpoint_limit=0, final="best-validation", learning_rate=1e-5)
+    trained(tmp_path / "whole", recipe)
+    kept = tmp_path / "whole" / "checkpoints"
+    best = checkpoints.read(kept / checkpoints.BEST)
+    assert best.step == 24  # so nothing is kept of what was the best at step 8
+    run = run_in(tmp_path / "branch", "b")
+    run.log.path.parent.mkdir()
+    task = diffusion_task()
+    fit(task, recipe, replace(run, resume=checkpoints.read(kept / f"step-{step:06d}")))
+    again = checkpoints.read(run.checkpoints / checkpoints.BEST)
+    assert again.step == 24
+    assert all(torch.equal(again.load("ema")[name], value) for name, value in best.load("ema").items())
+    assert all(torch.equal(again.load("ema")[name], value) for name, value in task.module.state_dict().items())
+
+
 def test_a_checkpoint_of_another_architecture_is_refused_key_by_key(tmp_path: Path) -> None:
     trained(tmp_path / "a")
     task = diffusion_task()

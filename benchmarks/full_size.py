@@ -89,7 +89,7 @@ def _task(preset: Preset, device: Any) -> Any:
     from fastgen.models.build import build_module
     from fastgen.models.condition import CLASS, STATES
     from fastgen.models.networks.denoiser import Denoiser
-    from fastgen.models.networks.labels import LabelConditioner, unet_class
+    from fastgen.models.networks.labels import conditioner_for, unet_class
     from fastgen.training.diffusion import DiffusionTask
     from fastgen.training.sources import CaptionSource, LabelSource, PixelSpace
 
@@ -106,7 +106,7 @@ def _task(preset: Preset, device: Any) -> Any:
         conditions = CaptionSource(states, list(examples[:, None]), device)
     else:
         unet = build_module(unet_class(preset.conditioner["kind"], config), config, "unet", recipe.seed)
-        conditioner = LabelConditioner(num_labels=len(ICLEVR_OBJECTS), **preset.conditioner)
+        conditioner = conditioner_for(preset.conditioner, unet.config, ICLEVR_OBJECTS, len(ICLEVR_OBJECTS))
         module = Denoiser(unet, [CLASS], conditioner)
         images = rng.integers(0, 256, (EXAMPLES, preset.image_size, preset.image_size, 3), np.uint8)
         space = PixelSpace(images, device)

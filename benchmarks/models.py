@@ -18,7 +18,7 @@ from fastgen.files.jsonfiles import write_json
 from fastgen.files.names import ICLEVR_OBJECTS
 from fastgen.models.build import build_text_encoder
 from fastgen.models.folder import Model
-from fastgen.models.networks.labels import LabelConditioner, conditioner_dim, unet_class
+from fastgen.models.networks.labels import conditioner_for, unet_class
 from fastgen.models.saving import save_model
 from fastgen.presets import NetworkPreset, Preset, Training, load_preset, preset_names
 from fastgen.training.bpe import train_tokenizer
@@ -89,9 +89,12 @@ def build(preset: Preset, name: str, seed: int = 0) -> Any:
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
     torch.manual_seed(seed)
-    text_class: Any = AutoencoderKL if name == "vae" else UNet2DConditionModel
     config = _config(preset, name)
-    cls = text_class if preset.conditioner is None else unet_class(preset.conditioner["kind"], config)
+    cls: Any = UNet2DConditionModel
+    if name == "vae":
+        cls = AutoencoderKL
+    elif preset.conditioner is not None:
+        cls = unet_class(preset.conditioner["kind"], config)
     return cls(**config).eval().requires_grad_(False)
 
 
@@ -112,9 +115,11 @@ def _text(preset: Preset, seed: int) -> Model:
 def _labels(preset: Preset, seed: int) -> Model:
     unet = build(preset, "unet", seed)
     assert preset.conditioner is not None
-    table = {"dim": conditioner_dim(preset.conditioner["kind"], unet.config)[0], **preset.conditioner}
-    conditioner = LabelConditioner(num_labels=len(ICLEVR_OBJECTS), **table)
-    return Model(None, unet, dict(preset.scheduler), preset.sampling, conditioner, dict(ICLEVR_OBJECTS))
+    conditioner = conditioner_for(preset.conditioner, unet.config, ICLEVR_OBJECTS, len(ICLEVR_OBJECTS))
+    model = Model(None, unet, dict(preset.scheduler), preset.sampling, conditioner, dict(ICLEVR_OBJECTS))
+    if preset.vae is not None:
+        model.vae = build(preset, "vae", seed + 1)
+    return model
 
 
 @torch.inference_mode()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from fastgen.models import evaluator
 from fastgen.models.build import build_module, build_text_encoder, load_text_encoder, load_vae
 from fastgen.models.folder import Model
 from fastgen.models.networks.autoencoder import standardise
-from fastgen.models.networks.labels import LabelConditioner, conditioner_dim, label_words, unet_class
+from fastgen.models.networks.labels import conditioner_for, unet_class
 from fastgen.models.saving import save_model
 from fastgen.presets import NetworkPreset, Preset, Training
 from fastgen.training.bpe import train_tokenizer
@@ -32,7 +32,7 @@ from fastgen.training.previews import (
     preview_rows,
     sampled_preview,
 )
-from fastgen.training.run_folder import Job
+from fastgen.training.run_folder import STAGES, Job
 from fastgen.training.sources import (
     CaptionSource,
     ClassSource,
@@ -78,7 +78,7 @@ def _assemble(preset: Preset, data: Examples) -> Model:
         count = len(objects)
         if table.get("embed") == "embedding":  # one more class, which stands for none
             model.null_class, count = len(objects), len(objects) + 1
-        model.conditioner = LabelConditioner(num_labels=count, **_conditioner(table, unet.config, count, objects))
+        model.conditioner = conditioner_for(table, unet.config, objects, count)
     elif config.get("num_class_embeds") or config.get("class_embed_type"):
         raise InputError(
             "unet.config: class_embed_type, num_class_embeds: labels and classes have a [conditioner] of their own"
@@ -170,7 +170,7 @@ def record(preset: Preset, data: Examples, job: Job) -> dict[str, Any]:
     """The training record in the model's folder: preset, data, last figures of each stage, versions."""
     from importlib.metadata import version
 
-    last = {row["stage"]: row for stage in ("vae", "text_encoder", "unet", "evaluator") for row in job.log.rows(stage)}
+    last = {row["stage"]: row for stage in STAGES for row in job.log.rows(stage)}
     return {
         "preset": preset.name,
         "image_mode": preset.image_mode,
@@ -197,20 +197,6 @@ def _text_encoder(preset: Preset, data: Examples) -> tuple[Any, Any]:
     length = int(network.config.get("max_position_embeddings", 77))
     tokenizer = train_tokenizer(data.captions[0], int(network.config.get("vocab_size", 4096)), length)
     return build_text_encoder(network.config, tokenizer, _recipe(network, "text_encoder").seed), tokenizer
-
-
-def _conditioner(table: dict[str, Any], unet: Any, count: int, names: Mapping[str, int]) -> dict[str, Any]:
-    """The preset's table with its width, which the UNet says, and the words of the labels where it embeds them."""
-    width, where = conditioner_dim(table["kind"], unet)
-    if table.setdefault("dim", width) != width:
-        raise InputError(f"conditioner.dim = {table['dim']}: expected {width}, {where}")
-    if table.get("embed") == "words":
-        table["words"] = label_words(names)
-    if table.get("embed") == "identity" and width != count:
-        raise InputError(
-            f"conditioner.embed = 'identity': the data have {count} labels, the UNet takes {width} ({where})"
-        )
-    return table
 
 
 def _check_process(preset: Preset) -> None:

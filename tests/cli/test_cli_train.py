@@ -8,18 +8,19 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from small_presets import LABEL_SMALL
 
 pytest.importorskip("torch")
 
 SHORT = ["steps=2", "batch_size=4", "validation_limit=4", "validation_fraction=0.25"]
 SMALL = [
-    *LABEL_SMALL,
     "image_size=16",
-    "unet.config.sample_size=16",
-    "unet.config.block_out_channels=[8, 8, 8]",
-    "unet.config.attention_head_dim=8",
-    *(f"unet.train.{word}" for word in SHORT),
+    "vae.config.sample_size=16",
+    "vae.config.block_out_channels=[8, 8, 8, 8]",
+    "unet.config.sample_size=2",
+    "unet.config.block_out_channels=[8, 8]",
+    "unet.config.cross_attention_dim=8",
+    "unet.config.attention_head_dim=2",
+    *(f"{network}.train.{word}" for network in ("vae", "unet") for word in SHORT),
 ]
 
 

@@ -252,8 +252,13 @@ def test_the_three_lines_of_the_readme_as_they_stand(fastgen_process, tmp_path):
         pytest.skip("with a GPU TensorRT may run, and what it needs is tested elsewhere")
     assert fastgen_process("data", "iclevr", "data", "--count", 24, cwd=tmp_path).returncode == 0
     shutil.copy(tmp_path / "data" / "test.json", tmp_path)
-    few = [f"--set=unet.train.{key}" for key in ("steps=2", "batch_size=4", "validation_fraction=0.25")]
-    trained = fastgen_process("train", *few, "--set=unet.config.block_out_channels=[8, 16, 32]", cwd=tmp_path)
+    few = [
+        f"{key}.train.{value}"
+        for key in ("vae", "unet")
+        for value in ("steps=2", "batch_size=4", "validation_fraction=0.25")
+    ]
+    small = ["unet.config.block_out_channels=[8, 16]", "unet.config.cross_attention_dim=16"]
+    trained = fastgen_process("train", *(f"--set={word}" for word in (*few, *small)), cwd=tmp_path)
     assert (trained.returncode, "preset: iclevr-64, the default for images with labels" in trained.stderr) == (0, True)
     exported = fastgen_process("export", "--trt", cwd=tmp_path)
     first, *_, last = exported.stderr.strip().splitlines()

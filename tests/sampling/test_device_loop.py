@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 
 from fastgen.errors import InputError  # noqa: E402
+from fastgen.files.names import ICLEVR_OBJECTS  # noqa: E402
 from fastgen.generate.pipeline import load  # noqa: E402
 from fastgen.sampling.compile import TableCompiler  # noqa: E402
 from fastgen.sampling.device_loop import DeviceLoop  # noqa: E402
@@ -181,7 +182,7 @@ def test_no_reference_network_needs_a_value_on_the_host(name, dtype):
     from benchmarks.models import architecture, build
     from fastgen.models.condition import CLASS, STATES
     from fastgen.models.networks.denoiser import Denoiser
-    from fastgen.models.networks.labels import LabelConditioner, conditioner_dim
+    from fastgen.models.networks.labels import conditioner_for
 
     preset = architecture(name)
     with torch.device("meta"):
@@ -189,8 +190,7 @@ def test_no_reference_network_needs_a_value_on_the_host(name, dtype):
         if preset.conditioner is None:
             network, cond = Denoiser(unet, [STATES]), torch.empty(2, 77, unet.config.cross_attention_dim)
         else:
-            table = {"dim": conditioner_dim(preset.conditioner["kind"], unet.config)[0], **preset.conditioner}
-            network = Denoiser(unet, [CLASS], LabelConditioner(num_labels=24, **table))
+            network = Denoiser(unet, [CLASS], conditioner_for(preset.conditioner, unet.config, ICLEVR_OBJECTS, 24))
             cond = torch.empty(2, 24)
         size = unet.config.sample_size
         x, timestep = torch.empty(2, unet.config.out_channels, size, size), torch.empty(2)

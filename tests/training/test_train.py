@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -326,7 +327,7 @@ def test_the_latents_of_a_trained_autoencoder_have_zero_mean_and_unit_variance_i
 
 
 def test_standardised_latents_leave_the_autoencoder_as_it_was() -> None:
-    vae: Any = load_preset("iclevr-latents").vae
+    vae: Any = load_preset("iclevr-64").vae
     torch.manual_seed(0)
     vae = AutoencoderKL(**vae.config).eval()
     x, mean, std = torch.rand(4, 3, 64, 64) * 2 - 1, torch.randn(16), torch.rand(16) + 0.2
@@ -335,10 +336,10 @@ def test_standardised_latents_leave_the_autoencoder_as_it_was() -> None:
         picture = vae.decode(before.mean).sample
         standardise(vae, mean, std)
         after = vae.encode(x).latent_dist
-        torch.testing.assert_close(vae.decode(after.mean).sample, picture)
+        torch.testing.assert_close(vae.decode(after.mean).sample, picture, rtol=0, atol=1e-4)
     shape = (1, 16, 1, 1)
-    torch.testing.assert_close(after.mean, (before.mean - mean.view(shape)) / std.view(shape))
-    torch.testing.assert_close(after.std, before.std / std.view(shape))
+    torch.testing.assert_close(after.mean, (before.mean - mean.view(shape)) / std.view(shape), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(after.std, before.std / std.view(shape), rtol=1e-5, atol=1e-4)
     with pytest.raises(ValueError, match="no quant_conv"):
         standardise(AutoencoderKL(use_quant_conv=False), mean, std)
 
@@ -384,6 +385,38 @@ def test_finished_stages_are_not_repeated(described: Path, tmp_path: Path, monke
     train(preset, described, tmp_path / "parts", progress=False)
     assert set(steps) == {"unet"}
     assert same(weights(whole), weights(tmp_path / "parts"))
+
+
+def test_a_branch_of_a_branch_keeps_the_networks_that_it_was_trained_with(described: Path, tmp_path: Path) -> None:
+    first = train(preset_of(TEXT_PRESET, tmp_path), described, tmp_path / "a", progress=False)
+    for steps, name, origin in ((6, "b", "a/checkpoints/unet/step-000004"), (8, "c", "b/checkpoints/unet/step-000006")):
+        preset = preset_of(TEXT_PRESET, tmp_path, (f"unet.train.steps={steps}",))
+        train(preset, described, tmp_path / name, progress=False, resume=tmp_path / origin)
+    before, after = (load_model(folder) for folder in (first, tmp_path / "c"))
+    assert same(before.vae.state_dict(), after.vae.state_dict())
+    assert same(before.text_encoders[0].state_dict(), after.text_encoders[0].state_dict())
+    assert not same(before.unet.state_dict(), after.unet.state_dict())
+    shutil.rmtree(tmp_path / "b" / "checkpoints" / "vae")
+    with pytest.raises(InputError, match=r"vae: holds no checkpoint, and .*step-000006 was trained with that network"):
+        train(preset, described, tmp_path / "d", progress=False, resume=tmp_path / "b" / "checkpoints/unet/step-000006")
+
+
+@pytest.mark.parametrize(
+    ("resume", "message"),
+    [
+        ("a", r"a: is no checkpoint to resume from; expected RUN/checkpoints/STAGE/step-000500, STAGE one of vae, "),
+        ("a/checkpoints/unet", r"unet: is no checkpoint to resume from"),
+        ("a/checkpoints/unet/step-000003", r"step-000003: no such checkpoint; there are: step-000002, step-000004"),
+        ("nowhere/checkpoints/unet/step-000004", r"step-000004: no such checkpoint; there are: none"),
+        ("a/checkpoints/unet/step-000004", r"step-000004: is at step 4, the recipe ends at 2"),
+    ],
+)
+def test_what_a_run_cannot_begin_at_is_refused(labelled: Path, tmp_path: Path, resume: str, message: str) -> None:
+    train(preset_of(LABEL_PRESET, tmp_path, ("unet.train.steps=4",)), labelled, tmp_path / "a", progress=False)
+    preset = preset_of(LABEL_PRESET, tmp_path, ("unet.train.steps=2",))
+    with pytest.raises(InputError, match=message):
+        train(preset, labelled, tmp_path / "b", progress=False, resume=tmp_path / resume)
+    assert (tmp_path / "b").exists() == ("recipe ends" in message)
 
 
 def test_networks_with_a_path_are_loaded_frozen(described: Path, tmp_path: Path) -> None:

@@ -111,7 +111,28 @@ def label_words(names: Mapping[str, int]) -> list[list[int]]:
     """For each label, in the order of its index, the indices of the words of its name, which blanks and underscores part."""
     known: dict[str, int] = {}
     ordered = sorted(names, key=lambda name: names[name])
-    return [[known.setdefault(word, len(known)) for word in name.replace("_", " ").split()] for name in ordered]
+    return [
+        [known.setdefault(word, len(known)) for word in name.replace("_", " ").split() or [name]] for name in ordered
+    ]
+
+
+def conditioner_for(table: Mapping[str, Any], unet: Any, names: Mapping[str, int], count: int) -> LabelConditioner:
+    """The conditioner that a preset's table describes, for a UNet with this config and `count` labels (or classes, with the one
+    that stands for none): with the width that the UNet says, and the words of `names` where it embeds them.
+
+    Raises InputError when they do not fit.
+    """
+    width, where = conditioner_dim(table["kind"], unet)
+    options = {"dim": width, **table}
+    if options["dim"] != width:
+        raise InputError(f"conditioner.dim = {options['dim']}: expected {width}, {where}")
+    if options.get("embed") == "identity" and width != count:
+        raise InputError(
+            f"conditioner.embed = 'identity': the data have {count} labels, the UNet takes {width} ({where})"
+        )
+    if options.get("embed") == "words":
+        options["words"] = label_words(names)
+    return LabelConditioner(num_labels=count, **options)
 
 
 def unet_class(kind: str | None, config: Mapping[str, Any]) -> Any:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 DTYPES = ("fp16", "fp32")
 INDEX, RECORD, PRESET, LOG = "model_index.json", "training.json", "preset.toml", "log.jsonl"
 KEPT = (".json", ".md", ".toml", ".txt")  # of the files beside the weights
-LOG_ROWS = 200  # per stage, besides those of validations
+LOG_ROWS = 50  # per stage, besides those of validations
 MEGABYTE = 1e6
 
 

@@ -96,25 +96,26 @@ def begin(task: Task, recipe: Training, run: TrainingRun) -> State:
     checkpoint = checkpoints.latest(run.checkpoints, say)
     if checkpoint is not None and checkpoint.extra["job"] != run.job:
         raise InputError(f"{checkpoint.folder}: belongs to another job; delete {run.checkpoints}, or use another --out")
-    branch = run.resume if checkpoint is None else None
-    checkpoint = checkpoint or run.resume
     if checkpoint is not None:
         load(state, checkpoint)
-        if branch is not None:
-            _branch_off(branch, state, recipe, run)
-        if 0 < state.step < recipe.steps:
-            say(f"{task.name}: continues at step {state.step} of {recipe.steps}")
+    elif run.resume is not None:
+        load(state, run.resume)
+        _branch_off(run.resume, state, recipe, run)
+    if 0 < state.step < recipe.steps:
+        say(f"{task.name}: continues at step {state.step} of {recipe.steps}")
     return state
 
 
 def _branch_off(branch: Checkpoint, state: State, recipe: Training, run: TrainingRun) -> None:
+    """Write the loaded branch point as this run's own checkpoint, with the best weights that were found before it.
+
+    Raises InputError when it is past the last step of the recipe, FastgenError when the disk refuses.
+    """
     if state.step > recipe.steps:
         raise InputError(f"{branch.folder}: is at step {state.step}, the recipe ends at {recipe.steps}")
     best = checkpoints.best(branch.folder.parent, say)
-    if (
-        best is not None and best.step != state.progress.best_step
-    ):  # of a later step: the branch does not come from there
-        best = None
+    if best is not None and best.step != state.progress.best_step:
+        best = None  # of a later step, or of another branch
     if best is None:
         state.progress.best, state.progress.best_step = None, 0
     if run.processes.is_main:

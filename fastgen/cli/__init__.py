@@ -21,7 +21,7 @@ from fastgen.cli.pictures import compare
 from fastgen.cli.score import score
 from fastgen.cli.sweep import sweep
 from fastgen.cli.train import train
-from fastgen.errors import FastgenError
+from fastgen.errors import FastgenError, InputError, one_line
 from fastgen.files.installing import hint
 
 
@@ -51,7 +51,7 @@ def main() -> None:
     try:
         cli(prog_name="fastgen", standalone_mode=False)
     except FastgenError as error:
-        _fail(error.exit_code, *getattr(error, "problems", [str(error)]))
+        _fail(error.exit_code, *getattr(error, "problems", [str(error)]), longest=error.longest)
     except click.exceptions.NoArgsIsHelpError as error:
         say(error.format_message())
         sys.exit(2)
@@ -68,7 +68,7 @@ def main() -> None:
         _fail(1, f"{error.filename}: {error.strerror}" if error.filename else str(error))
 
 
-def _fail(exit_code: int, *messages: str) -> None:
+def _fail(exit_code: int, *messages: str, longest: int = InputError.longest) -> None:
     for message in messages:
-        say(f"fastgen: error: {' '.join(message.split())}")
+        say(f"fastgen: error: {one_line(message, longest)}")
     sys.exit(exit_code)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from fastgen.engines import built_by, bundle_engines, missing_packages
 from fastgen.engines.trt import platform
 from fastgen.engines.trt.product import PRODUCTS, RTX
-from fastgen.errors import InputError
+from fastgen.errors import NotReadyError
 
 if TYPE_CHECKING:
     from fastgen.engines.doctor import MachineReport
@@ -30,7 +30,7 @@ class Obstacle:
         """All problems, each with what helps."""
         return "; ".join(map(str, self.problems))
 
-    def refusal(self, model: str) -> InputError:
+    def refusal(self, model: str) -> NotReadyError:
         """The error of a command that wants to run the engine on `model`, the words that name it to `fastgen export`."""
         option = built_by(self.engine)
         parts = [f"engine {self.engine} is not ready: {self.reasons}"]
@@ -44,7 +44,7 @@ class Obstacle:
             parts.append(
                 f"`{export_command(model, RTX.option)}` here builds plans for RTX cards (--engine {RTX.engine})"
             )
-        return InputError("; ".join(parts) + ready_now())
+        return NotReadyError("; ".join(parts) + ready_now())
 
 
 def obstacle(name: str) -> Obstacle | None:
@@ -66,7 +66,7 @@ def obstacle(name: str) -> Obstacle | None:
 
 
 def check_ready(name: str | None, model: str) -> None:
-    """InputError, as `Obstacle.refusal` words it, for an engine whose plans cannot run here at all. Takes no time where the
+    """NotReadyError, as `Obstacle.refusal` words it, for an engine whose plans cannot run here at all. Takes no time where the
     driver and the packages are there: what else is in the way is found when the engine is opened. `model`: see `refusal`."""
     if name is None or built_by(name) is None:
         return

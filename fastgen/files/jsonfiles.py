@@ -8,6 +8,7 @@ import os
 import re
 import reprlib
 import secrets
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,6 +18,8 @@ from fastgen.errors import FastgenError, InputError
 
 INFINITE = {"Infinity": math.inf, "-Infinity": -math.inf}
 MAX_INTEGER_DIGITS = 40  # int() itself refuses 4300 digits, and takes quadratic time below that
+MAX_BYTES = 64 * 2**20  # of a file that is read whole; Python's objects take about ten times as much memory
+MAX_DATA_BYTES = 2**30  # of a file that describes a training set
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 80
@@ -24,6 +27,7 @@ _SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxdict = 2, 3, 3
 
 # A string (and whether it is a key), a brace, a constant that JSON lacks, or a number: what `_explain` looks at.
 _TOKEN = re.compile(r'("(?:[^"\\]|\\.)*+")(\s*:)?|[{}]|NaN|-?Infinity|-?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?', re.DOTALL)
+_NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")  # an escape for the character 0
 
 
 class _RefusedError(ValueError):
@@ -44,34 +48,27 @@ def located(place: object) -> Iterator[None]:
         raise InputError(f"{place}: {error}") from None
 
 
-def read_json(path: str | os.PathLike[str], *, infinity: bool = False) -> Any:
-    """The value of a JSON file (UTF-8, byte order mark accepted).
+def read_json(path: str | os.PathLike[str], *, infinity: bool = False, limit: int = MAX_BYTES) -> Any:
+    """The value of a JSON file (UTF-8, byte order mark accepted) of at most `limit` bytes.
 
     `infinity`: accept Infinity and -Infinity, which are not JSON, but which diffusers writes into the scheduler_config.json of
     DPM-Solver (`lambda_min_clipped`). Raises InputError for a missing or unreadable file, bytes that are not UTF-8, malformed
     JSON, nesting too deep for the parser, and what Python's parser accepts at the user's cost: a key twice in one object, NaN,
-    Infinity, integers of more than 40 digits.
+    Infinity, numbers too large for a float, integers of more than 40 digits, the character 0 in a text.
     """
-    return _parse(read_text(path), Path(path), 1, _WITH_INFINITY if infinity else _STRICT)
+    return _parse(read_text(path, limit=limit), Path(path), 1, _WITH_INFINITY if infinity else _STRICT)
 
 
-def read_jsonl(path: str | os.PathLike[str]) -> list[tuple[int, Any]]:
+def read_jsonl(path: str | os.PathLike[str], limit: int = MAX_BYTES) -> list[tuple[int, Any]]:
     """(line number from 1, value) for every line of a JSONL file that is not blank; raises as `read_json` does."""
-    lines = enumerate(read_text(path).split("\n"), start=1)
+    lines = enumerate(read_text(path, limit=limit).split("\n"), start=1)
     return [(number, _parse(line, Path(path), number)) for number, line in lines if line.strip(" \t\r")]
 
 
-def read_text(path: str | os.PathLike[str], expected: str = "a JSON file") -> str:
-    """A file's text (UTF-8, byte order mark accepted). InputError for a missing or unreadable file, and for other bytes."""
-    path = Path(path)
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except IsADirectoryError:
-        raise InputError(f"{path}: is a folder, expected {expected}") from None
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        raise InputError(f"{str(path)!r}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+def read_text(path: str | os.PathLike[str], expected: str = "a JSON file", limit: int = MAX_BYTES) -> str:
+    """A file's text (UTF-8, byte order mark accepted), of at most `limit` bytes. InputError for a missing or unreadable file,
+    for what is no file (to read a pipe would wait for its writer), and for other bytes."""
+    data, path = read_bytes(path, expected, limit), Path(path)
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -79,6 +76,26 @@ def read_text(path: str | os.PathLike[str], expected: str = "a JSON file") -> st
         column = error.start - data.rfind(b"\n", 0, error.start)
         found = "UTF-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else f"byte 0x{data[error.start]:02x}"
         raise InputError(f"{path}: line {line}, column {column}: not UTF-8 (found {found}); save it as UTF-8") from None
+
+
+def read_bytes(path: str | os.PathLike[str], expected: str = "a file", limit: int = MAX_BYTES) -> bytes:
+    """A file's content, of at most `limit` bytes; InputError for a missing or unreadable file and for what is no file."""
+    path = Path(path)
+    try:
+        status = os.stat(path)
+        if stat.S_ISDIR(status.st_mode):
+            raise InputError(f"{path}: is a folder, expected {expected}")
+        if not stat.S_ISREG(status.st_mode):
+            raise InputError(f"{path}: is a pipe or a device, expected {expected}")
+        if status.st_size > limit:
+            size = f"has {status.st_size / 2**20:,.0f} MiB, expected at most {limit / 2**20:,.0f} MiB"
+            raise InputError(f"{path}: {size}; split it")
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        problem = getattr(error, "strerror", None) or error
+        raise InputError(f"{brief(str(path))}: cannot be read: {problem}") from None
 
 
 def write_json(path: str | os.PathLike[str], value: Any, indent: int | None = 2, *, infinity: bool = False) -> None:
@@ -169,13 +186,24 @@ def _integer(digits: str) -> int:
     return int(digits)
 
 
-_STRICT = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse_constant, parse_int=_integer)
-_WITH_INFINITY = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_infinity, parse_int=_integer)
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if math.isinf(value):
+        raise _RefusedError
+    return value
+
+
+_HOOKS: dict[str, Any] = {"object_pairs_hook": _unique, "parse_int": _integer, "parse_float": _finite}
+_STRICT = json.JSONDecoder(parse_constant=_refuse_constant, **_HOOKS)
+_WITH_INFINITY = json.JSONDecoder(parse_constant=_infinity, **_HOOKS)
 
 
 def _parse(text: str, path: Path, first_line: int, decoder: json.JSONDecoder = _STRICT) -> Any:
     try:
-        return decoder.decode(text)
+        value = decoder.decode(text)
+        if "\\u0000" in text and _NUL.search(text):
+            raise _RefusedError
+        return value
     except json.JSONDecodeError as error:
         place = f"{path}: line {first_line + error.lineno - 1}, column {error.colno}"
         if not text.strip():
@@ -196,6 +224,8 @@ def _explain(text: str, constants: tuple[str, ...]) -> tuple[int, str]:
     objects: list[set[str]] = []
     for match in _TOKEN.finditer(text):
         token, string, colon = match[0], match[1], match[2]
+        if string and "\\u0000" in string and _NUL.search(string):
+            return match.start(), "found NUL (\\u0000) in a text"
         if token == "{":
             objects.append(set())
         elif token == "}":
@@ -209,4 +239,6 @@ def _explain(text: str, constants: tuple[str, ...]) -> tuple[int, str]:
             return match.start(), f"found {token}, which is not JSON"
         elif not string and len(token) > MAX_INTEGER_DIGITS and token.lstrip("-").isdigit():
             return match.start(), f"found an integer of {len(token)} digits, expected at most {MAX_INTEGER_DIGITS}"
+        elif not string and token[-1].isdigit() and math.isinf(float(token)):
+            return match.start(), f"found {token[:20]}, a number too large for a float"
     raise AssertionError("a hook refused what the scanner accepts")

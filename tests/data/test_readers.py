@@ -259,7 +259,7 @@ def test_imagefolder_labels_are_numbered_by_objects_json_or_by_name(tmp_path):
         ([{"file_name": "a.png", "labels": "x"}], "line 1: labels: found 'x'"),
         ([{"file_name": "a.png", "text": "x"}] * 2, "line 2: file_name 'a.png' was on line 1"),
         ([{"file_name": "../a.png", "text": "x"}], "line 1: file_name: found '../a.png'"),
-        ([{"file_name": "a\0.png", "text": "x"}], "line 1: file_name: found"),
+        ([{"file_name": "a\0.png", "text": "x"}], "line 1, column 15: found NUL"),
         ([{"file_name": 3, "text": "x"}], "line 1: file_name: found 3"),
         ([{"file_name": "b.png", "text": "x"}], "b.png"),
     ],

@@ -119,7 +119,10 @@ def test_objects_come_from_the_argument_then_the_file_beside_then_iclevr(tmp_pat
 @fuzz
 @given(
     st.lists(
-        st.tuples(st.text(st.characters(exclude_categories=["Cs"]), min_size=1), st.none() | st.integers(0, 2**63 - 1)),
+        st.tuples(
+            st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1),
+            st.none() | st.integers(0, 2**63 - 1),
+        ),
         min_size=1,
         max_size=5,
     ).filter(lambda rows: all(prompt.strip() for prompt, _ in rows))
@@ -187,7 +190,8 @@ def test_an_accepted_image_name_stays_below_the_output_folder(tmp_path, name):
 def test_a_bad_image_name_is_refused(tmp_path, name):
     with pytest.raises(InputError, match="image_name"):
         check_image_name(name)
-    assert "entry [1]" in error_of(write(tmp_path, [{"prompt": "a"}, {"prompt": "b", "image_name": name}]))
+    place = "line 1" if name == "x\0.png" else "entry [1]"  # NUL is refused when the file is read
+    assert place in error_of(write(tmp_path, [{"prompt": "a"}, {"prompt": "b", "image_name": name}]))
 
 
 def test_a_symlink_below_the_output_folder_is_refused_and_the_folder_itself_may_be_one(tmp_path):

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastgen.engines.trt.product import TENSORRT, Product
-from fastgen.errors import FastgenError, InputError
+from fastgen.errors import FastgenError, InputError, NotReadyError
 from fastgen.sampling import streams
 
 
@@ -146,7 +146,7 @@ def open_gpu(device: str | None, product: Product = TENSORRT) -> TrtDevice:
     from fastgen.engines.torch_base import check_device
 
     if not torch.cuda.is_available():
-        raise InputError(f"engine {product.engine} needs an NVIDIA GPU: {_no_gpu(torch)}")
+        raise NotReadyError(f"engine {product.engine} needs an NVIDIA GPU: {_no_gpu(torch)}")
     name = check_device(product.engine, device or "cuda", ("cuda",))
     card = torch.cuda.get_device_properties(name)
     return TrtDevice(name, card.name, f"{card.major}.{card.minor}", card.total_memory)
@@ -158,9 +158,9 @@ def import_module(product: Product) -> Any:
     try:
         trt = importlib.import_module(product.module)
     except ModuleNotFoundError as missing:
-        raise InputError(f"engine {product.engine} needs {missing.name}, not installed here: {command}") from None
+        raise NotReadyError(f"engine {product.engine} needs {missing.name}, not installed here: {command}") from None
     except (ImportError, OSError) as error:
-        raise InputError(f"{product.module} is installed but cannot be loaded: {error}; {command}") from None
+        raise NotReadyError(f"{product.module} is installed but cannot be loaded: {error}; {command}") from None
     version = getattr(trt, "__version__", "?")
     if tuple(int(n) for n in re.findall(r"\d+", version)[:2]) < product.minimum:
         oldest = _dotted(product.minimum)

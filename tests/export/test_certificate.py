@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("onnxruntime")
 
-from export.certificate import certify
+from export.certificate import _image_row, certify
 from export.reference import write_reference
 from fastgen.engines import create_engine
 from fastgen.errors import FastgenError
@@ -112,6 +112,15 @@ def test_whole_images_are_compared_too(text_bundle, tmp_path):
     assert not rows["vae_decoder"].passed
     assert not rows["images"].passed
     assert rows["images"].max_abs * 127.5 == pytest.approx(3, abs=0.1)  # grey levels
+
+
+@pytest.mark.parametrize(("area", "levels", "passed"), [(4, 20, True), (64, 3, False)])
+def test_with_a_codebook_another_code_of_one_latent_is_no_miss_and_a_shift_of_all_is(area, levels, passed):
+    expected = np.random.default_rng(0).uniform(-0.5, 0.5, (1, 3, 64, 64)).astype(np.float32)
+    images = expected.copy()
+    images[..., :area, :area] += levels / 127.5
+    assert _image_row(expected, images, "fp32", codebook=True).passed is passed
+    assert not _image_row(expected, images, "fp32").passed
 
 
 @pytest.mark.parametrize(("engine", "factor"), [("ort", 1.02), ("openvino", 1.05)])

@@ -6,7 +6,7 @@ import importlib.metadata
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from fastgen.errors import InputError, Say
 from fastgen.files.folders import new_folder, scratch_folder
 from fastgen.files.hashes import record_files, sha256_file
 from fastgen.files.jsonfiles import infinity_as_text, read_json, write_json
+from fastgen.files.records import builtins
 from fastgen.generate.settings import late_steps
 from fastgen.models.bundle import (
     FORMAT_VERSION,
@@ -217,16 +218,16 @@ def _manifest(spec: Spec) -> dict[str, Any]:
     """bundle.json, but for the list of files."""
     return {
         "format_version": FORMAT_VERSION,
-        "condition": spec.condition.to_json(),
-        "space": spec.space.to_json(),
+        "condition": builtins(spec.condition),
+        "space": builtins(spec.space),
         "source_sha256": spec.sha256,
         "checkpoint": spec.checkpoint,
         "image_mode": spec.image_mode,
         "component_sha256": dict(spec.component_sha256),
         "versions": _versions(),
-        "sampling": asdict(spec.sampling),
+        "sampling": builtins(spec.sampling),
         "scheduler_config": infinity_as_text(spec.scheduler_config),
-        "signatures": {name: s.to_json() for name, s in spec.signatures.items()},
+        "signatures": {name: builtins(s) for name, s in spec.signatures.items()},
     }
 
 

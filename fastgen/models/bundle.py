@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from fastgen.errors import InputError
 from fastgen.files.hashes import check_file, sha256_file
-from fastgen.files.jsonfiles import infinity_from_text, located, read_json
+from fastgen.files.jsonfiles import infinity_from_text, read_json
+from fastgen.files.records import to_record
 from fastgen.models.condition import Condition, Text
 from fastgen.models.signatures import Signature, TensorSpec
 from fastgen.models.space import Space
@@ -142,14 +143,13 @@ def read_bundle(folder: str | os.PathLike[str]) -> Bundle:
         raise InputError(f"{path}: {problem}; export the model again")
     field_name = "signatures"
     try:
-        signatures = {name: Signature.from_json(s) for name, s in value["signatures"].items()}
+        signatures = to_record(value["signatures"], dict[str, Signature], path, "signatures")
         field_name = "sampling"
-        with located(path):
-            sampling = Sampling(**value["sampling"])
+        sampling = to_record(value["sampling"], Sampling, path, "sampling")
         field_name = "files"
         files = {name: {"bytes": int(f["bytes"]), "sha256": str(f["sha256"])} for name, f in value["files"].items()}
         field_name = "condition, space" if version == FORMAT_VERSION else "family, signatures, scaling_factor, objects"
-        condition, space = _described(value) if version == FORMAT_VERSION else _version_1(value, signatures)
+        condition, space = _described(value, path) if version == FORMAT_VERSION else _version_1(value, signatures)
         field_name = "scheduler_config, source_sha256"
         spec = Spec(
             condition=condition,
@@ -169,8 +169,9 @@ def read_bundle(folder: str | os.PathLike[str]) -> Bundle:
     return Bundle(folder, spec, files, sha256_file(path))
 
 
-def _described(value: Mapping[str, Any]) -> tuple[Condition, Space]:
-    return Condition.from_json(value["condition"]), Space.from_json(value["space"])
+def _described(value: Mapping[str, Any], path: Path) -> tuple[Condition, Space]:
+    condition = to_record(value["condition"], Condition, path, "condition")
+    return condition, to_record(value["space"], Space, path, "space")
 
 
 def _sizes(tensor: TensorSpec) -> tuple[int, int, int]:

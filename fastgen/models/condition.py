@@ -3,35 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Final, Literal
+
+from msgspec import Meta
 
 from fastgen.errors import InputError, unknown
-from fastgen.files.jsonfiles import brief
+from fastgen.files.jsonfiles import brief, located
+from fastgen.files.names import check_objects
+from fastgen.files.records import Extent, Index, Name, Record, Tokens, Width
 
-BATCH = "batch"
+BATCH: Final = "batch"  # the axis of a shape that has a row per image
 STATES, POOLED, CLASS, GUIDANCE = "encoder_hidden_states", "text_embeds", "class_labels", "timestep_cond"
-LISTED = 12  # classes that an error names
+Dtype = Literal["float32", "int64"]
+Shape = tuple[Width | Literal["batch"], ...]
 
 
-@dataclass(frozen=True)
-class Text:
+class Text(Record, frozen=True):
     """A prompt: token ids of one or two text encoders -> states (B, tokens, width), and a pooled vector (B, pooled).
 
     `tokens` and `vocabulary` have an entry per text encoder. `pooled_input`: the denoiser takes the pooled vector too, as
     SDXL's does. `zero_unconditional`: without a prompt states and vector are zeros; else they are those of the empty prompt.
     """
 
-    tokens: tuple[int, ...]
-    vocabulary: tuple[int, ...]
-    width: int
-    pooled: int
+    tokens: Annotated[tuple[Tokens, ...], Meta(min_length=1, max_length=2)]
+    vocabulary: Annotated[tuple[Width, ...], Meta(min_length=1, max_length=2)]
+    width: Width
+    pooled: Width
     pooled_input: bool = False
     zero_unconditional: bool = False
 
+    def __post_init__(self) -> None:
+        if len(self.tokens) != len(self.vocabulary) or len(set(self.tokens)) != 1:
+            found = f"found {list(self.tokens)} with vocabularies {list(self.vocabulary)}"
+            raise InputError(f"text.tokens: {found}, expected the same number of tokens for each vocabulary")
 
-@dataclass(frozen=True)
-class Condition:
+
+class Condition(Record, frozen=True):
     """Everything that a model is conditioned on. Each part may be absent, and several may be there at once.
 
     `text`: a prompt. `labels`: name -> place in a multi-hot vector, for any number of labels per image. `classes`: name ->
@@ -41,14 +48,22 @@ class Condition:
     Models, 2023): guidance then costs no second row; 0 for any other model."""
 
     text: Text | None = None
-    labels: Mapping[str, int] | None = None
-    classes: Mapping[str, int] | None = None
-    null_class: int | None = None
+    labels: Mapping[Name, Index] | None = None
+    classes: Mapping[Name, Index] | None = None
+    null_class: Index | None = None
     number: bool = False
-    guidance_width: int = 0
+    guidance_width: Extent = 0
 
     def __post_init__(self) -> None:
-        assert sum([self.labels is not None, self.classes is not None, self.number]) <= 1
+        given = {"labels": self.labels is not None, "classes": self.classes is not None, "number": self.number}
+        if sum(given.values()) > 1:
+            found = " and ".join(name for name, is_given in given.items() if is_given)
+            raise InputError(f"condition: found {found}, expected one of them")
+        if self.null_class is not None and self.classes is None:
+            raise InputError(f"condition: null_class: found {self.null_class} without classes, expected null")
+        if self.labels is not None:
+            with located("labels"):
+                check_objects(self.labels)
 
     @property
     def names(self) -> Mapping[str, int] | None:
@@ -68,9 +83,9 @@ class Condition:
         return " and ".join(words) or "nothing but a seed"
 
     @property
-    def inputs(self) -> tuple[tuple[str, str, tuple[int | str, ...], int], ...]:
+    def inputs(self) -> tuple[tuple[str, Dtype, Shape, int], ...]:
         """(name, dtype, shape, number of ids) of the denoiser's inputs besides sample and timestep, in their order."""
-        inputs: list[tuple[str, str, tuple[int | str, ...], int]] = []
+        inputs: list[tuple[str, Dtype, Shape, int]] = []
         if self.text is not None:
             inputs.append((STATES, "float32", (BATCH, self.text.tokens[0], self.text.width), 0))
             if self.text.pooled_input:
@@ -131,17 +146,6 @@ class Condition:
             from fastgen.files.names import check_known
 
             check_known(labels, self.labels)
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @staticmethod
-    def from_json(value: Mapping[str, Any]) -> Condition:
-        """Raises KeyError, TypeError or ValueError for what `to_json` does not write."""
-        text = value["text"]
-        if text is not None:
-            text = Text(**{**text, "tokens": tuple(text["tokens"]), "vocabulary": tuple(text["vocabulary"])})
-        return Condition(**{**value, "text": text})
 
 
 def kind_of(text: bool, labels: bool) -> str:

@@ -20,6 +20,7 @@ from fastgen.errors import FastgenError, InputError, first_line
 from fastgen.files.hashes import sha256_file, sha256_names
 from fastgen.files.jsonfiles import brief, read_json
 from fastgen.files.names import read_objects
+from fastgen.files.records import to_record
 from fastgen.models import interface, pipelines
 from fastgen.models.checkpoint_choice import RunWeights, choose_weights, model_parts
 from fastgen.models.condition import Condition, Text
@@ -302,10 +303,7 @@ def _sampling(folder: Path, layout: Layout, scheduler_config: Mapping[str, Any])
     """fastgen.json's; else the model's own scheduler, with the steps and guidance of its pipeline."""
     settings = _table(folder / SETTINGS) if (folder / SETTINGS).is_file() else {}
     if "sampling" in settings:
-        try:
-            return Sampling(**settings["sampling"])
-        except (KeyError, TypeError) as error:
-            raise InputError(f"{folder / SETTINGS}: sampling: malformed ({type(error).__name__}: {error})") from None
+        return to_record(settings["sampling"], Sampling, folder / SETTINGS, "sampling")
     steps, guidance = pipelines.defaults(layout.pipeline, text=bool(layout.text_encoders))
     return Sampling(default_name(scheduler_config), steps, guidance)
 

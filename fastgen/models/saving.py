@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastgen.files.jsonfiles import write_json
+from fastgen.files.records import builtins
 from fastgen.models.layout import SETTINGS
 from fastgen.models.networks.labels import class_record, save_conditioner
 from fastgen.models.pipelines import given_statistics, latent_statistics
@@ -49,7 +49,7 @@ def save_model(model: Model, folder: Path, record: Mapping[str, Any] | None = No
     if index["_class_name"] == "StableDiffusionPipeline":
         index |= {name: [None, None] for name in ("safety_checker", "feature_extractor", "image_encoder")}
         index |= {"requires_safety_checker": False}
-    settings: dict[str, Any] = {"sampling": asdict(model.sampling), "training": dict(record or {})}
+    settings: dict[str, Any] = {"sampling": builtins(model.sampling), "training": dict(record or {})}
     settings |= {} if model.null_class is None else {"null_class": model.null_class}
     write_json(folder / SETTINGS, settings)
     write_json(folder / "model_index.json", index)

@@ -6,27 +6,23 @@ our bundles.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
-
 import numpy as np
 
-from fastgen.models.condition import BATCH, Condition
+from fastgen.files.records import Extent, Name, Record
+from fastgen.models.condition import BATCH, Condition, Dtype, Shape
 from fastgen.models.space import Space
 
 EXACT = ("text_encoder",)  # networks that stay fp32: they run once per prompt, and all images depend on them
 
 
-@dataclass(frozen=True)
-class TensorSpec:
+class TensorSpec(Record, frozen=True):
     """One input or output. `shape` holds ints and, for the batch axis, the string "batch". Integer tensors are ids in
     [0, `high`)."""
 
-    name: str
-    dtype: str  # "float32" | "int64"
-    shape: tuple[int | str, ...]
-    high: int = 0
+    name: Name
+    dtype: Dtype
+    shape: Shape
+    high: Extent = 0
 
     def with_batch(self, batch: int) -> tuple[int, ...]:
         return tuple(batch if axis == BATCH else int(axis) for axis in self.shape)
@@ -39,8 +35,7 @@ class TensorSpec:
         return rng.standard_normal(shape).astype(self.dtype)
 
 
-@dataclass(frozen=True)
-class Signature:
+class Signature(Record, frozen=True):
     """The interface of one network."""
 
     inputs: tuple[TensorSpec, ...]
@@ -48,19 +43,6 @@ class Signature:
 
     def sample_inputs(self, batch: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
         return {t.name: t.sample(batch, rng) for t in self.inputs}
-
-    def to_json(self) -> dict[str, Any]:
-        def rows(tensors: tuple[TensorSpec, ...]) -> list[dict[str, Any]]:
-            return [{"name": t.name, "dtype": t.dtype, "shape": list(t.shape), "high": t.high} for t in tensors]
-
-        return {"inputs": rows(self.inputs), "outputs": rows(self.outputs)}
-
-    @staticmethod
-    def from_json(value: Mapping[str, Any]) -> Signature:
-        def tensors(rows: list[dict[str, Any]]) -> tuple[TensorSpec, ...]:
-            return tuple(TensorSpec(r["name"], r["dtype"], tuple(r["shape"]), int(r["high"])) for r in rows)
-
-        return Signature(tensors(value["inputs"]), tensors(value["outputs"]))
 
 
 def network_dtype(network: str, dtype: str) -> str:
@@ -74,7 +56,8 @@ def model_signatures(condition: Condition, space: Space) -> dict[str, Signature]
     The autoencoder's encoder gives the moments of the latents, mean and log-variance (B, 2C, h, w); of an autoencoder without
     a distribution the log-variance is constant and low.
     """
-    state, image = (BATCH, *space.shape), (BATCH, *space.image)
+    state: Shape = (BATCH, *space.shape)
+    image: Shape = (BATCH, *space.image)
     signatures = {}
     if (text := condition.text) is not None:
         ids = tuple(
@@ -89,7 +72,7 @@ def model_signatures(condition: Condition, space: Space) -> dict[str, Signature]
     conditions = tuple(TensorSpec(*tensor) for tensor in condition.inputs)
     signatures["unet"] = Signature((*inputs, *conditions), (TensorSpec("out_sample", "float32", state),))
     if space.latent:
-        moments = (BATCH, 2 * space.shape[0], *space.shape[1:])
+        moments: Shape = (BATCH, 2 * space.shape[0], *space.shape[1:])
         signatures["vae_decoder"] = Signature(
             (TensorSpec("latent_sample", "float32", state),), (TensorSpec("sample", "float32", image),)
         )

@@ -2,32 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from fastgen.errors import InputError
+from fastgen.files.records import Edge, Factor, Record, Width
 
 WRITABLE = {1: "grey", 2: "grey with transparency", 3: "RGB", 4: "RGB with transparency"}  # channels of a PNG
 
 
-@dataclass(frozen=True)
-class Space:
+class Space(Record, frozen=True):
     """`shape` (C, h, w) is denoised; `image` (C, H, W) is the picture, in [-1, 1]. Both are the same in pixel space.
 
     In latent space (`latent`) the autoencoder's latents are z * std / scaling_factor + mean + shift_factor for a state z, each
     channel with its own mean and std where these are given (`latents_mean`, `latents_std` in diffusers).
     """
 
-    shape: tuple[int, int, int]
-    image: tuple[int, int, int]
+    shape: tuple[Width, Edge, Edge]
+    image: tuple[Width, Edge, Edge]
     latent: bool
-    scaling_factor: float = 1.0
-    shift_factor: float = 0.0
-    mean: tuple[float, ...] = ()
-    std: tuple[float, ...] = ()
+    scaling_factor: Factor = 1.0
+    shift_factor: Factor = 0.0
+    mean: tuple[Factor, ...] = ()
+    std: tuple[Factor, ...] = ()
+
+    def __post_init__(self) -> None:
+        problem = f"found {list(self.shape)} with an image of {list(self.image)}"
+        if not self.latent and self.shape != self.image:
+            raise InputError(f"space.shape: {problem}, expected the same: this is no latent space")
+        if any(pixels % edge for pixels, edge in zip(self.image[1:], self.shape[1:], strict=True)):
+            raise InputError(f"space.shape: {problem}, expected edges that divide the image's")
+        if self.scaling_factor == 0:
+            raise InputError("space.scaling_factor: found 0, expected another number")
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) not in (0, self.shape[0]):
+                found = f"found {len(values)} numbers, expected {self.shape[0]}"
+                raise InputError(f"space.{name}: {found}, one for each channel")
 
     @property
     def pixels(self) -> int:
@@ -60,16 +72,6 @@ class Space:
         return (latents - array(self._offset())) * array(
             np.float32(self.scaling_factor) / self._channels(self.std, 1.0)
         )
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @staticmethod
-    def from_json(value: Mapping[str, Any]) -> Space:
-        """Raises KeyError, TypeError or ValueError for what `to_json` does not write."""
-        lists = ("shape", "image", "mean", "std")
-        fields: dict[str, Any] = {key: tuple(field) if key in lists else field for key, field in value.items()}
-        return Space(**fields)
 
     def _offset(self) -> np.ndarray:
         return self._channels(self.mean, 0.0) + np.float32(self.shift_factor)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fastgen.errors import InputError, unknown
+from fastgen.files.records import to_record
 from fastgen.presets.recipe import Training, check, choice
 from fastgen.sampling.defaults import Sampling
 
@@ -161,7 +162,7 @@ def _parse(name: str, text: str, where: str, overrides: Sequence[str]) -> Preset
         for key in NETWORKS:
             if key in values:
                 values[key] = _network(values[key], key)
-        values["sampling"] = _build(Sampling, values.get("sampling", {}), "sampling")
+        values["sampling"] = to_record(values.get("sampling", {}), Sampling, field="sampling")
         return _build(Preset, values, "")
     except InputError as error:
         raise InputError(f"{where}: {error}") from None

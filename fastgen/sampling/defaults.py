@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Annotated
 
-from fastgen.errors import InputError
+from msgspec import Meta
+
+from fastgen.files.records import Name, Record, Steps
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """A solver's name and number of steps, and the guidance scale (1: no guidance). Raises InputError."""
+class Sampling(Record, frozen=True):
+    """A solver's name and number of steps, and the guidance scale (1: no guidance)."""
 
-    scheduler: str = "ddim"
-    num_inference_steps: int = 50
-    guidance_scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not self.num_inference_steps >= 1:
-            raise InputError(f"sampling.num_inference_steps = {self.num_inference_steps!r}: expected at least 1")
-        if not self.guidance_scale >= 0:
-            raise InputError(f"sampling.guidance_scale = {self.guidance_scale!r}: expected 0 or more")
+    scheduler: Name = "ddim"
+    num_inference_steps: Steps = 50
+    guidance_scale: Annotated[float, Meta(ge=0, le=1000)] = 1.0

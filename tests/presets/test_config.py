@@ -83,7 +83,7 @@ def test_an_override_reaches_a_networks_own_arguments_and_the_top(tmp_path: Path
         ("unet.train=3", r"unet\.train = 3: expected a table"),
         ("conditioner.kind=embed", r"unknown conditioner\.kind 'embed'"),
         ("conditioner.width=3", r"unknown key 'conditioner\.width'"),
-        ("sampling.guidance_scale=-1", r"sampling\.guidance_scale = -1: expected 0 or more"),
+        ("sampling.guidance_scale=-1", r"sampling\.guidance_scale: found -1, expected a number from 0 to 1000"),
         ("image_mode=strech", r"unknown image_mode 'strech'; did you mean 'stretch'"),
     ],
 )

@@ -59,6 +59,14 @@ def read_json(path: str | os.PathLike[str], *, infinity: bool = False, limit: in
     return _parse(read_text(path, limit=limit), Path(path), 1, _WITH_INFINITY if infinity else _STRICT)
 
 
+def parse_json(data: bytes, place: object) -> Any:
+    """The value of JSON that lies in another file, which `place` names. Raises InputError as `read_json` does."""
+    try:
+        return _parse(data.decode(), place, 1)
+    except UnicodeDecodeError as error:
+        raise InputError(f"{place}: not UTF-8 (found byte 0x{data[error.start]:02x})") from None
+
+
 def read_jsonl(path: str | os.PathLike[str], limit: int = MAX_BYTES) -> list[tuple[int, Any]]:
     """(line number from 1, value) for every line of a JSONL file that is not blank; raises as `read_json` does."""
     lines = enumerate(read_text(path, limit=limit).split("\n"), start=1)
@@ -198,7 +206,7 @@ _STRICT = json.JSONDecoder(parse_constant=_refuse_constant, **_HOOKS)
 _WITH_INFINITY = json.JSONDecoder(parse_constant=_infinity, **_HOOKS)
 
 
-def _parse(text: str, path: Path, first_line: int, decoder: json.JSONDecoder = _STRICT) -> Any:
+def _parse(text: str, path: object, first_line: int, decoder: json.JSONDecoder = _STRICT) -> Any:
     try:
         value = decoder.decode(text)
         if "\\u0000" in text and _NUL.search(text):

@@ -5,22 +5,49 @@ from __future__ import annotations
 import difflib
 import io
 import json
-import zipfile
-import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from msgspec import Meta
 
 from fastgen.errors import InputError
+from fastgen.files.arrays import ArrayFile
 from fastgen.files.installing import hint
-from fastgen.files.jsonfiles import write_bytes
+from fastgen.files.jsonfiles import located, parse_json, write_bytes
+from fastgen.files.records import MAX_STEPS, Count, Name, Record, Steps, to_record
 
 FORMAT = 1
+MAX_ROWS = 4 * MAX_STEPS  # network evaluations of a table; solvers of a higher order take several per step
+MAX_TABLES_BYTES = 2**26  # of a file's arrays together; an export stores 2 MB
+LARGEST = 1e30  # of a coefficient: network and loop compute in float32
 COLUMNS = ("timesteps", "scale", "p", "q", "r", "x0_p", "x0_q", "a", "d", "c", "streams")
 META = ("name", "num_inference_steps", "noise_steps", "prediction_type", "basis", "clip", "init_alpha", "init_sigma")
+
+Coefficient = Annotated[float, Meta(ge=-LARGEST, le=LARGEST)]
+Basis = Literal["net", "solver", "x0", "eps"]
+MetaValues = tuple[Name, Steps, Steps | None, Name, Basis, Coefficient | None, Coefficient, Coefficient]  # as META
+# Of a table: where it begins in its solver's array, its columns, its rows, and the values of META.
+Entry = tuple[
+    Count,
+    Annotated[int, Meta(ge=len(COLUMNS) + 1, le=len(COLUMNS) + 100)],
+    Annotated[int, Meta(ge=1, le=MAX_ROWS)],
+    MetaValues,
+]
+
+
+class TablesIndex(Record, frozen=True):
+    """The array `index` of a file of tables, which is JSON: an entry by key."""
+
+    format: Literal[1]
+    tables: Annotated[dict[str, Entry], Meta(min_length=1, max_length=100_000)]
+
+    def __post_init__(self) -> None:
+        for key, (_, _, _, (name, steps, noise_steps, *_)) in self.tables.items():
+            if parse_key(key) != (name, steps, noise_steps):
+                raise InputError(f"tables[{key!r}]: holds {format_key(name, steps, noise_steps)}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +99,8 @@ class SolverTable:
                 )
             if not np.isfinite(value).all():
                 raise InputError(f"solver table {self.name}: {field.name} is not finite")
+            if not (np.abs(value) <= LARGEST).all():
+                raise InputError(f"solver table {self.name}: {field.name} holds a number above {LARGEST:g}")
             value.setflags(write=False)
 
     def __len__(self) -> int:
@@ -140,10 +169,10 @@ class TableStore:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        header = json.loads(self._read("index").tobytes())
-        if header["format"] != FORMAT:
-            raise InputError(f"{self.path}: solver tables of format {header['format']}, expected {FORMAT}")
-        self._index: dict[str, list] = header["tables"]
+        self._arrays = ArrayFile(self.path, MAX_TABLES_BYTES, "export the bundle again")
+        text = self._arrays.read("index", np.uint8).tobytes()
+        index = to_record(parse_json(text, f"{self.path}: index"), TablesIndex, f"{self.path}: index")
+        self._index: dict[str, Entry] = index.tables
 
     def names(self) -> list[str]:
         """The stored keys."""
@@ -161,20 +190,17 @@ class TableStore:
                 f"or install diffusers, which compiles it: {hint('train')}"
             )
         offset, height, rows, meta = self._index[key]
-        values = self._read(f"solver_{parse_key(key)[0]}")[offset : offset + height * rows]
+        values = self._arrays.read(f"solver_{parse_key(key)[0]}", np.float64)[offset : offset + height * rows]
         if values.size != height * rows:
             raise InputError(f"{self.path}: the table {key!r} is cut off; export the bundle again")
-        matrix = values.reshape(height, rows).astype(np.float64)
-        columns: dict[str, Any] = dict(zip(COLUMNS, matrix, strict=False))
-        columns["streams"] = columns["streams"].astype(np.int64)
-        return SolverTable(**columns, b=matrix[len(COLUMNS) :].T.copy(), **dict(zip(META, meta, strict=True)))
+        matrix = values.reshape(height, rows)
+        columns: dict[str, Any] = dict(zip(COLUMNS, matrix, strict=False)) | dict(zip(META, meta, strict=True))
+        columns["streams"] = self._streams(key, columns["streams"])
+        with located(self.path):
+            return SolverTable(**columns, b=matrix[len(COLUMNS) :].T.copy())
 
-    def _read(self, member: str) -> np.ndarray:
-        try:
-            with np.load(self.path, allow_pickle=False) as archive:
-                values = archive[member]
-            if not isinstance(values, np.ndarray):
-                raise ValueError(f"{member} is not an array")
-            return values
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise InputError(f"{self.path}: cannot read solver tables ({error}); export the bundle again") from error
+    def _streams(self, key: str, values: np.ndarray) -> np.ndarray:
+        """(R,) int64. Raises InputError for numbers that are no streams."""
+        if not ((values >= 1) & (values <= MAX_ROWS) & (values % 1 == 0)).all():
+            raise InputError(f"{self.path}: the table {key!r}: streams: expected whole numbers from 1 to {MAX_ROWS}")
+        return values.astype(np.int64)

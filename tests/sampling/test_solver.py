@@ -368,12 +368,13 @@ def test_a_table_that_is_not_stored_is_an_error_that_names_the_nearest(stored):
 def test_a_damaged_file_is_an_input_error(stored, tmp_path):
     broken = tmp_path / "solvers.npz"
     broken.write_bytes(stored[0].read_bytes()[:300])
-    for path in (broken, tmp_path / "missing.npz"):
-        with pytest.raises(InputError, match=f"{path.name}: cannot read solver tables"):
-            TableStore(path)
+    with pytest.raises(InputError, match=r"solvers\.npz: is no \.npz file: .*; export the bundle again"):
+        TableStore(broken)
+    with pytest.raises(InputError, match=r"missing\.npz: no such file"):
+        TableStore(tmp_path / "missing.npz")
     with zipfile.ZipFile(broken, "w") as archive:
         archive.writestr("index.npy", b"not an array")
-    with pytest.raises(InputError, match="cannot read solver tables"):
+    with pytest.raises(InputError, match=r"solvers\.npz: index: found another kind of array"):
         TableStore(broken)
 
 

@@ -31,6 +31,16 @@ PROMPTS = [
     "A red dragon with wings and horns. The monster is dying.",
 ]
 LABELS = [["gray cube"], ["red cube", "blue sphere"], ["green cylinder"], ["yellow cube", "cyan sphere", "brown cube"]]
+LONG_FILES = (  # with their slow tests; in this order
+    "test_scripts.py",
+    "test_company.py",
+    "test_compiling.py",
+    "test_hostile_kills.py",
+    "test_trt_rtx_real.py",
+    "test_compile.py",
+    "test_presets.py",
+    "test_gallery.py",
+)
 BLOCKER = """
 import os
 from importlib.machinery import PathFinder
@@ -38,6 +48,12 @@ from importlib.machinery import PathFinder
 blocked, find_spec = os.environ["BLOCKED_IMPORTS"].split(), PathFinder.find_spec
 PathFinder.find_spec = lambda name, *a, **k: None if name.partition(".")[0] in blocked else find_spec(name, *a, **k)
 """
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first, for a scheduler that gives files out in this order."""
+    places = {name: i for i, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
 
 
 @pytest.fixture(scope="session", autouse=True)

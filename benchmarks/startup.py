@@ -25,7 +25,7 @@ HEAVY = ("torch", "diffusers", "transformers", "onnxruntime")
 STACK = "import torch, diffusers, transformers"
 LOADED = f"""
 import sys
-from fastgen.cli import cli
+from fastgen.cli.commands import cli
 try:
     cli(["--help"])
 except SystemExit:

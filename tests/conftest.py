@@ -20,9 +20,9 @@ from unittest import mock
 import pytest
 from filelock import FileLock
 from gpu_needs import lacking
+from solver_steps import TABLE_STEPS
 
 REPO = Path(__file__).parents[1]
-TABLE_STEPS = (1, 2, 3, 5, 10, 20, 150)  # instead of the 60 that a real export stores
 PROMPTS = [
     "A red dragon with wings and horns. The monster is idling.",
     "A small blue slime with one big eye.",

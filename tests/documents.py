@@ -15,7 +15,7 @@ from pathlib import Path
 
 import click
 
-from fastgen.cli import cli
+from fastgen.cli.commands import cli
 
 REPO = Path(__file__).parents[1]
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{file.name}" for file in (REPO / "docs").glob("*.md"))]

@@ -1,46 +1,33 @@
-"""Types of arguments, and functions that commands share."""
+"""Options and functions that commands share."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import click
 
+from fastgen.cli.parameters import EDGE, PATH_OR_NAME, option
 from fastgen.errors import InputError
-
-
-class ModelPath(click.Path):
-    """A folder, or the name of a model or evaluator that comes with fastgen; a folder of that name wins."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        from fastgen.models.find import find_folder
-
-        return find_folder(os.fsdecode(super().convert(value, param, ctx)))
-
-
-FOLDER = click.Path(path_type=Path)
-MODEL = ModelPath(path_type=Path)
-POSITIVE = click.IntRange(min=1)
 
 
 def model_options(command: Any) -> Any:
     """The options that say how a model folder is read, in the order of the help."""
     options = [
-        click.option("--height", type=POSITIVE, help="Height of the images in px.  [default: training's]"),
-        click.option("--width", type=POSITIVE, help="Width.  [default: training's]"),
-        click.option(
+        option("--height", type=EDGE, help="Height of the images in px.  [default: training's]"),
+        option("--width", type=EDGE, help="Width.  [default: training's]"),
+        option(
             "--lora",
             "loras",
             multiple=True,
+            type=PATH_OR_NAME,
             metavar="FILE[:SCALE]",
             help="Fuse LoRA weights; repeatable. none: leave out.",
         ),
-        click.option("--allow-pickle", is_flag=True, help="Read weights in pickles (.bin) too, tensors alone."),
+        option("--allow-pickle", is_flag=True, help="Read weights in pickles (.bin) too, tensors alone."),
     ]
-    for option in reversed(options):
-        command = option(command)
+    for add in reversed(options):
+        command = add(command)
     return command
 
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import click
 
-from fastgen.cli.common import MODEL, POSITIVE
+from fastgen.cli.parameters import BATCH, DEVICE, DTYPE, ENGINE, MODEL, Number, argument, option
 from fastgen.errors import FastgenError
 
 
 @click.command()
-@click.option("--json", "as_json", is_flag=True, help="Print everything that was found as JSON.")
+@option("--json", "as_json", is_flag=True, help="Print everything that was found as JSON.")
 def doctor(as_json: bool) -> None:
     """Show GPU, driver, libraries and caches, and for each engine `ready` or what is in its way and what helps.
 
@@ -32,8 +32,8 @@ def engines() -> None:
 
 
 @engines.command("ls")
-@click.option("--engine", help="Only this engine's.")
-@click.option("--json", "as_json", is_flag=True, help="Print all fields as JSON.")
+@option("--engine", type=ENGINE, help="Only this engine's.")
+@option("--json", "as_json", is_flag=True, help="Print all fields as JSON.")
 def list_engines(engine: str | None, as_json: bool) -> None:
     """List the compiled engines: network, batch (rows), precision, device, versions, size, build time, last use (UTC)."""
     from fastgen.engines.cache import artifacts
@@ -54,11 +54,11 @@ def list_engines(engine: str | None, as_json: bool) -> None:
 
 
 @engines.command()
-@click.argument("model", metavar="[BUNDLE|MODEL]", type=MODEL, required=False)
-@click.option("--engine", required=True, help="The engine that is asked about.")
-@click.option("--dtype", help="fp32, bf16 or fp16.  [default: the engine's]")
-@click.option("--batch-size", type=POSITIVE, help="Images per batch that must be there.  [default: any]")
-@click.option("--device", help="cpu, cuda, cuda:1, ...")
+@argument("model", metavar="[BUNDLE|MODEL]", type=MODEL, required=False)
+@option("--engine", type=ENGINE, required=True, help="The engine that is asked about.")
+@option("--dtype", type=DTYPE, help="fp32, bf16 or fp16.  [default: the engine's]")
+@option("--batch-size", type=BATCH, help="Images per batch that must be there.  [default: any]")
+@option("--device", type=DEVICE, help="cpu, cuda, cuda:1, ...")
 def why(model: Path | None, engine: str, dtype: str | None, batch_size: int | None, device: str | None) -> None:
     """Say for each network that generation needs whether its compiled engine is found, or what differs from the nearest.
 
@@ -86,12 +86,12 @@ def why(model: Path | None, engine: str, dtype: str | None, batch_size: int | No
 
 
 @engines.command()
-@click.option("--all", "everything", is_flag=True, help="Delete every compiled engine.")
-@click.option("--engine", help="Only this engine's.")
-@click.option("--unused-days", type=click.FloatRange(min=0), help="Delete what was not used for so many days.")
-@click.option("--max-size", metavar="SIZE", help="Delete what was used longest ago until SIZE (5GB, 500MB) is left.")
-@click.option("--damaged", is_flag=True, help="Verify every file, and delete what is damaged.")
-@click.option("--dry-run", is_flag=True, help="Only list what would be deleted.")
+@option("--all", "everything", is_flag=True, help="Delete every compiled engine.")
+@option("--engine", type=ENGINE, help="Only this engine's.")
+@option("--unused-days", type=Number(0, 100_000), help="Delete what was not used for so many days.")
+@option("--max-size", metavar="SIZE", help="Delete what was used longest ago until SIZE (5GB, 500MB) is left.")
+@option("--damaged", is_flag=True, help="Verify every file, and delete what is damaged.")
+@option("--dry-run", is_flag=True, help="Only list what would be deleted.")
 def gc(
     everything: bool, engine: str | None, unused_days: float | None, max_size: str | None, damaged: bool, dry_run: bool
 ) -> None:

@@ -8,48 +8,52 @@ from typing import Any
 
 import click
 
-from fastgen.cli.common import FOLDER, MODEL, image_size, model_options, say
+from fastgen.cli.common import image_size, model_options, say
+from fastgen.cli.parameters import BATCHES, DTYPE, MODEL, NEW, argument, option
 from fastgen.errors import FastgenError, InputError
 
 
 @click.command()
-@click.argument("model", type=MODEL, required=False)
-@click.option("--out", type=FOLDER, help="Bundle folder.  [default: MODEL/bundle, or NAME-bundle]")
-@click.option("--dtype", help="fp16 or bf16: graphs in that precision besides the fp32 ones.  [default: fp32 alone]")
-@click.option("--trt", is_flag=True, help="Build TensorRT engines for this GPU, in --dtype.  [default: fp16]")
-@click.option(
+@argument("model", type=MODEL, required=False)
+@option("--out", type=NEW, help="Bundle folder.  [default: MODEL/bundle, or NAME-bundle]")
+@option(
+    "--dtype", type=DTYPE, help="fp16 or bf16: graphs in that precision besides the fp32 ones.  [default: fp32 alone]"
+)
+@option("--trt", is_flag=True, help="Build TensorRT engines for this GPU, in --dtype.  [default: fp16]")
+@option(
     "--rtx",
     is_flag=True,
     help="Build plans of TensorRT for RTX into the bundle, in --dtype, for cards that need not be here.  [default: fp16]",
 )
-@click.option(
+@option(
     "--capabilities",
     metavar="8.6,8.9",
     help="Compute capabilities of those cards: 8.0, 8.6, 8.9, 12.0, 12.1.  [default: 8.0,8.6,8.9,12.0]",
 )
-@click.option(
+@option(
     "--batch-sizes",
+    type=BATCHES,
     metavar="1,8,64",
     help="Images per batch to build them for; with --rtx any number up to the largest.  [default: 1,8,64]",
 )
-@click.option("--solver", "solvers", multiple=True, metavar="NAME:STEPS[:NOISE_STEPS]", help="Further table to store.")
-@click.option(
+@option("--solver", "solvers", multiple=True, metavar="NAME:STEPS[:NOISE_STEPS]", help="Further table to store.")
+@option(
     "--engine",
     "engines",
     multiple=True,
     metavar="NAME[:DTYPE]",
     help="Engine to certify.  [default: every installed one]",
 )
-@click.option("--checkpoint", help="A run's weights: best, last, ema or a step.  [default: the finished model's]")
+@option("--checkpoint", help="A run's weights: best, last, ema or a step.  [default: the finished model's]")
 @model_options
-@click.option("--overwrite", is_flag=True, help="Replace another bundle at --out; build what --rtx builds again.")
+@option("--overwrite", is_flag=True, help="Replace another bundle at --out; build what --rtx builds again.")
 def export(
     model: Path | None,
     out: Path | None,
     trt: bool,
     rtx: bool,
     capabilities: str | None,
-    batch_sizes: str | None,
+    batch_sizes: Sequence[int] | None,
     engines: Sequence[str],
     height: int | None,
     width: int | None,
@@ -79,7 +83,7 @@ def export(
     if capabilities is not None and not rtx:
         raise InputError("--capabilities is what plans of TensorRT for RTX are built for; give --rtx too")
     cards = None if capabilities is None else [word.strip() for word in capabilities.split(",")]
-    sizes = _batch_sizes(batch_sizes) if batch_sizes is not None else BATCH_SIZES
+    sizes = batch_sizes or BATCH_SIZES
     source = model or latest_run()
     target = out or (source if is_bundle(source) else output_folder(source, "bundle"))
     options |= {"size": image_size(height, width), "loras": parse_loras(loras)}
@@ -89,10 +93,3 @@ def export(
     missed = [c.engine for c in certificates if not c.passed]
     if missed:
         raise FastgenError(f"not certified: {', '.join(missed)} (see the table above)")
-
-
-def _batch_sizes(text: str) -> list[int]:
-    words = [word.strip() for word in text.split(",")]
-    if not all(word.isascii() and word.isdigit() and int(word) > 0 for word in words):
-        raise InputError(f"--batch-sizes is {text!r}, expected positive integers such as 1,8,64")
-    return [int(word) for word in words]

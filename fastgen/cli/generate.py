@@ -11,7 +11,28 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fastgen.cli.certifying import ensure_certified
-from fastgen.cli.common import FOLDER, MODEL, POSITIVE, image_size, model_options, say
+from fastgen.cli.common import image_size, model_options, say
+from fastgen.cli.parameters import (
+    BATCH,
+    COLUMNS,
+    DEVICE,
+    DTYPE,
+    ENGINE,
+    FOLDER,
+    GUIDANCE,
+    IMAGES,
+    MODEL,
+    NEIGHBOURS,
+    NEW,
+    SEED,
+    SHARE,
+    STEP,
+    STEPS,
+    THREADS,
+    Choice,
+    argument,
+    option,
+)
 from fastgen.errors import FastgenError, InputError
 
 if TYPE_CHECKING:
@@ -20,68 +41,63 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("requests_file", metavar="[REQUESTS.json]", type=FOLDER, required=False)
-@click.option(
-    "--prompt", "prompts", multiple=True, metavar="TEXT", help="Generate this instead of a file's; repeatable."
-)
-@click.option("--labels", multiple=True, metavar='"red cube, blue sphere"', help="Or these objects; repeatable.")
-@click.option(
-    "--count", type=POSITIVE, help="Images of each --prompt or --labels, with seeds K, K+1, ...  [default: 1]"
-)
-@click.option(
+@argument("requests_file", metavar="[REQUESTS.json]", type=FOLDER, required=False)
+@option("--prompt", "prompts", multiple=True, metavar="TEXT", help="Generate this instead of a file's; repeatable.")
+@option("--labels", multiple=True, metavar='"red cube, blue sphere"', help="Or these objects; repeatable.")
+@option("--count", type=IMAGES, help="Images of each --prompt or --labels, with seeds K, K+1, ...  [default: 1]")
+@option(
     "--model",
     type=MODEL,
     help="Bundle, model folder (engine eager), or the name of a model that comes with fastgen.  [default: the latest run's, "
     "or where that takes other requests, or there is none, the one that comes with fastgen]",
 )
-@click.option("--engine", help="eager, compile, ort, openvino, trt or trt-rtx.  [default: what is installed and fits]")
-@click.option("--out", type=FOLDER, help="Output folder, or x.png for a single image.  [default: in generated/]")
-@click.option("--scheduler", help="Solver, such as ddpm, ddim, pndm, dpmpp-2m, unipc.  [default: the model's]")
-@click.option("--num-inference-steps", type=POSITIVE, help="Denoising steps.  [default: the model's]")
-@click.option("--guidance-scale", type=float, help="1 turns guidance off.  [default: the model's]")
-@click.option("--guidance-interval", type=(int, int), metavar="LO HI", help="Guide only the steps LO <= i < HI.")
-@click.option("--rag", type=FOLDER, help="Start from the nearest training image of this index (`fastgen index`).")
-@click.option("--noise-steps", type=POSITIVE, help="Steps that run from there, with --rag.  [default: 6/7 of all]")
-@click.option("--strength", type=float, help="The same as a share of the steps, more than 0 and at most 1.")
-@click.option("--rag-top-k", type=POSITIVE, help="Start from one of the K nearest, by the seed.  [default: 1]")
-@click.option("--seed", default=0, show_default=True, help="Base of the images' seeds; a file's own seeds win.")
-@click.option(
-    "--batch-size", type=POSITIVE, help="Images per batch, at most.  [default: 16 on a CPU, what fits on a GPU]"
+@option(
+    "--engine",
+    type=ENGINE,
+    help="eager, compile, ort, openvino, trt or trt-rtx.  [default: what is installed and fits]",
 )
-@click.option("--limit", type=POSITIVE, help="Only the first N requests.")
-@click.option("--checkpoint", help="A run's weights: best, last, ema or a step.  [default: the finished model's]")
+@option("--out", type=NEW, help="Output folder, or x.png for a single image.  [default: in generated/]")
+@option("--scheduler", help="Solver, such as ddpm, ddim, pndm, dpmpp-2m, unipc.  [default: the model's]")
+@option("--num-inference-steps", type=STEPS, help="Denoising steps.  [default: the model's]")
+@option("--guidance-scale", type=GUIDANCE, help="1 turns guidance off.  [default: the model's]")
+@option("--guidance-interval", type=(STEP, STEP), metavar="LO HI", help="Guide only the steps LO <= i < HI.")
+@option("--rag", type=FOLDER, help="Start from the nearest training image of this index (`fastgen index`).")
+@option("--noise-steps", type=STEPS, help="Steps that run from there, with --rag.  [default: 6/7 of all]")
+@option("--strength", type=SHARE, help="The same as a share of the steps, more than 0 and at most 1.")
+@option("--rag-top-k", type=NEIGHBOURS, help="Start from one of the K nearest, by the seed.  [default: 1]")
+@option("--seed", type=SEED, default=0, show_default=True, help="Base of the images' seeds; a file's own seeds win.")
+@option("--batch-size", type=BATCH, help="Images per batch, at most.  [default: 16 on a CPU, what fits on a GPU]")
+@option("--limit", type=IMAGES, help="Only the first N requests.")
+@option("--checkpoint", help="A run's weights: best, last, ema or a step.  [default: the finished model's]")
 @model_options
-@click.option(
+@option(
     "--normalize",
+    type=Choice("clamp", "min-max"),
     default="clamp",
     show_default=True,
     metavar="clamp|min-max",
     help="Values to pixels: [-1, 1] clamped, or each image's own range stretched. Scores change with it.",
 )
-@click.option(
+@option(
     "--strip", metavar="900,500,200,0", help="Also show each image's denoising, x_t itself at these training timesteps."
 )
-@click.option(
+@option(
     "--grid",
-    type=POSITIVE,
+    type=COLUMNS,
     is_flag=False,
     flag_value=8,
     metavar="[COLUMNS]",
     help="Also write grid.png: all images, no captions, in 8 columns or as many as given.",
 )
-@click.option("--device", help="cpu, cuda, cuda:1, ...")
-@click.option("--dtype", help="fp32, bf16 or fp16.  [default: what suits the engine and the hardware]")
-@click.option("--threads", type=POSITIVE, help="CPU threads.  [default: the engine's]")
-@click.option(
+@option("--device", type=DEVICE, help="cpu, cuda, cuda:1, ...")
+@option("--dtype", type=DTYPE, help="fp32, bf16 or fp16.  [default: what suits the engine and the hardware]")
+@option("--threads", type=THREADS, help="CPU threads.  [default: the engine's]")
+@option(
     "--graphs/--no-graphs", default=None, help="Record the loop as CUDA graphs.  [default: on a GPU, but for eager]"
 )
-@click.option("--devices", metavar="0,1", help="Split the job over these devices, a process each.")
-@click.option(
-    "--shard", metavar="I/N", help="Only part I of N; the last part writes the manifest. For several machines."
-)
-@click.option(
-    "--dry-run", is_flag=True, help="Only tell how long the job will take and how much memory, measured here."
-)
+@option("--devices", metavar="0,1", help="Split the job over these devices, a process each.")
+@option("--shard", metavar="I/N", help="Only part I of N; the last part writes the manifest. For several machines.")
+@option("--dry-run", is_flag=True, help="Only tell how long the job will take and how much memory, measured here.")
 def generate(
     requests_file: Path | None,
     prompts: Sequence[str],
@@ -129,9 +145,9 @@ def generate(
     from fastgen.retrieval.index import open_index
 
     late: dict[str, Any] = {"noise_steps": noise_steps, "strength": strength, "rag_top_k": rag_top_k}
-    part = Shard.parse(shard) if shard else None
+    part = Shard.parse(shard) if shard is not None else None
     timesteps = parse_timesteps(strip) if strip is not None else None
-    names = parse_devices(devices) if devices else None
+    names = parse_devices(devices) if devices is not None else None
     if names and (part or device):
         raise InputError(f"--devices chooses --{'shard' if part else 'device'} itself; give one of them")
     job = read_input(requests_file, prompts, labels, out, seed=seed, count=count)
@@ -156,7 +172,7 @@ def generate(
     if not dry_run:
         ensure_certified(pipeline)
     settings = pipeline.settings(seed=seed, **sampling)
-    source = open_index(rag) if rag else None
+    source = open_index(rag) if rag is not None else None
     settings, start = late_start(source, pipeline, requests, settings, **late)
     run = Run(pipeline, requests, settings, start, strip=timesteps)
     if dry_run:

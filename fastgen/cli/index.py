@@ -8,26 +8,43 @@ from typing import Any
 
 import click
 
-from fastgen.cli.common import FOLDER, MODEL, POSITIVE, model_for, say
+from fastgen.cli.common import model_for, say
+from fastgen.cli.parameters import DEVICE, DTYPE, ENGINE, FOLDER, IMAGES, MODEL, NEW, THREADS, Choice, argument, option
 from fastgen.errors import InputError
 
 
 @click.command()
-@click.argument("data", type=FOLDER)
-@click.option(
+@argument("data", type=FOLDER)
+@option(
     "--model",
     type=MODEL,
     help="Bundle or model folder, for its text encoder and VAE.  [default: as for `generate` with prompts]",
 )
-@click.option("--out", type=FOLDER, help="Index folder.  [default: index/ in a model folder, or beside a bundle]")
-@click.option("--text", default="caption", show_default=True, help="Embed each caption, or the description alone.")
-@click.option("--frames", default="all", show_default=True, help="Hold all frames of an animation, or the first.")
-@click.option("--image-mode", help="stretch, pad, crop or figure.  [default: as in training, else stretch]")
-@click.option("--limit", type=POSITIVE, help="Only the first N images.")
-@click.option("--engine", help="eager, ort or openvino.  [default: what is installed and fits]")
-@click.option("--device", help="cpu, cuda, cuda:1, ...")
-@click.option("--dtype", help="fp32, bf16 or fp16.  [default: what suits the engine and the hardware]")
-@click.option("--threads", type=POSITIVE, help="CPU threads.  [default: the engine's]")
+@option("--out", type=NEW, help="Index folder.  [default: index/ in a model folder, or beside a bundle]")
+@option(
+    "--text",
+    type=Choice("caption", "description"),
+    default="caption",
+    show_default=True,
+    help="Embed each caption, or the description alone.",
+)
+@option(
+    "--frames",
+    type=Choice("all", "first"),
+    default="all",
+    show_default=True,
+    help="Hold all frames of an animation, or the first.",
+)
+@option(
+    "--image-mode",
+    type=Choice("stretch", "pad", "crop", "figure"),
+    help="stretch, pad, crop or figure.  [default: as in training, else stretch]",
+)
+@option("--limit", type=IMAGES, help="Only the first N images.")
+@option("--engine", type=ENGINE, help="eager, ort or openvino.  [default: what is installed and fits]")
+@option("--device", type=DEVICE, help="cpu, cuda, cuda:1, ...")
+@option("--dtype", type=DTYPE, help="fp32, bf16 or fp16.  [default: what suits the engine and the hardware]")
+@option("--threads", type=THREADS, help="CPU threads.  [default: the engine's]")
 def index(
     data: Path,
     model: Path | None,
@@ -54,11 +71,11 @@ def index(
 
 
 @click.command()
-@click.argument("images", nargs=-1, required=True, type=FOLDER)
-@click.option("--index", "index_folder", required=True, type=FOLDER, help="What `fastgen index` wrote.")
-@click.option("--out", type=FOLDER, help="JSON file for the result.  [default: copies.json in the first folder]")
-@click.option("--sheet", type=FOLDER, help="PNG for the closest pairs, generated above training image; needs --data.")
-@click.option("--data", type=FOLDER, help="The data folder that was indexed, for --sheet.")
+@argument("images", nargs=-1, required=True, type=FOLDER)
+@option("--index", "index_folder", required=True, type=FOLDER, help="What `fastgen index` wrote.")
+@option("--out", type=NEW, help="JSON file for the result.  [default: copies.json in the first folder]")
+@option("--sheet", type=NEW, help="PNG for the closest pairs, generated above training image; needs --data.")
+@option("--data", type=FOLDER, help="The data folder that was indexed, for --sheet.")
 def copies(images: Sequence[Path], index_folder: Path, out: Path | None, sheet: Path | None, data: Path | None) -> None:
     """Nearest training image of each generated one in the folders IMAGES, and the share of near copies."""
     from fastgen.files.jsonfiles import write_json

@@ -6,13 +6,20 @@ from pathlib import Path
 
 import click
 
-from fastgen.cli.common import FOLDER
+from fastgen.cli.parameters import FOLDER, NEW, Choice, argument, option
 
 
 @click.command()
-@click.argument("model", type=FOLDER)
-@click.argument("out", type=FOLDER)
-@click.option("--dtype", default="fp16", show_default=True, metavar="fp16|fp32", help="Precision of the weights.")
+@argument("model", type=FOLDER)
+@argument("out", type=NEW)
+@option(
+    "--dtype",
+    type=Choice("fp16", "fp32"),
+    default="fp16",
+    show_default=True,
+    metavar="fp16|fp32",
+    help="Precision of the weights.",
+)
 def pack(model: Path, out: Path, dtype: str) -> None:
     """Write the model or evaluator folder MODEL compactly to OUT, to be kept or given away.
 

@@ -6,14 +6,15 @@ from pathlib import Path
 
 import click
 
-from fastgen.cli.common import FOLDER, POSITIVE, say
+from fastgen.cli.common import say
+from fastgen.cli.parameters import FOLDER, IMAGES, NEW, argument, option
 
 
 @click.command()
-@click.argument("a", metavar="A", type=FOLDER)
-@click.argument("b", metavar="B", type=FOLDER)
-@click.option("--out", type=FOLDER, required=True, help="PNG to write; the figures go into a JSON file beside it.")
-@click.option("--limit", type=POSITIVE, help="Only the first N images.")
+@argument("a", metavar="A", type=FOLDER)
+@argument("b", metavar="B", type=FOLDER)
+@option("--out", type=NEW, required=True, help="PNG to write; the figures go into a JSON file beside it.")
+@option("--limit", type=IMAGES, help="Only the first N images.")
 def compare(a: Path, b: Path, out: Path, limit: int | None) -> None:
     """Compare the images of two folders, from two engines or two samplers: PSNR, largest difference, side by side.
 

@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 
 import click
 
-from fastgen.cli.common import FOLDER, MODEL, POSITIVE, say
+from fastgen.cli.common import say
+from fastgen.cli.parameters import BATCH, DEVICE, FOLDER, MODEL, NEW, PATH_OR_NAME, argument, option
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -16,42 +17,46 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 def scoring_options(command: Command) -> Command:
     """The options that say what is measured, in the order of `fastgen.scoring.score`."""
     options = (
-        click.option(
+        option(
             "--evaluator",
             type=MODEL,
             help="Label accuracy, or attributes: evaluator folder or name, .safetensors, or .pth checkpoint.",
         ),
-        click.option(
+        option(
             "--attributes",
             type=FOLDER,
             help="What an evaluator of attributes is asked about.  [default: attributes.json beside the requests]",
         ),
-        click.option("--reference", type=FOLDER, help="Images to compare with: a folder of them, or a dataset."),
-        click.option(
+        option("--reference", type=FOLDER, help="Images to compare with: a folder of them, or a dataset."),
+        option(
             "--features",
+            type=PATH_OR_NAME,
             metavar="FILE|evaluator",
             help="FID and KID: weights of FID's Inception, or the evaluator's features.",
         ),
-        click.option(
-            "--clip", metavar="FOLDER|ID", help="CLIP-T, and with --reference CLIP-I: a CLIP folder or hub id."
+        option(
+            "--clip",
+            type=PATH_OR_NAME,
+            metavar="FOLDER|ID",
+            help="CLIP-T, and with --reference CLIP-I: a CLIP folder or hub id.",
         ),
-        click.option("--download", is_flag=True, help="Fetch the CLIP of a hub id that is not in the local cache."),
-        click.option("--allow-pickle", is_flag=True, help="Read .pth files (weights only)."),
+        option("--download", is_flag=True, help="Fetch the CLIP of a hub id that is not in the local cache."),
+        option("--allow-pickle", is_flag=True, help="Read .pth files (weights only)."),
     )
-    for option in reversed(options):
-        command = option(command)
+    for add in reversed(options):
+        command = add(command)
     return command
 
 
 @click.command()
-@click.argument("images", nargs=-1, required=True, type=FOLDER)
-@click.option("--requests", "requests_file", type=FOLDER, help="The JSON file they were generated from.")
+@argument("images", nargs=-1, required=True, type=FOLDER)
+@option("--requests", "requests_file", type=FOLDER, help="The JSON file they were generated from.")
 @scoring_options
-@click.option("--checkpoint", help="Refuse images that were not made by these weights: best, last, ema or a step.")
-@click.option("--against", multiple=True, type=FOLDER, help="Folder of another run to compare with; once per seed.")
-@click.option("--batch-size", type=POSITIVE, default=64, show_default=True, help="Images per batch.")
-@click.option("--device", help="cpu, cuda, cuda:1, ...  [default: the GPU if there is one]")
-@click.option("--out", type=FOLDER, help="JSON file for the result.  [default: score.json in the first folder]")
+@option("--checkpoint", help="Refuse images that were not made by these weights: best, last, ema or a step.")
+@option("--against", multiple=True, type=FOLDER, help="Folder of another run to compare with; once per seed.")
+@option("--batch-size", type=BATCH, default=64, show_default=True, help="Images per batch.")
+@option("--device", type=DEVICE, help="cpu, cuda, cuda:1, ...  [default: the GPU if there is one]")
+@option("--out", type=NEW, help="JSON file for the result.  [default: score.json in the first folder]")
 def score(
     images: Sequence[Path],
     requests_file: Path | None,

@@ -8,62 +8,81 @@ from typing import Any
 import click
 
 from fastgen.cli.certifying import ensure_certified
-from fastgen.cli.common import FOLDER, MODEL, POSITIVE, model_for, say
+from fastgen.cli.common import model_for, say
+from fastgen.cli.parameters import (
+    BATCH,
+    DEVICE,
+    DTYPE,
+    ENGINE,
+    FOLDER,
+    IMAGES,
+    MODEL,
+    NEW,
+    STEP,
+    THREADS,
+    Choice,
+    Number,
+    argument,
+    option,
+)
 from fastgen.cli.score import scoring_options
 from fastgen.errors import FastgenError
 
-SOME = click.FloatRange(min=0, min_open=True)
+SOME = Number(0, 1e6, above=True)
 SCORING = ("evaluator", "attributes", "reference", "features", "clip", "download", "allow_pickle")
 
 
 @click.command()
-@click.argument("requests_file", metavar="REQUESTS.json", type=FOLDER)
-@click.option("--out", type=FOLDER, required=True, help="Folder of the sweep; the same command continues it.")
-@click.option("--model", type=MODEL, help="Bundle, or model folder (engine eager).  [default: as for `generate`]")
-@click.option("--engine", help="eager, compile, ort, openvino, trt or trt-rtx.  [default: what is installed and fits]")
-@click.option("--scheduler", metavar="ddim,dpmpp-2m", help="Solvers.  [default: the model's]")
-@click.option("--num-inference-steps", metavar="5,10,20", help="Denoising steps.  [default: the model's]")
-@click.option("--guidance-scale", metavar="1,2,3", help="1 turns guidance off.  [default: the model's]")
-@click.option("--guidance-interval", type=(int, int), metavar="LO HI", help="Guide only the steps LO <= i < HI.")
-@click.option("--rag", type=FOLDER, help="Start from the nearest training image of this index (`fastgen index`).")
-@click.option(
+@argument("requests_file", metavar="REQUESTS.json", type=FOLDER)
+@option("--out", type=NEW, required=True, help="Folder of the sweep; the same command continues it.")
+@option("--model", type=MODEL, help="Bundle, or model folder (engine eager).  [default: as for `generate`]")
+@option(
+    "--engine",
+    type=ENGINE,
+    help="eager, compile, ort, openvino, trt or trt-rtx.  [default: what is installed and fits]",
+)
+@option("--scheduler", metavar="ddim,dpmpp-2m", help="Solvers.  [default: the model's]")
+@option("--num-inference-steps", metavar="5,10,20", help="Denoising steps.  [default: the model's]")
+@option("--guidance-scale", metavar="1,2,3", help="1 turns guidance off.  [default: the model's]")
+@option("--guidance-interval", type=(STEP, STEP), metavar="LO HI", help="Guide only the steps LO <= i < HI.")
+@option("--rag", type=FOLDER, help="Start from the nearest training image of this index (`fastgen index`).")
+@option(
     "--noise-steps",
     metavar="20,30",
     help="Steps that run from there, with --rag; none: from noise.  [default: 6/7 of all]",
 )
-@click.option("--checkpoint", metavar="best,last,500", help="A run's weights.  [default: the finished model's]")
-@click.option("--seeds", metavar="0,1,2", default="0", show_default=True, help="Every point once per seed.")
-@click.option("--limit", type=POSITIVE, help="Only the first N requests.")
-@click.option("--batch-size", type=POSITIVE, help="Images per batch.  [default: 16 on a CPU, what fits on a GPU]")
+@option("--checkpoint", metavar="best,last,500", help="A run's weights.  [default: the finished model's]")
+@option("--seeds", metavar="0,1,2", default="0", show_default=True, help="Every point once per seed.")
+@option("--limit", type=IMAGES, help="Only the first N requests.")
+@option("--batch-size", type=BATCH, help="Images per batch.  [default: 16 on a CPU, what fits on a GPU]")
 @scoring_options
-@click.option(
-    "--metric", help="What the rule looks at: label_accuracy, attributes, fid, ...  [default: the first measured]"
-)
-@click.option(
+@option("--metric", help="What the rule looks at: label_accuracy, attributes, fid, ...  [default: the first measured]")
+@option(
     "--rule",
+    type=Choice("fewest", "best"),
     default="fewest",
     show_default=True,
     metavar="fewest|best",
     help="Name the best score, or the fewest evaluations of the network that are good enough.",
 )
-@click.option(
+@option(
     "--within",
     default="2%",
     show_default=True,
     metavar="2%|1se",
     help="Good enough: not worse than the best by more than 2% of it, or one of its standard errors.",
 )
-@click.option(
+@option(
     "--against",
     default="best",
     show_default=True,
     metavar="best|ddpm-1000steps-g2",
     help="What --within is counted from: the best point, or the one of this name.",
 )
-@click.option("--minutes", type=SOME, help="Begin nothing after so many minutes; the same command continues.")
-@click.option("--device", help="cpu, cuda, cuda:1, ...")
-@click.option("--dtype", help="fp32, bf16 or fp16.  [default: what suits the engine and the hardware]")
-@click.option("--threads", type=POSITIVE, help="CPU threads.  [default: the engine's]")
+@option("--minutes", type=SOME, help="Begin nothing after so many minutes; the same command continues.")
+@option("--device", type=DEVICE, help="cpu, cuda, cuda:1, ...")
+@option("--dtype", type=DTYPE, help="fp32, bf16 or fp16.  [default: what suits the engine and the hardware]")
+@option("--threads", type=THREADS, help="CPU threads.  [default: the engine's]")
 def sweep(
     requests_file: Path,
     out: Path,

@@ -9,7 +9,8 @@ from typing import Any
 
 import click
 
-from fastgen.cli.common import FOLDER, say
+from fastgen.cli.common import say
+from fastgen.cli.parameters import DEVICE, FOLDER, NEW, PATH_OR_NAME, argument, option
 from fastgen.errors import InputError
 
 HOLDS = {"text": "captions", "labels": "labels"}
@@ -26,16 +27,14 @@ class Train(click.Command):
 
 
 @click.command(cls=Train)
-@click.argument("preset", required=False)
-@click.option("--data", "data_folder", type=FOLDER, help="Dataset folder.  [default: the one found here]")
-@click.option("--out", type=FOLDER, help="Model folder.  [default: runs/PRESET-TIME]")
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key: unet.train.steps=300.")
-@click.option("--skip-bad", is_flag=True, help="Leave out unreadable images (counted) instead of stopping.")
-@click.option("--device", help="cpu, cuda, cuda:1, ...  [default: the GPU if there is one]")
-@click.option("--tracker", help="tensorboard, wandb, mlflow, ..., or none.  [default: tensorboard if installed]")
-@click.option(
-    "--resume", type=FOLDER, metavar="CHECKPOINT", help="Begin at another run's: RUN/checkpoints/unet/step-000500."
-)
+@argument("preset", type=PATH_OR_NAME, required=False)
+@option("--data", "data_folder", type=FOLDER, help="Dataset folder.  [default: the one found here]")
+@option("--out", type=NEW, help="Model folder.  [default: runs/PRESET-TIME]")
+@option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key: unet.train.steps=300.")
+@option("--skip-bad", is_flag=True, help="Leave out unreadable images (counted) instead of stopping.")
+@option("--device", type=DEVICE, help="cpu, cuda, cuda:1, ...  [default: the GPU if there is one]")
+@option("--tracker", help="tensorboard, wandb, mlflow, ..., or none.  [default: tensorboard if installed]")
+@option("--resume", type=FOLDER, metavar="CHECKPOINT", help="Begin at another run's: RUN/checkpoints/unet/step-000500.")
 def train(
     preset: str | None, data_folder: Path | None, out: Path | None, overrides: Sequence[str], **options: Any
 ) -> None:

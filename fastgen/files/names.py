@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import unicodedata
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
@@ -91,6 +92,13 @@ def check_text(text: object, field: str) -> str:
     except UnicodeEncodeError as error:
         raise InputError(f"{field}: lone surrogate {text[error.start]!r} at character {error.start}") from None
     return text
+
+
+def check_device(name: str, field: str = "device") -> str:
+    """`name`, if it is a device's: cpu, cuda, cuda:1; whether it is there is another question. Else InputError."""
+    if not re.fullmatch(r"cpu(:0)?|cuda(:\d{1,4})?", name, re.ASCII):
+        raise InputError(f"{field}: found {brief(name)}, expected cpu, cuda, cuda:1, ...")
+    return name
 
 
 def check_labels(labels: object) -> tuple[str, ...]:

@@ -22,15 +22,16 @@ T = TypeVar("T")
 
 MAX_EDGE = 16_384  # pixels of an image's side
 MAX_STEPS = 10_000  # rows of a solver table, and timesteps of a noise schedule
+MAX_WIDTH = 1_048_576
 MAX_SEED = 2**63 - 1
 MAX_COUNT = 2**53  # whole numbers that JSON's readers in every language keep exactly
 
 Edge = Annotated[int, Meta(ge=1, le=MAX_EDGE)]
 Steps = Annotated[int, Meta(ge=1, le=MAX_STEPS)]
-Width = Annotated[int, Meta(ge=1, le=1_048_576)]  # channels of a layer, words of a vocabulary, classes
-Extent = Annotated[int, Meta(ge=0, le=1_048_576)]  # the same, and 0 where there is none
+Width = Annotated[int, Meta(ge=1, le=MAX_WIDTH)]  # channels of a layer, words of a vocabulary, classes
+Extent = Annotated[int, Meta(ge=0, le=MAX_WIDTH)]  # the same, and 0 where there is none
 Tokens = Annotated[int, Meta(ge=1, le=65_536)]  # of a prompt
-Index = Annotated[int, Meta(ge=0, le=1_048_576)]  # of a label, a class, a word
+Index = Annotated[int, Meta(ge=0, le=MAX_WIDTH)]  # of a label, a class, a word
 Factor = Annotated[float, Meta(ge=-1e6, le=1e6)]  # of a network's values: a scale, a mean, a standard deviation
 Bytes = Annotated[int, Meta(ge=0, le=MAX_COUNT)]
 Count = Annotated[int, Meta(ge=0, le=MAX_COUNT)]

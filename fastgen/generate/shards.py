@@ -6,15 +6,19 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from fastgen.engines.machine import gpus
 from fastgen.errors import FastgenError, InputError
-from fastgen.files.jsonfiles import read_json, write_json
+from fastgen.files.jsonfiles import brief, read_json, write_json
+from fastgen.files.names import check_device
 
 MERGE_LOCK = ".merge.lock"
+ERROR = b"fastgen: error: "  # begins the last line of a command that fails
 T = TypeVar("T")
 
 
@@ -27,7 +31,7 @@ class Shard:
 
     def __post_init__(self) -> None:
         if not 1 <= self.index <= self.count:
-            raise InputError(f"shard is {self}, expected I/N with 1 <= I <= N, such as 1/4")
+            raise InputError(f"--shard: found {self}, expected I/N with 1 <= I <= N, such as 1/4")
 
     def __str__(self) -> str:
         return f"{self.index}/{self.count}"
@@ -35,9 +39,9 @@ class Shard:
     @classmethod
     def parse(cls, text: str) -> Shard:
         """`I/N` -> Shard. Raises InputError."""
-        match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
+        match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text, re.ASCII)
         if not match:
-            raise InputError(f"shard is {text!r}, expected I/N, such as 1/4")
+            raise InputError(f"--shard: found {brief(text)}, expected I/N, such as 1/4")
         return cls(int(match[1]), int(match[2]))
 
     def part(self, items: Sequence[T]) -> list[T]:
@@ -85,28 +89,63 @@ def remove_parts(out: Path) -> None:
 
 
 def parse_devices(text: str) -> list[str]:
-    """`0,1` or `cuda:0,cuda:1` -> device names. Raises InputError."""
-    names = [name.strip() for name in text.split(",")]
-    if not all(names):
-        raise InputError(f"devices is {text!r}, expected a list such as 0,1")
-    return [f"cuda:{name}" if name.isdecimal() else name for name in names]
+    """`0,1` or `cuda:0,cuda:1` -> names of devices, no GPU twice. Raises InputError."""
+    words = [word.strip() for word in text.split(",")]
+    names = [check_device(f"cuda:{word}" if word.isdecimal() else word, f"--devices {brief(text)}") for word in words]
+    gpus = ["cuda:0" if name == "cuda" else name for name in names if name.startswith("cuda")]  # the CPU has many cores
+    twice = [name for name in gpus if gpus.count(name) > 1]
+    if twice:
+        raise InputError(f"--devices {brief(text)}: found {twice[-1]} twice, expected different GPUs, such as 0,1")
+    return names
 
 
 def run_on_devices(arguments: Sequence[str], devices: Sequence[str]) -> None:
     """Run `fastgen ARGUMENTS` on all devices at the same time, a shard each.
 
-    Raises FastgenError when one of them fails, after all have ended; their images stay, and the same command continues.
+    Raises InputError for a GPU that is not there, and, with the first one's line, when all refuse the user's input;
+    FastgenError when one fails, after all have ended; their images stay, and the same command continues.
     """
+    _check_present(devices)
     processes = []
     for index, device in enumerate(devices, start=1):
         part = ["--device", device, "--shard", f"{index}/{len(devices)}"]
-        processes.append(subprocess.Popen([sys.executable, "-m", "fastgen", *arguments, *part]))
-    try:
-        codes = [process.wait() for process in processes]
-    except KeyboardInterrupt:
-        for process in processes:  # they were interrupted too: let them finish their files
-            process.wait()
-        raise
-    failed = [f"{device} (exit code {code})" for device, code in zip(devices, codes, strict=True) if code]
+        command = [sys.executable, "-m", "fastgen", *arguments, *part]
+        processes.append(subprocess.Popen(command, stderr=subprocess.PIPE))
+    with ThreadPoolExecutor(len(processes)) as pool:
+        forwarded = [pool.submit(_forward, process.stderr) for process in processes]
+        try:
+            codes = [process.wait() for process in processes]
+        except KeyboardInterrupt:
+            for process in processes:  # they were interrupted too: let them finish their files
+                process.wait()
+            raise
+        errors = [future.result() for future in forwarded]
+    if all(code == InputError.exit_code for code in codes):
+        raise InputError(errors[0])
+    failed = [
+        f"{device} ({error or f'exit code {code}'})"
+        for device, code, error in zip(devices, codes, errors, strict=True)
+        if code
+    ]
     if failed:
         raise FastgenError(f"failed on {', '.join(failed)}; the same command continues with what is missing")
+
+
+def _check_present(devices: Sequence[str]) -> None:
+    numbers = [int(name.partition(":")[2] or 0) for name in devices if name.startswith("cuda")]
+    if numbers:
+        cards, _ = gpus()
+        if max(numbers) >= len(cards):
+            found = f"found cuda:{max(numbers)}, and nvidia-smi lists {len(cards) or 'no'} GPUs"
+            raise InputError(f"--devices: {found}; `fastgen doctor` says why")
+
+
+def _forward(stream: Any) -> str:
+    """Print what a process prints on stderr, as it comes, but for its error, which is returned."""
+    error = b""
+    while chunk := stream.read1():
+        text, mark, rest = (error + chunk).partition(ERROR)
+        error = mark + rest
+        sys.stderr.write(text.decode(errors="replace"))
+        sys.stderr.flush()
+    return error.removeprefix(ERROR).decode(errors="replace").strip()

@@ -9,16 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from fastgen.errors import InputError
+from fastgen.files.names import check_device
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def device_of(name: str | None) -> torch.device:
     """The device of that name, by default the GPU if there is one; InputError for one that is not there."""
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError:
-        raise InputError(f"device {name!r}: expected cpu, cuda, cuda:1, ...") from None
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(default if name is None else check_device(name))
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         count = torch.cuda.device_count() or "no"
         raise InputError(f"device {name}: PyTorch finds {count} CUDA devices; `fastgen doctor` says why")

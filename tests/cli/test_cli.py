@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastgen.cli import cli
+from fastgen.cli.commands import cli
 from fastgen.files.installing import hint
 
 HEAVY = ["torch", "diffusers", "transformers", "onnx", "onnxruntime", "openvino", "tokenizers", "safetensors"]
@@ -205,20 +205,20 @@ def test_a_symlink_below_the_output_folder_is_refused(fastgen, label_bundle, tmp
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--batch-size", "0"], "Invalid value for '--batch-size': 0 is not in the range x>=1"),
-        (["--limit", "0"], "Invalid value for '--limit'"),
-        (["--num-inference-steps", "-5"], "Invalid value for '--num-inference-steps'"),
-        (["--num-inference-steps", "many"], "'many' is not a valid integer"),
-        (["--threads", "0"], "Invalid value for '--threads'"),
-        (["--guidance-scale", "nan"], "guidance_scale is nan, expected a finite number"),
-        (["--guidance-scale", "-1"], "guidance_scale is -1.0"),
+        (["--batch-size", "0"], "--batch-size: found '0', expected a whole number from 1 to 65536"),
+        (["--limit", "0"], "--limit: found '0'"),
+        (["--num-inference-steps", "-5"], "--num-inference-steps: found '-5'"),
+        (["--num-inference-steps", "many"], "--num-inference-steps: found 'many', expected a whole number"),
+        (["--threads", "0"], "--threads: found '0'"),
+        (["--guidance-scale", "nan"], "--guidance-scale: found 'nan', expected a number from 0"),
+        (["--guidance-scale", "-1"], "--guidance-scale: found '-1'"),
         (["--guidance-interval", "4", "2"], "guidance_interval is 4 2, expected 0 <= LO < HI <= 5"),
         (["--scheduler", "dimm"], "unknown scheduler 'dimm'; did you mean 'ddim'? (choices: ddpm, ddim, pndm"),
         (["--scheduler", "ddim:50"], "scheduler is 'ddim:50', expected a name"),
         (["--engine", "tensor"], "unknown engine 'tensor' (choices: "),
         (["--engine", "eager"], "engine eager runs model folders"),
         (["--device", "cuda"], "this onnxruntime is built for the CPU alone"),
-        (["--dtype", "fp8"], "engine ort executes fp32 on cpu, not fp8"),
+        (["--dtype", "fp8"], "unknown dtype 'fp8'; did you mean 'fp32'?"),
         (["--speed", "9"], "No such option"),
     ],
 )

@@ -312,7 +312,7 @@ def test_the_commands_list_and_delete(fastgen_process):
     [
         (["ls", "--engine", "trtt"], "unknown engine 'trtt'; did you mean 'trt'?"),
         (["gc", "--engine", "x"], "unknown engine 'x'"),
-        (["gc", "--max-size", "much"], "size 'much', expected a number and a unit"),
+        (["gc", "--max-size", "much"], "--max-size: found 'much', expected a number and a unit"),
         (["gc", "--unused-days", "-1"], "--unused-days"),
         (["why", "nowhere", "--engine", "ort"], "nowhere: neither a bundle"),
         (["why"], "Missing option '--engine'"),

@@ -19,7 +19,7 @@ import pytest
 torch = pytest.importorskip("torch")
 onnxruntime = pytest.importorskip("onnxruntime")
 
-from conftest import TABLE_STEPS  # noqa: E402
+from solver_steps import TABLE_STEPS  # noqa: E402
 
 import fastgen.models.bundle  # noqa: E402
 from export.bundle import export  # noqa: E402

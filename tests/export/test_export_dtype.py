@@ -263,7 +263,8 @@ def test_a_build_that_fails_keeps_the_bundle_and_the_exit_code_of_its_cause(quic
 def test_batch_sizes_that_are_none_are_one_line(fastgen, label_model, tmp_path, sizes):
     code, out, err = fastgen("export", label_model, "--out", tmp_path / "out", "--trt", "--batch-sizes", sizes)
     assert (code, out) == (2, "")
-    assert err == f"fastgen: error: --batch-sizes is {sizes!r}, expected positive integers such as 1,8,64\n"
+    assert err.startswith("fastgen: error: --batch-sizes: found ")
+    assert "a whole number from 1 to 65536" in err
     assert not (tmp_path / "out").exists()
 
 

@@ -57,7 +57,7 @@ def test_a_malformed_shard_is_one_line(text):
 def test_devices_are_numbers_or_names():
     assert parse_devices("0,1") == ["cuda:0", "cuda:1"]
     assert parse_devices("cpu, cuda:3") == ["cpu", "cuda:3"]
-    with pytest.raises(InputError, match="such as 0,1"):
+    with pytest.raises(InputError, match="found '', expected cpu, cuda"):
         parse_devices("0,,1")
 
 
@@ -102,15 +102,38 @@ def test_several_devices_from_the_command_line(fastgen_process, label_bundle, re
     assert found == expected
 
 
-def test_a_device_that_is_not_there_fails_and_the_others_files_stay(
-    fastgen_process, label_bundle, requests_file, tmp_path
-):
+@pytest.fixture
+def one_gpu(tmp_path, monkeypatch):
+    """An nvidia-smi that lists one GPU, which the engine of these tests cannot use."""
+    script = tmp_path / "bin" / "nvidia-smi"
+    script.parent.mkdir()
+    script.write_text("#!/bin/sh\necho 'Card, 1000 MiB, 550.0, 8.9'\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{script.parent}:{os.environ['PATH']}")
+
+
+@pytest.mark.usefixtures("one_gpu")
+def test_a_device_that_refuses_fails_and_the_others_files_stay(fastgen_process, label_bundle, requests_file, tmp_path):
     arguments = ["generate", requests_file, "--model", label_bundle, "--engine", "ort", "--out", tmp_path / "out"]
-    done = fastgen_process(*arguments, "--batch-size", 2, "--devices", "cpu,nowhere")
+    done = fastgen_process(*arguments, "--batch-size", 2, "--devices", "cpu,cuda")
     assert done.returncode == 1
-    assert "failed on nowhere (exit code 2); the same command continues" in done.stderr
+    assert "failed on cuda (this onnxruntime is built for the CPU alone" in done.stderr
+    assert done.stderr.endswith("; the same command continues with what is missing\n")
+    assert done.stderr.count("fastgen: error: ") == 1
     assert len(list((tmp_path / "out").glob("[0-9]*.png"))) == 6
     assert not (tmp_path / "out" / "manifest.jsonl").exists()
+
+
+@pytest.mark.usefixtures("one_gpu")
+@pytest.mark.parametrize(
+    ("devices", "words"), [("cuda:1", "found cuda:1"), ("cuda", "this onnxruntime"), ("nope", "'nope'")]
+)
+def test_devices_that_all_refuse_are_one_line(fastgen_process, label_bundle, requests_file, tmp_path, devices, words):
+    arguments = ["generate", requests_file, "--model", label_bundle, "--engine", "ort", "--out", tmp_path / "out"]
+    done = fastgen_process(*arguments, "--devices", devices)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
+    assert words in done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("other", [["--device", "cpu"], ["--shard", "1/2"]])

@@ -37,7 +37,7 @@ HEAVY = (
     "openvino",
     "PIL.Image",
     "safetensors.torch",
-    "fastgen.cli",
+    "fastgen.cli.commands",
     "fastgen.models.folder",
     "fastgen.generate.job",
     "fastgen.engines",

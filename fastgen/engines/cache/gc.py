@@ -14,6 +14,7 @@ from fastgen.engines.cache.artifacts import Artifact, DamagedFolder, Recipe
 from fastgen.engines.cache.listing import folder_bytes, library_fields, short_version, size_text
 from fastgen.engines.doctor.libraries import distributions
 from fastgen.errors import InputError
+from fastgen.files.jsonfiles import brief
 
 DAY = 86400.0
 
@@ -130,7 +131,7 @@ def _truncated(artifact: Artifact) -> str | None:
 
 def parse_size(text: str) -> int:
     """`5GB`, `500 MB`, `2GiB` or a number of bytes -> bytes. Raises InputError otherwise."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", text.strip().upper())
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?)\s*([KMGT]?)(I?)B?", text.strip().upper(), re.ASCII)
     if match is None:
-        raise InputError(f"size {text!r}, expected a number and a unit, such as 5GB, 500MB or 2GiB")
+        raise InputError(f"--max-size: found {brief(text)}, expected a number and a unit, such as 5GB, 500MB or 2GiB")
     return int(float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2] or " "))

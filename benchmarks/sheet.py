@@ -10,8 +10,8 @@ from PIL import Image
 
 from fastgen.errors import InputError
 from fastgen.files.jsonfiles import read_jsonl
+from fastgen.files.names import MANIFEST
 from fastgen.files.png import image_grid, read_pixels
-from fastgen.generate.job_folder import MANIFEST
 
 FOLDER = click.Path(path_type=Path)
 

@@ -9,6 +9,7 @@ from typing import Any
 from fastgen.files.folders import sync_tree
 from fastgen.files.hashes import record_files
 from fastgen.files.jsonfiles import read_json, write_json
+from fastgen.files.temporary import remove_leftovers
 from fastgen.models.bundle import CERTIFICATES, COMPILED, MANIFEST, Bundle, read_bundle
 
 
@@ -44,10 +45,10 @@ def sweep(bundle: Bundle) -> None:
     patterns = [
         *(f"{name}/model.*" for name in bundle.spec.signatures),
         "reference.*",
-        ".tmp-*",
-        f"{CERTIFICATES}/.tmp-*",
         f"{COMPILED}/*/*",
     ]
+    for folder in (bundle.folder, bundle.folder / CERTIFICATES):
+        remove_leftovers(folder)
     for file in (file for pattern in patterns for file in bundle.folder.glob(pattern)):
         if file.relative_to(bundle.folder).as_posix() not in bundle.files:
             file.unlink()

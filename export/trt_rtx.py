@@ -82,7 +82,7 @@ def build_plans(
         return bundle
     replaced = [digest for digest, a in sound.items() if any(order.replaces(a.recipe) for order in orders)]
     gone = {*damaged, *replaced} - addresses
-    with scratch_folder(bundle.folder, alone=True) as partial:
+    with scratch_folder(bundle.folder) as partial:
         for order in orders:
             _make(bundle, library, order, partial / COMPILED / order.recipe.digest, say)
         add_files(bundle, partial, [name for name in bundle.files if _address(name) in gone])

@@ -70,10 +70,10 @@ def write_bundle(model_folder: Path, out: Path, options: BundleOptions, overwrit
     model = load_model(model_folder, **how)
     bundle = _existing(out, model, options, overwrite)
     if bundle is None:
-        with new_folder(out, existing="replace", alone=True) as partial:
+        with new_folder(out, existing="replace") as partial:
             _fill(partial, out, model, options, say)
     else:
-        with scratch_folder(out, alone=True) as partial:
+        with scratch_folder(out) as partial:
             _extend(bundle, partial, model, options, say)
 
 

@@ -134,7 +134,7 @@ def generate(
     The same command continues a job that was interrupted.
     """
     from fastgen.generate.job import estimate_job, run_job
-    from fastgen.generate.job_input import choose_model, read_input
+    from fastgen.generate.job_input import check_free, choose_model, read_input
     from fastgen.generate.pipeline import load
     from fastgen.generate.run import Run
     from fastgen.generate.shards import Shard, parse_devices, run_on_devices
@@ -154,6 +154,7 @@ def generate(
     for note in job.requests.notes:
         say(note)
     job.refuse({"--strip": strip, "--grid": grid, "--shard": shard, "--devices": devices})
+    check_free(job.out, single=job.single)
     folder, requests = choose_model(job.requests, model, engine, checkpoint)
     if folder.why:
         say(f"model: {folder}")

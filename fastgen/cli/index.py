@@ -65,9 +65,9 @@ def index(
     pipeline = load(folder, engine or indexing_engine(folder, options["device"]), **options)
     target = out or default_folder(folder)
     built, fresh = build_index(data, pipeline, target, index_options, limit=limit, say=say)
-    counts, state = built.info["counts"], "written" if fresh else "up to date"
-    size = f"{built.info['image_size']} px, {built.info['image_mode']}"
-    click.echo(f"{built.folder}: {counts['images']:,} images ({size}), {counts['texts']:,} distinct texts; {state}")
+    counts, state = built.info.counts, "written" if fresh else "up to date"
+    size = f"{built.info.image_size} px, {built.info.image_mode}"
+    click.echo(f"{built.folder}: {counts.images:,} images ({size}), {counts.texts:,} distinct texts; {state}")
 
 
 @click.command()
@@ -78,14 +78,18 @@ def index(
 @option("--data", type=FOLDER, help="The data folder that was indexed, for --sheet.")
 def copies(images: Sequence[Path], index_folder: Path, out: Path | None, sheet: Path | None, data: Path | None) -> None:
     """Nearest training image of each generated one in the folders IMAGES, and the share of near copies."""
-    from fastgen.files.jsonfiles import write_json
+    from fastgen.files.outputs import check_output, write_report
     from fastgen.retrieval.copies import check_copies, save_sheet
     from fastgen.retrieval.index import open_index
 
     if (sheet is None) != (data is None):
         raise InputError("--sheet shows training images, which are in the data folder: give both --sheet and --data")
+    target = images[0] / "copies.json" if out is None else out
+    check_output(target, "copies")
+    if sheet is not None:
+        check_output(sheet, "copies", "--sheet")
     report = check_copies(images, open_index(index_folder))
     if sheet is not None and data is not None:
         save_sheet(sheet, report, data)
-    write_json(out or images[0] / "copies.json", report.to_json())
+    write_report(target, "copies", report.to_json())
     click.echo(report.table())

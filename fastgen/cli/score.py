@@ -66,7 +66,7 @@ def score(
     **options: Any,
 ) -> None:
     """Label or attribute accuracy, FID, KID, CLIP-T, CLIP-I of images; several IMAGES folders count as several seeds."""
-    from fastgen.files.jsonfiles import write_json
+    from fastgen.files.outputs import check_output, write_report
     from fastgen.models.checkpoint_choice import check_made_from
     from fastgen.scoring import compare
     from fastgen.scoring.generated_images import image_folders
@@ -75,6 +75,8 @@ def score(
     ScoringOptions(**options)
     for folders in (images, against or images):
         image_folders(folders)
+    target = images[0] / "score.json" if out is None else out
+    check_output(target, "score")
     scorer = need("fastgen.scoring.scorer").Scorer(**options)
     result = scorer.score(images, requests_file)
     if checkpoint is not None:
@@ -89,4 +91,4 @@ def score(
     click.echo("\n".join(tables))
     for warning in warnings:
         say(f"warning: {warning}")
-    write_json(out or images[0] / "score.json", value)
+    write_report(target, "score", value)

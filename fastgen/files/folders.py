@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import os
-import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
 from fastgen.errors import FastgenError
+from fastgen.files.temporary import remove_leftovers, temporary_path
 
 
 @contextmanager
-def new_folder(
-    target: Path, *, existing: Literal["refuse", "replace", "keep"] = "refuse", alone: bool = False
-) -> Iterator[Path]:
+def new_folder(target: Path, *, existing: Literal["refuse", "replace", "keep"] = "refuse") -> Iterator[Path]:
     """An empty folder beside `target`, which the block fills. At the end of the block it is forced to the disk and renamed to
     `target`: a folder of that name is complete. When the block raises, nothing is left.
 
     `existing`: what happens to a folder at `target`. "refuse" raises, unless it is empty; "replace" removes it when the new one
-    is in its place; "keep" keeps it and drops the new one, as another process wrote the same content. `alone`: see
-    `scratch_folder`. Raises FastgenError when the system refuses.
+    is in its place; "keep" keeps it and drops the new one, as another process wrote the same content. Raises
+    FastgenError when the system refuses.
     """
-    with scratch_folder(target, alone=alone) as scratch:
+    with scratch_folder(target) as scratch:
         new, old = scratch / "new", scratch / "old"
         new.mkdir()
         yield new
@@ -44,17 +42,15 @@ def new_folder(
 
 
 @contextmanager
-def scratch_folder(target: Path, *, alone: bool = False) -> Iterator[Path]:
+def scratch_folder(target: Path) -> Iterator[Path]:
     """An empty folder beside `target`, with mode 0700, for the time of the block.
 
-    `alone`: the caller knows that no other process writes `target` now. The folder is then `.NAME.partial`, and that of an
-    earlier process, which was killed, is removed. Raises FastgenError for an OSError, of the block too.
+    Those of processes that were killed while they wrote `target` are removed. Raises FastgenError for an OSError, of the block
+    too.
     """
-    scratch = target.with_name(f".{target.name}.partial" if alone else f".tmp-{secrets.token_hex(8)}")
+    scratch = temporary_path(target)
     try:
-        if alone:
-            with suppress(FileNotFoundError):
-                shutil.rmtree(scratch)
+        remove_leftovers(target.parent, [target.name])
         scratch.mkdir(mode=0o700, parents=True)
         yield scratch
     except OSError as error:

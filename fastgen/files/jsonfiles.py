@@ -7,7 +7,6 @@ import math
 import os
 import re
 import reprlib
-import secrets
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from fastgen.errors import FastgenError, InputError
+from fastgen.files.temporary import temporary_path
 
 INFINITE = {"Infinity": math.inf, "-Infinity": -math.inf}
 MAX_INTEGER_DIGITS = 40  # int() itself refuses 4300 digits, and takes quadratic time below that
@@ -71,6 +71,11 @@ def read_jsonl(path: str | os.PathLike[str], limit: int = MAX_BYTES) -> list[tup
     """(line number from 1, value) for every line of a JSONL file that is not blank; raises as `read_json` does."""
     lines = enumerate(read_text(path, limit=limit).split("\n"), start=1)
     return [(number, _parse(line, Path(path), number)) for number, line in lines if line.strip(" \t\r")]
+
+
+def parse_json(text: str, place: object) -> Any:
+    """The value of a JSON text that lies at `place`; raises as `read_json` does."""
+    return _parse(text, place, 1)
 
 
 def read_text(path: str | os.PathLike[str], expected: str = "a JSON file", limit: int = MAX_BYTES) -> str:
@@ -132,7 +137,7 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
 
 def _write(path: Path, data: bytes, place: Callable[[Path, Path], None]) -> bool:
     """Write a temporary file and `place` it at `path`; False where `place` finds a file there."""
-    temporary = path.parent / f".tmp-{secrets.token_hex(8)}"
+    temporary = temporary_path(path)
     try:
         with open(temporary, "xb") as file:
             file.write(data)

@@ -10,12 +10,19 @@ from pathlib import Path, PurePosixPath
 
 from fastgen.errors import InputError, unknown
 from fastgen.files.jsonfiles import brief, located, read_json
+from fastgen.files.temporary import is_temporary
 
 CONTACT_SHEET, GRID, STRIP_SHEET = "contact_sheet.png", "grid.png", "strips.png"
 SHEETS = (CONTACT_SHEET, GRID, STRIP_SHEET)  # written beside the images; the last two on request
 OTHER_FORMATS = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")  # of images, which fastgen does not write
 STRIP_FOLDER = "strips"  # has a strip for each image, under the image's name
+JOB, MANIFEST, MERGE_LOCK = "job.json", "manifest.jsonl", ".merge.lock"
+PART_NAME = re.compile(r"shard-\d+-of-\d+\.json")
+_FORBIDDEN = re.compile(r"[\\:\x00-\x1f\x7f-\x9f]")
+_END = re.compile(r"(?<=[^/. ])[. ]+(?=/|\Z)")
+KEPT = frozenset((*SHEETS, STRIP_FOLDER, JOB, MANIFEST, MERGE_LOCK, "score.json", "copies.json"))
 SHAPES = ("cube", "sphere", "cylinder")
+MAX_TEXT = 100_000  # characters of a prompt, caption, label or name
 COLOURS = ("gray", "red", "blue", "green", "brown", "purple", "cyan", "yellow")
 ICLEVR_OBJECTS = {f"{colour} {shape}": 8 * i + j for i, shape in enumerate(SHAPES) for j, colour in enumerate(COLOURS)}
 
@@ -52,15 +59,35 @@ def _kind_of(path: Path) -> str | None:
 def check_image_name(name: object) -> str:
     """`name`, if it is a path that ends in .png and stays below the output folder; else InputError."""
     name = check_relative(name, "image_name", longest=200)  # leaves room for a temporary suffix
-    path = PurePosixPath(name)
-    if path.suffix.lower() in OTHER_FORMATS:
-        right = str(path.with_suffix(".png"))
+    if name.lower().endswith(OTHER_FORMATS):
+        right = str(PurePosixPath(name).with_suffix(".png"))
         raise InputError(f"image_name: found {brief(name)}, and images are PNG files; call it {brief(right)}")
-    if not path.name.removesuffix(".png") or not name.endswith(".png"):
+    if not name.endswith(".png") or name.endswith("/.png") or name == ".png":
         raise InputError(f"image_name: found {brief(name)}, expected a name that ends in .png")
-    if name.casefold() == CONTACT_SHEET:
+    if folded(name) == CONTACT_SHEET:
         raise InputError(f"image_name: {CONTACT_SHEET!r} is kept for the overview of all images; choose another name")
     return name
+
+
+def check_unreserved(name: str) -> None:
+    """InputError for an image name whose first part is a file or folder that a job itself writes beside its images, or whose
+    parts look like temporary files; names are compared as `folded`."""
+    first, *_ = parts = folded(name).split("/")
+    if first in KEPT or PART_NAME.fullmatch(first):
+        raise InputError(
+            f"image_name: found {brief(name)}, but {brief(first)} is kept for what a job writes; rename it"
+        )
+    if any(map(is_temporary, parts)):
+        raise InputError(f"image_name: found {brief(name)}, which looks like a temporary file of fastgen; rename it")
+
+
+def folded(name: str) -> str:
+    """The form in which file systems may take two names for one: without case, composed, without characters that cannot be
+    seen, and without dots and spaces at the end of a part."""
+    if not name.isascii():
+        name = unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+        name = "".join(character for character in name if unicodedata.category(character) != "Cf")
+    return _END.sub("", name.lower())
 
 
 def check_relative(name: object, field: str, longest: int = 255) -> str:
@@ -70,14 +97,17 @@ def check_relative(name: object, field: str, longest: int = 255) -> str:
     than `longest` bytes and paths of more than 1000.
     """
     name = check_text(name, field)
-    problem = f"{field}: found {brief(name)}"
-    if any(character in "\\:" or unicodedata.category(character) == "Cc" for character in name):
-        raise InputError(f"{problem}, expected a name without backslash, colon, NUL or other control characters")
+    if _FORBIDDEN.search(name):
+        raise InputError(
+            f"{field}: found {brief(name)}, expected a name without backslash, colon, NUL or other control characters"
+        )
     parts = name.split("/")
     if any(part in ("", ".", "..") for part in parts):
-        raise InputError(f"{problem}, expected a relative path inside the folder (no leading or double /, no . or ..)")
-    if max(len(part.encode()) for part in parts) > longest or len(name.encode()) > 1000:
-        raise InputError(f"{problem}, expected at most {longest} bytes per part and 1000 in all")
+        raise InputError(
+            f"{field}: found {brief(name)}, expected a relative path inside the folder (no leading or double /, no . or ..)"
+        )
+    if len(name.encode()) > 1000 or (len(name) * 4 > longest and max(len(part.encode()) for part in parts) > longest):
+        raise InputError(f"{field}: found {brief(name)}, expected at most {longest} bytes per part and 1000 in all")
     return name
 
 
@@ -87,6 +117,9 @@ def check_text(text: object, field: str) -> str:
         raise InputError(f"{field}: found {brief(text)}, expected text")
     if not text.strip():
         raise InputError(f"{field}: is empty")
+    if len(text) > MAX_TEXT or "\0" in text:
+        found = f"{len(text):,} characters" if len(text) > MAX_TEXT else "the character NUL"
+        raise InputError(f"{field}: found {found}, expected at most {MAX_TEXT:,} characters, none of them NUL")
     try:
         text.encode()
     except UnicodeEncodeError as error:

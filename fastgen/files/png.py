@@ -15,6 +15,9 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from fastgen.files.jsonfiles import write_bytes
 
 METADATA_KEY = "fastgen"  # the PNG text chunk that holds an image's manifest line
+SOFTWARE_KEY = "Software"  # the PNG text chunk of sheets that says which command wrote them, see `outputs`
+MAX_TEXT = 2**20  # bytes of a text chunk that is read
+SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PAD = 6  # px between the images of a sheet
 TINT = "#fff2cc"
 T = TypeVar("T")
@@ -35,11 +38,44 @@ def png_bytes(pixels: np.ndarray, metadata: Mapping[str, Any]) -> bytes:
     return buffer.getvalue()
 
 
-def read_metadata(path: Path) -> dict[str, Any]:
-    """The metadata that `png_bytes` stored."""
-    with Image.open(path) as image:
-        image.load()
-        return json.loads(image.info[METADATA_KEY])
+def read_metadata(path: Path) -> dict[str, Any] | None:
+    """The metadata that `png_bytes` stored; None for every other file. The pixels are not read."""
+    text = text_chunk(path, METADATA_KEY)
+    try:
+        value = None if text is None else json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def text_chunk(path: Path, key: str) -> str | None:
+    """The text of an uncompressed text chunk (iTXt in UTF-8, tEXt in Latin 1) before a PNG's pixels; None without one, and for
+    what is no PNG file."""
+    if not path.is_file():
+        return None
+    with open(path, "rb") as file:
+        if file.read(8) != SIGNATURE:
+            return None
+        while len(head := file.read(8)) == 8:
+            size, kind = int.from_bytes(head[:4], "big"), head[4:]
+            if kind in (b"IDAT", b"IEND"):
+                return None
+            if kind in (b"iTXt", b"tEXt") and size <= MAX_TEXT:
+                name, _, rest = file.read(size).partition(b"\0")
+                if name == key.encode():
+                    return _text_of(rest) if kind == b"iTXt" else rest.decode("latin-1")
+                file.seek(4, io.SEEK_CUR)
+            else:
+                file.seek(size + 4, io.SEEK_CUR)
+    return None
+
+
+def _text_of(data: bytes) -> str | None:
+    """The text of an iTXt chunk after its keyword: compression flag and method, language, translated keyword, text."""
+    parts = data[2:].split(b"\0", 2)
+    if data[:1] != b"\0" or len(parts) < 3:
+        return None
+    return parts[2].decode("utf-8", "replace")
 
 
 def image_grid(images: Sequence[np.ndarray], columns: int = 8, padding: int = 2) -> np.ndarray:
@@ -58,10 +94,12 @@ def image_grid(images: Sequence[np.ndarray], columns: int = 8, padding: int = 2)
     return grid
 
 
-def save_image(path: Path, image: Image.Image) -> None:
-    """A PNG without metadata, written atomically."""
+def save_image(path: Path, image: Image.Image, software: str) -> None:
+    """A PNG whose text chunk `Software` says what wrote it, written atomically."""
+    info = PngImagePlugin.PngInfo()
+    info.add_text(SOFTWARE_KEY, software)
     buffer = io.BytesIO()
-    image.save(buffer, "PNG")
+    image.save(buffer, "PNG", pnginfo=info)
     write_bytes(path, buffer.getvalue())
 
 
@@ -139,12 +177,14 @@ def fit_text(text: str, font: Any, width: int, more: bool = False) -> str:
     return text + "…" if cut else text
 
 
-def save_contact_sheet(path: Path, files: Sequence[Path], captions: Sequence[str], limit: int = 256) -> None:
+def save_contact_sheet(
+    path: Path, files: Sequence[Path], captions: Sequence[str], software: str, limit: int = 256
+) -> None:
     """A contact sheet of the first `limit` image files, written atomically."""
     images = [Image.fromarray(read_pixels(file)) for file in files[:limit]]
     columns = math.ceil(math.sqrt(len(images) * 1.6))
     rows, texts = in_rows(images, columns), in_rows(captions[:limit], columns)
-    save_image(path, sheet(rows, texts, cell=max(96, min(192, images[0].width))))
+    save_image(path, sheet(rows, texts, cell=max(96, min(192, images[0].width))), software)
 
 
 def in_rows(values: Sequence[T], columns: int) -> list[Sequence[T]]:

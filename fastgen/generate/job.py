@@ -13,13 +13,15 @@ from typing import Any
 
 from fastgen.engines.batches import Batch, halved
 from fastgen.errors import FastgenError, InputError, Say, first_line
+from fastgen.files.names import MANIFEST
 from fastgen.generate.decoder import Pictures
 from fastgen.generate.estimate import Estimate, automatic_batch_size, decode_batch_size, estimate
-from fastgen.generate.job_folder import MANIFEST, JobFolder, Limits, recorded_limits
+from fastgen.generate.job_folder import JobFolder
+from fastgen.generate.job_record import Limits, Timing, recorded_limits
 from fastgen.generate.record import job_identity, manifest_line
 from fastgen.generate.run import Run
 from fastgen.generate.runner import ModelRunner
-from fastgen.generate.shards import Shard, save_part, whole_job
+from fastgen.generate.shards import JobParts, Shard
 from fastgen.generate.writer import StepBar, Writer, progress_bar
 
 QUEUED = 2  # batches on a GPU at a time: one is sampled while the previous one is decoded
@@ -63,7 +65,8 @@ def run_job(
     lines = [manifest_line(run, r, identity) for r in run.requests]
     batches = run.batches(limits.batch)
     part = batches if shard is None else shard.part(batches)
-    pending = [batch for batch in part if not folder.is_complete(batch)]
+    parts = None if shard is None else JobParts.of(out, shard, identity, batches, lines)
+    pending = [batch for batch in part if not folder.is_complete(batch, lines)]
     count = sum(map(len, pending))
     with progress_bar(count, progress, shard) as bar, Writer(_writers(run.pipeline)) as writer:
         advance = StepBar(bar, writer, len(run.table))
@@ -73,16 +76,15 @@ def run_job(
     errors = {line["image_name"]: line["error"] for line in lines if "error" in line}
     seconds = time.perf_counter() - start
     truncated = dict(run.conditions.truncated)
-    timing = {"images": count, "seconds": round(seconds, 3), "smallest_batch": min(map(len, pending), default=0)}
-    if shard is None:
+    timing = Timing(count, round(seconds, 3), min(map(len, pending), default=0))
+    if parts is None:
         folder.finish(run.requests, lines, identity, [timing] if count else [])
         return JobReport(out, len(lines), count, seconds, errors, truncated)
-    positions = [i for batch in part for i in range(batch.start, batch.stop)]
-    save_part(out, shard, [(i, lines[i]) for i in positions], timing if count else None)
-    with whole_job(out, shard) as parts:
-        if parts is not None:
-            folder.finish(run.requests, [line for _, line in parts.lines], identity, parts.runs)
-    return JobReport(out, len(positions), count, seconds, errors, truncated, (out / MANIFEST).exists())
+    parts.save(timing if count else None)
+    with parts.whole() as whole:
+        if whole is not None:
+            folder.finish(run.requests, whole.lines, identity, whole.runs)
+    return JobReport(out, len(parts.positions), count, seconds, errors, truncated, (out / MANIFEST).exists())
 
 
 def estimate_job(run: Run, *, batch_size: int | None = None, shard: Shard | None = None) -> Estimate:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +10,9 @@ from pathlib import Path
 from fastgen.engines import built_by, source_kind
 from fastgen.engines.unready import check_ready
 from fastgen.errors import InputError
-from fastgen.files.names import OTHER_FORMATS
+from fastgen.files.names import JOB, OTHER_FORMATS
+from fastgen.files.outputs import check_output, check_output_folder
+from fastgen.files.png import read_metadata
 from fastgen.generate.requests import Request, Requests, parse_requests, typed_requests
 from fastgen.models.find import ModelFolder, default_model, find_model, name_of
 from fastgen.models.runs import LATEST
@@ -67,19 +68,24 @@ def read_input(
     return JobInput(requests, out, single)
 
 
+def check_free(out: Path, *, single: bool) -> None:
+    """InputError unless `out` can be written: for one image a file that is free, or an earlier image that is no job's; else a
+    folder, or the name of one."""
+    if not single:
+        check_output_folder(out)
+        return
+    check_output(out, "image")
+    name = (read_metadata(out) or {}).get("image_name")
+    depth = len(Path(name).parts) if isinstance(name, str) else 1
+    if out.exists() and any((folder / JOB).is_file() for folder in list(out.absolute().parents)[:depth]):
+        raise InputError(f"--out {out}: is the image of a job; choose another name")
+
+
 def is_image_file(out: Path) -> bool:
-    """Whether `out` names an image file rather than a folder. InputError for another format than PNG, for a folder of such a
-    name, and where a parent is no folder."""
+    """Whether `out` names an image file rather than a folder. InputError for another format than PNG."""
     if out.suffix.lower() in OTHER_FORMATS:
         raise InputError(f"--out {out}: images are PNG files; give {out.with_suffix('.png')}, or a folder")
-    if out.suffix.lower() != ".png":
-        return False
-    if out.is_dir():
-        raise InputError(f"--out {out}: is a folder, expected a file")
-    for folder in out.parents:
-        if os.path.lexists(folder) and not folder.is_dir():
-            raise InputError(f"--out {out}: {folder} is not a folder")
-    return True
+    return out.suffix.lower() == ".png"
 
 
 def choose_model(

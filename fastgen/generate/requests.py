@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -21,12 +20,15 @@ from fastgen.files.names import (
     check_labels,
     check_objects,
     check_text,
+    check_unreserved,
+    folded,
     read_objects,
 )
 from fastgen.generate.request_fields import CLASS_KEYS, PROMPT_KEYS, check_fields, ignored_note
 from fastgen.models.condition import kind_of
 
 MAX_SEED = 2**63  # exclusive
+MAX_REQUESTS = 250_000  # in a file
 SCHEMAS = (
     'expected {"0_main": {"image_name": "0_main.png", "text_prompt": "..."}}, [["red cube", ...], ...], '
     'or [{"prompt": "..."}, ...] (with "labels" or "class" instead of "prompt", as the model takes them)'
@@ -122,7 +124,7 @@ def parse_requests(path: str | os.PathLike[str], *, generated: bool = False) -> 
         places.append(place)
     if not requests:
         raise InputError(f"{path}: holds no requests; {SCHEMAS}")
-    _check_together(requests, places)
+    _check_together(requests, places, new=not generated)
     notes = (f"{path}: {ignored_note(ignored, len(requests))}",) if ignored else ()
     return Requests(requests, places, notes)
 
@@ -174,10 +176,14 @@ def multi_hot(requests: Sequence[Labelled], objects: Mapping[str, int]) -> np.nd
 def _entries(path: Path) -> Iterator[tuple[str, str, Any]]:
     """(id, place for messages, value) of every entry of a list, a dict or a JSONL file."""
     if path.suffix.lower() in (".jsonl", ".ndjson"):
-        for position, (line, value) in enumerate(read_jsonl(path)):
+        lines = read_jsonl(path)
+        _check_count(path, len(lines))
+        for position, (line, value) in enumerate(lines):
             yield str(position), f"{path}: line {line}", value
         return
     content = read_json(path)
+    if isinstance(content, dict | list):
+        _check_count(path, len(content))
     if isinstance(content, dict):
         for key, value in content.items():
             with located(path):
@@ -192,6 +198,11 @@ def _entries(path: Path) -> Iterator[tuple[str, str, Any]]:
         raise InputError(f"{path}: found {brief(content)}; {SCHEMAS}")
 
 
+def _check_count(path: Path, count: int) -> None:
+    if count > MAX_REQUESTS:
+        raise InputError(f"{path}: holds {count:,} requests, expected at most {MAX_REQUESTS:,}; split it")
+
+
 def _request(key: str, position: int, value: Any) -> Request:
     if isinstance(value, list):
         value = {"labels": value}
@@ -202,7 +213,7 @@ def _request(key: str, position: int, value: Any) -> Request:
         id=key,
         image_name=value.get("image_name", f"{position}.png"),
         prompt=_prompt(value),
-        labels=None if labels is None else check_labels(labels),
+        labels=tuple(labels) if isinstance(labels, list) else labels,
         seed=value.get("seed"),
         description=description.strip() or None if isinstance(description, str) else None,
     )
@@ -238,10 +249,15 @@ def _prompt(value: dict[str, Any]) -> str | None:
     return " ".join(texts).strip()
 
 
-def _check_together(requests: list[Request], places: list[str]) -> None:
-    """InputError for mixed kinds, and for image names that collide: the same file, or a file where another needs a folder.
-    Names are compared without case and in Unicode's composed form, as some file systems do."""
-    names = [unicodedata.normalize("NFC", request.image_name).casefold() for request in requests]
+def _check_together(requests: list[Request], places: list[str], *, new: bool) -> None:
+    """InputError for mixed kinds, and for image names that collide: the same file, or a file where another needs a folder; for
+    `new` images also those that collide with what a job writes. Names are compared as `folded`."""
+    names = [folded(request.image_name) for request in requests]
+    for request, place in zip(requests if new else (), places, strict=False):
+        try:
+            check_unreserved(request.image_name)
+        except InputError as error:
+            raise InputError(f"{place}: {error}") from None
     first: dict[str, int] = {}
     for i, (request, name) in enumerate(zip(requests, names, strict=True)):
         if request.kind != requests[0].kind:
@@ -251,7 +267,8 @@ def _check_together(requests: list[Request], places: list[str]) -> None:
             raise InputError(f"{places[i]}: image_name {brief(request.image_name)} is taken by {places[first[name]]}")
         first[name] = i
     for place, request, name in zip(places, requests, names, strict=True):
-        for folder in PurePosixPath(name).parents:
-            if (other := first.get(str(folder))) is not None:
+        folder = name
+        while folder := folder.rpartition("/")[0]:
+            if (other := first.get(folder)) is not None:
                 name = f"image_name {brief(request.image_name)}"
                 raise InputError(f"{place}: {name} needs a folder where {places[other]} has a file")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from fastgen.errors import InputError
 from fastgen.files.names import STRIP_FOLDER
+from fastgen.files.outputs import software
 from fastgen.files.png import read_metadata, read_pixels, save_image, sheet
 from fastgen.generate.strips import PADDING, StripPlan
 
@@ -36,12 +38,17 @@ class StripFiles:
         """Strips of the images `files` below `out`."""
         return cls(plan, [out / STRIP_FOLDER / file.relative_to(out) for file in files])
 
-    def present(self, index: int) -> bool:
-        """Whether the strip of image `index` exists and shows these timesteps."""
-        try:
-            return read_metadata(self.files[index]).get("strip") == self.plan.to_json()
-        except (OSError, KeyError, json.JSONDecodeError):
+    def present(self, index: int, line: Mapping[str, Any]) -> bool:
+        """Whether the strip of image `index`, which has this manifest line, exists and shows these timesteps. InputError for a
+        file that is no strip of this image."""
+        file = self.files[index]
+        if not os.path.lexists(file):
             return False
+        metadata = read_metadata(file) or {}
+        strip = metadata.pop("strip", None)
+        if file.is_symlink() or strip is None or metadata != line:
+            raise InputError(f"{file}: is no strip of this job; move it away, or choose another --out")
+        return strip == self.plan.to_json()
 
     def submit(self, writer: Writer, batch: Batch, pictures: Pictures, lines: Sequence[dict[str, Any]]) -> None:
         """Hand the strips of a batch to the writer, with the manifest lines of their images; broken images have none."""
@@ -59,7 +66,7 @@ def save_strip_sheet(path: Path, files: Sequence[Path], captions: Sequence[str],
         "final" if not t else f"t={t}" if nearest == t else f"t={t} ({nearest:g})"
         for t, nearest in zip(plan.timesteps, plan.nearest, strict=True)
     ]
-    save_image(path, sheet(rows, cell=size * math.ceil(96 / size), heads=heads, titles=captions))
+    save_image(path, sheet(rows, cell=size * math.ceil(96 / size), heads=heads, titles=captions), software("job"))
 
 
 def _frames(strip: np.ndarray, count: int) -> list[Image.Image]:

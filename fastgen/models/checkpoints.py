@@ -21,6 +21,7 @@ from fastgen.errors import FastgenError, InputError
 from fastgen.files.folders import new_folder
 from fastgen.files.hashes import sha256_file
 from fastgen.files.jsonfiles import read_json, write_json
+from fastgen.files.temporary import remove_leftovers
 
 STATE, BEST = "state.json", "best"
 _NAME = re.compile(r"step-(\d{6,})")
@@ -75,11 +76,7 @@ def _write(target: Path, step: int, parts: Mapping[str, Tensors], extra: Mapping
 
 def latest(parent: Path, warn: Callable[[str], None]) -> Checkpoint | None:
     """The newest checkpoint that is intact; `warn` gets a line for each damaged one."""
-    for leftover in parent.glob(".tmp-*"):
-        if leftover.is_dir():
-            shutil.rmtree(leftover)
-        else:
-            leftover.unlink()
+    remove_leftovers(parent)
     for folder in _folders(parent):
         problem, checkpoint = _verify(folder)
         if checkpoint is not None:

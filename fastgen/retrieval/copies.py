@@ -20,13 +20,15 @@ from PIL import Image
 
 from fastgen.data.images import load_image
 from fastgen.errors import InputError
+from fastgen.files.folders import make_folder
 from fastgen.files.jsonfiles import read_jsonl
-from fastgen.files.names import SHEETS, check_image_name
+from fastgen.files.names import MANIFEST, SHEETS, check_image_name
+from fastgen.files.outputs import software
 from fastgen.files.png import in_rows, save_image, sheet
-from fastgen.generate.job_folder import MANIFEST
+from fastgen.files.records import builtins
 
 if TYPE_CHECKING:
-    from fastgen.retrieval.index import Index
+    from fastgen.retrieval.index import Index, Thresholds
 
 SAMPLE = 1000  # training images that the thresholds are calibrated on
 PERCENTILE = 5.0  # of the training images' distances; so many per cent of new pictures count as near copies by chance
@@ -65,14 +67,14 @@ class CopyReport:
 
     index: str
     index_sha256: str
-    thresholds: Mapping[str, Any] | None
+    thresholds: Thresholds | None
     folders: Mapping[str, Sequence[Match]]
 
     def to_json(self) -> dict[str, Any]:
         return {
             "index": self.index,
             "index_sha256": self.index_sha256,
-            "thresholds": self.thresholds,
+            "thresholds": builtins(self.thresholds),
             "folders": {name: self._summary(name) for name in self.folders},
             "images": {name: [asdict(m) for m in matches] for name, matches in self.folders.items()},
         }
@@ -98,7 +100,7 @@ class CopyReport:
             lines.append(f"{s['images']:6}  {copies:>11}  {numbers}  {retrieved:>28}  {name}")
         if self.thresholds is None:
             return "\n".join([*lines, "no near copies counted: fewer than three subjects to calibrate on"])
-        limit, ratio, percent = (self.thresholds[name] for name in ("distance", "ratio", "percentile"))
+        limit, ratio, percent = (getattr(self.thresholds, name) for name in ("distance", "ratio", "percentile"))
         rule = f"near copy: distance below {limit:.4f} and ratio below {ratio:.3f}"
         return "\n".join([*lines, f"{rule}; about {percent:g}% of fresh pictures are so near"])
 
@@ -110,21 +112,21 @@ def _percent(share: float | None) -> str:
 def check_copies(folders: Sequence[Path], index: Index) -> CopyReport:
     """The nearest training image of every image in these folders. Raises InputError for a folder without images."""
     matches = {str(folder): _check_folder(folder, index) for folder in folders}
-    return CopyReport(str(index.folder), index.sha256, index.info["copies"], matches)
+    return CopyReport(str(index.folder), index.sha256, index.info.copies, matches)
 
 
 def _check_folder(folder: Path, index: Index) -> list[Match]:
     names = generated_images(folder)
-    side, mode = index.info["image_size"], index.info["image_mode"]
+    side, mode = index.info.image_size, index.info.image_mode
     images = (np.asarray(load_image(folder / name, side, mode=mode)) for name in names)
     small = np.stack([thumbnails(image[None], index.thumbnails.shape[1])[0] for image in images])
-    owners = np.array([image["subject"] for image in index.images])
-    near, limits = nearest_images(small, index.thumbnails, owners), index.info["copies"]
+    owners = np.array([image.subject for image in index.images])
+    near, limits = nearest_images(small, index.thumbnails, owners), index.info.copies
     matches = []
     for (name, retrieved), row, distance, ratio, mirrored in zip(names.items(), *near, strict=True):
-        copy = None if limits is None else bool(distance < limits["distance"] and ratio < limits["ratio"])
+        copy = None if limits is None else bool(distance < limits.distance and ratio < limits.ratio)
         rounded = None if np.isnan(ratio) else round(float(ratio), 4)
-        nearest = index.images[row]["id"]
+        nearest = index.images[row].id
         matches.append(Match(name, nearest, round(float(distance), 5), rounded, bool(mirrored), copy, retrieved))
     return matches
 
@@ -244,7 +246,8 @@ def save_sheet(path: Path, report: CopyReport, data: Path) -> None:
             [f"{m.image} {m.distance:.3f}{' copy' if m.copy else ''}" for _, m in row],
             [f"{m.nearest}{' mirrored' if m.mirrored else ''}" for _, m in row],
         ]
-    save_image(path, sheet(images, captions))
+    make_folder(path.parent)
+    save_image(path, sheet(images, captions), software("copies"))
 
 
 def _picture(file: Path) -> Image.Image:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
+from msgspec import Meta
 
+from fastgen.data.images import Mode
 from fastgen.errors import InputError
 from fastgen.files.hashes import check_file, sha256_file, sha256_json
-from fastgen.files.jsonfiles import read_json
+from fastgen.files.jsonfiles import MAX_DATA_BYTES, brief, read_json, read_jsonl
+from fastgen.files.names import check_relative
+from fastgen.files.npy import map_array
+from fastgen.files.records import Bytes, Count, Edge, Name, Record, Sha256, Width, builtins, to_record
 from fastgen.generate.conditions import pooled_states
 from fastgen.generate.requests import Request, resolve_seed
 from fastgen.retrieval.nearest import nearest_rows, unit
@@ -30,8 +34,73 @@ EMBEDDINGS, LATENTS, THUMBNAILS, PAIRS = "embeddings.npy", "latents.npy", "thumb
 IMAGES = "images.jsonl"
 MAPPED = (LATENTS, THUMBNAILS)  # large files: their sizes are verified, not their hashes
 COMMAND = "fastgen index DATA --model MODEL --out INDEX"
+HELP = "build the index again"
+Images = Annotated[int, Meta(ge=1, le=100_000_000)]
+Finite = Annotated[float, Meta(ge=0, le=1e9)]
 TextChoice = Literal["caption", "description"]
 FrameChoice = Literal["all", "first"]
+
+
+class Counts(Record, frozen=True):
+    images: Images
+    texts: Images
+    pairs: Images
+
+
+class Thresholds(Record, frozen=True):
+    """Of near copies, see `copies.calibrate`."""
+
+    distance: Finite
+    ratio: Finite
+    median_distance_to_another_subject: Finite
+    percentile: Finite
+    sample: Count
+    subjects: Count
+
+
+class FileRecord(Record, frozen=True):
+    bytes: Bytes
+    sha256: Sha256
+
+
+class IndexImage(Record, frozen=True):
+    """An image of the training set. `id`: its path below the data folder."""
+
+    id: Name
+    group: Name
+    subject: Count
+
+    def __post_init__(self) -> None:
+        check_relative(self.id, "id")
+
+
+class IndexRecord(Record, frozen=True):
+    """index.json: what an index depends on, its sizes, and its files."""
+
+    format_version: Literal[1]
+    component_sha256: dict[Name, Name]
+    model_sha256: Name
+    latent_shape: tuple[Width, Edge, Edge]
+    scaling_factor: Annotated[float, Meta(gt=0, le=1e6)]
+    image_size: Edge
+    image_mode: Mode
+    text: TextChoice
+    frames: FrameChoice
+    data_sha256: Name
+    fastgen: Name
+    engine: Name
+    dtype: dict[Name, Name | None]
+    counts: Counts
+    width: Width
+    thumbnail_size: Annotated[int, Meta(ge=1, le=256)]
+    copies: Thresholds | None
+    notes: tuple[str, ...]
+    files: dict[Name, FileRecord]
+
+    def __post_init__(self) -> None:
+        if self.files.keys() != {EMBEDDINGS, LATENTS, THUMBNAILS, PAIRS, IMAGES}:
+            names = ", ".join((EMBEDDINGS, LATENTS, THUMBNAILS, PAIRS, IMAGES))
+            raise InputError(f"files: found {brief(list(self.files))}, expected {names}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +108,7 @@ class Index:
     """An open index of T distinct texts and N images. `info`: index.json; `sha256`: its hash, which covers all files."""
 
     folder: Path
-    info: Mapping[str, Any]
+    info: IndexRecord
     sha256: str
     embeddings: np.ndarray  # (T, D) float32, unit length
     latents: np.ndarray  # (N, C, h, w) float16: the VAE's mean x scaling factor
@@ -52,13 +121,17 @@ class Index:
 
     @property
     def text(self) -> TextChoice:
-        return self.info["text"]
+        return self.info.text
 
     @cached_property
-    def images(self) -> list[dict[str, Any]]:
-        """Of every image {"id": its path below the data folder, "group", "subject"}."""
-        lines = (self.folder / IMAGES).read_text(encoding="utf-8").splitlines()
-        return json.loads(f"[{','.join(lines)}]")
+    def images(self) -> list[IndexImage]:
+        path = self.folder / IMAGES
+        try:
+            return [
+                to_record(value, IndexImage, f"{path}: line {line}") for line, value in read_jsonl(path, MAX_DATA_BYTES)
+            ]
+        except InputError as error:
+            raise InputError(f"{error}; {HELP}") from None
 
     def check(self, spec: Spec) -> None:
         """InputError unless the index was built with this model's text encoder and VAE."""
@@ -67,12 +140,12 @@ class Index:
         if other := foreign_network(self.info, spec.component_sha256, spec.sha256):
             name, ours, theirs = other
             raise self._foreign(f"another {name} ({ours[:12]}; this model's is {theirs[:12]})")
-        shape = tuple(self.info["latent_shape"])
+        shape = self.info.latent_shape
         if shape != spec.space.shape:
             raise self._foreign(f"latents of shape {shape}; this model's are {spec.space.shape}")
-        if not np.isclose(self.info["scaling_factor"], spec.space.scaling_factor, rtol=1e-6):
+        if not np.isclose(self.info.scaling_factor, spec.space.scaling_factor, rtol=1e-6):
             raise self._foreign(
-                f"scaling factor {self.info['scaling_factor']}; this model's is {spec.space.scaling_factor}"
+                f"scaling factor {self.info.scaling_factor}; this model's is {spec.space.scaling_factor}"
             )
 
     def _foreign(self, what: str) -> InputError:
@@ -119,14 +192,14 @@ class Index:
 
 
 def foreign_network(
-    info: Mapping[str, Any], component_sha256: Mapping[str, str], model_sha256: str
+    info: IndexRecord, component_sha256: Mapping[str, str], model_sha256: str
 ) -> tuple[str, str, str] | None:
     """(name, hash in the index, hash of the model) of the first network that differs from the one an index was built with.
     Where one side has no hashes of single networks, such as an older bundle, the whole model's are compared."""
     for field, name in (("text_encoder", "text encoder"), ("vae", "VAE")):
-        ours, theirs = info["component_sha256"].get(field), component_sha256.get(field)
+        ours, theirs = info.component_sha256.get(field), component_sha256.get(field)
         if ours is None or theirs is None:
-            name, ours, theirs = "model", info["model_sha256"], model_sha256
+            name, ours, theirs = "model", info.model_sha256, model_sha256
         if ours != theirs:
             return name, ours, theirs
     return None
@@ -166,6 +239,10 @@ class Retrieval:
         numbers = {text: i for i, text in enumerate(self.texts)}
         queries = zip(self._requests, self._queries, strict=True)
         places = {r: (numbers[text], self._draw(r, rows.shape[1])) for r, text in queries}
+        drawn = np.unique([rows[place] for place in places.values()])
+        for row in drawn:
+            if not np.isfinite(self._index.latents[row]).all():
+                raise InputError(f"{self._index.folder / LATENTS}: row {row} is not finite; {HELP}")
         return {r: (int(rows[place]), float(similarities[place])) for r, place in places.items()}
 
     def latents(self, requests: Sequence[Request]) -> np.ndarray:
@@ -175,7 +252,7 @@ class Retrieval:
     def record(self, request: Request) -> dict[str, Any]:
         """The manifest's fields of a request: its training image's id, and the similarity."""
         row, similarity = self.nearest[request]
-        return {"retrieved": self._index.images[row]["id"], "similarity": round(similarity, 6)}
+        return {"retrieved": self._index.images[row].id, "similarity": round(similarity, 6)}
 
     def _draw(self, request: Request, count: int) -> int:
         """One of `count`, by the request's seed."""
@@ -193,16 +270,20 @@ def is_index(folder: Path) -> bool:
     return (folder / MANIFEST).is_file()
 
 
-def read_info(folder: Path) -> dict[str, Any]:
+def read_info(folder: Path) -> IndexRecord:
     """index.json. Raises InputError when it is missing, malformed, or of another format."""
     path = folder / MANIFEST
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise InputError(f"{folder}: is no index ({MANIFEST} is missing); make one: `{COMMAND}`")
-    info = read_json(path)
-    version = info.get("format_version") if isinstance(info, dict) else None
+    value = read_json(path)
+    version = value.get("format_version") if isinstance(value, dict) else None
     if version != FORMAT_VERSION:
-        raise InputError(f"{path}: format_version is {version!r}, this fastgen reads {FORMAT_VERSION}; build it again")
-    return info
+        found = f"format_version is {brief(version)}"
+        raise InputError(f"{path}: {found}, this fastgen reads {FORMAT_VERSION}; build it again")
+    try:
+        return to_record(value, IndexRecord, path)
+    except InputError as error:
+        raise InputError(f"{error}; build it again") from None
 
 
 def open_index(folder: str | os.PathLike[str]) -> Index:
@@ -212,41 +293,21 @@ def open_index(folder: str | os.PathLike[str]) -> Index:
     """
     folder = Path(folder)
     info = read_info(folder)
-    try:
-        for name, record in info["files"].items():
-            check_file(folder / name, record, MANIFEST, "build the index again", content=name not in MAPPED)
-        images, texts, pairs = (info["counts"][key] for key in ("images", "texts", "pairs"))
-        side = int(info["thumbnail_size"])
-        shapes = {
-            EMBEDDINGS: ((texts, info["width"]), "float32"),
-            LATENTS: ((images, *info["latent_shape"]), "float16"),
-            THUMBNAILS: ((images, side, side, 3), "uint8"),
-            PAIRS: ((pairs, 2), "int32"),
-        }
-        _check_options(folder, info)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"{folder / MANIFEST}: malformed ({type(error).__name__}: {error}); build it again") from None
-    arrays = [_array(folder / name, shape, dtype) for name, (shape, dtype) in shapes.items()]
-    return Index(folder, info, sha256_file(folder / MANIFEST), *arrays)
-
-
-def _check_options(folder: Path, info: Mapping[str, Any]) -> None:
-    """KeyError or TypeError for a field that is missing or of another type, InputError for an unknown choice."""
-    for field, choices in (("text", get_args(TextChoice)), ("frames", get_args(FrameChoice))):
-        if info[field] not in choices:
-            raise InputError(f"{folder / MANIFEST}: {field} is {info[field]!r}, expected one of {', '.join(choices)}")
-    for field, kind in (("component_sha256", dict), ("model_sha256", str), ("scaling_factor", float)):
-        if not isinstance(info[field], kind):
-            raise TypeError(f"{field} is {info[field]!r}")
-    for field in ("image_size", "image_mode", "copies"):
-        info[field]
-
-
-def _array(path: Path, shape: tuple[int, ...], dtype: str) -> np.ndarray:
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read as an array ({error}); build the index again") from None
-    if (array.shape, array.dtype) != (shape, np.dtype(dtype)):
-        raise InputError(f"{path}: {array.dtype} {array.shape}, expected {dtype} {shape}; build the index again")
-    return array
+    for name, record in info.files.items():
+        check_file(folder / name, builtins(record), MANIFEST, HELP, content=name not in MAPPED)
+    images, texts, side = info.counts.images, info.counts.texts, info.thumbnail_size
+    embeddings = map_array(folder / EMBEDDINGS, "float32", (texts, info.width), HELP)
+    latents = map_array(folder / LATENTS, "float16", (images, *info.latent_shape), HELP)
+    thumbnails = map_array(folder / THUMBNAILS, "uint8", (images, side, side, 3), HELP)
+    pairs = map_array(folder / PAIRS, "int32", (info.counts.pairs, 2), HELP)
+    lengths = np.linalg.norm(embeddings, axis=1)
+    if not (np.abs(lengths - 1) < 1e-3).all():
+        raise InputError(f"{folder / EMBEDDINGS}: found a row that is not of length 1; {HELP}")
+    if pairs.min() < 0 or pairs[:, 1].max() >= images or not np.array_equal(np.unique(pairs[:, 0]), np.arange(texts)):
+        raise InputError(f"{folder / PAIRS}: found a text or an image that the index does not have, or lacks; {HELP}")
+    if (np.diff(pairs[:, 0]) < 0).any():
+        raise InputError(f"{folder / PAIRS}: its texts are not sorted; {HELP}")
+    index = Index(folder, info, sha256_file(folder / MANIFEST), embeddings, latents, thumbnails, pairs)
+    if len(index.images) != images:
+        raise InputError(f"{folder / IMAGES}: found {len(index.images)} images, expected {images}; {HELP}")
+    return index

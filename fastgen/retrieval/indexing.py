@@ -19,7 +19,8 @@ from fastgen.engines.choose import default_engine
 from fastgen.errors import FastgenError, InputError, Say, unknown
 from fastgen.files.folders import new_folder
 from fastgen.files.hashes import record_files
-from fastgen.files.jsonfiles import write_bytes, write_json
+from fastgen.files.jsonfiles import brief, write_bytes, write_json
+from fastgen.files.records import builtins
 from fastgen.generate.conditions import pooled_states
 from fastgen.models.bundle import is_bundle
 from fastgen.models.find import output_folder
@@ -105,7 +106,7 @@ def build_index(
         return open_index(out), False
     if os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
         raise InputError(f"{out}: exists and is no index; choose another --out")
-    with new_folder(out, alone=True) as folder:
+    with new_folder(out) as folder:
         _fill(folder, pipeline, dataset, identity, progress)
     return open_index(out), True
 
@@ -146,7 +147,7 @@ def _identity(pipeline: Pipeline, dataset: Dataset, options: IndexOptions) -> di
         "format_version": FORMAT_VERSION,
         "component_sha256": dict(spec.component_sha256),
         "model_sha256": spec.sha256,
-        "latent_shape": list(spec.space.shape),
+        "latent_shape": tuple(spec.space.shape),
         "scaling_factor": spec.space.scaling_factor,
         "image_size": spec.space.image[1],
         "image_mode": options.image_mode,
@@ -158,11 +159,12 @@ def _identity(pipeline: Pipeline, dataset: Dataset, options: IndexOptions) -> di
 
 def _check_same(out: Path, identity: Mapping[str, Any]) -> None:
     """InputError unless the index at `out` has this identity."""
-    info = read_info(out)
-    same_networks = foreign_network(info, identity["component_sha256"], identity["model_sha256"]) is None
+    record = read_info(out)
+    info = builtins(record)
+    same_networks = foreign_network(record, identity["component_sha256"], identity["model_sha256"]) is None
     for field, value in identity.items():
-        if info.get(field) != value and not (same_networks and field in ("component_sha256", "model_sha256")):
-            difference = f"{field} is {info.get(field)!r} there and {value!r} now"
+        if info[field] != value and not (same_networks and field in ("component_sha256", "model_sha256")):
+            difference = f"{field} is {brief(info[field])} there and {brief(value)} now"
             raise InputError(f"{out}: holds another index: {difference}; delete it, or choose another --out")
 
 

@@ -13,8 +13,9 @@ import numpy as np
 from PIL import Image
 
 from fastgen.errors import InputError
-from fastgen.files.jsonfiles import write_json
+from fastgen.files.folders import make_folder
 from fastgen.files.names import SHEETS, STRIP_FOLDER
+from fastgen.files.outputs import check_output, software, write_report
 from fastgen.files.png import in_rows, save_image, sheet
 from fastgen.scoring.generated_images import metadata_of, read_image
 
@@ -95,9 +96,11 @@ def compare(a: Path, b: Path, out: Path, limit: int | None = None) -> FolderComp
 
     Raises InputError for a folder or an image that cannot be read, no name in common, and two sizes under one name.
     """
+    if out.suffix != ".png":
+        raise InputError(f"--out {out}: expected the name of a new PNG file, which ends in .png")
+    for file in (out, out.with_suffix(".json")):
+        check_output(file, "compare")
     names, warnings = _common_names(a, b, limit)
-    if out.suffix != ".png" or any(out.resolve() == (folder / name).resolve() for folder in (a, b) for name in names):
-        raise InputError(f"--out {out}: expected the name of a new PNG file")
     pairs, metadata = [], []
     for name in names:
         images = [read_image(folder / name) for folder in (a, b)]
@@ -106,8 +109,9 @@ def compare(a: Path, b: Path, out: Path, limit: int | None = None) -> FolderComp
     warnings += _input_warnings(names, metadata)
     comparison = FolderComparison(a, b, tuple(pairs), _differences(metadata), tuple(warnings))
     rows = list(dict.fromkeys([*names[:PICTURED], *([comparison.worst.name] if comparison.worst else [])]))
-    save_image(out, _picture(a, b, rows))
-    write_json(out.with_suffix(".json"), comparison.to_json())
+    make_folder(out.parent)
+    save_image(out, _picture(a, b, rows), software("compare"))
+    write_report(out.with_suffix(".json"), "compare", comparison.to_json())
     return comparison
 
 

@@ -18,9 +18,11 @@ from fastgen.data.attributes import FILE as ATTRIBUTES
 from fastgen.errors import InputError, Say
 from fastgen.files.folders import make_folder
 from fastgen.files.hashes import sha256_file
-from fastgen.files.jsonfiles import read_json, write_bytes, write_json
+from fastgen.files.jsonfiles import read_json, write_bytes, write_json, write_new_json
+from fastgen.files.names import JOB, MANIFEST
+from fastgen.files.outputs import check_output, write_report
 from fastgen.generate.job import run_job
-from fastgen.generate.job_folder import JOB, MANIFEST, recorded_runs
+from fastgen.generate.job_record import recorded_runs
 from fastgen.generate.pipeline import Pipeline
 from fastgen.generate.requests import Request
 from fastgen.scoring.options import PathLike
@@ -106,7 +108,10 @@ def _claim(plan: Plan, requests: Path) -> None:
             problem = f"holds {leftovers[0]} already, but no {JSON}" if leftovers else "is not a folder"
             raise InputError(f"{plan.out}: {problem}; choose another --out")
         make_folder(plan.out)
-        write_json(record, {"requests_sha256": sha256, "rows": []})
+        if not write_new_json(record, {"requests_sha256": sha256, "rows": []}):
+            raise InputError(f"{plan.out}: another process has just begun there; choose another --out")
+    for sheet in (SHEET, PLOT):
+        check_output(plan.out / sheet, "sweep")
     write_json(plan.out / REQUESTS, requests_json(plan.requests))
     for name in (OBJECTS, ATTRIBUTES):  # which a scorer looks for beside the requests
         if (beside := requests.parent / name).is_file():
@@ -177,7 +182,7 @@ def _score(
     is_new = not isinstance(value, dict) or any(value.get(key) != source for key, source in sources.items())
     if is_new:
         value = {**scorer.score(folders, plan.out / REQUESTS).to_json(), **sources}
-        write_json(file, value)
+        write_report(file, "sweep", value)
     figures = {key: figure_from_json(figure) for key, figure in value["metrics"].items()}
     return figures, value["warnings"], is_new
 
@@ -187,8 +192,8 @@ def _row(
 ) -> ScoredPoint:
     folders = plan.folders(point)
     runs = [run for folder in folders for run in recorded_runs(folder)]
-    images = sum(run["images"] for run in runs)
-    seconds = sum(run["seconds"] for run in runs) / images if images else None
+    images = sum(run.images for run in runs)
+    seconds = sum(run.seconds for run in runs) / images if images else None
     error = None
     if errors:
         image, reason = next(iter(errors.items()))

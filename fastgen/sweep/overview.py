@@ -14,6 +14,7 @@ from fastgen.errors import Say
 from fastgen.files.installing import hint
 from fastgen.files.jsonfiles import write_bytes
 from fastgen.files.names import safe_path
+from fastgen.files.outputs import software
 from fastgen.files.png import TINT, read_pixels, save_image, sheet
 from fastgen.generate.requests import Request
 from fastgen.scoring.result import number
@@ -29,7 +30,7 @@ EDGE = "#e6a700"
 
 def save_pictures(sweep: Sweep, requests: Sequence[Request], say: Say) -> None:
     """Write contact_sheet.png and, where matplotlib is installed, plot.png; else `say` gets a line about it."""
-    save_image(sweep.folder / SHEET, contact_sheet(sweep, requests))
+    save_image(sweep.folder / SHEET, contact_sheet(sweep, requests), software("sweep"))
     if sweep.choice is None:
         return
     try:
@@ -38,7 +39,9 @@ def save_pictures(sweep: Sweep, requests: Sequence[Request], say: Say) -> None:
         say(f"no {PLOT}: it needs matplotlib, {hint('bench')}")
         return
     buffer = io.BytesIO()
-    draw_plot(sweep, Figure(figsize=SIZE, layout="constrained")).savefig(buffer, dpi=DPI, format="png")
+    draw_plot(sweep, Figure(figsize=SIZE, layout="constrained")).savefig(
+        buffer, dpi=DPI, format="png", metadata={"Software": software("sweep")}
+    )
     write_bytes(sweep.folder / PLOT, buffer.getvalue())
 
 

@@ -12,7 +12,7 @@ from fastgen.errors import InputError, unknown
 from fastgen.files.jsonfiles import located
 from fastgen.generate.conditions import check_requests
 from fastgen.generate.job import job_limits
-from fastgen.generate.job_folder import check_same_job
+from fastgen.generate.job_record import check_same_job
 from fastgen.generate.pipeline import Pipeline, load
 from fastgen.generate.record import job_identity
 from fastgen.generate.requests import Request, parse_requests

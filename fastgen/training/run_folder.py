@@ -15,6 +15,7 @@ from typing import Any
 from fastgen.errors import InputError
 from fastgen.files.folders import new_folder, scratch_folder, sync_tree
 from fastgen.files.jsonfiles import read_json, write_json
+from fastgen.files.temporary import remove_leftovers
 from fastgen.models import checkpoints
 from fastgen.models.checkpoint_choice import OUTLINE
 from fastgen.models.checkpoints import Checkpoint
@@ -77,7 +78,7 @@ class Job:
         target = self.folder / "checkpoints" / OUTLINE
         if not self.processes.is_main or target.exists():
             return
-        with new_folder(target, alone=True) as folder:
+        with new_folder(target) as folder:
             write(folder)
 
     def finish(self, write: Callable[[Path], None]) -> None:
@@ -114,8 +115,7 @@ def open_job(folder: Path, preset: Preset, fingerprint: str, **settings: Any) ->
         raise InputError(f"{folder}: is not empty and holds no training job; choose another --out")
     else:
         write_json(folder / FILE, {"finished": False, **identity})
-    for leftover in folder.glob(".tmp-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    remove_leftovers(folder)
     return Job(folder, identity, **settings)
 
 

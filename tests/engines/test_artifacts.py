@@ -17,6 +17,7 @@ import pytest
 from fastgen.engines.cache import artifacts
 from fastgen.engines.cache.artifacts import Recipe
 from fastgen.errors import InputError
+from fastgen.files import temporary
 
 FIELDS: dict[str, Any] = {"network": "unet", "batch": 8, "dtype": "fp16", "gpu": "NVIDIA A", "weights_sha256": "0" * 64}
 RECIPE = Recipe("trt", FIELDS)
@@ -176,7 +177,7 @@ def test_a_killed_build_leaves_nothing_that_is_loaded():
     deadline = time.monotonic() + 5
     while not (left := list(artifacts.leftovers())) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert [folder.name for folder in left] == [f".{RECIPE.digest}.partial"]
+    assert [temporary.target_of(folder.name) for folder in left] == [RECIPE.digest]
     assert artifacts.obtain(RECIPE, write_plan).file("plan").read_bytes() == b"compiled"
     assert list(artifacts.leftovers()) == []
 

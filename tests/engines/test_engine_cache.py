@@ -252,7 +252,8 @@ def test_what_another_process_builds_is_left_alone():
     try:
         ((doomed, gone),) = collect(Selection(everything=True))
         assert (doomed.folder, gone) == (damaged.folder, False)
-        assert (damaged.folder.parent / f".{UNET.digest}.partial" / "new" / "plan").exists()
+        (partial,) = damaged.folder.parent.glob(f".{UNET.digest}.*.tmp")
+        assert (partial / "new" / "plan").exists()
     finally:
         kill(process)
 

@@ -18,6 +18,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("onnxruntime")
 
+from killed import leftover  # noqa: E402
 from test_export import EXPORT_FEW, contents  # noqa: E402
 
 from export.bundle import export  # noqa: E402
@@ -139,7 +140,7 @@ def test_whenever_it_is_killed_the_bundle_is_whole_and_the_next_export_completes
     read_bundle(bundle).verify("fp16")
 
     (bundle / "unet" / "model.bf16.onnx").write_text("half a gra")  # of another extension that was killed
-    (bundle / ".tmp-0123456789abcdef").write_text("half")
+    leftover(bundle / "bundle.json").write_text("half")
     export(label_model, bundle, dtype="fp16", engines=["ort"])
     read_bundle(bundle).verify("fp16")
     assert set(contents(bundle)) == set(old) | ADDED
@@ -157,8 +158,8 @@ def test_a_killed_process_leaves_the_old_bundle(label_model, bundle):
     old = contents(bundle)
     command = [sys.executable, "-c", EXPORT_FEW, "export", str(label_model), "--out", str(bundle), "--dtype", "fp16"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    graph, until = bundle.with_name(".bundle.partial") / "unet" / "model.fp16.onnx", time.monotonic() + 120
-    while not graph.exists() and process.poll() is None and time.monotonic() < until:
+    graph, until = ".bundle.*.tmp/unet/model.fp16.onnx", time.monotonic() + 120
+    while not list(bundle.parent.glob(graph)) and process.poll() is None and time.monotonic() < until:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL

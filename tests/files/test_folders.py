@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from killed import leftover
 
 from fastgen.errors import FastgenError
 from fastgen.files.folders import new_folder
+from fastgen.files.temporary import remove_leftovers, temporary_path
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -26,13 +28,12 @@ def fail(folder: Path, error: BaseException) -> None:
     raise error
 
 
-@pytest.mark.parametrize("alone", [True, False])
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), FastgenError("x: cannot be written"), OSError(28, "No space")])
-def test_nothing_is_left_of_a_block_that_raises(tmp_path, alone, error):
+def test_nothing_is_left_of_a_block_that_raises(tmp_path, error):
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "a").write_text("old")
     expected = FastgenError if isinstance(error, OSError) else type(error)
-    with pytest.raises(expected) as caught, new_folder(tmp_path / "x", existing="replace", alone=alone) as folder:
+    with pytest.raises(expected) as caught, new_folder(tmp_path / "x", existing="replace") as folder:
         fail(folder, error)
     assert contents(tmp_path) == {"x/a": "old"}
     assert [f.name for f in tmp_path.iterdir()] == ["x"]
@@ -82,8 +83,34 @@ def test_an_old_folder_comes_back_when_the_new_one_cannot_take_its_place(tmp_pat
 
 
 def test_what_a_killed_process_left_behind_is_removed(tmp_path):
-    (tmp_path / ".x.partial" / "new").mkdir(parents=True)
-    (tmp_path / ".x.partial" / "new" / "half").write_text("half")
-    with new_folder(tmp_path / "x", alone=True) as folder:
+    partial = leftover(tmp_path / "x") / "new"
+    partial.mkdir(parents=True)
+    (partial / "half").write_text("half")
+    with new_folder(tmp_path / "x") as folder:
         (folder / "a").write_text("whole")
     assert contents(tmp_path) == {"x/a": "whole"}
+
+
+def test_what_others_wrote_or_a_live_process_writes_is_not_removed(tmp_path):
+    live, dead, elsewhere = temporary_path(tmp_path / "x"), leftover(tmp_path / "x"), leftover(tmp_path / "x")
+    machine = elsewhere.name.split("fastgen-")[1][:8]
+    elsewhere = elsewhere.with_name(elsewhere.name.replace(machine, "0" * 8))
+    other_target = leftover(tmp_path / "y")
+    foreign = [tmp_path / name for name in (".tmp-0123456789abcdef", ".x.partial", "x.tmp", ".x.fastgen-1.tmp")]
+    kept = [live, elsewhere, other_target, *foreign]
+    for path in (dead, *kept):
+        path.write_text("half")
+    linked = leftover(tmp_path / "x")
+    linked.symlink_to(live)
+    remove_leftovers(tmp_path, ["x"])
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in (*kept, linked)}
+    remove_leftovers(tmp_path)
+    assert not other_target.exists()
+
+
+def test_a_long_name_has_a_temporary_name_that_fits(tmp_path):
+    target = tmp_path / ("é" * 120 + ".png")
+    path = leftover(target)
+    path.write_text("half")
+    remove_leftovers(tmp_path, [target.name])
+    assert not path.exists()

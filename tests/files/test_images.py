@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastgen.files.png import image_grid, png_bytes, read_metadata, save_contact_sheet, sheet
+from fastgen.files.png import image_grid, png_bytes, read_metadata, save_contact_sheet, sheet, text_chunk
 
 rng = np.random.default_rng(0)
 
@@ -44,7 +44,8 @@ def test_a_contact_sheet_shows_every_image_in_order(tmp_path):
     for i, colour in enumerate(colours):
         files.append(tmp_path / f"{i}.png")
         Image.new("RGB", (32, 32), colour).save(files[-1])
-    save_contact_sheet(tmp_path / "sheet.png", files, [f"image {i}" for i in range(5)])
+    save_contact_sheet(tmp_path / "sheet.png", files, [f"image {i}" for i in range(5)], "fastgen job")
+    assert text_chunk(tmp_path / "sheet.png", "Software") == "fastgen job"
     drawn = np.asarray(Image.open(tmp_path / "sheet.png").convert("RGB"))
     centres = []
     for colour in colours:

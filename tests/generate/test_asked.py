@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from fastgen.errors import InputError
-from fastgen.files.png import read_metadata
+from fastgen.files.png import png_bytes, read_metadata
 from fastgen.generate.job_input import read_input
 from fastgen.generate.requests import typed_requests
 
@@ -115,7 +115,6 @@ def test_a_single_file_has_the_pixels_and_the_metadata_that_a_job_gives(generate
 
 
 def test_a_single_file_is_overwritten_and_the_seed_changes_it(generate):
-    Path("x.png").write_text("something else")
     assert generate("--labels", "red cube", "--out", "x.png")[0] == 0
     first = Path("x.png").read_bytes()
     assert generate("--labels", "red cube", "--out", "x.png")[0] == 0
@@ -127,11 +126,12 @@ def test_a_single_file_is_overwritten_and_the_seed_changes_it(generate):
 def test_an_image_that_failed_leaves_the_old_file(fastgen, text_bundle, scaled_weights, tmp_path):
     bundle = scaled_weights(text_bundle, tmp_path / "bundle", float("nan"))
     file = tmp_path / "x.png"
-    file.write_text("old")
+    old = png_bytes(np.zeros((8, 8, 3), np.uint8), {"image_name": "x.png"})
+    file.write_bytes(old)
     code, out, err = fastgen("generate", "--prompt", "a", "--model", bundle, "--engine", "ort", "--out", file)
     assert (code, out, err.count("\n")) == (1, "", 1)
     assert f"{file}: not written: 3072 of 3072 values are not finite" in err
-    assert file.read_text() == "old"
+    assert file.read_bytes() == old
     assert sorted(f.name for f in tmp_path.iterdir()) == ["bundle", "x.png"]
 
 
@@ -202,7 +202,7 @@ def test_bad_words_are_refused_before_the_model_is_loaded(generate, monkeypatch,
     (tmp_path / "file").write_text("x")
     assert "file is not a folder" in refused(generate("--labels", "red cube", "--out", "file/x.png"))
     (tmp_path / "folder.png").mkdir()
-    assert "is a folder, expected a file" in refused(generate("--labels", "red cube", "--out", "folder.png"))
+    assert "is a folder, expected a new file" in refused(generate("--labels", "red cube", "--out", "folder.png"))
 
 
 def test_a_prompt_for_a_label_model_is_refused(generate):

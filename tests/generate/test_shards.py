@@ -161,4 +161,4 @@ def test_a_killed_shard_continues_to_the_same_job(
     assert not (out / "manifest.jsonl").exists()
     assert fastgen_process(*arguments, "--shard", "1/2").returncode == 0
     assert len((out / "manifest.jsonl").read_text().splitlines()) == 11
-    assert not list(out.glob("shard-*")) + list(out.glob(".tmp-*")) + list(out.glob(".merge*"))
+    assert not list(out.glob("shard-*")) + list(out.glob(".*.tmp")) + list(out.glob(".merge*"))

@@ -16,7 +16,7 @@ from fastgen.files.png import image_grid, read_metadata, read_pixels
 from fastgen.generate.job import run_job
 from fastgen.generate.pipeline import load
 from fastgen.generate.quantise import quantised
-from fastgen.generate.requests import read_requests
+from fastgen.generate.requests import Request, read_requests
 from fastgen.generate.run import Run
 from fastgen.generate.strips import StripPlan, parse_timesteps
 from fastgen.models.folder import load_model
@@ -179,15 +179,17 @@ def test_the_start_of_a_run_and_its_end_are_frames_too():
     assert plan.nearest == (750.0, 500.0, 250.0, 0.0, 0.0)
 
 
-def test_images_named_like_a_strip_or_the_grid_are_refused(pipelines, tmp_path):
-    for name, strip, grid in (("strips/0.png", [0], None), ("grid.png", None, 8), ("Strips.png", [0], None)):
-        rows = [{"labels": ["red cube"], "image_name": image} for image in (name, "0.png")]
-        (tmp_path / "r.json").write_text(json.dumps(rows))
-        requests = read_requests(tmp_path / "r.json", pipelines["labels"].spec.condition.labels)
-        settings = pipelines["labels"].settings(num_inference_steps=2)
-        with pytest.raises(InputError, match="rename the image"):
-            run_job(Run(pipelines["labels"], requests, settings, strip=strip), tmp_path / "out", grid=grid)
-        assert not (tmp_path / "out").exists()
+@pytest.mark.parametrize(
+    "name", ["strips/0.png", "grid.png", "Strips.png", "job.json/0.png", "shard-1-of-2.json/0.png"]
+)
+def test_images_named_like_what_a_job_writes_are_refused(pipelines, tmp_path, name):
+    (tmp_path / "r.json").write_text(json.dumps([{"labels": ["red cube"], "image_name": name}]))
+    with pytest.raises(InputError, match="is kept for what a job writes"):
+        read_requests(tmp_path / "r.json", pipelines["labels"].spec.condition.labels)
+    run = Run(pipelines["labels"], [Request("0", name, labels=("red cube",))], pipelines["labels"].settings())
+    with pytest.raises(InputError, match="rename it"):
+        run_job(run, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(("arguments", "columns"), [(["--grid"], 8), (["--grid", "3"], 3)])

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from killed import leftover
 
 from fastgen.errors import FastgenError
 from fastgen.models import checkpoints
@@ -68,8 +69,9 @@ def test_a_damaged_checkpoint_is_named_and_the_previous_one_used(tmp_path: Path,
 
 def test_a_half_written_checkpoint_is_swept_away(tmp_path: Path) -> None:
     save(tmp_path, 10)
-    (tmp_path / ".tmp-dead").mkdir()
-    (tmp_path / ".tmp-dead" / "model.safetensors").write_bytes(b"half")
+    partial = leftover(tmp_path / "step-000020")
+    partial.mkdir()
+    (partial / "model.safetensors").write_bytes(b"half")
     found = checkpoints.latest(tmp_path, fail)
     assert found is not None
     assert found.step == 10

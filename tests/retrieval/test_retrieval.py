@@ -12,6 +12,7 @@ from PIL import Image
 from fastgen.engines.batches import Batch
 from fastgen.errors import InputError
 from fastgen.files.png import read_metadata
+from fastgen.files.records import builtins
 from fastgen.generate.conditions import pooled_states
 from fastgen.generate.job import estimate_job, run_job
 from fastgen.generate.pipeline import load
@@ -199,7 +200,7 @@ def test_an_index_survives_another_unet_but_no_other_encoder(index, text_model, 
 
     index.check(change("unet"))
     changed = change("text_encoder")
-    held = index.info["component_sha256"]["text_encoder"][:12]
+    held = index.info.component_sha256["text_encoder"][:12]
     with pytest.raises(InputError, match="another text encoder") as caught:
         index.check(changed)
     assert held in str(caught.value)
@@ -507,15 +508,15 @@ def test_a_damaged_index_is_named(index, tmp_path, name):
     ("change", "words"),
     [
         ({"format_version": 99}, "format_version is 99, this fastgen reads 1"),
-        ({"counts": {}}, "malformed"),
-        ({"files": None}, "malformed"),
-        ({"text": "words"}, "text is 'words', expected one of caption, description"),
+        ({"counts": {}}, "counts.images is missing"),
+        ({"files": None}, "files: found None, expected an object"),
+        ({"text": "words"}, "text: found 'words', expected caption, description"),
         ({"latent_shape": [4, 9, 9]}, r"latents.npy: float16 \(16, 4, 8, 8\), expected float16 \(16, 4, 9, 9\)"),
     ],
 )
 def test_a_foreign_or_malformed_index_json_is_one_line(index, tmp_path, change, words):
     folder = shutil.copytree(index.folder, tmp_path / "index")
-    (folder / "index.json").write_text(json.dumps({**index.info, **change}))
+    (folder / "index.json").write_text(json.dumps({**builtins(index.info), **change}))
     with pytest.raises(InputError, match=words):
         open_index(folder)
 

@@ -24,10 +24,11 @@ from fastgen.files.cachedir import cache_dir, check_private
 from fastgen.files.folders import new_folder
 from fastgen.files.hashes import check_file, record_files
 from fastgen.files.jsonfiles import read_json, write_json
+from fastgen.files.temporary import is_temporary, target_of
 from fastgen.models.bundle import COMPILED, Bundle
 
 FORMAT, RECORD = 1, "artifact.json"
-_ADDRESS = re.compile(r"[0-9a-f]{64}|\.[0-9a-f]{64}\.partial")
+_ADDRESS = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -194,9 +195,9 @@ def leftovers(engine: str | None = None) -> Iterator[Path]:
     The lock is held until the next folder is asked for, so that nobody builds in this one.
     """
     for folder in sorted(_root().glob(f"{engine or '*'}/*")):
-        if not (_ADDRESS.fullmatch(folder.name) and folder.is_dir()):
+        if not (_ADDRESS.fullmatch(target_of(folder.name)) and folder.is_dir()):
             continue
-        if (folder / RECORD).exists() and not folder.name.startswith("."):
+        if (folder / RECORD).exists() and not is_temporary(folder.name):
             continue
         with _free(folder) as free:
             if free:
@@ -213,9 +214,8 @@ def _free(folder: Path) -> Iterator[bool]:
     """Hold the lock of an artifact's folder, final or partial, within the block; yields False if another process holds it."""
     from filelock import FileLock, Timeout
 
-    digest = folder.name.removeprefix(".").partition(".")[0]
     try:
-        lock = FileLock(folder.with_name(f"{digest}.lock")).acquire(timeout=0)
+        lock = FileLock(folder.with_name(f"{target_of(folder.name)}.lock")).acquire(timeout=0)
     except Timeout:
         yield False
         return
@@ -227,7 +227,7 @@ def _build(recipe: Recipe, make: Callable[[Path], None], say: Say) -> Artifact:
     folder = recipe.folder
     say(f"building {recipe.engine}: {recipe}")
     start = time.perf_counter()
-    with new_folder(folder, existing="replace", alone=True) as partial:  # this process holds the lock
+    with new_folder(folder, existing="replace") as partial:  # this process holds the lock
         partial.chmod(0o700)
         make(partial)
         seconds = time.perf_counter() - start

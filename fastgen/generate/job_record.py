@@ -1,0 +1,82 @@
+"""job.json: which job an output folder is of, the limits of its batches, and the timing of its runs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from msgspec import Meta
+
+from fastgen.errors import InputError
+from fastgen.files.jsonfiles import brief, located
+from fastgen.files.names import JOB
+from fastgen.files.records import Count, Record, read_record
+
+HELP = "choose another --out"
+
+Rows = Annotated[int, Meta(ge=1, le=1_000_000)]  # images in a batch
+
+
+class Limits(Record, frozen=True):
+    """Most images per batch, and per forward of the VAE decoder (None: not recorded, or no VAE). They may depend on the memory
+    that was free, and the images' bytes depend on them: a job that is continued keeps both."""
+
+    batch: Rows
+    decode: Rows | None
+
+
+class Timing(Record, frozen=True):
+    """A run that finished: the images that it generated, its seconds, and the rows of its smallest batch."""
+
+    images: Count
+    seconds: Annotated[float, Meta(ge=0, le=1e9)]
+    smallest_batch: Count = 0
+
+
+class JobRecord(Record, frozen=True):
+    """`job`: see `record.job_identity`. `limits`: None in records of older versions."""
+
+    job: dict[str, Any]
+    runs: tuple[Timing, ...]
+    limits: Limits | None = None
+
+
+def read_job(path: Path) -> JobRecord:
+    """The record of a job. Raises InputError for another file."""
+    try:
+        return read_record(path, JobRecord)
+    except InputError as error:
+        raise InputError(f"{error}; is it the record of a fastgen job? else {HELP}") from None
+
+
+def check_same_job(out: Path, identity: Mapping[str, Any], *, any_batch_size: bool = False) -> None:
+    """InputError when the job that `out` holds, if any, is another one. `any_batch_size`: it may run in other batches."""
+    if not os.path.lexists(out / JOB):
+        return
+    job = read_job(out / JOB).job
+    for key, value in identity.items():
+        if job.get(key) != value and not (any_batch_size and key == "batch_size"):
+            difference = f"{key} is {brief(job.get(key))} there and {brief(value)} now"
+            raise InputError(f"{out}: holds another job: {difference}; {HELP}")
+
+
+def recorded_runs(out: Path) -> tuple[Timing, ...]:
+    """The finished runs of the job in `out`."""
+    return read_job(out / JOB).runs
+
+
+def recorded_limits(out: Path) -> Limits | None:
+    """The limits of the job in `out`, so that a resumed one cuts its requests into the same batches; None without a job."""
+    path = out / JOB
+    if not os.path.lexists(path):
+        return None
+    record = read_job(path)
+    if record.limits is not None or "batch_size" not in record.job:
+        return record.limits
+    with located(f"{path}: job.batch_size"):  # an older version recorded the batch size alone
+        batch = record.job["batch_size"]
+        if type(batch) is not int or batch < 1:
+            raise InputError(f"found {brief(batch)}, expected a whole number from 1")
+        return Limits(batch, None)

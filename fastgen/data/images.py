@@ -14,6 +14,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from fastgen.data.dataset import Dataset, note
 from fastgen.data.figure import find_figure
 from fastgen.errors import InputError
+from fastgen.files.jsonfiles import check_regular
 
 Mode = Literal["stretch", "pad", "crop", "figure"]
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # none that starts an interpreter, as EPS does
@@ -99,6 +100,8 @@ def _load(path: str | os.PathLike[str], size: int, row: str, mode: Mode) -> tupl
 def _decoded(path: str | os.PathLike[str], row: str) -> Image.Image:
     """RGB, or RGBA where there is transparency."""
     place = f"{path} ({row})" if row else str(path)
+    if os.path.lexists(path):
+        check_regular(path, "an image")
     try:
         with _open(path) as image:
             image.load()

@@ -73,11 +73,6 @@ def read_jsonl(path: str | os.PathLike[str], limit: int = MAX_BYTES) -> list[tup
     return [(number, _parse(line, Path(path), number)) for number, line in lines if line.strip(" \t\r")]
 
 
-def parse_json(text: str, place: object) -> Any:
-    """The value of a JSON text that lies at `place`; raises as `read_json` does."""
-    return _parse(text, place, 1)
-
-
 def read_text(path: str | os.PathLike[str], expected: str = "a JSON file", limit: int = MAX_BYTES) -> str:
     """A file's text (UTF-8, byte order mark accepted), of at most `limit` bytes. InputError for a missing or unreadable file,
     for what is no file (to read a pipe would wait for its writer), and for other bytes."""
@@ -94,21 +89,39 @@ def read_text(path: str | os.PathLike[str], expected: str = "a JSON file", limit
 def read_bytes(path: str | os.PathLike[str], expected: str = "a file", limit: int = MAX_BYTES) -> bytes:
     """A file's content, of at most `limit` bytes; InputError for a missing or unreadable file and for what is no file."""
     path = Path(path)
-    try:
-        status = os.stat(path)
-        if stat.S_ISDIR(status.st_mode):
-            raise InputError(f"{path}: is a folder, expected {expected}")
-        if not stat.S_ISREG(status.st_mode):
-            raise InputError(f"{path}: is a pipe or a device, expected {expected}")
-        if status.st_size > limit:
-            size = f"has {status.st_size / 2**20:,.0f} MiB, expected at most {limit / 2**20:,.0f} MiB"
-            raise InputError(f"{path}: {size}; split it")
+    with _reading(path):
+        size = _regular_size(path, expected)
+        if size > limit:
+            found = f"has {size / 2**20:,.0f} MiB, expected at most {limit / 2**20:,.0f} MiB"
+            raise InputError(f"{path}: {found}; split it")
         return path.read_bytes()
+
+
+def check_regular(path: str | os.PathLike[str], expected: str = "a file") -> None:
+    """InputError for a missing file and for what is no file: to open a pipe would wait for its writer."""
+    with _reading(Path(path)):
+        _regular_size(Path(path), expected)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """OSError and ValueError (a NUL in the path), raised inside, as InputError."""
+    try:
+        yield
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+    except (OSError, ValueError) as error:
         problem = getattr(error, "strerror", None) or error
         raise InputError(f"{brief(str(path))}: cannot be read: {problem}") from None
+
+
+def _regular_size(path: Path, expected: str) -> int:
+    status = os.stat(path)
+    if stat.S_ISDIR(status.st_mode):
+        raise InputError(f"{path}: is a folder, expected {expected}")
+    if not stat.S_ISREG(status.st_mode):
+        raise InputError(f"{path}: is a pipe or a device, expected {expected}")
+    return status.st_size
 
 
 def write_json(path: str | os.PathLike[str], value: Any, indent: int | None = 2, *, infinity: bool = False) -> None:

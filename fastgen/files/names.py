@@ -137,7 +137,8 @@ def check_device(name: str, field: str = "device") -> str:
 def check_labels(labels: object) -> tuple[str, ...]:
     """`labels` as a tuple, if it is a list of one or more different names; else InputError."""
     if not isinstance(labels, list | tuple) or not labels:
-        raise InputError(f"labels: found {brief(labels)}, expected a list of one or more object names")
+        found = brief(list(labels) if isinstance(labels, tuple) else labels)
+        raise InputError(f"labels: found {found}, expected a list of one or more object names")
     names = tuple(check_text(label, "labels") for label in labels)
     seen: set[str] = set()
     for name in names:

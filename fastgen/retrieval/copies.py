@@ -21,7 +21,7 @@ from PIL import Image
 from fastgen.data.images import load_image
 from fastgen.errors import InputError
 from fastgen.files.folders import make_folder
-from fastgen.files.jsonfiles import read_jsonl
+from fastgen.files.jsonfiles import MAX_DATA_BYTES, brief, located, read_jsonl
 from fastgen.files.names import MANIFEST, SHEETS, check_image_name
 from fastgen.files.outputs import software
 from fastgen.files.png import in_rows, save_image, sheet
@@ -139,13 +139,29 @@ def generated_images(folder: Path) -> dict[str, str | None]:
     if not folder.is_dir():
         raise InputError(f"{folder}: is no folder of images")
     if (folder / MANIFEST).is_file():
-        lines = [line for _, line in read_jsonl(folder / MANIFEST) if isinstance(line, dict) and "error" not in line]
-        names = {check_image_name(line.get("image_name")): line.get("retrieved") for line in lines}
+        names = _manifest_images(folder / MANIFEST)
     else:
         files = sorted(f.name for f in folder.iterdir() if f.suffix.lower() in SUFFIXES and f.name not in SHEETS)
         names = dict.fromkeys(files)
     if not names:
         raise InputError(f"{folder}: holds no images ({', '.join(SUFFIXES)})")
+    return names
+
+
+def _manifest_images(path: Path) -> dict[str, str | None]:
+    """Name -> id of the training image, of the images that a manifest lists and that were written."""
+    names: dict[str, str | None] = {}
+    for number, line in read_jsonl(path, MAX_DATA_BYTES):
+        with located(f"{path}: line {number}"):
+            if not isinstance(line, dict):
+                raise InputError(f"found {brief(line)}, expected the JSON object of an image")
+            name, retrieved = check_image_name(line.get("image_name")), line.get("retrieved")
+            if not isinstance(retrieved, str | None):
+                raise InputError(f"retrieved: found {brief(retrieved)}, expected text")
+            if name in names:
+                raise InputError(f"image_name: {brief(name)} occurs twice")
+            if "error" not in line:
+                names[name] = retrieved
     return names
 
 

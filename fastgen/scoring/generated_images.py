@@ -13,7 +13,7 @@ from PIL import Image
 
 from fastgen.data.dataset import files_in
 from fastgen.errors import InputError
-from fastgen.files.jsonfiles import brief
+from fastgen.files.jsonfiles import brief, check_regular, parse_json
 from fastgen.files.names import SHEETS
 from fastgen.files.png import METADATA_KEY
 from fastgen.generate.requests import Request
@@ -57,6 +57,7 @@ def image_names(folders: Sequence[Path], requests: Sequence[Request] | None) -> 
 
 def read_image(path: Path) -> Image.Image:
     """A PNG file as RGB, its text chunks in `info`. InputError if it is damaged, too large or not 8 bits deep."""
+    check_regular(path, "a PNG image")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -73,12 +74,17 @@ def metadata_of(image: Image.Image, path: Path) -> dict[str, Any] | None:
     but a JSON object."""
     if METADATA_KEY not in image.info:
         return None
+    place = f"{path}: text chunk {METADATA_KEY!r}"
     try:
-        metadata = json.loads(image.info[METADATA_KEY])
-    except (ValueError, RecursionError):
-        metadata = None
+        metadata = parse_json(str(image.info[METADATA_KEY]).encode("utf-8", "replace"), place)
+    except InputError as error:
+        raise InputError(f"{error}, expected the JSON of a generated image") from None
     if not isinstance(metadata, dict):
-        raise InputError(f"{path}: its text chunk {METADATA_KEY!r} is not the JSON of a generated image")
+        raise InputError(f"{place}: found {brief(metadata)}, expected the JSON of a generated image")
+    try:
+        json.dumps(metadata, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{place}: found a lone surrogate, expected text that UTF-8 can encode") from None
     return metadata
 
 

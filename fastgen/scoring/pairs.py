@@ -184,7 +184,8 @@ def _differences(metadata: Metadata) -> dict[str, tuple[list[Any], list[Any]]]:
 
 
 def _brief(values: list[Any]) -> str:
-    return ", ".join(str(value)[:12] for value in values[:3]) + (", ..." if len(values) > 3 else "")
+    shown = ["".join(c if c.isprintable() else "?" for c in str(value)[:12]) for value in values[:3]]
+    return ", ".join(shown) + (", ..." if len(values) > 3 else "")
 
 
 def _picture(a: Path, b: Path, names: Sequence[str]) -> Image.Image:

@@ -100,7 +100,7 @@ def run_of(pipeline, requests, index, *, noise_steps=None, strength=None, rag_to
 
 
 def all_rows(index):
-    return [(i["id"], i["group"]) for i in index.images]
+    return [(i.id, i.group) for i in index.images]
 
 
 # --- what an index holds
@@ -135,7 +135,7 @@ def test_latents_are_the_scaled_mean_of_diffusers_vae(monsters_data, eager, text
 
     index, _ = build_index(monsters_data, eager, tmp_path / "index", IndexOptions(image_mode=mode))
     vae = AutoencoderKL.from_pretrained(text_model / "vae").eval()
-    images = np.stack([np.asarray(load_image(monsters_data / i["id"], 32, mode=mode)) for i in index.images])
+    images = np.stack([np.asarray(load_image(monsters_data / i.id, 32, mode=mode)) for i in index.images])
     x = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
     with torch.no_grad():
         expected = vae.encode(x).latent_dist.mean.numpy() * 0.7
@@ -158,7 +158,7 @@ def test_a_text_finds_the_first_image_that_it_describes(monsters_data, ort, tmp_
     words = "Green robot with a sword, drawn."
     queries = pooled_states(ort.engine, ort.tokenizers, [words, f"{words} The monster is dying."])
     rows, similarities = index.nearest(queries, 1)
-    found = [index.images[row]["group"] for row in rows[:, 0]]
+    found = [index.images[row].group for row in rows[:, 0]]
     assert found == (["2_main", "2_die1"] if text == "caption" else ["2_main", "2_main"])
     assert similarities[0, 0] == pytest.approx(1, abs=1e-6)
 
@@ -477,7 +477,7 @@ def test_any_file_name_and_text_survives(ort, tmp_path):
     rows = [{"file_name": name, "text": f"text {name}"} for name in names]
     (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     index, _ = build_index(tmp_path, ort, tmp_path / "index")
-    assert [image["id"] for image in index.images] == names
+    assert [image.id for image in index.images] == names
 
 
 def test_a_bad_image_is_named_and_leaves_nothing(monsters_data, ort, tmp_path):

@@ -157,7 +157,7 @@ ATTACKS = [
         ],
     ),
     Attack("device as requests", ["generate", "/dev/zero", *COMMAND[2:]], "is a pipe or a device"),
-    Attack("long path", ["generate", "x" * 300 + ".json", *COMMAND[2:]], "long"),
+    Attack("long path", ["generate", "x" * 300 + ".json", *COMMAND[2:]], "name of 305 bytes"),
 ]
 
 

@@ -11,12 +11,12 @@ import os
 import statistics
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
+from msgspec.structs import replace
 
 from benchmarks.memory import Meter
 from benchmarks.models import ARCHITECTURES, architecture

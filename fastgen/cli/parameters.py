@@ -214,6 +214,6 @@ BATCHES = Listed(BATCH)
 THREADS = Whole(1, 1024)
 COLUMNS = Whole(1, 1000)
 NEIGHBOURS = Whole(1, MAX_IMAGES)
-GUIDANCE = Number(0, 10_000)
+GUIDANCE = Number(0, 1000)
 SHARE = Number(0, 1, above=True)
 TYPES = (Typed, click.types.BoolParamType)  # of every parameter; a tuple's items too

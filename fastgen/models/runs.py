@@ -4,15 +4,28 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 import time
 from pathlib import Path
+from typing import Any
+
+from msgspec import field
 
 from fastgen.errors import InputError
-from fastgen.files.jsonfiles import read_json
+from fastgen.files.records import Record, read_record
 from fastgen.models.bundle import is_bundle
 
+RECORD = "training.json"  # a training run's, in its folder
 RUNS = Path("runs")
 LATEST = RUNS / "latest"
+
+
+class TrainingRecord(Record, frozen=True):
+    """training.json: which job this folder is of. `data`: fingerprint of the dataset."""
+
+    finished: bool
+    preset: dict[str, Any] = field(default_factory=dict)
+    data: str = ""
 
 
 def new_run(preset: str) -> Path:
@@ -24,14 +37,15 @@ def new_run(preset: str) -> Path:
 
 
 def _unfinished(run: Path) -> bool:
-    record = run / "training.json"
-    return record.is_file() and not read_json(record)["finished"]
+    record = run / RECORD
+    return record.is_file() and not read_record(record, TrainingRecord).finished
 
 
 def set_latest(run: Path) -> None:
-    """Point runs/latest at a run, in one step."""
-    link = RUNS / ".latest"
-    link.unlink(missing_ok=True)
+    """Point runs/latest at a run, in one step. A runs/latest that is no link is somebody's own: it stays."""
+    if os.path.lexists(LATEST) and not LATEST.is_symlink():
+        return
+    link = RUNS / f".tmp-{secrets.token_hex(8)}"
     link.symlink_to(os.path.relpath(run, RUNS))
     link.replace(LATEST)
 

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta, field
 
 from fastgen.errors import InputError, unknown
-from fastgen.files.records import to_record
-from fastgen.presets.recipe import Training, check, choice
+from fastgen.files.records import Extent, Name, Record, Width, to_record
+from fastgen.files.tomlfiles import check_values, parse_toml, read_toml
+from fastgen.presets.recipe import Training, check
 from fastgen.sampling.defaults import Sampling
 
-IMAGE_MODES = ("stretch", "pad", "crop", "figure")
 OPTIONAL = ("loss", "loss_from_epoch", "preview", "sampling", "config")  # tables that a preset may leave out
-CONDITIONERS = ("class_embed", "concat", "broadcast", "tokens")
-EMBEDS = ("linear", "identity", "embedding", "tokens", "words")
-CONDITIONER_KEYS = ("kind", "dim", "hidden", "embed")
 FAMILIES = {
     "text": "text_encoder",
     "labels": "conditioner",
@@ -28,56 +25,70 @@ FAMILIES = {
 }  # an older key -> the table it meant
 NETWORKS = ("unet", "text_encoder", "vae", "evaluator")
 
+Table = Annotated[dict[Name, Any], Meta(max_length=200)]
 
-@dataclass(frozen=True)
-class NetworkPreset:
+
+class ConditionerTable(Record, frozen=True):
+    """How labels reach the UNet: keyword arguments of `models.networks.labels.LabelConditioner`."""
+
+    kind: Literal["class_embed", "concat", "broadcast", "tokens"]
+    dim: Width | None = None
+    hidden: Extent | None = None
+    embed: Literal["linear", "identity", "embedding", "tokens", "words"] | None = None
+
+
+class EvaluatorTable(Record, frozen=True):
+    """`width`: channels of the evaluator's first layer."""
+
+    width: Annotated[int, Meta(ge=1, le=256)] = 64
+
+
+class NetworkPreset(Record, frozen=True):
     """A network: either frozen, from `path` (a local diffusers/transformers folder or a hub id), or of its class's keyword
     arguments in `config` (an evaluator needs none), trained by the recipe in `train`."""
 
-    config: Mapping[str, Any] = field(default_factory=dict)
-    path: str | None = None
-    subfolder: str | None = None
+    config: Table = field(default_factory=dict)
+    path: Name | None = None
+    subfolder: Name | None = None
     train: Training | None = None
 
     def __post_init__(self) -> None:
         trained, value = bool(self.config or self.train), self.path or dict(self.config)
-        check(trained != bool(self.path), "network", value, "either a path (frozen) or a config with its train table")
+        check(
+            trained != bool(self.path), "path, config", value, "either a path (frozen) or a config with its train table"
+        )
 
 
-@dataclass(frozen=True)
-class Preset:
+class Preset(Record, frozen=True):
     """A system that `fastgen train` builds from a data folder: an evaluator, or a diffusion model.
 
     The tables say what it is: with [text_encoder] it is conditioned on text, with [conditioner] on labels or a class, with
     neither on nothing; with [vae] it works on latents, else on pixels.
     """
 
-    name: str
-    image_size: int
-    image_mode: str
+    name: Annotated[str, Meta(min_length=1, max_length=150)]
+    image_size: Annotated[int, Meta(ge=8, le=4096)]  # px
+    image_mode: Literal["stretch", "pad", "crop", "figure"] = "stretch"
     unet: NetworkPreset | None = None
-    scheduler: Mapping[str, Any] = field(default_factory=dict)  # diffusers config: the noise schedule trained on
-    sampling: Sampling = field(default_factory=Sampling)
+    scheduler: Table = field(default_factory=dict)  # diffusers config: the noise schedule trained on
+    sampling: Sampling = Sampling()
     text_encoder: NetworkPreset | None = None
     vae: NetworkPreset | None = None
-    conditioner: Mapping[str, Any] | None = (
-        None  # {"kind": one of CONDITIONERS, "dim": int, "hidden": int, "embed": one of EMBEDS}
-    )
+    conditioner: Table | None = None  # a ConditionerTable
     evaluator: NetworkPreset | None = None
-    preview: Mapping[str, Any] = field(default_factory=dict)  # {"prompts": [...]} or {"labels": [[...], ...]}
+    preview: Table = field(default_factory=dict)  # {"prompts": [...]} or {"labels": [[...], ...]}
 
     def __post_init__(self) -> None:
-        choice("image_mode", self.image_mode, IMAGE_MODES)
-        check(8 <= self.image_size <= 4096, "image_size", self.image_size, "8 to 4096 px")
+        check(_is_plain(self.name), "name", self.name, "a name that a folder can have")
         self._check_tables()
         for name in NETWORKS:
             part: NetworkPreset | None = getattr(self, name)
             if part is not None and part.path is None:
                 check(part.train is not None, f"{name}.train", None, "a table: the network is trained here")
         if self.conditioner is not None:
-            _check_conditioner(self.conditioner)
+            to_record(self.conditioner, ConditionerTable, field="conditioner")
         if self.evaluator is not None:
-            _check_evaluator(self.evaluator.config)
+            to_record(self.evaluator.config, EvaluatorTable, field="evaluator.config")
         if self.preview:
             key = {"text": "prompts", "labels": "labels"}.get(self.kind) if self.evaluator is None else None
             expected = f"a list of {key}" if key else "none: such a preset has no conditions to preview"
@@ -106,23 +117,8 @@ class Preset:
         check(not both, "tables", sorted(tables), "[text_encoder] for text, or [conditioner] for labels, not both")
 
 
-def _check_conditioner(table: Mapping[str, Any]) -> None:
-    for key in table:
-        if key not in CONDITIONER_KEYS:
-            raise unknown("key", f"conditioner.{key}", [f"conditioner.{name}" for name in CONDITIONER_KEYS])
-    choice("conditioner.kind", str(table.get("kind")), CONDITIONERS)
-    choice("conditioner.embed", str(table.get("embed", EMBEDS[0])), EMBEDS)
-    for key, low in (("dim", 1), ("hidden", 0)):
-        value = table.get(key, low)
-        check(type(value) is int and value >= low, f"conditioner.{key}", value, f"a whole number, at least {low}")
-
-
-def _check_evaluator(table: Mapping[str, Any]) -> None:
-    for key in table:
-        if key != "width":
-            raise unknown("key", f"evaluator.config.{key}", ["evaluator.config.width"])
-    value = table.get("width", 64)
-    check(type(value) is int and 1 <= value <= 256, "evaluator.config.width", value, "a whole number, 1 to 256")
+def _is_plain(name: str) -> bool:
+    return name not in (".", "..") and not re.search(r"[/\\\x00-\x1f\x7f]", name)
 
 
 def preset_names() -> list[str]:
@@ -139,40 +135,29 @@ def load_preset(name_or_file: str | Path, overrides: Sequence[str] = ()) -> Pres
     """
     path = Path(name_or_file)
     if path.suffix == ".toml":
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{path}: cannot be read as a preset: {error}") from None
-        return _parse(path.stem, text, str(path), overrides)
+        return _preset(path.stem, read_toml(path), str(path), overrides)
     if str(name_or_file) not in preset_names():
         raise unknown("preset", str(name_or_file), preset_names())
     text = (resources.files("fastgen") / "presets" / f"{name_or_file}.toml").read_text(encoding="utf-8")
-    return _parse(str(name_or_file), text, f"preset {name_or_file}", overrides)
+    where = f"preset {name_or_file}"
+    return _preset(str(name_or_file), parse_toml(text, where), where, overrides)
 
 
-def _parse(name: str, text: str, where: str, overrides: Sequence[str]) -> Preset:
-    try:
-        table = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise InputError(f"{where}: not valid TOML: {error}") from None
+def _preset(name: str, table: dict[str, Any], where: str, overrides: Sequence[str]) -> Preset:
     try:
         _drop_family(table)
         _apply(table, overrides)
-        values = {"name": name, "image_mode": "stretch", **table}
-        for key in NETWORKS:
-            if key in values:
-                values[key] = _network(values[key], key)
-        values["sampling"] = to_record(values.get("sampling", {}), Sampling, field="sampling")
-        return _build(Preset, values, "")
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
+    return to_record({"name": name, **table}, Preset, where)
 
 
 def _drop_family(table: dict[str, Any]) -> None:
     """Presets once named a family, which the tables say. InputError where the two differ."""
     if "family" in table:
         family = str(table.pop("family"))
-        choice("family", family, tuple(FAMILIES))
+        if family not in FAMILIES:
+            raise unknown("family", family, FAMILIES)
         needed = FAMILIES[family]
         check(
             needed in table,
@@ -203,60 +188,10 @@ def _apply(table: dict[str, Any], overrides: Sequence[str]) -> None:
 
 def _toml_value(text: str, where: str) -> Any:
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        table = tomllib.loads(f"value = {text}")
+    except (ValueError, RecursionError):
         check(re.fullmatch(r"[\w./~:+-]+", text) is not None, where, text, "a TOML value, such as 300 or [1, 2]")
         return text
-
-
-def _network(table: Any, where: str) -> NetworkPreset:
-    check(isinstance(table, Mapping), where, table, "a table")
-    values = dict(table)
-    if "train" in values:
-        values["train"] = _build(Training, values["train"], f"{where}.train")
-    return _build(NetworkPreset, values, where)
-
-
-def _build(cls: type[Any], values: Mapping[str, Any], where: str) -> Any:
-    """cls(**values), with unknown, missing and mistyped keys as one-line errors."""
-    check(isinstance(values, Mapping), where, values, "a table")
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    prefix = f"{where}." if where else ""
-    for key in values:
-        if key not in fields:
-            raise unknown("key", f"{prefix}{key}", [f"{prefix}{name}" for name in fields])
-    converted = {}
-    for name, spec in fields.items():
-        if name not in values:
-            if spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING:
-                raise InputError(f"{prefix}{name} is missing")
-            continue
-        converted[name] = _convert(values[name], spec, f"{prefix}{name}")
-    return cls(**converted)
-
-
-def _convert(value: Any, spec: dataclasses.Field[Any], where: str) -> Any:
-    kinds: dict[str, tuple[type, ...]] = {
-        "int": (int,),
-        "float": (int, float),
-        "bool": (bool,),
-        "bool | str": (bool, str),
-        "str": (str,),
-    }
-    kind = str(spec.type).removesuffix(" | None")
-    if kind in kinds:
-        right = isinstance(value, kinds[kind]) and (bool in kinds[kind] or not isinstance(value, bool))
-        check(right, where, value, f"a value of type {kind}")
-    elif kind.startswith("tuple"):
-        check(isinstance(value, list) and all(map(_is_number, value)), where, value, "a list of numbers")
-        return tuple(value)
-    elif kind == "Mapping[str, float]":
-        right = isinstance(value, Mapping) and all(map(_is_number, value.values()))
-        check(right, where, value, "a table of numbers")
-    elif kind.startswith("Mapping"):
-        check(isinstance(value, Mapping), where, value, "a table")
-    return value
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    check(list(table) == ["value"], where, text, "one TOML value, such as 300 or [1, 2]")
+    check_values(table["value"], where)
+    return table["value"]

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from fastgen.data import Dataset, read_dataset
 from fastgen.data.attributes import with_labels
-from fastgen.errors import InputError
 from fastgen.presets import Preset
+from fastgen.training.assembly import check_evaluator, plan_model
 from fastgen.training.autocast import choose
 from fastgen.training.examples import load_examples
 from fastgen.training.logs import say
 from fastgen.training.processes import join
-from fastgen.training.run_folder import check_branch_point, flat, open_job
+from fastgen.training.run_folder import check_branch_point, check_folder, flat, open_job
 from fastgen.training.stages import train_evaluator, train_model
-from fastgen.training.trackers import tracking
+from fastgen.training.trackers import installed_tracker, tracking
 
 __all__ = ["train"]
 
@@ -37,26 +39,39 @@ def train(
     finished job it does nothing. `accelerate launch` starts several processes, which share every batch.
     `skip_bad` leaves unreadable images out. `device`: "cpu", "cuda", ...; the GPU if there is one. `tracker`: see
     `trackers.tracking`. `resume`: the checkpoint of another run, RUN/checkpoints/STAGE/step-NNNNNN, at which this one begins.
-    Raises InputError for data that does not suit the preset, for a folder with another job, and for a `resume` that is no
-    checkpoint; FastgenError when the loss is not finite or the disk is full.
+    Raises InputError, before anything is written, for data that does not suit the preset, for networks that do not fit each
+    other, for a folder with another job, and for a `resume` that is no checkpoint; FastgenError when the loss is not finite or
+    the disk is full.
     """
     out = Path(out)
     dataset = data if isinstance(data, Dataset) else read_dataset(data)
     if preset.evaluator is not None:
         dataset = with_labels(dataset)
     target = choose("fp32", device).device
+    tracker_name = installed_tracker(tracker)
     if resume is not None:
-        check_branch_point(resume)
+        check_branch_point(resume, out)
     processes = join(target)
-    with processes.main_first():
-        job = open_job(out, preset, dataset.fingerprint, device=device, progress=progress, processes=processes)
-        if job.finished:
-            say(f"{out}: already finished")
-            return out
-        if resume is not None and resume.resolve().is_relative_to(out.resolve()):
-            raise InputError(f"{resume}: is this run's own checkpoint; to branch off there, choose another --out")
-        examples = load_examples(dataset, preset, skip_bad)
-    with tracking(tracker, out, dict(flat(job.identity)), target.type == "cpu") as tell:
-        train_stages = train_model if preset.evaluator is None else train_evaluator
-        train_stages(preset, examples, dataclasses.replace(job, tracker=tell, resume=resume))
+    with ExitStack() as stack:
+        with processes.main_first():
+            if check_folder(out, preset, dataset.fingerprint):
+                say(f"{out}: already finished")
+                return out
+            examples = load_examples(dataset, preset, skip_bad)
+            plan = plan_model(preset, examples, device) if preset.evaluator is None else None
+            if plan is None:
+                check_evaluator(preset, examples, device)
+            settings: dict[str, Any] = {
+                "device": device,
+                "progress": progress,
+                "processes": processes,
+                "resume": resume,
+            }
+            job = stack.enter_context(open_job(out, preset, dataset.fingerprint, **settings))
+        told = tracking(tracker_name, out, dict(flat(job.identity)), target.type == "cpu")
+        job = dataclasses.replace(job, tracker=stack.enter_context(told))
+        if plan is not None:
+            train_model(plan, preset, examples, job)
+        else:
+            train_evaluator(preset, examples, job)
     return out

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import cast
 
 import numpy as np
 
 from fastgen.data import Dataset, split
 from fastgen.data.cache import cached_pixels
-from fastgen.data.images import Mode
 from fastgen.errors import InputError
 from fastgen.generate.requests import multi_hot
 from fastgen.presets import Preset, Training
@@ -86,7 +84,7 @@ def load_examples(dataset: Dataset, preset: Preset, skip_bad: bool) -> Examples:
     if preset.kind not in (dataset.kind, "nothing"):
         holds, needs = ("captions" if kind == "text" else "labels" for kind in (dataset.kind, preset.kind))
         raise InputError(f"{dataset.root}: holds images with {holds}; preset {preset.name} needs {needs}")
-    pixels = cached_pixels(dataset, preset.image_size, cast(Mode, preset.image_mode), skip_bad)
+    pixels = cached_pixels(dataset, preset.image_size, preset.image_mode, skip_bad)
     for line in (*dataset.notes, *pixels.notes):
         say(f"note: {line}")
     fields: dict[str, str | int] = {"data": dataset.fingerprint, "size": preset.image_size, "mode": preset.image_mode}

@@ -92,8 +92,9 @@ def objective_of(recipe: Training, *, latents: bool, image_size: int) -> Objecti
 def refuse_unet_keys(recipe: Training, name: str) -> None:
     """InputError for a key of another network's recipe that its training would ignore."""
     known = ("loss",) if name == "vae" else ()
+    default = Training(steps=1)
     for key in ("loss", "loss_from_epoch", "min_snr_gamma", "timestep_shift", "color_jitter"):
-        if (value := getattr(recipe, key)) != getattr(Training, key, {}) and key not in known:
+        if (value := getattr(recipe, key)) != getattr(default, key) and key not in known:
             raise InputError(f"{name}.train.{key} = {value!r}: belongs to unet.train; {name} is trained without it")
 
 

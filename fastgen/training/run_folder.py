@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from fastgen.errors import InputError
-from fastgen.files.folders import new_folder, scratch_folder, sync_tree
-from fastgen.files.jsonfiles import read_json, write_json
-from fastgen.files.temporary import remove_leftovers
+from fastgen.files.folders import make_folder, new_folder, scratch_folder, sync_tree
+from fastgen.files.jsonfiles import brief, read_json, write_json, write_new_json
+from fastgen.files.records import builtins, read_record, to_record
+from fastgen.files.temporary import is_temporary, remove_leftovers
 from fastgen.models import checkpoints
 from fastgen.models.checkpoint_choice import OUTLINE
 from fastgen.models.checkpoints import Checkpoint
+from fastgen.models.runs import RECORD, TrainingRecord
 from fastgen.presets import Preset
 from fastgen.training.autocast import choose
 from fastgen.training.logs import Tracker, TrainingLog, say
 from fastgen.training.processes import Processes
 from fastgen.training.trainer import TrainingRun
 
-FILE = "training.json"
+LOCK = ".lock"  # held while a process trains into the folder
 STAGES = ("vae", "text_encoder", "unet", "evaluator")  # in the order in which they are trained
 # Keys of a recipe that do not change the trained weights: they may differ when a job continues.
 OPERATIONAL = (
@@ -52,7 +56,7 @@ class Job:
 
     @property
     def finished(self) -> bool:
-        return bool(read_json(self.folder / FILE)["finished"])
+        return read_record(self.folder / RECORD, TrainingRecord).finished
 
     @property
     def log(self) -> TrainingLog:
@@ -93,38 +97,75 @@ class Job:
                 if target.is_dir():
                     shutil.rmtree(target)
                 os.replace(entry, target)
-        write_json(self.folder / FILE, {"finished": True, **self.identity})
+        write_json(self.folder / RECORD, {"finished": True, **self.identity})
         shutil.rmtree(self.folder / "checkpoints" / OUTLINE, ignore_errors=True)
 
 
-def open_job(folder: Path, preset: Preset, fingerprint: str, **settings: Any) -> Job:
-    """Claim an empty folder for a job, or open the same job's folder again. `settings`: further fields of Job.
+def check_folder(folder: Path, preset: Preset, fingerprint: str) -> bool:
+    """Whether `folder` holds this job, and it is finished. Nothing is written.
 
-    Raises InputError when the folder holds something else, or the job of another preset or other data; it names the
-    first difference.
+    Raises InputError when the folder holds something else, or the job of another preset or other data; it names the first
+    difference.
+    """
+    for parent in (folder, *folder.parents):
+        if os.path.lexists(parent) and not parent.is_dir():
+            raise InputError(f"{parent}: is not a folder; choose another --out")
+    if os.path.lexists(folder / RECORD):
+        record = read_record(folder / RECORD, TrainingRecord)
+        _compare(folder, record, preset, fingerprint)
+        return record.finished
+    if folder.is_dir() and any(entry.name != LOCK and not is_temporary(entry.name) for entry in folder.iterdir()):
+        raise InputError(f"{folder}: is not empty and holds no training job; choose another --out")
+    return False
+
+
+@contextmanager
+def open_job(folder: Path, preset: Preset, fingerprint: str, **settings: Any) -> Iterator[Job]:
+    """Claim an empty folder for a job, or open the same job's folder again, for the time of the block. `settings`: further
+    fields of Job.
+
+    Raises InputError as `check_folder` does, and while another process trains into the folder.
     """
     identity = {"preset": _plain(preset), "data": fingerprint}
+    make_folder(folder)
+    with _locked(folder, settings.get("processes", Processes()).is_main):
+        if not write_new_json(folder / RECORD, {"finished": False, **identity}):
+            check_folder(folder, preset, fingerprint)
+            # As an earlier version wrote it: its checkpoints have the digest of just this.
+            identity = {key: value for key, value in read_json(folder / RECORD).items() if key != "finished"}
+        remove_leftovers(folder)
+        yield Job(folder, identity, **settings)
+
+
+@contextmanager
+def _locked(folder: Path, is_main: bool) -> Iterator[None]:
+    """Keep other jobs out of the folder for the time of the block; the main process does it for all of one job."""
+    if not is_main:
+        yield
+        return
+    lock = FileLock(folder / LOCK)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        occupied = any(folder.iterdir())
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise InputError(f"{folder}: another process trains into it; wait for it, or choose another --out") from None
     except OSError as error:
         raise InputError(f"{folder}: cannot be used as the output folder: {error.strerror}") from None
-    if (folder / FILE).exists():
-        _compare(folder, read_json(folder / FILE), identity)
-    elif occupied:
-        raise InputError(f"{folder}: is not empty and holds no training job; choose another --out")
-    else:
-        write_json(folder / FILE, {"finished": False, **identity})
-    remove_leftovers(folder)
-    return Job(folder, identity, **settings)
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            (folder / LOCK).unlink(missing_ok=True)
+        lock.release()
 
 
-def check_branch_point(checkpoint: Path) -> None:
-    """Raises InputError unless `checkpoint` is RUN/checkpoints/STAGE/step-NNNNNN, and intact."""
+def check_branch_point(checkpoint: Path, out: Path) -> None:
+    """Raises InputError unless `checkpoint` is RUN/checkpoints/STAGE/step-NNNNNN, intact, and of another run than `out`."""
     if checkpoint.parent.name not in STAGES:
         expected = f"RUN/checkpoints/STAGE/step-000500, STAGE one of {', '.join(STAGES)}"
         raise InputError(f"{checkpoint}: is no checkpoint to resume from; expected {expected}")
     checkpoints.read(checkpoint)
+    if checkpoint.resolve().is_relative_to(out.resolve()):
+        raise InputError(f"{checkpoint}: is this run's own checkpoint; to branch off there, choose another --out")
 
 
 def _branch_point(checkpoint: Path, stage: str) -> Checkpoint | None:
@@ -143,7 +184,8 @@ def _branch_point(checkpoint: Path, stage: str) -> Checkpoint | None:
 
 
 def _plain(preset: Preset) -> dict[str, Any]:
-    values = json.loads(json.dumps(dataclasses.asdict(preset)))
+    """What decides the trained weights, as JSON has it."""
+    values: dict[str, Any] = builtins(preset)
     del values["preview"]
     for part in values.values():
         for key in OPERATIONAL:
@@ -152,13 +194,16 @@ def _plain(preset: Preset) -> dict[str, Any]:
     return values
 
 
-def _compare(folder: Path, record: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
-    there, here = (dict(flat(job.get("preset", {}))) for job in (record, identity))
+def _compare(folder: Path, record: TrainingRecord, preset: Preset, fingerprint: str) -> None:
+    recorded = to_record(
+        record.preset, Preset, folder / RECORD, "preset"
+    )  # a key that is newer than it has its default
+    there, here = (dict(flat(_plain(job))) for job in (recorded, preset))
     for key in sorted(there.keys() | here.keys()):
         if there.get(key) != here.get(key):
-            what = f"{key} = {there.get(key)!r} there and {here.get(key)!r} here"
+            what = f"{key} = {brief(there.get(key))} there and {brief(here.get(key))} here"
             raise InputError(f"{folder}: holds another job ({what}); continue that one, or choose another --out")
-    if record.get("data") != identity["data"]:
+    if record.data != fingerprint:
         raise InputError(f"{folder}: holds a job on other data; continue with that data, or choose another --out")
 
 

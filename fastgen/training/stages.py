@@ -8,27 +8,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastgen.errors import InputError
 from fastgen.generate.requests import Request, multi_hot
 from fastgen.models import evaluator
-from fastgen.models.build import build_module, build_text_encoder, load_text_encoder, load_vae
 from fastgen.models.folder import Model
 from fastgen.models.networks.autoencoder import standardise
-from fastgen.models.networks.labels import conditioner_for, unet_class
 from fastgen.models.saving import save_model
-from fastgen.presets import NetworkPreset, Preset, Training
-from fastgen.training.bpe import train_tokenizer
+from fastgen.presets import Preset
+from fastgen.training.assembly import ModelPlan, network_of, recipe_of
 from fastgen.training.classifier import AttributeTask, ClassifierTask
 from fastgen.training.contrastive import ContrastiveTask
-from fastgen.training.diffusion import DiffusionTask, NoiseSchedule
+from fastgen.training.diffusion import DiffusionTask
 from fastgen.training.encode import cached_moments, cached_states, latent_scale, latent_statistics, tokenize
 from fastgen.training.examples import Examples
-from fastgen.training.losses import Objective, objective_of, refuse_unet_keys
+from fastgen.training.losses import Objective
 from fastgen.training.previews import (
     PresetConditions,
-    default_table,
-    fixed_labels,
-    fixed_prompts,
     preview_rows,
     sampled_preview,
 )
@@ -47,72 +41,29 @@ from fastgen.training.trainer import fit
 from fastgen.training.vae import VaeTask
 
 
-def train_model(preset: Preset, data: Examples, job: Job) -> None:
+def train_model(plan: ModelPlan, preset: Preset, data: Examples, job: Job) -> None:
     """A diffusion model: the networks around its UNet, where it has any, then the UNet on what they give."""
-    model, recipe = _assemble(preset, data), _recipe(preset.unet, "unet")
-    _check_process(preset)
-    model.condition.check_guided(preset.sampling.guidance_scale)
-    objective = objective_of(recipe, latents=model.vae is not None, image_size=preset.image_size)
-    fixed = fixed_prompts(preset) if preset.kind == "text" else fixed_labels(preset, data.dataset.objects or {})
+    model, recipe = plan.model, recipe_of(preset.unet, "unet")
     device = job.run("unet", recipe.precision).precision.device
     if model.vae is not None:
         _fit_vae(model.vae, preset, data, job)
     if model.text_encoders:
         _fit_text_encoder(model.text_encoders[0], model.tokenizers[0], preset, data, job)
     space = _space(model, preset, data, job, device)
-    conditions, extra = _conditions(model, data, job, device, fixed)
-    _train_unet(model, space, conditions, objective, extra, preset, data, job)
-
-
-def _assemble(preset: Preset, data: Examples) -> Model:
-    """The model with fresh weights, or loaded ones where the preset names them. Raises InputError for networks that do not fit
-    together, or to the preset's image size."""
-    config, table = _network(preset.unet).config, dict(preset.conditioner or {})
-    crosses = preset.text_encoder is not None or "cross_attention_dim" in config
-    cls = unet_class(table.get("kind") or (None if crosses else "class_embed"), config)
-    unet = build_module(cls, config, "unet", _recipe(preset.unet, "unet").seed)
-    model = Model(None, unet, dict(preset.scheduler), preset.sampling)
-    if table:
-        objects = dict(data.dataset.objects or {})
-        model.names = objects
-        count = len(objects)
-        if table.get("embed") == "embedding":  # one more class, which stands for none
-            model.null_class, count = len(objects), len(objects) + 1
-        model.conditioner = conditioner_for(table, unet.config, objects, count)
-    elif config.get("num_class_embeds") or config.get("class_embed_type"):
-        raise InputError(
-            "unet.config: class_embed_type, num_class_embeds: labels and classes have a [conditioner] of their own"
-        )
-    if preset.vae is not None:
-        model.vae = _vae(preset)
-    if preset.text_encoder is not None:
-        encoder, tokenizer = _text_encoder(preset, data)
-        model.text_encoders, model.tokenizers = [encoder], [tokenizer]
-    try:
-        size, channels = model.space.image[1:], model.space.image[0]
-        model.signatures()
-    except InputError as error:
-        raise InputError(f"preset {preset.name}: {str(error).removeprefix(f'{model.where}: ')}") from None
-    if size != (preset.image_size, preset.image_size):
-        found = " x ".join(map(str, dict.fromkeys(size)))
-        raise InputError(
-            f"unet.config.sample_size = {unet.config.sample_size}: gives {found} px, image_size is {preset.image_size}"
-        )
-    if channels != 3:
-        raise InputError(f"the model's images have {channels} channels; training reads RGB images, of 3")
-    return model
+    conditions, extra = _conditions(model, data, job, device, plan.fixed)
+    _train_unet(model, space, conditions, plan.objective, extra, preset, data, job)
 
 
 def _space(model: Model, preset: Preset, data: Examples, job: Job, device: torch.device) -> Space:
     """The training images as samples, encoded once where the model works on latents."""
     if model.vae is None:
         return PixelSpace(data.images, device)
-    recipe = _recipe(preset.unet, "unet")
+    recipe = recipe_of(preset.unet, "unet")
     with job.processes.main_first():
         moments = cached_moments(
             model.vae, data.images, data.pixel_fields, recipe.flip, device, job.progress, recipe.color_jitter
         )
-    if _network(preset.vae).path is None:
+    if network_of(preset.vae).path is None:
         vae: Any = model.vae
         vae.register_to_config(scaling_factor=latent_scale(moments, data.rows(recipe)[0]))
         del model.space  # it has the old factor
@@ -153,13 +104,11 @@ def _states(model: Model, texts: Sequence[str], job: Job, device: torch.device) 
 
 def train_evaluator(preset: Preset, data: Examples, job: Job) -> None:
     """The classifier that scores labels or attributes."""
-    recipe = _recipe(preset.evaluator, "evaluator")
-    if preset.image_size != evaluator.IMAGE_SIZE:
-        raise InputError(f"image_size = {preset.image_size}: the evaluator sees {evaluator.IMAGE_SIZE} px")
+    recipe = recipe_of(preset.evaluator, "evaluator")
     objects, attributes = dict(data.dataset.objects or {}), data.dataset.attributes
     run = job.run("evaluator", recipe.precision)
     torch.manual_seed(recipe.seed)
-    module = evaluator.ResNet18(len(objects), **_network(preset.evaluator).config)
+    module = evaluator.ResNet18(len(objects), **network_of(preset.evaluator).config)
     inputs = module, data.images, data.multi_hot, data.rows(recipe), run.precision.device
     fit(AttributeTask(*inputs, attributes=attributes) if attributes else ClassifierTask(*inputs), recipe, run)
     outputs = attributes or objects
@@ -181,34 +130,10 @@ def record(preset: Preset, data: Examples, job: Job) -> dict[str, Any]:
     }
 
 
-def _vae(preset: Preset) -> Any:
-    from diffusers import AutoencoderKL
-
-    network = _network(preset.vae)
-    if network.path is not None:
-        return load_vae(network)
-    return build_module(AutoencoderKL, network.config, "vae", _recipe(network, "vae").seed)
-
-
-def _text_encoder(preset: Preset, data: Examples) -> tuple[Any, Any]:
-    network = _network(preset.text_encoder)
-    if network.path is not None:
-        return load_text_encoder(network)
-    length = int(network.config.get("max_position_embeddings", 77))
-    tokenizer = train_tokenizer(data.captions[0], int(network.config.get("vocab_size", 4096)), length)
-    return build_text_encoder(network.config, tokenizer, _recipe(network, "text_encoder").seed), tokenizer
-
-
-def _check_process(preset: Preset) -> None:
-    """Raises InputError, before hours of training, when the noise schedule or the sampling defaults do not work."""
-    NoiseSchedule(preset.scheduler)
-    default_table(preset.scheduler, preset.sampling)
-
-
 def _fit_vae(vae: Any, preset: Preset, data: Examples, job: Job) -> None:
-    if _network(preset.vae).path is not None:
+    if network_of(preset.vae).path is not None:
         return
-    recipe = _recipe(preset.vae, "vae")
+    recipe = recipe_of(preset.vae, "vae")
     run = job.run("vae", recipe.precision)
     rows = data.rows(recipe)
     fit(VaeTask(vae, data.images, rows, run.precision.device, flip=recipe.flip, loss=recipe.loss), recipe, run)
@@ -226,9 +151,9 @@ def _standardise(vae: Any, images: np.ndarray, rows: np.ndarray, job: Job, devic
 
 
 def _fit_text_encoder(encoder: Any, tokenizer: Any, preset: Preset, data: Examples, job: Job) -> None:
-    if _network(preset.text_encoder).path is not None:
+    if network_of(preset.text_encoder).path is not None:
         return
-    recipe = _recipe(preset.text_encoder, "text_encoder")
+    recipe = recipe_of(preset.text_encoder, "text_encoder")
     run = job.run("text_encoder", recipe.precision)
     texts, choices = data.captions
     ids = tokenize(tokenizer, texts, min(tokenizer.model_max_length, encoder.config.max_position_embeddings))
@@ -248,7 +173,7 @@ def _train_unet(
 ) -> None:
     """Train the model's UNet with its conditioner, and save the model."""
     job.outline(lambda folder: save_model(model, folder, trained=False))
-    recipe = _recipe(preset.unet, "unet")
+    recipe = recipe_of(preset.unet, "unet")
     run = job.run("unet", recipe.precision)
     rows = data.rows(recipe)
     examples = preview_rows(rows[1])
@@ -272,17 +197,3 @@ def _train_unet(
         if network is not None:
             network.cpu()
     job.finish(lambda folder: save_model(model, folder, record(preset, data, job)))
-
-
-def _network(part: NetworkPreset | None) -> NetworkPreset:
-    assert part is not None  # Preset has checked it
-    return part
-
-
-def _recipe(part: NetworkPreset | None, name: str) -> Training:
-    network = _network(part)
-    if network.train is None:
-        raise InputError(f"{name}.path: this network is what the preset trains; give {name}.config and {name}.train")
-    if name != "unet":
-        refuse_unet_keys(network.train, name)
-    return network.train

@@ -19,18 +19,14 @@ SCALARS = (int, float, str, bool)  # types that every tracker takes
 
 @contextmanager
 def tracking(name: str | None, folder: Path, settings: Mapping[str, Any], cpu: bool) -> Iterator[Tracker | None]:
-    """A function `(values, step)` that passes numbers to the experiment tracker `name`; its files go to `folder`/tracking.
-
-    `name`: None is tensorboard where it is installed; "none" gives None. Raises InputError for a tracker that accelerate does
-    not know, or that is not installed.
-    """
-    tracker_name = _installed_tracker(name)
-    if tracker_name is None:
+    """A function `(values, step)` that passes numbers to the experiment tracker `name`, of `installed_tracker`; its files go to
+    `folder`/tracking. None for none."""
+    if name is None:
         yield None
         return
     from accelerate import Accelerator
 
-    accelerator = Accelerator(cpu=cpu, log_with=tracker_name, project_dir=folder / FOLDER)
+    accelerator = Accelerator(cpu=cpu, log_with=name, project_dir=folder / FOLDER)
     config = {key: value if isinstance(value, SCALARS) else json.dumps(value) for key, value in settings.items()}
     accelerator.init_trackers(folder.name or "fastgen", config=config)
     try:
@@ -40,7 +36,9 @@ def tracking(name: str | None, folder: Path, settings: Mapping[str, Any], cpu: b
             tracker.finish()
 
 
-def _installed_tracker(name: str | None) -> str | None:
+def installed_tracker(name: str | None) -> str | None:
+    """The tracker `name`; None is tensorboard where it is installed, "none" is None. Raises InputError for a tracker that
+    accelerate does not know, or that is not installed."""
     if name == NONE:
         return None
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS

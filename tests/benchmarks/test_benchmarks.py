@@ -280,7 +280,7 @@ def test_an_unknown_architecture_or_side_is_one_line(tmp_path):
 
 
 def test_full_size_presets_take_a_real_optimiser_step_and_an_evaluation(monkeypatch):
-    from dataclasses import replace
+    from msgspec.structs import replace
 
     from benchmarks import full_size
     from fastgen.presets import load_preset

@@ -15,7 +15,7 @@ from fastgen.models import evaluator
 from fastgen.models.folder import load_model
 from fastgen.models.packing import LOG_ROWS, pack, thin_log, without_empty
 from fastgen.presets import load_preset, preset_names
-from fastgen.training.run_folder import open_job
+from fastgen.training.run_folder import check_folder, open_job
 
 torch = pytest.importorskip("torch")
 
@@ -120,12 +120,15 @@ def test_the_record_of_training_comes_along_and_its_leftovers_do_not(label_model
 @pytest.mark.parametrize("name", preset_names())
 def test_the_recorded_preset_is_written_out_and_trains_the_same(label_model, tmp_path, name):
     run = shutil.copytree(label_model, tmp_path / "run")
-    open_job(tmp_path / "begun", load_preset(name), "data")
+    with open_job(tmp_path / "begun", load_preset(name), "data"):
+        pass
     record = json.loads((tmp_path / "begun" / "training.json").read_text())
     write_json(run / "training.json", record | {"finished": True})
     out = pack(run, tmp_path / "out").folder
     assert tomllib.loads((out / "preset.toml").read_text())["name"] == name
-    open_job(tmp_path / "begun", load_preset(out / "preset.toml"), "data")  # refuses another job's preset
+    assert not check_folder(
+        tmp_path / "begun", load_preset(out / "preset.toml"), "data"
+    )  # refuses another job's preset
 
 
 def test_what_toml_cannot_say_is_left_out():

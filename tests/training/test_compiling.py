@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from msgspec.structs import replace
 from test_trainer import CPU, RECIPE, SCHEDULE, TinyUNet, diffusion_task, trained
 from torch import Tensor, nn
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from msgspec import structs
 from PIL import Image
 from scipy import stats
 from torch import Tensor, nn
@@ -126,7 +127,7 @@ def interrupted(folder: Path, step: int) -> None:
 
 
 def test_training_lowers_the_loss_and_the_validation_loss(tmp_path: Path) -> None:
-    trained(tmp_path, replace(RECIPE, steps=100))
+    trained(tmp_path, structs.replace(RECIPE, steps=100))
     rows = figures(tmp_path)
     losses, validation = [r["loss"] for r in rows], [r["validation_loss"] for r in rows if "validation_loss" in r]
     assert losses[-1] < 0.9 * losses[0]
@@ -160,7 +161,11 @@ def test_micro_batches_give_the_same_curve_as_whole_batches(tmp_path: Path) -> N
     curves = []
     for accumulation in (1, 4):
         folder = tmp_path / str(accumulation)
-        trained(folder, replace(RECIPE, accumulation=accumulation, checkpoint_every=1), diffusion_task(dropout_layer=0))
+        trained(
+            folder,
+            structs.replace(RECIPE, accumulation=accumulation, checkpoint_every=1),
+            diffusion_task(dropout_layer=0),
+        )
         curves.append([row["loss"] for row in figures(folder)])
     assert len(curves[0]) == RECIPE.steps
     np.testing.assert_allclose(curves[0], curves[1], rtol=2e-5)
@@ -168,7 +173,7 @@ def test_micro_batches_give_the_same_curve_as_whole_batches(tmp_path: Path) -> N
 
 def test_another_seed_gives_another_curve(tmp_path: Path) -> None:
     trained(tmp_path / "0")
-    trained(tmp_path / "1", replace(RECIPE, seed=1))
+    trained(tmp_path / "1", structs.replace(RECIPE, seed=1))
     assert figures(tmp_path / "0")[0]["loss"] != figures(tmp_path / "1")[0]["loss"]
 
 
@@ -203,13 +208,13 @@ def test_a_loss_over_the_whole_batch_refuses_micro_batches(tmp_path: Path) -> No
     task = diffusion_task()
     task.splits_batches = False
     with pytest.raises(InputError, match=r"unet\.train\.accumulation = 2: expected 1"):
-        fit(task, replace(RECIPE, accumulation=2), run_in(tmp_path))
+        fit(task, structs.replace(RECIPE, accumulation=2), run_in(tmp_path))
 
 
 def test_previews_are_written_at_their_interval_and_the_end(tmp_path: Path) -> None:
     task = diffusion_task()
     task._preview = lambda module: Image.new("RGB", (4, 4))
-    trained(tmp_path, replace(RECIPE, preview_every=10), task)
+    trained(tmp_path, structs.replace(RECIPE, preview_every=10), task)
     assert sorted(f.name for f in (tmp_path / "previews").iterdir()) == ["000010.png", "000020.png", "000024.png"]
 
 
@@ -290,7 +295,7 @@ def test_warmup_stable_decay_is_constant_until_its_linear_end() -> None:
     np.testing.assert_allclose(found[:4], [0.125, 0.25, 0.375, 0.5])
     assert set(found[4:81]) == {0.5}
     np.testing.assert_allclose(found[80:], rates, rtol=1e-6)
-    longer = replace(recipe, steps=1000)
+    longer = structs.replace(recipe, steps=1000)
     assert [learning_rate(longer, step) for step in range(81)] == found[:81]
 
 
@@ -401,7 +406,7 @@ def _matrix(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def test_a_muon_run_that_continues_equals_an_uninterrupted_one_bit_for_bit(tmp_path: Path) -> None:
-    recipe = replace(RECIPE, optimizer="muon")
+    recipe = structs.replace(RECIPE, optimizer="muon")
     whole = trained(tmp_path / "whole", recipe)
     task = diffusion_task()
     task.__class__ = Stopping
@@ -442,23 +447,23 @@ def test_captions_of_one_monster_are_never_negatives() -> None:
 
 
 def test_every_average_is_kept_in_the_checkpoints_and_equals_a_run_with_that_decay_alone(tmp_path: Path) -> None:
-    trained(tmp_path / "both", replace(RECIPE, ema_decay=0.9, further_ema_decays=(0.5, 0.0)))
-    trained(tmp_path / "alone", replace(RECIPE, ema_decay=0.5))
+    trained(tmp_path / "both", structs.replace(RECIPE, ema_decay=0.9, further_ema_decays=(0.5, 0.0)))
+    trained(tmp_path / "alone", structs.replace(RECIPE, ema_decay=0.5))
     both, alone = (checkpoints.read(tmp_path / n / "checkpoints" / "step-000024") for n in ("both", "alone"))
     assert set(both.parts) == {"model", "ema", "ema-0.5", "optimizer"}  # an average with decay 0 is the model itself
     assert all(torch.equal(value, both.load("ema-0.5")[name]) for name, value in alone.load("ema").items())
 
 
 def test_without_an_average_the_model_is_the_weights_themselves(tmp_path: Path) -> None:
-    weights = trained(tmp_path, replace(RECIPE, ema_decay=0.0))
+    weights = trained(tmp_path, structs.replace(RECIPE, ema_decay=0.0))
     last = checkpoints.read(tmp_path / "checkpoints" / "step-000024")
     assert set(last.parts) == {"model", "optimizer"}
     assert all(torch.equal(value, last.load("model")[name]) for name, value in weights.items())
 
 
 def test_an_average_that_begins_late_starts_from_the_weights_of_that_epoch(tmp_path: Path) -> None:
-    late = replace(RECIPE, ema_decay=0.9, ema_from_epoch=2.2)  # 30 examples, batches of 8: step 8
-    trained(tmp_path, replace(late, checkpoint_limit=0))
+    late = structs.replace(RECIPE, ema_decay=0.9, ema_from_epoch=2.2)  # 30 examples, batches of 8: step 8
+    trained(tmp_path, structs.replace(late, checkpoint_limit=0))
     first, second = (checkpoints.read(tmp_path / "checkpoints" / f"step-{n:06d}") for n in (8, 16))
     assert all(torch.equal(v, first.load("ema")[name]) for name, v in first.load("model").items())
     assert any(not torch.equal(v, second.load("ema")[name]) for name, v in second.load("model").items())
@@ -473,7 +478,7 @@ def test_the_best_weights_are_kept_and_become_the_model(tmp_path: Path, final: s
 
     task = diffusion_task()
     task.__class__ = Worsening
-    recipe = replace(RECIPE, lr_schedule="constant", ema_decay=0.0, steps=48, final=final, checkpoint_limit=0)
+    recipe = structs.replace(RECIPE, lr_schedule="constant", ema_decay=0.0, steps=48, final=final, checkpoint_limit=0)
     weights = trained(tmp_path, recipe, task)
     best = checkpoints.read(tmp_path / "checkpoints" / "best")
     assert all(torch.equal(value, best.load("ema")[name]) for name, value in weights.items())
@@ -488,7 +493,9 @@ def test_the_best_weights_are_kept_and_become_the_model(tmp_path: Path, final: s
 
 
 def test_plateau_lowers_the_rate_as_torchs_scheduler_does(tmp_path: Path) -> None:
-    recipe = replace(RECIPE, learning_rate=0.3, lr_schedule="plateau", warmup_steps=0, plateau_patience=1, steps=96)
+    recipe = structs.replace(
+        RECIPE, learning_rate=0.3, lr_schedule="plateau", warmup_steps=0, plateau_patience=1, steps=96
+    )
     trained(tmp_path, recipe)
     rows = [row for row in figures(tmp_path) if "validation_loss" in row]
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.3)
@@ -502,14 +509,14 @@ def test_plateau_lowers_the_rate_as_torchs_scheduler_does(tmp_path: Path) -> Non
 
 
 def test_intervals_in_epochs_fall_on_the_first_step_behind_each(tmp_path: Path) -> None:
-    recipe = replace(RECIPE, checkpoint_every=10**6, checkpoint_every_epochs=2, checkpoint_limit=0)
+    recipe = structs.replace(RECIPE, checkpoint_every=10**6, checkpoint_every_epochs=2, checkpoint_limit=0)
     trained(tmp_path, recipe)  # an epoch is 30 / 8 = 3.75 steps
     found = sorted(f.name for f in (tmp_path / "checkpoints").glob("step-*"))
     assert found == [f"step-{step:06d}" for step in (8, 15, 23, 24)]
 
 
 def test_a_run_that_branches_off_a_checkpoint_equals_the_run_it_left(tmp_path: Path) -> None:
-    whole = trained(tmp_path / "whole", replace(RECIPE, checkpoint_limit=0))
+    whole = trained(tmp_path / "whole", structs.replace(RECIPE, checkpoint_limit=0))
     run = run_in(tmp_path / "branch", "b")
     run.log.path.parent.mkdir()
     task = diffusion_task()
@@ -521,7 +528,7 @@ def test_a_run_that_branches_off_a_checkpoint_equals_the_run_it_left(tmp_path: P
 
 @pytest.mark.parametrize("step", [8, 24])
 def test_a_branch_begins_with_the_best_weights_that_were_found_before_it(tmp_path: Path, step: int) -> None:
-    recipe = replace(RECIPE, checkpoint_limit=0, final="best-validation", learning_rate=1e-5)
+    recipe = structs.replace(RECIPE, checkpoint_limit=0, final="best-validation", learning_rate=1e-5)
     trained(tmp_path / "whole", recipe)
     kept = tmp_path / "whole" / "checkpoints"
     best = checkpoints.read(kept / checkpoints.BEST)
@@ -585,7 +592,7 @@ def test_an_example_that_does_not_fit_alone_is_one_line(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_compiled_run_has_the_curve_of_an_eager_one(tmp_path: Path) -> None:
     for name, compiled in (("eager", False), ("compiled", True)):
-        trained(tmp_path / name, replace(RECIPE, steps=10, compile=compiled), diffusion_task(0.0))
+        trained(tmp_path / name, structs.replace(RECIPE, steps=10, compile=compiled), diffusion_task(0.0))
     eager, compiled_rows = figures(tmp_path / "eager"), figures(tmp_path / "compiled")
     for key in ("loss", "grad_norm", "validation_loss"):
         curve = [row[key] for row in eager if key in row]
@@ -600,7 +607,7 @@ def test_the_curves_are_drawn_beside_the_checkpoints(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:x"])
 def test_a_device_that_torch_does_not_know_is_one_line(name: str) -> None:
-    with pytest.raises(InputError, match=f"device '{name}': expected cpu, cuda, cuda:1"):
+    with pytest.raises(InputError, match=f"device: found '{name}', expected cpu, cuda, cuda:1"):
         choose("fp32", name)
 
 

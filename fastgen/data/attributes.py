@@ -10,7 +10,7 @@ from typing import Any
 
 from fastgen.data.dataset import Dataset, note
 from fastgen.errors import InputError, unknown
-from fastgen.files.jsonfiles import brief, located, read_json
+from fastgen.files.jsonfiles import MAX_DATA_BYTES, brief, located, read_json
 from fastgen.files.names import check_text
 
 FILE = "attributes.json"
@@ -23,7 +23,7 @@ Attributes = Mapping[str, tuple[str, ...]]  # attribute -> its values, all in th
 
 def read_attributes(path: str | os.PathLike[str]) -> dict[str, dict[str, str]]:
     """attributes.json, {"0_main": {"body": "cat", ...}, ...}: key of an animation or a request -> attribute -> value."""
-    entries = read_json(path)
+    entries = read_json(path, limit=MAX_DATA_BYTES)
     if not isinstance(entries, dict) or not entries:
         raise InputError(f"{path}: found {brief(entries)}; {SCHEMA}")
     for key, entry in entries.items():

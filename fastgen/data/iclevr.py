@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fastgen.data.dataset import Dataset, Example, existing, note, nothing_matches, scene
 from fastgen.errors import InputError
-from fastgen.files.jsonfiles import brief, located, read_json
+from fastgen.files.jsonfiles import MAX_DATA_BYTES, brief, located, read_json
 from fastgen.files.names import check_known, check_labels, check_relative, read_objects
 
 LABELS, OBJECTS = "train.json", "objects.json"
@@ -22,7 +22,7 @@ def read(root: Path) -> Dataset:
     """The images of train.json that exist, from the first of iclevr/, images/ and the root that has any."""
     objects = read_objects(root / OBJECTS)
     path = root / LABELS
-    content = read_json(path)
+    content = read_json(path, limit=MAX_DATA_BYTES)
     if not isinstance(content, dict) or not content:
         raise InputError(f'{path}: found {brief(content)}, expected {{"CLEVR_train_002066_0.png": ["cyan cube"], ...}}')
     labels = {}

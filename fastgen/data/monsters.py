@@ -9,7 +9,7 @@ from typing import Any
 
 from fastgen.data.dataset import Dataset, Example, files_in, note, nothing_matches
 from fastgen.errors import InputError
-from fastgen.files.jsonfiles import brief, located, read_json
+from fastgen.files.jsonfiles import MAX_DATA_BYTES, brief, located, read_json
 from fastgen.files.names import check_text
 
 CAPTIONS, FRAMES = "train_info.json", "train"
@@ -28,7 +28,7 @@ def read(root: Path) -> Dataset:
     Raises InputError for a wrong entry, and where no frame matches.
     """
     path = root / CAPTIONS
-    info = read_json(path)
+    info = read_json(path, limit=MAX_DATA_BYTES)
     if not isinstance(info, dict) or not info:
         raise InputError(f'{path}: found {brief(info)}, expected {{"0_main": {{"given_description": [...], ...}}}}')
     captions, descriptions, counts = {}, {}, {}

@@ -11,7 +11,7 @@ from typing import Any
 
 from fastgen.errors import InputError, first_line
 from fastgen.files.installing import hint
-from fastgen.files.jsonfiles import brief, located, read_jsonl, read_text
+from fastgen.files.jsonfiles import MAX_DATA_BYTES, brief, located, read_jsonl, read_text
 
 Row = tuple[str, Any]  # where it stands, "line 3"; and the row, a dict where the file is well-formed
 
@@ -26,12 +26,12 @@ def read_table(path: Path, lists: Lists) -> list[Row]:
         return _read_csv(path, lists)
     if path.suffix == ".parquet":
         return _read_parquet(path)
-    return [(f"line {line}", row) for line, row in read_jsonl(path)]
+    return [(f"line {line}", row) for line, row in read_jsonl(path, MAX_DATA_BYTES)]
 
 
 def _read_csv(path: Path, lists: Lists) -> list[Row]:
     """Rows as RFC 4180 has them: a quoted cell may hold commas, quotes (doubled) and line ends. Empty lines do not count."""
-    reader = csv.reader(io.StringIO(read_text(path, "a CSV file"), newline=""), strict=True)
+    reader = csv.reader(io.StringIO(read_text(path, "a CSV file", MAX_DATA_BYTES), newline=""), strict=True)
     columns: list[str] = []
     rows: list[Row] = []
     line = 1

@@ -66,7 +66,7 @@ def write_iclevr(
     scenes = list(_by_scene(train).items())
     draw = partial(_write_scene, out / "iclevr", size, seed)
     render_all(draw, scenes, total=len(train), workers=workers, progress=progress, label="iclevr")
-    remove_others(out / "iclevr", train.keys())
+    remove_others(out / "iclevr", train.keys(), r"CLEVR_[a-z]+_\d+_\d+\.png")
     write_json(out / "objects.json", ICLEVR_OBJECTS, indent=1)
     for name, lists in tests.items():
         write_json(out / name, lists, indent=1)

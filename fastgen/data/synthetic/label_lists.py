@@ -14,7 +14,7 @@ from typing import Any
 
 from fastgen.data.synthetic.scenes import SLOTS
 from fastgen.errors import InputError, unknown
-from fastgen.files.jsonfiles import read_json
+from fastgen.files.jsonfiles import brief, read_json, read_text
 from fastgen.files.names import ICLEVR_OBJECTS
 
 REFERENCE = "reference"  # the name of the list in HELD_OUT
@@ -56,22 +56,19 @@ def read_train(path: Path, count: int) -> dict[str, Labels]:
         )
     for name in content:
         if Path(name).name != name or not name.endswith(".png") or "\\" in name:
-            raise InputError(f"{path}: {name!r} is not a plain .png file name")
+            raise InputError(f"{path}: {brief(name)} is not a plain .png file name")
     return {name: _labels(f"{path}: {name!r}", labels) for name, labels in list(content.items())[:count]}
 
 
 def _read_fingerprints(path: Path) -> list[LabelSet]:
     known = {fingerprint(labels): frozenset(labels) for labels in all_label_sets()}
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+    lines = read_text(path, "a file of fingerprints").splitlines()
     label_sets = []
     for number, line in enumerate(lines, 1):
         word = line.partition("#")[0].strip().lower()
         if word and word not in known:
             raise InputError(
-                f"{path}: line {number}: {word!r} is not the fingerprint of 1 to {SLOTS} of the 24 objects"
+                f"{path}: line {number}: {brief(word)} is not the fingerprint of 1 to {SLOTS} of the 24 objects"
             )
         if word:
             label_sets.append(known[word])
@@ -89,7 +86,7 @@ def _read_requests(path: Path) -> list[Labels]:
 
 def _labels(where: str, labels: Any) -> Labels:
     if not isinstance(labels, list) or not 1 <= len(labels) <= SLOTS:
-        raise InputError(f"{where} is {labels!r}, expected a list of 1 to {SLOTS} labels")
+        raise InputError(f"{where} is {brief(labels)}, expected a list of 1 to {SLOTS} labels")
     for label in labels:
         if not isinstance(label, str) or label not in ICLEVR_OBJECTS:
             raise InputError(f"{where}: {unknown('object', str(label), ICLEVR_OBJECTS)}")

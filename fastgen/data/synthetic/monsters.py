@@ -74,7 +74,7 @@ def write_monsters(
     draw = partial(_write_monster, out / "train", seed, frames, size)
     names = {f"{key}_{i}.png" for key, (_, action) in train.items() for i in range(frame_count(action, frames))}
     render_all(draw, range(count), total=len(names), workers=workers, progress=progress, label="monsters")
-    remove_others(out / "train", names)
+    remove_others(out / "train", names, r"\d+_[a-z]+\d*_\d+\.png")
     write_json(out / "attributes.json", {key: _attributes(*about) for key, about in (train | tests).items()}, indent=1)
     write_json(out / "test.json", {key: _request(key, *about) for key, about in tests.items()}, indent=1)
     write_json(out / "train_info.json", {key: _record(*about, frames) for key, about in train.items()}, indent=1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import shutil
+import re
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -14,6 +14,7 @@ from PIL import Image
 
 from fastgen.errors import FastgenError, InputError
 from fastgen.files.jsonfiles import read_json, write_json
+from fastgen.files.temporary import remove_leftovers, temporary_path
 
 MARKER = "synthetic.json"  # written first: tells a rendered folder, finished or not, from real data
 T = TypeVar("T")
@@ -86,13 +87,18 @@ def _count(written: Iterable[int], total: int, progress: bool, label: str) -> No
 
 def write_image(path: Path, image: Image.Image) -> None:
     """Write a PNG under a temporary name and rename it."""
-    temporary = path.with_name(path.name + ".tmp")
-    image.save(temporary, format="PNG")
-    os.replace(temporary, path)
+    temporary = temporary_path(path)
+    try:
+        image.save(temporary, format="PNG")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
-def remove_others(folder: Path, names: Collection[str]) -> None:
-    """Delete what an earlier, larger run left in an image folder that `claim` has accepted."""
+def remove_others(folder: Path, names: Collection[str], pattern: str) -> None:
+    """Delete the images that an earlier, larger run left in an image folder that `claim` has accepted: files whose names match
+    `pattern`, as the renderer's do. Files of other names stay."""
+    remove_leftovers(folder)
     for entry in folder.iterdir():
-        if entry.name not in names:
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        if entry.name not in names and re.fullmatch(pattern, entry.name) and entry.is_file() and not entry.is_symlink():
+            entry.unlink()

@@ -11,6 +11,7 @@ from fastgen.files.hashes import record_files
 from fastgen.files.jsonfiles import read_json, write_json
 from fastgen.files.temporary import remove_leftovers
 from fastgen.models.bundle import CERTIFICATES, COMPILED, MANIFEST, Bundle, read_bundle
+from fastgen.models.bundle_record import EXTENDS, record_digest, sealed
 
 
 def add_files(bundle: Bundle, partial: Path, dropped: Collection[str] = ()) -> None:
@@ -37,7 +38,8 @@ def _list_files(out: Path, added: Mapping[str, Any], dropped: Collection[str]) -
     """Change the files that bundle.json lists."""
     manifest = read_json(out / MANIFEST)
     files = {name: file for name, file in manifest["files"].items() if name not in dropped} | dict(added)
-    write_json(out / MANIFEST, manifest | {"files": dict(sorted(files.items()))})
+    before = [*manifest.get(EXTENDS, []), record_digest(manifest)]
+    write_json(out / MANIFEST, sealed(manifest | {"files": dict(sorted(files.items())), EXTENDS: before}))
 
 
 def sweep(bundle: Bundle) -> None:

@@ -16,11 +16,10 @@ from fastgen import __version__
 from fastgen.errors import InputError, Say
 from fastgen.files.folders import new_folder, scratch_folder
 from fastgen.files.hashes import record_files, sha256_file
-from fastgen.files.jsonfiles import infinity_as_text, read_json, write_json
+from fastgen.files.jsonfiles import infinity_as_text, write_json
 from fastgen.files.records import builtins
 from fastgen.generate.settings import late_steps
 from fastgen.models.bundle import (
-    FORMAT_VERSION,
     MANIFEST,
     REFERENCE,
     TABLES,
@@ -29,6 +28,7 @@ from fastgen.models.bundle import (
     is_bundle,
     read_bundle,
 )
+from fastgen.models.bundle_record import FORMAT_VERSION, sealed
 from fastgen.models.signatures import network_dtype
 from fastgen.models.spec import Spec
 from fastgen.sampling.tables import format_key, parse_key
@@ -99,7 +99,7 @@ def _fill(partial: Path, out: Path, model: Model, options: BundleOptions, say: S
         say("running the eager fp32 reference")
         write_reference(model, partial / REFERENCE)
     _fill_lowered(partial, model, options.graphs(model), options.distances(), partial / REFERENCE, say)
-    write_json(partial / MANIFEST, _manifest(model.spec) | {"files": record_files(partial)})  # the last file
+    write_json(partial / MANIFEST, sealed(_manifest(model.spec) | {"files": record_files(partial)}))  # the last file
 
 
 def _fill_lowered(
@@ -151,18 +151,25 @@ def _existing(out: Path, model: Model, options: BundleOptions, overwrite: bool) 
 def _differences(bundle: Bundle, model: Model) -> list[str]:
     """Config files and fields of the spec, such as the weights' hash, in which a model differs from a bundle."""
     configs = {name: sha256_file(file) for name, file in _config_files(model).items()}
-    files = [name for name, sha256 in configs.items() if bundle.files.get(name, {}).get("sha256") != sha256]
+    files = [name for name, sha256 in configs.items() if _sha256(bundle, name) != sha256]
     compared = [f.name for f in fields(Spec) if f.compare]
     return files + [name for name in compared if getattr(bundle.spec, name) != getattr(model.spec, name)]
 
 
+def _sha256(bundle: Bundle, name: str) -> str | None:
+    """The hash that a bundle states of a file; None for one that it does not hold."""
+    return bundle.files[name].sha256 if name in bundle.files else None
+
+
 def _stored_reference(out: Path, model: Model) -> Path | None:
     """The reference of the bundle that is being replaced, if the same model made it with the same versions."""
-    manifest = read_json(out / MANIFEST) if is_bundle(out) else {}
-    if manifest.get("format_version") != FORMAT_VERSION or manifest.get("versions") != _versions():
+    if not is_bundle(out):
         return None
-    bundle = read_bundle(out)
-    return None if _differences(bundle, model) else bundle.file(REFERENCE)
+    try:
+        bundle = read_bundle(out)
+    except InputError:  # it is being replaced, which mends what is wrong with it
+        return None
+    return None if bundle.versions != _versions() or _differences(bundle, model) else bundle.file(REFERENCE)
 
 
 def _config_files(model: Model) -> dict[str, Path]:

@@ -336,13 +336,14 @@ def fastgen(capfd, monkeypatch) -> Callable[..., tuple[int, str, str]]:
 def rehash() -> Callable[[Path], None]:
     """Make bundle.json agree with the files again, after they were changed on purpose."""
     from fastgen.files.hashes import sha256_file
+    from fastgen.models.bundle_record import sealed
 
     def run(bundle: Path) -> None:
         manifest = json.loads((bundle / "bundle.json").read_text())
         for name in manifest["files"]:
             file = bundle / name
             manifest["files"][name] = {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
-        (bundle / "bundle.json").write_text(json.dumps(manifest))
+        (bundle / "bundle.json").write_text(json.dumps(sealed(manifest)))
 
     return run
 

@@ -23,11 +23,13 @@ def ensure_certified(pipeline: Pipeline) -> None:
     if engine.gpu is None:
         return
     from export.certificate import certify, is_certified
-    from fastgen.files.cachedir import cache_dir
+    from fastgen.files.cachedir import cache_folder, check_private
     from fastgen.models.bundle import CERTIFICATES, Bundle
 
     assert isinstance(bundle, Bundle)
-    folders = bundle.folder / CERTIFICATES, cache_dir() / CERTIFICATES / bundle.sha256
+    folders = bundle.folder / CERTIFICATES, cache_folder(CERTIFICATES) / bundle.sha256
+    if os.path.lexists(folders[1]):
+        check_private(folders[1])
     if is_certified(engine, bundle, folders):
         return
     what = f"engine {engine.name} {engine.dtype} on {engine.gpu}"

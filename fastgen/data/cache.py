@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ import numpy as np
 from fastgen.data.dataset import Dataset
 from fastgen.data.images import Mode, Remarks, load_images
 from fastgen.errors import FastgenError
-from fastgen.files.cachedir import cache_dir
+from fastgen.files.cachedir import cache_folder, check_private
 from fastgen.files.folders import new_folder
 from fastgen.files.jsonfiles import read_json, write_json
 
@@ -45,8 +46,10 @@ def cached(kind: str, fields: Mapping[str, Any], fill: Callable[[Path], None], b
     """The folder of the entry that `fields` determine, in the cache's folder `below`. `fill(folder)` writes the files of a
     new entry."""
     text = json.dumps({"kind": kind, "layout": LAYOUT, **fields}, sort_keys=True)
-    entry = cache_dir() / below / f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:32]}"
-    if not entry.is_dir():
+    entry = cache_folder(below) / f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:32]}"
+    if os.path.lexists(entry):
+        check_private(entry)
+    else:
         with new_folder(entry, existing="keep") as folder:
             fill(folder)
             write_json(folder / "entry.json", json.loads(text))

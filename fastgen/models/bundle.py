@@ -11,24 +11,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fastgen.errors import InputError
-from fastgen.files.hashes import check_file, sha256_file
-from fastgen.files.jsonfiles import infinity_from_text, read_json
-from fastgen.files.records import to_record
-from fastgen.models.condition import Condition, Text
-from fastgen.models.signatures import Signature, TensorSpec
-from fastgen.models.space import Space
+from fastgen.files.hashes import FileRecord, check_file, check_inside, sha256_file
+from fastgen.files.jsonfiles import brief
+from fastgen.models.bundle_record import AGAIN, read_contents, spec_of
+from fastgen.models.onnx_graph import read_graph
+from fastgen.models.signatures import network_dtype
 from fastgen.models.spec import Spec
-from fastgen.models.tokenizer import Tokenizer
-from fastgen.sampling.defaults import Sampling
+from fastgen.models.tokenizer import SPECIAL_TOKENS, TOKENIZER, Tokenizer
 
 if TYPE_CHECKING:
     from fastgen.sampling.tables import SolverTable, TableStore
 
-FORMAT_VERSION = 2
-READABLE = (1, 2)  # version 1 knew two kinds of model: text to latents, labels to pixels
 MANIFEST = "bundle.json"
 TABLES = "scheduler/tables.npz"
 REFERENCE = "reference.safetensors"
@@ -43,9 +39,12 @@ class Bundle:
 
     folder: Path
     spec: Spec
-    files: Mapping[str, Mapping[str, Any]]  # relative path -> {"bytes": int, "sha256": hex}
+    files: Mapping[str, FileRecord]  # by relative path
     sha256: str  # of bundle.json, hence of everything
-    _verified: set[str] = field(default_factory=set, repr=False, compare=False)
+    versions: Mapping[str, str]  # of the packages that exported it
+    sealed: bool  # bundle.json states the digest over its content, see `bundle_record.record_digest`
+    _verified: set[str] = field(default_factory=set, repr=False, compare=False)  # files
+    _checked: set[str] = field(default_factory=set, repr=False, compare=False)  # graphs
 
     def file(self, name: str) -> Path:
         """Path of a bundle file after verifying it. Raises InputError for a missing, truncated or altered one."""
@@ -53,14 +52,17 @@ class Bundle:
         if name not in self.files:
             raise InputError(f"{self.folder / MANIFEST}: files: {name} is not listed")
         if name not in self._verified:
-            check_file(path, self.files[name], MANIFEST, "export the model again")
+            check_inside(path, self.folder)
+            check_file(path, self.files[name], MANIFEST, AGAIN)
             self._verified.add(name)
         return path
 
     def network(self, name: str, dtype: str = "fp32") -> Path:
         """Path of a network's ONNX file in this precision, its external data verified too.
 
-        Inputs and outputs are float32 in every precision. Raises InputError when the bundle was exported without it.
+        Inputs and outputs are float32 in every precision. Raises InputError when the bundle was exported without it, for a
+        graph with other inputs or outputs than the network's signature, and for external data in a file that bundle.json does
+        not list: a runtime would read it unverified.
         """
         graph = graph_name(name, dtype)
         if graph not in self.files:
@@ -68,10 +70,22 @@ class Bundle:
             raise InputError(
                 f"{self.folder}: has no {dtype} graph of {name}; `{command}`, with the model folder, adds it"
             )
-        for other in self.files:
-            if other.startswith(graph):
-                self.file(other)
-        return self.file(graph)
+        return self.graph(graph)
+
+    def graph(self, name: str) -> Path:
+        """Path of an ONNX file of the bundle, `unet/model.onnx`, verified and checked as `network` says."""
+        path = self.file(name)
+        network = name.partition("/")[0]
+        if name not in self._checked:
+            graph = read_graph(path)
+            graph.check(self.spec.signatures[network])
+            for location in sorted(graph.data):
+                if f"{network}/{location}" not in self.files:
+                    problem = f"keeps weights in {brief(location)}, which {MANIFEST} does not list"
+                    raise InputError(f"{path}: {problem}; {AGAIN}")
+                self.file(f"{network}/{location}")
+            self._checked.add(name)
+        return path
 
     def verify(self, dtype: str = "fp32") -> None:
         """Verify every file that generating in this precision reads, before the first image. `network` verifies graphs of other
@@ -80,16 +94,20 @@ class Bundle:
         for name in self.files:
             if _precision(name) in ("fp32", dtype) and not name.startswith(others):
                 self.file(name)
+        for network in self.spec.signatures:
+            if network != "vae_encoder":
+                self.network(network, network_dtype(network, dtype))
 
     def prompt_tokenizers(self) -> list[Tokenizer]:
-        """One per text encoder."""
+        """One per text encoder. Raises InputError for a tokenizer's file that bundle.json does not list."""
         tokenizers = []
         for i, ids in enumerate(self.spec.signatures["text_encoder"].inputs):
             folder = f"tokenizer_{i + 1}" if i else "tokenizer"
-            for name in self.files:
-                if name.startswith(f"{folder}/"):
-                    self.file(name)
-            tokenizers.append(Tokenizer.from_folder(self.folder / folder, int(ids.shape[1]), ids.high))
+            self.file(f"{folder}/{TOKENIZER}")
+            for name in SPECIAL_TOKENS:
+                if os.path.lexists(self.folder / folder / name):
+                    self.file(f"{folder}/{name}")
+            tokenizers.append(Tokenizer.from_folder(self.folder / folder, ids.with_batch(1)[1], ids.high))
         return tokenizers
 
     @cached_property
@@ -136,57 +154,7 @@ def read_bundle(folder: str | os.PathLike[str]) -> Bundle:
         raise InputError(
             f"{folder}: not a bundle ({MANIFEST} is missing); make one with `fastgen export MODEL --out BUNDLE`"
         )
-    value = read_json(path)
-    version = value.get("format_version") if isinstance(value, dict) else value
-    if not isinstance(value, dict) or version not in READABLE:
-        problem = f"format_version is {version!r}, this fastgen reads {' and '.join(map(str, READABLE))}"
-        raise InputError(f"{path}: {problem}; export the model again")
-    field_name = "signatures"
-    try:
-        signatures = to_record(value["signatures"], dict[str, Signature], path, "signatures")
-        field_name = "sampling"
-        sampling = to_record(value["sampling"], Sampling, path, "sampling")
-        field_name = "files"
-        files = {name: {"bytes": int(f["bytes"]), "sha256": str(f["sha256"])} for name, f in value["files"].items()}
-        field_name = "condition, space" if version == FORMAT_VERSION else "family, signatures, scaling_factor, objects"
-        condition, space = _described(value, path) if version == FORMAT_VERSION else _version_1(value, signatures)
-        field_name = "scheduler_config, source_sha256"
-        spec = Spec(
-            condition=condition,
-            space=space,
-            sampling=sampling,
-            scheduler_config=infinity_from_text(value["scheduler_config"]),
-            sha256=value["source_sha256"],
-            checkpoint=value.get("checkpoint"),
-            image_mode=value.get("image_mode"),
-            component_sha256=dict(value.get("component_sha256", {})),
-        )
-    except (KeyError, TypeError, ValueError, AttributeError, AssertionError) as error:
-        raise InputError(f"{path}: {field_name}: malformed ({type(error).__name__}: {error})") from None
-    if signatures != spec.signatures:
-        name = next((n for n in (*spec.signatures, *signatures) if signatures.get(n) != spec.signatures.get(n)), "")
-        raise InputError(f"{path}: signatures: {name} is not what condition and space say; export the model again")
-    return Bundle(folder, spec, files, sha256_file(path))
-
-
-def _described(value: Mapping[str, Any], path: Path) -> tuple[Condition, Space]:
-    condition = to_record(value["condition"], Condition, path, "condition")
-    return condition, to_record(value["space"], Space, path, "space")
-
-
-def _sizes(tensor: TensorSpec) -> tuple[int, int, int]:
-    _, channels, height, width = map(int, (0, *tensor.shape[1:]))
-    return channels, height, width
-
-
-def _version_1(value: Mapping[str, Any], signatures: Mapping[str, Signature]) -> tuple[Condition, Space]:
-    """The condition and space of a bundle of version 1, whose family was "text" (to latents) or "labels" (to pixels)."""
-    state = _sizes(signatures["unet"].inputs[0])
-    if value["family"] == "labels":
-        return Condition(labels=dict(value["objects"])), Space(state, state, latent=False)
-    if value["family"] != "text":
-        raise ValueError(f"found {value['family']!r}, expected text or labels")
-    ids, (states, pooled) = signatures["text_encoder"].inputs[0], signatures["text_encoder"].outputs
-    text = Text((int(ids.shape[1]),), (ids.high,), int(states.shape[2]), int(pooled.shape[1]))
-    image = _sizes(signatures["vae_decoder"].outputs[0])
-    return Condition(text), Space(state, image, latent=True, scaling_factor=float(value["scaling_factor"]))
+    contents, digest = read_contents(path)
+    spec = spec_of(contents, digest, path)
+    sealed = contents.record_sha256 is not None
+    return Bundle(folder, spec, contents.files, sha256_file(path), contents.versions, sealed)

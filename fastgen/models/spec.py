@@ -24,7 +24,9 @@ class Spec:
 
     `sha256`: of the weights of all networks; `component_sha256`: of each of text_encoder and vae, for what depends on them
     alone; old bundles have none. `checkpoint`: the label of a training run's weights, such as best@115; None for the model
-    folder's own. `image_mode`: how training made images square, where that is recorded.
+    folder's own. `image_mode`: how training made images square, where that is recorded. `bundle_sha256`: of a bundle's record,
+    see `bundle_record.record_digest`; `bundle_extends`: what it was before files were added to it; of a model folder there is
+    none.
     """
 
     condition: Condition
@@ -35,6 +37,8 @@ class Spec:
     checkpoint: str | None = None
     image_mode: str | None = None
     component_sha256: Mapping[str, str] = field(default_factory=dict, compare=False)  # implied by `sha256`
+    bundle_sha256: str | None = field(default=None, compare=False)
+    bundle_extends: tuple[str, ...] = field(default=(), compare=False)
 
     @cached_property
     def signatures(self) -> Mapping[str, Signature]:

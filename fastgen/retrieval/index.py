@@ -15,11 +15,11 @@ from msgspec import Meta
 
 from fastgen.data.images import Mode
 from fastgen.errors import InputError
-from fastgen.files.hashes import check_file, sha256_file, sha256_json
+from fastgen.files.hashes import FileRecord, check_file, sha256_file, sha256_json
 from fastgen.files.jsonfiles import MAX_DATA_BYTES, brief, read_json, read_jsonl
 from fastgen.files.names import check_relative
 from fastgen.files.npy import map_array
-from fastgen.files.records import Bytes, Count, Edge, Name, Record, Sha256, Width, builtins, to_record
+from fastgen.files.records import Count, Edge, Name, Record, Width, to_record
 from fastgen.generate.conditions import pooled_states
 from fastgen.generate.requests import Request, resolve_seed
 from fastgen.retrieval.nearest import nearest_rows, unit
@@ -56,11 +56,6 @@ class Thresholds(Record, frozen=True):
     percentile: Finite
     sample: Count
     subjects: Count
-
-
-class FileRecord(Record, frozen=True):
-    bytes: Bytes
-    sha256: Sha256
 
 
 class IndexImage(Record, frozen=True):
@@ -294,7 +289,7 @@ def open_index(folder: str | os.PathLike[str]) -> Index:
     folder = Path(folder)
     info = read_info(folder)
     for name, record in info.files.items():
-        check_file(folder / name, builtins(record), MANIFEST, HELP, content=name not in MAPPED)
+        check_file(folder / name, record, MANIFEST, HELP, content=name not in MAPPED)
     images, texts, side = info.counts.images, info.counts.texts, info.thumbnail_size
     embeddings = map_array(folder / EMBEDDINGS, "float32", (texts, info.width), HELP)
     latents = map_array(folder / LATENTS, "float16", (images, *info.latent_shape), HELP)

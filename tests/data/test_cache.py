@@ -61,7 +61,7 @@ def test_the_folder_belongs_to_the_user_alone(tmp_path: Path) -> None:
 def test_a_cache_that_others_can_write_to_is_refused(tmp_path: Path) -> None:
     (tmp_path / "cache").mkdir()
     os.chmod(tmp_path / "cache", 0o777)
-    with pytest.raises(InputError, match="chmod 700"):
+    with pytest.raises(InputError, match="chmod go-w"):
         cache_dir()
 
 

@@ -30,7 +30,7 @@ def gpu_builds(monkeypatch):
 
 
 def build_plan(bundle, graph="unet/model.onnx"):
-    recipe = Recipe("trt", {"network": "unet", "graph_sha256": read_bundle(bundle).files[graph]["sha256"]})
+    recipe = Recipe("trt", {"network": "unet", "graph_sha256": read_bundle(bundle).files[graph].sha256})
     obtain(recipe, lambda folder: (folder / "engine.plan").write_bytes(b"plan"))
 
 

@@ -463,7 +463,7 @@ def test_a_cache_that_others_can_write_to_is_shown(tmp_path, monkeypatch):
     assert doctor.cache() == Cache(str(tmp_path / "cache"))
     (tmp_path / "cache").chmod(stat.S_IRWXU | stat.S_IRWXO)
     held = doctor.cache()
-    assert f"{tmp_path / 'cache'}: other users can write to this cache; run `chmod 700" in str(held.error)
+    assert f"{tmp_path / 'cache'}: other users can write to this cache; run `chmod go-w" in str(held.error)
     there = machine(cache=held)
     lines = MachineReport(there, []).lines()
     assert f"cache         {held.error}" in lines

@@ -63,7 +63,7 @@ def test_plan_and_inspector_report_lie_in_the_cache_with_the_fields_they_depend_
     assert json.loads(two.file(PLAN).read_text())["shapes"]["sample"][0] == [2, 3, 16, 16]
     assert json.loads(two.file(LAYERS).read_text())["Layers"]
     fields = dict(two.recipe.fields)
-    assert fields["graph_sha256"] == labels.files["unet/model.onnx"]["sha256"]
+    assert fields["graph_sha256"] == labels.files["unet/model.onnx"].sha256
     assert (fields["gpu"], fields["compute_capability"]) == (double.GPU, double.CAPABILITY)
     assert (fields["tensorrt"], fields["dtype"], fields["network"]) == (double.VERSION, "fp32", "unet")
     assert [d.field for d in artifacts.differences(two.recipe, four.recipe)] == ["batch"]

@@ -56,7 +56,7 @@ def test_a_plan_lies_in_the_bundle_with_what_it_depends_on(bundle):
     assert artifact.folder == bundle / COMPILED / artifact.recipe.digest
     assert {f"{COMPILED}/{artifact.recipe.digest}/{name}" for name in (PLAN, "artifact.json")} <= set(held.files)
     fields = artifact.recipe.fields
-    assert fields["graph_sha256"] == held.files["unet/model.fp16.onnx"]["sha256"]
+    assert fields["graph_sha256"] == held.files["unet/model.fp16.onnx"].sha256
     assert (fields["tensorrt_rtx"], fields["dtype"], fields[CAPABILITIES]) == (
         double.VERSION,
         "fp16",

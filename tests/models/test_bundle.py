@@ -14,6 +14,7 @@ from fastgen.errors import InputError
 from fastgen.files.names import ICLEVR_OBJECTS
 from fastgen.generate.pipeline import load
 from fastgen.models.bundle import is_bundle, read_bundle
+from fastgen.models.bundle_record import sealed
 from fastgen.models.condition import Condition, Text
 from fastgen.models.space import Space
 from fastgen.models.spec import Spec
@@ -31,6 +32,7 @@ def copy(text_bundle, tmp_path):
 def version_1(manifest):
     """bundle.json as fastgen wrote it when it knew two families of models."""
     condition, space = manifest.pop("condition"), manifest.pop("space")
+    manifest.pop("record_sha256", None)
     text = condition["text"] is not None
     return {
         "format_version": 1,
@@ -42,7 +44,7 @@ def version_1(manifest):
 
 def edit(bundle, **changes):
     manifest = json.loads((bundle / "bundle.json").read_text())
-    (bundle / "bundle.json").write_text(json.dumps(manifest | changes))
+    (bundle / "bundle.json").write_text(json.dumps(sealed(manifest | changes)))
 
 
 def test_a_bundle_says_what_its_model_folder_says(text_bundle, text_model, label_bundle, label_model):
@@ -71,6 +73,8 @@ def test_a_bundle_of_version_1_says_the_same(kind, request, tmp_path):
     (bundle / "bundle.json").write_text(json.dumps(version_1(manifest)))
     found = read_bundle(bundle)
     for field in dataclasses.fields(Spec):
+        if field.name == "bundle_sha256":  # bundle.json has other fields
+            continue
         assert getattr(found.spec, field.name) == getattr(expected.spec, field.name), field.name
     assert found.spec.signatures == expected.spec.signatures
     assert found.files == expected.files
@@ -121,7 +125,7 @@ def test_a_foreign_format_version_is_named(copy, version):
     ("changes", "field"),
     [
         ({"signatures": None}, "signatures"),
-        ({"signatures": {}}, "signatures"),
+        ({"signatures": {}}, "signatures: text_encoder is not what"),
         ({"signatures": {"unet": {"inputs": [], "outputs": 3}}}, "signatures"),
         ({"sampling": {"scheduler": "ddim", "steps": 3}}, "sampling"),
         ({"sampling": {"scheduler": "ddim", "num_inference_steps": 0}}, "num_inference_steps"),
@@ -134,10 +138,6 @@ def test_a_foreign_format_version_is_named(copy, version):
         ({"space": [3, 32, 32]}, "space"),
         ({"space": {"shape": 3, "image": [3, 32, 32], "latent": True}}, "space"),
         ({"space": {"shape": [4, 8, 8], "image": [3, 64, 64], "latent": True}}, "signatures: vae_decoder is not what"),
-        ({"format_version": 1, "family": "video"}, "family"),
-        ({"format_version": 1, "family": ["text"]}, "family"),
-        ({"format_version": 1, "family": "labels", "objects": {"red cube": 0}}, "signatures"),
-        ({"format_version": 1, "family": "text", "scaling_factor": "x"}, "scaling_factor"),
     ],
 )
 def test_a_malformed_field_is_named_in_one_line(copy, changes, field):
@@ -145,6 +145,49 @@ def test_a_malformed_field_is_named_in_one_line(copy, changes, field):
     with pytest.raises(InputError, match=rf"bundle\.json: .*{field}") as error:
         read_bundle(copy)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"family": "video"}, "family"),
+        ({"family": ["text"]}, "family"),
+        ({"family": "labels", "objects": {"red cube": 0}}, "signatures"),
+        ({"family": "labels"}, "objects"),
+        ({"scaling_factor": "x"}, "scaling_factor"),
+        ({"signatures": {}}, "signatures"),
+    ],
+)
+def test_a_malformed_field_of_version_1_is_named_in_one_line(copy, changes, field):
+    manifest = version_1(json.loads((copy / "bundle.json").read_text()))
+    (copy / "bundle.json").write_text(json.dumps(manifest | changes))
+    with pytest.raises(InputError, match=rf"bundle\.json: .*{field}") as error:
+        read_bundle(copy)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("field", ["sampling", "source_sha256", "versions", "files"])
+def test_an_edited_bundle_json_is_refused_by_its_digest(copy, field):
+    manifest = json.loads((copy / "bundle.json").read_text())
+    changes = {
+        "sampling": manifest["sampling"] | {"guidance_scale": 3.5},
+        "source_sha256": "0" * 64,
+        "versions": {},
+        "files": {name: file for name, file in manifest["files"].items() if name != "model_index.json"},
+    }
+    (copy / "bundle.json").write_text(json.dumps(manifest | {field: changes[field]}))
+    with pytest.raises(InputError, match=r"record_sha256: the content has .* changed after the export"):
+        read_bundle(copy)
+
+
+def test_a_bundle_without_a_digest_is_an_older_one_and_says_so(copy):
+    manifest = json.loads((copy / "bundle.json").read_text())
+    digest = manifest.pop("record_sha256")
+    (copy / "bundle.json").write_text(json.dumps(manifest, indent=7))
+    assert not read_bundle(copy).sealed
+    assert read_bundle(copy).spec.bundle_sha256 == digest
+    (copy / "bundle.json").write_text(json.dumps(sealed(manifest)))
+    assert read_bundle(copy).sealed
 
 
 @pytest.mark.parametrize("content", ["", "[]", "3", "{", '{"format_version": 1', '{"format_version": 1}'])

@@ -13,21 +13,28 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
+
+from msgspec import Meta
 
 from fastgen.errors import InputError, Say
-from fastgen.files.cachedir import cache_dir, check_private
+from fastgen.files.cachedir import HINT, cache_folder, check_private
 from fastgen.files.folders import new_folder
-from fastgen.files.hashes import check_file, record_files
-from fastgen.files.jsonfiles import read_json, write_json
+from fastgen.files.hashes import FileRecord, check_file, record_files
+from fastgen.files.jsonfiles import brief, write_json
+from fastgen.files.names import check_relative
+from fastgen.files.records import MAX_COUNT, Name, Record
+from fastgen.files.records import read_record as read_json_record
 from fastgen.files.temporary import is_temporary, target_of
 from fastgen.models.bundle import COMPILED, Bundle
 
 FORMAT, RECORD = 1, "artifact.json"
+FOLDER = "engines"  # in the cache folder
+ROWS = ("batch", "least_rows", "best_rows")  # fields of a recipe that count rows
 _ADDRESS = re.compile(r"[0-9a-f]{64}")
 
 
@@ -47,7 +54,7 @@ class Recipe:
 
     @property
     def folder(self) -> Path:
-        return _root() / self.engine / self.digest
+        return cache_folder(FOLDER, self.engine) / self.digest
 
     def __str__(self) -> str:
         """`unet, batch 8, fp16`"""
@@ -61,7 +68,7 @@ class Artifact:
 
     folder: Path
     recipe: Recipe
-    files: Mapping[str, Mapping[str, Any]]  # name -> {"bytes": int, "sha256": hex}
+    files: Mapping[str, FileRecord]  # by name
     build_seconds: float
     built: str
 
@@ -80,7 +87,7 @@ class Artifact:
 
     @property
     def bytes(self) -> int:
-        return sum(int(f["bytes"]) for f in self.files.values())
+        return sum(f.bytes for f in self.files.values())
 
     @property
     def last_used(self) -> float:
@@ -100,18 +107,36 @@ class DamagedFolder:
         return self.folder.parent.name
 
 
+class ArtifactRecord(Record, frozen=True):
+    """artifact.json. `fields`: of the recipe. `built`: ISO 8601."""
+
+    format: Literal[1]
+    engine: Annotated[str, Meta(pattern="^[a-z][a-z0-9-]{0,30}$")]
+    fields: dict[Name, str | Annotated[int, Meta(ge=-MAX_COUNT, le=MAX_COUNT)] | float | bool | None]
+    files: Annotated[dict[Name, FileRecord], Meta(min_length=1, max_length=10_000)]
+    build_seconds: Annotated[float, Meta(ge=0, le=1e9)]
+    built: Annotated[str, Meta(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+:\dZ-]{0,6}$")]
+
+    def __post_init__(self) -> None:
+        for name in self.files:
+            check_relative(name, "files")
+        for key in ROWS:
+            rows = self.fields.get(key, 1)
+            if rows is not None and (type(rows) is not int or rows < 1):
+                raise InputError(f"fields.{key}: found {brief(rows)}, expected a number of rows or null")
+
+
 def find(recipe: Recipe) -> Artifact | None:
     """The artifact of this recipe, None when it was never built. Its files are not verified yet: `Artifact.file` does that.
 
     Raises InputError when other users can write to the cache or to the artifact's folder, or its record is damaged.
     """
     folder = recipe.folder
-    if not folder.is_dir():
+    if not os.path.lexists(folder):
         return None
     artifact = _read(folder)
-    if artifact.recipe != recipe:
-        raise InputError(f"{folder}: holds {artifact.recipe}, made for other fields; {_help(recipe)}")
-    os.utime(folder / RECORD)
+    with suppress(OSError):  # of a cache on a disk that cannot be written, where `gc` deletes nothing either
+        os.utime(folder / RECORD)
     return artifact
 
 
@@ -183,7 +208,9 @@ def remove(folder: Path) -> bool:
     The record goes first, so that a folder whose deletion was interrupted is never loaded.
     """
     with _free(folder) as free:
-        if free:
+        if free and folder.is_symlink():
+            folder.unlink()
+        elif free:
             (folder / RECORD).unlink(missing_ok=True)
             shutil.rmtree(folder, ignore_errors=True)
         return free
@@ -194,7 +221,7 @@ def leftovers(engine: str | None = None) -> Iterator[Path]:
 
     The lock is held until the next folder is asked for, so that nobody builds in this one.
     """
-    for folder in sorted(_root().glob(f"{engine or '*'}/*")):
+    for folder in _folders(engine):
         if not (_ADDRESS.fullmatch(target_of(folder.name)) and folder.is_dir()):
             continue
         if (folder / RECORD).exists() and not is_temporary(folder.name):
@@ -205,8 +232,19 @@ def leftovers(engine: str | None = None) -> Iterator[Path]:
 
 
 def _recorded(engine: str | None) -> list[Path]:
-    folders = [record.parent for record in sorted(_root().glob(f"{engine or '*'}/*/{RECORD}"))]
-    return [folder for folder in folders if not folder.name.startswith(".")]
+    return [f for f in _folders(engine) if _ADDRESS.fullmatch(f.name) and os.path.lexists(f / RECORD)]
+
+
+def _folders(engine: str | None) -> list[Path]:
+    """What lies in the engines' folders, or in one engine's. InputError where other users can write to such a folder, or where
+    it is a link: it is not looked into, and nothing is deleted there."""
+    root = cache_folder(FOLDER)
+    engines = [
+        path for path in sorted(root.iterdir()) if not path.name.startswith(".") and path.name in (engine or path.name,)
+    ]
+    for path in engines:
+        check_private(path)
+    return [path for folder in engines for path in sorted(folder.iterdir())]
 
 
 @contextmanager
@@ -232,6 +270,8 @@ def _build(recipe: Recipe, make: Callable[[Path], None], say: Say) -> Artifact:
         make(partial)
         seconds = time.perf_counter() - start
         write_record(partial, recipe, seconds)
+        for path in partial.rglob("*"):  # whatever the umask is, and what libraries set
+            path.chmod(0o700 if path.is_dir() else 0o600)
     say(f"built {recipe.engine}: {recipe} in {seconds:.1f} s")
     return _read(folder)
 
@@ -241,18 +281,26 @@ def _lock(recipe: Recipe, say: Say) -> AbstractContextManager[Any]:
     from filelock import FileLock, Timeout
 
     folder = recipe.folder
-    folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     lock = FileLock(folder.with_name(f"{recipe.digest}.lock"))
     try:
         return lock.acquire(timeout=0)
     except Timeout:
         say(f"another process is building {recipe.engine}: {recipe}; waiting for it")
         return lock.acquire()
+    except OSError as error:
+        raise InputError(f"{lock.lock_file}: cannot be locked: {error.strerror or error}; {HINT}") from None
 
 
 def _read(folder: Path) -> Artifact:
+    """The artifact in a folder of the cache. InputError where other users can write to the folder or to a file of it."""
+    check_private(folder.parent)
     check_private(folder)
-    return read_record(folder)
+    check_private(folder / RECORD, file=True)
+    artifact = read_record(folder)
+    for name in artifact.files:
+        if (folder / name).exists() or (folder / name).is_symlink():  # `Artifact.file` says what is missing
+            check_private(folder / name, file=True)
+    return artifact
 
 
 def write_record(folder: Path, recipe: Recipe, build_seconds: float) -> None:
@@ -279,23 +327,14 @@ def bundled(bundle: Bundle, engine: str = COMPILED) -> list[Artifact]:
 
 def read_record(folder: Path) -> Artifact:
     """The artifact in `folder`; its files are not verified. Raises InputError for a malformed record or another format."""
-    path = folder / RECORD
-    value = read_json(path)
     try:
-        if value["format"] != FORMAT:
-            raise InputError(f"{path}: format is {value['format']}, expected {FORMAT}; run `fastgen engines gc`")
-        files = {str(n): {"bytes": int(f["bytes"]), "sha256": str(f["sha256"])} for n, f in value["files"].items()}
-        recipe = Recipe(str(value["engine"]), dict(value["fields"]))
-        return Artifact(folder, recipe, files, float(value["build_seconds"]), str(value["built"]))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"{path}: malformed ({type(error).__name__}: {error}); run `fastgen engines gc`") from None
-
-
-def _root() -> Path:
-    folder = cache_dir() / "engines"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    check_private(folder)
-    return folder
+        record = read_json_record(folder / RECORD, ArtifactRecord)
+    except InputError as error:
+        raise InputError(f"{error}; run `fastgen engines gc`") from None
+    recipe = Recipe(record.engine, record.fields)
+    if (recipe.engine, recipe.digest) != (folder.parent.name, folder.name):
+        raise InputError(f"{folder}: holds {recipe.engine}: {recipe}, made for other fields; {_help(recipe)}")
+    return Artifact(folder, recipe, record.files, record.build_seconds, record.built)
 
 
 def _help(recipe: Recipe) -> str:

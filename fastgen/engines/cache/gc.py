@@ -124,7 +124,7 @@ def _truncated(artifact: Artifact) -> str | None:
     """The file whose size is not the recorded one."""
     for name, listed in artifact.files.items():
         path = artifact.folder / name
-        if not path.is_file() or path.stat().st_size != listed["bytes"]:
+        if not path.is_file() or path.stat().st_size != listed.bytes:
             return f"{name} is missing or truncated"
     return None
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 
-from fastgen.files.cachedir import cache_dir, check_private
+from fastgen.files.cachedir import cache_folder, check_private
 from fastgen.files.jsonfiles import write_bytes
 
 DIGEST_BYTES = 32
@@ -15,11 +16,11 @@ DIGEST_BYTES = 32
 
 def private_file(folder: str, name: str, suffix: str) -> Path:
     """`<cache>/<folder>/<name><suffix>`; characters that file systems refuse become "-". Raises InputError when others could
-    write to the folder."""
-    place = cache_dir() / folder
-    place.mkdir(mode=0o700, exist_ok=True)
-    check_private(place)
-    return place / (re.sub(r"[^\w.]+", "-", name) + suffix)
+    write to it or to the folder."""
+    path = cache_folder(folder) / (re.sub(r"[^\w.]+", "-", name) + suffix)
+    if os.path.lexists(path):
+        check_private(path, file=True)
+    return path
 
 
 def read_hashed(path: Path, damaged: Callable[[], None] = lambda: None) -> bytes:
@@ -38,3 +39,4 @@ def read_hashed(path: Path, damaged: Callable[[], None] = lambda: None) -> bytes
 def write_hashed(path: Path, data: bytes) -> None:
     """Write TensorRT's bytes and their hash: all of it or nothing."""
     write_bytes(path, hashlib.sha256(data).digest() + data)
+    path.chmod(0o600)

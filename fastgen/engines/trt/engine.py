@@ -43,7 +43,7 @@ class Engine(TrtEngine):
         """The first of all where plans were ever built from graphs of this bundle."""
         if not (device or "cuda").startswith("cuda"):
             return 0
-        graphs = {file["sha256"] for file in read_bundle(folder).files.values()}
+        graphs = {file.sha256 for file in read_bundle(folder).files.values()}
         return 5 if any(a.recipe.fields.get("graph_sha256") in graphs for a in artifacts.scan(cls.name)[0]) else 0
 
     def batch_sizes(self, network: str) -> Sequence[int]:

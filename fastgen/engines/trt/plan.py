@@ -34,13 +34,13 @@ def make_recipe(
     library, hardware and build; None matches anything. Raises InputError when the bundle has no graph in this precision."""
     executed = network_dtype(network, dtype)
     graph = bundle.network(network, executed).relative_to(bundle.folder).as_posix()
-    weights = [file["sha256"] for name, file in sorted(bundle.files.items()) if name.startswith(f"{graph}.")]
+    weights = [file.sha256 for name, file in sorted(bundle.files.items()) if name.startswith(f"{graph}.")]
     shapes = {t.name: ",".join(map(str, t.shape)) for t in bundle.spec.signatures[network].inputs}
     fields: dict[str, Any] = {
         "network": network,
         "batch": rows,
         "dtype": executed,
-        "graph_sha256": bundle.files[graph]["sha256"],
+        "graph_sha256": bundle.files[graph].sha256,
         "weights_sha256": hashlib.sha256("".join(weights).encode()).hexdigest(),
         "shapes": "; ".join(f"{name} {shape}" for name, shape in shapes.items()),
         "format": FORMAT,
@@ -52,7 +52,7 @@ def read_verified(artifact: Artifact, name: str) -> bytes:
     """A file's bytes, verified after they are read. Raises InputError as `Artifact.file` does."""
     path = artifact.folder / name
     data = path.read_bytes() if path.is_file() else b""
-    if hashlib.sha256(data).hexdigest() != artifact.files.get(name, {}).get("sha256"):
+    if name not in artifact.files or hashlib.sha256(data).hexdigest() != artifact.files[name].sha256:
         artifact.file(name)
         raise InputError(f"{path}: changed while it was read; try again")
     return data

@@ -18,9 +18,8 @@ from fastgen.files.hashes import FileRecord, check_file, check_inside, sha256_fi
 from fastgen.files.jsonfiles import brief
 from fastgen.models.bundle_record import AGAIN, read_contents, spec_of
 from fastgen.models.onnx_graph import read_graph
-from fastgen.models.signatures import network_dtype
 from fastgen.models.spec import Spec
-from fastgen.models.tokenizer import SPECIAL_TOKENS, TOKENIZER, Tokenizer
+from fastgen.models.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from fastgen.sampling.tables import SolverTable, TableStore
@@ -29,6 +28,8 @@ MANIFEST = "bundle.json"
 TABLES = "scheduler/tables.npz"
 REFERENCE = "reference.safetensors"
 LOWERED = ("fp16", "bf16")  # precisions that a bundle may hold graphs in, besides fp32
+TOKENIZER = "tokenizer.json"  # in a tokenizer's folder
+SPECIAL_TOKENS = ("special_tokens_map.json", "tokenizer_config.json")  # beside it, where they are there
 CERTIFICATES = "certificates"  # beside the hashed files: added to a bundle after it was written
 COMPILED = "trt-rtx"  # name of the engine whose plans a bundle may hold, and of their folder: trt-rtx/<address>/
 
@@ -93,10 +94,11 @@ class Bundle:
         others = ("vae_encoder/", "reference.", f"{COMPILED}/")
         for name in self.files:
             if _precision(name) in ("fp32", dtype) and not name.startswith(others):
-                self.file(name)
+                is_graph = name.endswith(".onnx") and name.partition("/")[0] in self.spec.signatures
+                self.graph(name) if is_graph else self.file(name)
         for network in self.spec.signatures:
             if network != "vae_encoder":
-                self.network(network, network_dtype(network, dtype))
+                self.network(network)
 
     def prompt_tokenizers(self) -> list[Tokenizer]:
         """One per text encoder. Raises InputError for a tokenizer's file that bundle.json does not list."""

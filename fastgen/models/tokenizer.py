@@ -11,8 +11,6 @@ import numpy as np
 from fastgen.errors import InputError
 from fastgen.files.jsonfiles import brief, read_json
 
-TOKENIZER = "tokenizer.json"
-SPECIAL_TOKENS = ("special_tokens_map.json", "tokenizer_config.json")  # may name the padding token; the first one wins
 UNLIMITED = 10**9  # transformers' number for a tokenizer without a length is 1e30
 
 
@@ -47,10 +45,10 @@ class Tokenizer:
         import tokenizers
 
         try:
-            backend = tokenizers.Tokenizer.from_file(str(folder / TOKENIZER))
+            backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
         except Exception as error:  # the library raises bare Exception
-            raise InputError(f"{folder / TOKENIZER}: cannot be read as a tokenizer: {error}") from None
-        files = [folder / name for name in SPECIAL_TOKENS]
+            raise InputError(f"{folder / 'tokenizer.json'}: cannot be read as a tokenizer: {error}") from None
+        files = [folder / name for name in ("special_tokens_map.json", "tokenizer_config.json")]  # the first one wins
         configs = [config for file in files if file.is_file() and isinstance(config := read_json(file), dict)]
         pad = next((pad for config in configs if (pad := config.get("pad_token"))), "<|endoftext|>")
         left = [any(config.get(f"{what}_side") == "left" for config in configs) for what in ("padding", "truncation")]

@@ -201,6 +201,6 @@ class TableStore:
 
     def _streams(self, key: str, values: np.ndarray) -> np.ndarray:
         """(R,) int64. Raises InputError for numbers that are no streams."""
-        if not ((values >= 1) & (values <= MAX_ROWS) & (values % 1 == 0)).all():
+        if not ((values >= 1) & (values <= MAX_ROWS)).all() or (values % 1).any():
             raise InputError(f"{self.path}: the table {key!r}: streams: expected whole numbers from 1 to {MAX_ROWS}")
         return values.astype(np.int64)

@@ -22,6 +22,7 @@ from benchmarks.frontier import machine_state, pool, record, reference_sampling,
 from benchmarks.frontier_search import COARSE, FINE, Bench, Effort, cheaper, climb, finalists, named
 from fastgen.errors import InputError
 from fastgen.generate.requests import read_requests
+from fastgen.models.bundle_record import sealed
 from fastgen.sampling.defaults import Sampling
 from fastgen.scoring import Scorer
 from fastgen.scoring.result import Figure
@@ -244,7 +245,7 @@ def test_the_reference_of_a_text_model_is_pndm_at_70_steps_or_says_why_not(
     other = shutil.copytree(text_bundle, tmp_path / "other")
     manifest = json.loads((other / "bundle.json").read_text())
     manifest["scheduler_config"]["rescale_betas_zero_snr"] = True
-    (other / "bundle.json").write_text(json.dumps(manifest))
+    (other / "bundle.json").write_text(json.dumps(sealed(manifest)))
     (other / "scheduler" / "tables.npz").write_bytes((text_bundle / "scheduler" / "tables.npz").read_bytes())
     found, reason = reference_sampling(
         Bench(other, requests_files["text"], tmp_path / "w", scorer, Effort(), engine="ort"), None

@@ -16,6 +16,7 @@ pytest.importorskip("onnxruntime")
 
 from benchmarks import reference_sweeps
 from fastgen.generate.pipeline import load
+from fastgen.models.bundle_record import sealed
 from fastgen.retrieval.indexing import build_index
 
 
@@ -70,7 +71,7 @@ def test_a_schedule_that_pndm_cannot_have_is_swept_with_ddim_and_the_reason(text
     other = shutil.copytree(text_bundle, tmp_path / "other")
     manifest = json.loads((other / "bundle.json").read_text())
     manifest["scheduler_config"]["rescale_betas_zero_snr"] = True
-    (other / "bundle.json").write_text(json.dumps(manifest))
+    (other / "bundle.json").write_text(json.dumps(sealed(manifest)))
     solver, reason = reference_sweeps.solver_for(other, "ort")
     assert solver == "ddim"
     assert "rescale_betas_zero_snr" in reason

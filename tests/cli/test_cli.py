@@ -16,6 +16,7 @@ from PIL import Image
 
 from fastgen.cli.commands import cli
 from fastgen.files.installing import hint
+from fastgen.models.bundle_record import sealed
 
 HEAVY = ["torch", "diffusers", "transformers", "onnx", "onnxruntime", "openvino", "tokenizers", "safetensors"]
 TRAINING = ["torch", "diffusers", "transformers", "onnx", "onnxscript", "accelerate", "scipy"]
@@ -280,7 +281,7 @@ def test_no_model_and_no_runs_says_how_to_train(fastgen, requests_files, tmp_pat
         (lambda b: (b / "scheduler" / "tables.npz").write_bytes(b""), "tables.npz: 0 bytes, bundle.json says"),
         (lambda b: (b / "unet" / "model.onnx").unlink(), "unet/model.onnx: No such file"),
         (lambda b: edit(b, format_version=99), "format_version is 99, this fastgen reads 1"),
-        (lambda b: edit(b, sampling=None), "bundle.json: sampling: malformed"),
+        (lambda b: edit(b, sampling=None), "bundle.json: sampling: found None, expected an object"),
         (lambda b: (b / "bundle.json").write_text("{"), "bundle.json: line 1, column 2: malformed JSON"),
     ],
 )
@@ -302,7 +303,7 @@ def flip(path: Path):
 
 def edit(bundle, **changes):
     manifest = json.loads((bundle / "bundle.json").read_text())
-    (bundle / "bundle.json").write_text(json.dumps(manifest | changes))
+    (bundle / "bundle.json").write_text(json.dumps(sealed(manifest | changes)))
 
 
 def test_a_missing_engine_package_is_named_with_the_command_that_installs_it(

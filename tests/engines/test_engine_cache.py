@@ -290,7 +290,8 @@ def test_the_commands_list_and_delete(fastgen_process):
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
     assert lines[1].startswith("trt     unet     8")
-    assert lines[2].startswith(f"damaged: {broken.folder / 'artifact.json'}: malformed")
+    expected = "found [], expected an object; run `fastgen engines gc`"
+    assert lines[2] == f"damaged: {broken.folder / 'artifact.json'}: {expected}"
     assert lines[3] == "1 compiled engines, 1.0 kB"
     listed = json.loads(fastgen_process("engines", "ls", "--json").stdout)
     assert [engine["address"] for engine in listed["engines"]] == [kept.recipe.digest]

@@ -24,6 +24,7 @@ from fastgen.engines.trt.plan import PLAN
 from fastgen.errors import InputError
 from fastgen.files.jsonfiles import read_json, write_json
 from fastgen.models.bundle import Bundle, read_bundle
+from fastgen.models.bundle_record import sealed
 
 torch = pytest.importorskip("torch")
 pytest_plugins = ("trt_fixtures",)
@@ -318,7 +319,7 @@ def test_a_bundle_that_cannot_say_how_far_eager_moves_names_the_export(fastgen, 
     held = build(half_copy, dtype="fp16")
     manifest = read_json(half_copy / "bundle.json")
     manifest["files"].pop("reference.fp16.json")
-    write_json(half_copy / "bundle.json", manifest)
+    write_json(half_copy / "bundle.json", sealed(manifest))
     words = ("generate", "--labels", "gray cube", "--model", held.folder, "--engine", "trt-rtx", "--dtype", "fp16")
     code, _, err = fastgen(*words, "--out", tmp_path / "a.png")
     assert code == 2

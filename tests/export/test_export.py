@@ -25,6 +25,7 @@ import fastgen.models.bundle  # noqa: E402
 from export.bundle import export  # noqa: E402
 from fastgen.errors import FastgenError, InputError  # noqa: E402
 from fastgen.files.jsonfiles import read_json, write_json  # noqa: E402
+from fastgen.models.bundle_record import sealed  # noqa: E402
 
 EXPORT_FEW = f"""
 import fastgen.sampling.compile
@@ -102,7 +103,7 @@ def test_another_model_s_bundle_is_not_replaced_unasked(fastgen, model, bundle, 
         edit(bundle / "conditioner" / "config.json", dim=32)
         manifest = read_json(bundle / "bundle.json")
         manifest["files"]["conditioner/config.json"]["sha256"] = "0" * 64
-        write_json(bundle / "bundle.json", manifest)
+        write_json(bundle / "bundle.json", sealed(manifest))
         before = contents(bundle)
     else:
         change(model)

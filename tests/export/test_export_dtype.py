@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
+onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
 from killed import leftover  # noqa: E402
@@ -27,6 +28,7 @@ from fastgen.engines import create_engine, missing_packages  # noqa: E402
 from fastgen.errors import FastgenError, InputError  # noqa: E402
 from fastgen.files.jsonfiles import read_json, write_json  # noqa: E402
 from fastgen.models.bundle import read_bundle  # noqa: E402
+from fastgen.models.bundle_record import sealed  # noqa: E402
 
 ADDED = {"unet/model.fp16.onnx", "unet/model.fp16.onnx.data", "reference.fp16.json"}
 
@@ -46,7 +48,12 @@ def quick(monkeypatch):
 
     def write(module, signature, path, dtype="fp32"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f"graph in {dtype}")
+        tensors = [
+            [onnx.helper.make_tensor_value_info(t.name, {"float32": 1, "int64": 7}[t.dtype], t.shape) for t in part]
+            for part in (signature.inputs, signature.outputs)
+        ]
+        graph = onnx.helper.make_graph([], f"graph in {dtype}", *tensors)
+        path.write_bytes(onnx.helper.make_model(graph).SerializeToString())
         path.with_name(f"{path.name}.data").write_text("weights")
 
     monkeypatch.setattr("export.onnx.export_onnx", write)
@@ -98,7 +105,8 @@ def test_exporting_the_same_weights_again_keeps_their_reference(quick, export_fe
 
 def test_another_version_of_torch_makes_a_reference_of_its_own(quick, export_few, label_model, bundle, monkeypatch):
     manifest = read_json(bundle / "bundle.json")
-    write_json(bundle / "bundle.json", manifest | {"versions": manifest["versions"] | {"torch": "1.0"}})
+    versions = manifest["versions"] | {"torch": "1.0"}
+    write_json(bundle / "bundle.json", sealed(manifest | {"versions": versions}))
     monkeypatch.setattr("export.write.write_reference", fail)
     with pytest.raises(pytest.fail.Exception, match="computed again"):
         export_few(label_model, bundle, overwrite=True, engines=["ort"])

@@ -20,6 +20,7 @@ from fastgen.generate.requests import Request, read_requests
 from fastgen.generate.run import Run
 from fastgen.generate.shards import Shard
 from fastgen.generate.start import late_start
+from fastgen.models.bundle_record import sealed
 from fastgen.retrieval.index import Index, open_index
 from fastgen.retrieval.indexing import IndexOptions, build_index, default_folder, trained_mode
 
@@ -217,9 +218,9 @@ def test_a_bundle_that_does_not_record_its_networks_is_known_by_the_whole_model(
     old = shutil.copytree(text_bundle, tmp_path / "old")
     content = json.loads((old / "bundle.json").read_text())
     assert set(content.pop("component_sha256")) == {"text_encoder", "vae"}
-    (old / "bundle.json").write_text(json.dumps(content))
+    (old / "bundle.json").write_text(json.dumps(sealed(content)))
     index.check(load(old, "ort").spec)
-    (old / "bundle.json").write_text(json.dumps({**content, "source_sha256": "0" * 64}))
+    (old / "bundle.json").write_text(json.dumps(sealed({**content, "source_sha256": "0" * 64})))
     with pytest.raises(InputError, match="another model"):
         index.check(load(old, "ort").spec)
 
@@ -534,7 +535,7 @@ def test_images_are_made_square_as_in_training(text_model, text_bundle, tmp_path
     bundle = shutil.copytree(text_bundle, tmp_path / "bundle")
     manifest = json.loads((bundle / "bundle.json").read_text())
     manifest["image_mode"] = _manifest(load_model(model).spec)["image_mode"]
-    (bundle / "bundle.json").write_text(json.dumps(manifest))
+    (bundle / "bundle.json").write_text(json.dumps(sealed(manifest)))
     assert trained_mode(read_bundle(bundle).spec) == "figure"
 
 

@@ -20,6 +20,7 @@ pytest.importorskip("onnxruntime")
 pytest.importorskip("torchmetrics")
 
 from fastgen.generate.pipeline import load  # noqa: E402
+from fastgen.models.bundle_record import sealed  # noqa: E402
 from fastgen.scoring import score  # noqa: E402
 from fastgen.sweep import network_evaluations  # noqa: E402
 
@@ -232,7 +233,7 @@ def test_images_made_again_from_other_weights_are_scored_again(
     shutil.rmtree(held.parent / "seed-0")
     other = scaled_weights(label_bundle, tmp_path / "other", 3.0)
     manifest = json.loads((other / "bundle.json").read_text())
-    (other / "bundle.json").write_text(json.dumps(manifest | {"source_sha256": "0" * 64}))
+    (other / "bundle.json").write_text(json.dumps(sealed(manifest | {"source_sha256": "0" * 64})))
     assert fastgen(*arguments(out, *grid, model=other))[0] == 0
     assert held.read_bytes() != before
 
@@ -294,7 +295,7 @@ def test_a_point_of_another_model_is_refused_before_a_new_point_is_generated(
     before = images(out)
     other = shutil.copytree(label_bundle, tmp_path / "other")
     manifest = json.loads((other / "bundle.json").read_text())
-    (other / "bundle.json").write_text(json.dumps(manifest | {"source_sha256": "0" * 64}))
+    (other / "bundle.json").write_text(json.dumps(sealed(manifest | {"source_sha256": "0" * 64})))
     (line,) = one_line_each(fastgen(*arguments(out, "--num-inference-steps", "2,3", model=other)))
     assert "holds another job: model_sha256" in line
     assert images(out) == before

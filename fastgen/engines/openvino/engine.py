@@ -31,8 +31,10 @@ from fastgen.engines.openvino.rewrites import (
     time_embedding,
     widen_convolutions,
 )
-from fastgen.errors import FastgenError, InputError
+from fastgen.errors import FastgenError, InputError, one_line
 from fastgen.files.installing import Install
+from fastgen.models.bundle import graph_name
+from fastgen.models.bundle_record import AGAIN
 
 if TYPE_CHECKING:
     from fastgen.models.bundle import Bundle
@@ -111,7 +113,7 @@ class Engine(base.Engine):
     def run(self, network: str, *inputs: np.ndarray) -> tuple[np.ndarray, ...]:
         lanes = self._opened(network, self.checked_rows(network, inputs), guided=False)
         parts = [np.split(x, len(lanes)) for x in inputs]
-        outputs = _run_all(lanes, list(zip(*parts, strict=True)))
+        outputs = self._run_all(network, lanes, list(zip(*parts, strict=True)))
         return tuple(np.concatenate(column) for column in zip(*outputs, strict=True))
 
     def run_guided(self, sample: np.ndarray, timestep: np.ndarray, *conds: np.ndarray) -> np.ndarray:
@@ -123,7 +125,9 @@ class Engine(base.Engine):
         parts = [np.split(x, count) for x in (sample, timestep)]
         parts += [_halves(cond, count) for cond in conds]
         inputs = list(zip(*parts, strict=True))
-        predictions = np.stack([outputs[0] for outputs in _run_all(lanes, inputs)])  # (lanes, 2 * B / lanes, ...)
+        predictions = np.stack(
+            [outputs[0] for outputs in self._run_all("unet", lanes, inputs)]
+        )  # (lanes, 2 * B / lanes, ...)
         rows = predictions.shape[2:]
         return predictions.reshape(count, 2, -1, *rows).swapaxes(0, 1).reshape(-1, *rows)  # (2B, ...)
 
@@ -136,6 +140,18 @@ class Engine(base.Engine):
     def numpy(self, values: np.ndarray) -> np.ndarray:
         return values
 
+    def _run_all(
+        self, network: str, lanes: Sequence[Lane], inputs: Sequence[Sequence[np.ndarray]]
+    ) -> list[list[np.ndarray]]:
+        """One forward of every lane, at the same time. Raises FastgenError for what OpenVINO refuses."""
+        try:
+            for lane, lane_inputs in zip(lanes, inputs, strict=True):
+                lane.start(lane_inputs)
+            return [lane.outputs() for lane in lanes]
+        except RuntimeError as error:
+            path = self._bundle.folder / graph_name(network, "fp32")
+            raise FastgenError(f"{path}: OpenVINO cannot run it: {_brief(error)}") from None
+
     def _opened(self, network: str, batch: int, guided: bool) -> list[Lane]:
         key = (network, batch, guided)
         if key not in self._lanes:
@@ -145,7 +161,7 @@ class Engine(base.Engine):
     def _open(self, network: str, batch: int, guided: bool) -> list[Lane]:
         """The lanes of a network for `batch` rows, or images where it is guided; compiled when the cache has none."""
         path = self._bundle.network(network)  # verified, its weights too
-        weights = path.with_name(f"{path.name}.data")
+        weights = self._bundle.file(f"{network}/{path.name}.data")
         fresh: dict[str, Any] = {}
 
         def make(folder: Path) -> None:
@@ -184,6 +200,7 @@ class Engine(base.Engine):
             if self.executed(network) != "fp32":
                 pad_products(model)
                 widen_convolutions(model)
+            self._check_outputs(model, network, path, counts[-1])
             models = {NETWORK: model}
             if network == "unet" and self.executed(network) != "fp32":
                 models = {EMBEDDING: time_embedding(model)} | models
@@ -191,8 +208,17 @@ class Engine(base.Engine):
                 take_embedding(model, numbers(inputs))
             config = self._config(self.executed(network), self._split(batch))
             return models | {NETWORK: self._core.compile_model(model, "CPU", config)}
-        except RuntimeError as error:
-            raise FastgenError(f"{path}: OpenVINO {self._version} cannot compile it: {error}") from error
+        except (RuntimeError, TypeError, ValueError) as error:
+            what = f"OpenVINO {self._version.partition('-')[0]} cannot compile it: {_brief(error)}"
+            raise InputError(f"{path}: {what}; {AGAIN}") from None
+
+    def _check_outputs(self, model: Any, network: str, path: Path, rows: int) -> None:
+        """InputError for outputs of other shapes than those of the signature, for so many rows."""
+        for output, tensor in zip(model.outputs, self.signatures[network].outputs, strict=True):
+            shape = output.partial_shape
+            if shape.is_static and tuple(shape.to_shape()) != tensor.with_batch(rows):
+                found = f"{tensor.name} is {shape}, expected {tensor.with_batch(rows)}"
+                raise InputError(f"{path}: {found}; {AGAIN}")
 
     def _imported(self, artifact: Artifact, network: str, weights: Path, batch: int) -> dict[str, Any]:
         """What `_compiled` returned, from the cache; the files are verified."""
@@ -207,11 +233,9 @@ class Engine(base.Engine):
                 )
                 for name in artifact.files
             }
-        except RuntimeError as error:
-            help_ = f"delete {artifact.folder}, and it is compiled again"
-            raise FastgenError(
-                f"{artifact.folder}: OpenVINO {self._version} cannot load it: {error}; {help_}"
-            ) from error
+        except (RuntimeError, TypeError, ValueError) as error:
+            help_ = "delete the folder, and it is compiled again"
+            raise FastgenError(f"{artifact.folder}: OpenVINO cannot load it: {_brief(error)}; {help_}") from None
 
     def _config(self, dtype: str, lanes: int) -> dict[str, Any]:
         """OpenVINO's settings. A blob of mode OPTIMIZE_SIZE holds the graph without the weights."""
@@ -250,8 +274,8 @@ class NotSharedError(Exception):
     """The graph cannot compute once what both halves of a guided batch have in common."""
 
 
-def _run_all(lanes: Sequence[Lane], inputs: Sequence[Sequence[np.ndarray]]) -> list[list[np.ndarray]]:
-    """One forward of every lane, at the same time."""
-    for lane, lane_inputs in zip(lanes, inputs, strict=True):
-        lane.start(lane_inputs)
-    return [lane.outputs() for lane in lanes]
+def _brief(error: Exception) -> str:
+    """What OpenVINO says, without the places in its source."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    said = [line for line in lines if line and not line.startswith(("Exception from ", "Check '"))]
+    return one_line(" ".join(said) or str(error), 100)

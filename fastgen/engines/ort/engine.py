@@ -8,8 +8,9 @@ import numpy as np
 
 from fastgen.engines import has_distribution
 from fastgen.engines.ort.cuda import PROVIDER, CudaEngine
-from fastgen.engines.ort.session import OrtEngine
-from fastgen.errors import FastgenError, InputError
+from fastgen.engines.ort.session import OrtEngine, failure
+from fastgen.errors import InputError
+from fastgen.models.bundle_record import AGAIN
 
 if TYPE_CHECKING:
     from fastgen.models.bundle import Bundle
@@ -39,14 +40,24 @@ class Engine(OrtEngine):
             raise InputError(f"engine ort executes fp32 on cpu, not {dtype}")
         self.xp, self.device, self.dtype = np, "cpu", "fp32"
         self.set_source(source, threads)
-        self._sessions: dict[str, Any] = {}
+        self._sessions: dict[str, tuple[Any, str]] = {}
 
     def run(self, network: str, *inputs: np.ndarray) -> tuple[np.ndarray, ...]:
-        self.checked_rows(network, inputs)
+        rows = self.checked_rows(network, inputs)
         if network not in self._sessions:
             self._sessions[network] = self._session(network)
-        names = [t.name for t in self.signatures[network].inputs]
-        return tuple(self._sessions[network].run(None, dict(zip(names, inputs, strict=True))))
+        session, path = self._sessions[network]
+        signature = self.signatures[network]
+        feed = {tensor.name: value for tensor, value in zip(signature.inputs, inputs, strict=True)}
+        try:
+            values = tuple(session.run([tensor.name for tensor in signature.outputs], feed))
+        except Exception as error:  # onnxruntime's exceptions share no public base class
+            raise failure(path, "run", error) from None
+        for value, tensor in zip(values, signature.outputs, strict=True):
+            if value.shape != tensor.with_batch(rows):
+                found = f"{tensor.name} is {value.shape}, expected {tensor.with_batch(rows)}"
+                raise InputError(f"{path}: {found}; {AGAIN}")
+        return values
 
     def array(self, values: np.ndarray) -> np.ndarray:
         return np.ascontiguousarray(values)
@@ -54,14 +65,15 @@ class Engine(OrtEngine):
     def numpy(self, values: np.ndarray) -> np.ndarray:
         return values
 
-    def _session(self, network: str) -> Any:
+    def _session(self, network: str) -> tuple[Any, str]:
+        """A session, and the path of its graph."""
         import onnxruntime as ort
 
         path = self.graph(network)
         try:
-            return ort.InferenceSession(path, self.session_options(), providers=["CPUExecutionProvider"])
+            return ort.InferenceSession(path, self.session_options(), providers=["CPUExecutionProvider"]), path
         except Exception as error:  # onnxruntime's exceptions share no public base class
-            raise FastgenError(f"{path}: onnxruntime {ort.__version__} cannot load it: {error}") from error
+            raise failure(path, "load", error) from None
 
 
 def default_device() -> str:

@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from fastgen.engines import base, has_distribution
+from fastgen.errors import FastgenError, InputError, one_line
 from fastgen.files.installing import Install
+from fastgen.models.bundle_record import AGAIN
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -21,7 +23,17 @@ def fused_name(graph: str) -> str:
     return graph.removesuffix(".onnx") + ".ort.onnx"
 
 
+FATAL = 4  # onnxruntime's level of messages that end the process
 FUSED = fused_name("model.onnx")
+
+
+def failure(path: str, what: str, error: Exception) -> FastgenError:
+    """The error of a graph that onnxruntime refuses to load, or to run: FastgenError where memory ran out, else InputError."""
+    import onnxruntime as ort
+
+    text = str(error)
+    kind, help_ = (FastgenError, "") if "allocate memory" in text else (InputError, f"; {AGAIN}")
+    return kind(f"{path}: onnxruntime {ort.__version__} cannot {what} it: {one_line(text, 120)}{help_}")
 
 
 class OrtEngine(base.Engine):
@@ -52,7 +64,7 @@ class OrtEngine(base.Engine):
         import onnxruntime as ort
 
         options = ort.SessionOptions()
-        options.log_severity_level = 3
+        options.log_severity_level = FATAL  # errors are raised
         if self._threads:
             options.intra_op_num_threads = self._threads
         return options
@@ -61,4 +73,4 @@ class OrtEngine(base.Engine):
         """Path of a network's ONNX graph in the precision that is executed, verified."""
         path = self._bundle.network(network, self.executed(network))  # verifies the weights, which both graphs share
         fused = f"{network}/{fused_name(path.name)}"
-        return str(self._bundle.file(fused) if fused in self._bundle.files else path)
+        return str(self._bundle.graph(fused) if fused in self._bundle.files else path)

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from fastgen.errors import InputError
 from fastgen.files.folders import sync_tree
 from fastgen.files.hashes import record_files
-from fastgen.files.jsonfiles import read_json, write_json
-from fastgen.files.temporary import remove_leftovers
+from fastgen.files.jsonfiles import brief, read_json, write_json
+from fastgen.files.temporary import is_temporary, remove_leftovers
 from fastgen.models.bundle import CERTIFICATES, COMPILED, MANIFEST, Bundle, read_bundle
 from fastgen.models.bundle_record import EXTENDS, record_digest, sealed
+
+KEPT = 1000  # digests of earlier states that bundle.json lists
+_GRAPH = r"(unet|vae_decoder|vae_encoder|text_encoder)/model(\.fp16|\.bf16)?(\.ort)?\.onnx(\.data)?"
+# Files that `add_files` adds to a bundle, and all that an export writes.
+_ADDED = re.compile(rf"{_GRAPH}|reference\.(safetensors|fp16\.json|bf16\.json)|{COMPILED}/[0-9a-f]{{64}}/[\w.-]+")
+_WRITTEN = re.compile(
+    rf"{_ADDED.pattern}|bundle\.json|model_index\.json|labels\.json|{CERTIFICATES}/[^/]+\.json|tokenizer(_2)?/[^/]+"
+    r"|(unet|vae_decoder|vae_encoder|text_encoder(_2)?|conditioner)/config\.json"
+    r"|scheduler/(scheduler_config\.json|tables\.npz)"
+)
 
 
 def add_files(bundle: Bundle, partial: Path, dropped: Collection[str] = ()) -> None:
@@ -34,26 +47,40 @@ def add_files(bundle: Bundle, partial: Path, dropped: Collection[str] = ()) -> N
     _remove_empty({(out / name).parent for name in dropped} - {out})
 
 
+def check_replaceable(out: Path) -> None:
+    """InputError where a bundle's folder holds files that no export writes: replacing the folder would delete them."""
+    foreign = [
+        name for name in file_names(out) if not (_WRITTEN.fullmatch(name) or is_temporary(name.rpartition("/")[2]))
+    ]
+    if foreign:
+        found = f"holds {brief(foreign[0])}{f' and {len(foreign) - 1} more files' if len(foreign) > 1 else ''}"
+        raise InputError(f"{out}: {found}, which no export writes and --overwrite would delete; move them away first")
+
+
+def file_names(folder: Path) -> list[str]:
+    """Relative names of all files and links below a folder; links are not followed."""
+    names = []
+    for parent, folders, files in os.walk(folder):
+        links = [name for name in folders if os.path.islink(os.path.join(parent, name))]
+        names += [Path(parent, name).relative_to(folder).as_posix() for name in (*files, *links)]
+    return sorted(names)
+
+
 def _list_files(out: Path, added: Mapping[str, Any], dropped: Collection[str]) -> None:
     """Change the files that bundle.json lists."""
     manifest = read_json(out / MANIFEST)
     files = {name: file for name, file in manifest["files"].items() if name not in dropped} | dict(added)
-    before = [*manifest.get(EXTENDS, []), record_digest(manifest)]
+    before = [*manifest.get(EXTENDS, []), record_digest(manifest)][-KEPT:]
     write_json(out / MANIFEST, sealed(manifest | {"files": dict(sorted(files.items())), EXTENDS: before}))
 
 
 def sweep(bundle: Bundle) -> None:
-    """Remove the files that a killed `add_files` left: those under a bundle's names that bundle.json does not list."""
-    patterns = [
-        *(f"{name}/model.*" for name in bundle.spec.signatures),
-        "reference.*",
-        f"{COMPILED}/*/*",
-    ]
+    """Remove the files that a killed `add_files` left: those under names of its own that bundle.json does not list."""
     for folder in (bundle.folder, bundle.folder / CERTIFICATES):
         remove_leftovers(folder)
-    for file in (file for pattern in patterns for file in bundle.folder.glob(pattern)):
-        if file.relative_to(bundle.folder).as_posix() not in bundle.files:
-            file.unlink()
+    for name in file_names(bundle.folder):
+        if _ADDED.fullmatch(name) and name not in bundle.files:
+            (bundle.folder / name).unlink()
     _remove_empty(bundle.folder.glob(f"{COMPILED}/*"))
 
 

@@ -10,13 +10,14 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from export.extend import add_files, sweep
+from export.extend import add_files, check_replaceable, sweep
 from export.reference import IMAGE_STEPS, distances_name, write_distances, write_reference
 from fastgen import __version__
 from fastgen.errors import InputError, Say
 from fastgen.files.folders import new_folder, scratch_folder
 from fastgen.files.hashes import record_files, sha256_file
 from fastgen.files.jsonfiles import infinity_as_text, write_json
+from fastgen.files.outputs import check_output_folder
 from fastgen.files.records import builtins
 from fastgen.generate.settings import late_steps
 from fastgen.models.bundle import (
@@ -65,6 +66,7 @@ def write_bundle(model_folder: Path, out: Path, options: BundleOptions, overwrit
     """
     from fastgen.models.folder import load_model
 
+    check_output_folder(out)
     for key in options.solvers:
         parse_key(key)
     model = load_model(model_folder, **how)
@@ -139,6 +141,7 @@ def _existing(out: Path, model: Model, options: BundleOptions, overwrite: bool) 
     if not is_bundle(out):
         raise InputError(f"{out}: exists and is not a bundle; choose another --out")
     if overwrite:
+        check_replaceable(out)
         return None
     bundle = read_bundle(out)
     if other := _differences(bundle, model):

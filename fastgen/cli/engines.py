@@ -12,14 +12,23 @@ from fastgen.errors import FastgenError
 
 
 @click.command()
+@argument("bundle", type=MODEL, required=False)
 @option("--json", "as_json", is_flag=True, help="Print everything that was found as JSON.")
-def doctor(as_json: bool) -> None:
+def doctor(bundle: Path | None, as_json: bool) -> None:
     """Show GPU, driver, libraries and caches, and for each engine `ready` or what is in its way and what helps.
+
+    With BUNDLE verify every file of that bundle instead, and show what it states about itself: the digest over bundle.json,
+    the weights, the versions that exported it.
 
     Exits with 1 when no engine can run.
     """
     from fastgen.engines.doctor import examine
+    from fastgen.engines.doctor.bundle_report import examine_bundle
 
+    if bundle is not None:
+        found = examine_bundle(bundle)
+        click.echo(json.dumps(found.to_json(), indent=2) if as_json else "\n".join(found.lines()))
+        return
     report = examine()
     click.echo(json.dumps(report.to_json(), indent=2) if as_json else "\n".join(report.lines()))
     if not report.ready:

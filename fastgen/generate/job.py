@@ -103,7 +103,8 @@ def job_limits(run: Run, out: Path, batch_size: int | None) -> Limits:
 def _claim(run: Run, folder: JobFolder, batch_size: int | None, shard: Shard | None) -> tuple[Limits, dict[str, Any]]:
     """Make the folder this job's, and return its limits and identity. If another shard does so while this one measures its
     memory, the other one's limits count. Shards share the batches out, so all of them need the same batch size."""
-    options = {"clean": shard is None, "any_batch_size": shard is None and run.pipeline.engine.batch_invariant}
+    options: dict[str, Any] = {"clean": shard is None, "extends": run.pipeline.spec.bundle_extends}
+    options["any_batch_size"] = shard is None and run.pipeline.engine.batch_invariant
     while True:
         limits = job_limits(run, folder.out, batch_size)
         run.batches(limits.batch)  # refuses a size that the engine lacks before the folder is made

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from fastgen.files.outputs import check_output, check_output_folder, software
 from fastgen.files.png import image_grid, read_metadata, read_pixels, save_contact_sheet, save_image
 from fastgen.files.records import builtins
 from fastgen.files.temporary import remove_leftovers
-from fastgen.generate.job_record import JOB, JobRecord, Limits, Timing, check_same_job, read_job
+from fastgen.generate.job_record import JOB, JobRecord, Limits, Timing, check_same_job, read_job, without_bundle
 from fastgen.generate.shards import remove_parts
 from fastgen.generate.strip_files import StripFiles, save_strip_sheet
 
@@ -57,11 +57,20 @@ class JobFolder:
         extra = [] if self.grid is None else [self.out / GRID]
         return extra if self.strips is None else [*extra, *self.strips.files, self.out / STRIP_SHEET]
 
-    def claim(self, identity: dict[str, Any], limits: Limits, *, clean: bool, any_batch_size: bool = False) -> bool:
+    def claim(
+        self,
+        identity: dict[str, Any],
+        limits: Limits,
+        *,
+        clean: bool,
+        any_batch_size: bool = False,
+        extends: Collection[str] = (),
+    ) -> bool:
         """Make the folder this job's. False when another process, such as another shard's, has just done so: its limits count.
 
-        `clean`: delete temporary files of killed processes. `any_batch_size`: see `check_same_job`. Raises InputError when the
-        folder belongs to another job, or holds files that would be overwritten: files that this job did not write.
+        `clean`: delete temporary files of killed processes. `any_batch_size`, `extends`: see `check_same_job`. Raises
+        InputError when the folder belongs to another job, or holds files that would be overwritten: files that this job did
+        not write.
         """
         out, path = self.out, self.out / JOB
         check_output_folder(out)
@@ -75,7 +84,7 @@ class JobFolder:
                 )
             make_folder(out)
             return write_new_json(path, builtins(JobRecord(identity, (), limits)))
-        check_same_job(out, identity, any_batch_size=any_batch_size)
+        check_same_job(out, identity, any_batch_size=any_batch_size, extends=extends)
         self._check_sheets()
         if clean:
             self._clean()
@@ -153,6 +162,7 @@ def is_image_of(file: Path, line: dict[str, Any]) -> bool:
     """Whether the image of this manifest line is there. InputError for another file in its place: it would be taken for it."""
     if not os.path.lexists(file):
         return False
-    if file.is_symlink() or read_metadata(file) != {key: value for key, value in line.items() if key != "error"}:
+    expected = {key: value for key, value in without_bundle(line).items() if key != "error"}
+    if file.is_symlink() or without_bundle(read_metadata(file) or {}) != expected:
         raise InputError(f"{file}: is no image of this job; move it away, or choose another --out")
     return True

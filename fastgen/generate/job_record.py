@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +15,7 @@ from fastgen.files.names import JOB
 from fastgen.files.records import Count, Record, read_record
 
 HELP = "choose another --out"
+BUNDLE = "bundle_sha256"  # field of a job and of its lines: the digest of the bundle's record, where a bundle made the images
 
 Rows = Annotated[int, Meta(ge=1, le=1_000_000)]  # images in a batch
 
@@ -51,12 +52,23 @@ def read_job(path: Path) -> JobRecord:
         raise InputError(f"{error}; is it the record of a fastgen job? else {HELP}") from None
 
 
-def check_same_job(out: Path, identity: Mapping[str, Any], *, any_batch_size: bool = False) -> None:
-    """InputError when the job that `out` holds, if any, is another one. `any_batch_size`: it may run in other batches."""
+def without_bundle(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """A job's identity, or a manifest line, without the bundle's digest. Files may be added to a bundle while one of its jobs
+    is stopped, and older versions recorded no digest: images are compared without it, and `check_same_job` compares it."""
+    return {key: value for key, value in fields.items() if key != BUNDLE}
+
+
+def check_same_job(
+    out: Path, identity: Mapping[str, Any], *, any_batch_size: bool = False, extends: Collection[str] = ()
+) -> None:
+    """InputError when the job that `out` holds, if any, is another one. `any_batch_size`: it may run in other batches.
+    `extends`: digests of the bundle before files were added to it."""
     if not os.path.lexists(out / JOB):
         return
     job = read_job(out / JOB).job
     for key, value in identity.items():
+        if key == BUNDLE and (job.get(key) is None or job[key] in extends):
+            continue
         if job.get(key) != value and not (any_batch_size and key == "batch_size"):
             difference = f"{key} is {brief(job.get(key))} there and {brief(value)} now"
             raise InputError(f"{out}: holds another job: {difference}; {HELP}")

@@ -6,6 +6,7 @@ from typing import Any
 
 from fastgen import __version__
 from fastgen.files.hashes import sha256_json
+from fastgen.generate.job_record import BUNDLE
 from fastgen.generate.requests import Request, resolve_seed
 from fastgen.generate.run import Run
 from fastgen.generate.start import NO_START
@@ -32,6 +33,8 @@ def job_identity(run: Run, limit: int) -> dict[str, Any]:
         **NO_START,
         "noise_steps": settings.noise_steps,
     }
+    if spec.bundle_sha256 is not None:
+        identity[BUNDLE] = spec.bundle_sha256
     return identity if run.start is None else identity | dict(run.start.identity)
 
 

@@ -19,7 +19,7 @@ from fastgen.files.hashes import sha256_json
 from fastgen.files.jsonfiles import brief, write_json
 from fastgen.files.names import MERGE_LOCK, PART_NAME, check_device
 from fastgen.files.records import Count, Record, Sha256, builtins, read_record
-from fastgen.generate.job_record import Timing
+from fastgen.generate.job_record import BUNDLE, Timing, without_bundle
 
 if TYPE_CHECKING:
     from fastgen.engines.batches import Batch
@@ -96,7 +96,7 @@ class JobParts:
         lines: Sequence[dict[str, Any]],
     ) -> JobParts:
         """Raises InputError for a part that is there already and not one of this job, and for a foreign file in the way."""
-        parts = cls(out, shard, sha256_json(identity), batches, lines)
+        parts = cls(out, shard, sha256_json(without_bundle(identity)), batches, lines)
         for index in range(1, shard.count + 1):
             if os.path.lexists(Shard(index, shard.count).file(out)):
                 parts.read(index)
@@ -167,13 +167,13 @@ def _check_line(
         there, here = line.get(key), expected.get(key)
         if key == "error":
             there, here = (None, None) if isinstance(there, str | None) else (there, "text")
-        if there != here and key != "similarity":  # which another machine may round in another way
+        if there != here and key not in (BUNDLE, "similarity"):  # which another machine may round in another way
             raise InputError(f"{place}: {key}: found {brief(there)}, expected {brief(here)}; {help_text}")
 
 
 def remove_parts(out: Path, identity: Mapping[str, Any]) -> None:
     """Delete the records of this job's parts, once the manifest is written."""
-    job = sha256_json(identity)
+    job = sha256_json(without_bundle(identity))
     for path in out.glob("shard-*-of-*.json"):
         if PART_NAME.fullmatch(path.name) and not path.is_symlink() and _job_of(path) == job:
             path.unlink(missing_ok=True)

@@ -16,6 +16,7 @@ from fastgen.errors import InputError
 from fastgen.files.names import STRIP_FOLDER
 from fastgen.files.outputs import software
 from fastgen.files.png import read_metadata, read_pixels, save_image, sheet
+from fastgen.generate.job_record import without_bundle
 from fastgen.generate.strips import PADDING, StripPlan
 
 if TYPE_CHECKING:
@@ -44,9 +45,9 @@ class StripFiles:
         file = self.files[index]
         if not os.path.lexists(file):
             return False
-        metadata = read_metadata(file) or {}
+        metadata = without_bundle(read_metadata(file) or {})
         strip = metadata.pop("strip", None)
-        if file.is_symlink() or strip is None or metadata != line:
+        if file.is_symlink() or strip is None or metadata != without_bundle(line):
             raise InputError(f"{file}: is no strip of this job; move it away, or choose another --out")
         return strip == self.plan.to_json()
 

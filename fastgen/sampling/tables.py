@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import io
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -16,7 +17,7 @@ from msgspec import Meta
 from fastgen.errors import InputError
 from fastgen.files.arrays import ArrayFile
 from fastgen.files.installing import hint
-from fastgen.files.jsonfiles import located, parse_json, write_bytes
+from fastgen.files.jsonfiles import brief, located, parse_json, write_bytes
 from fastgen.files.records import MAX_STEPS, Count, Name, Record, Steps, to_record
 
 FORMAT = 1
@@ -36,6 +37,9 @@ Entry = tuple[
     Annotated[int, Meta(ge=1, le=MAX_ROWS)],
     MetaValues,
 ]
+
+
+_KEY = re.compile(r"([^:\0]{1,100}):(0*[1-9][0-9]{0,11})(?::(0*[1-9][0-9]{0,11}))?")
 
 
 class TablesIndex(Record, frozen=True):
@@ -124,10 +128,12 @@ def format_key(name: str, num_inference_steps: int, noise_steps: int | None = No
 
 def parse_key(key: str) -> tuple[str, int, int | None]:
     """`NAME:STEPS[:NOISE_STEPS]` -> (name, num_inference_steps, noise_steps or None). Raises InputError."""
-    name, *numbers = key.split(":")
-    if not name or len(numbers) not in (1, 2) or not all(n.isascii() and n.isdigit() and int(n) > 0 for n in numbers):
-        raise InputError(f"solver {key!r} is not NAME:STEPS[:NOISE_STEPS], for example ddim:50 or ddim:50:30")
-    steps, noise_steps = int(numbers[0]), int(numbers[1]) if len(numbers) == 2 else None
+    match = _KEY.fullmatch(key)
+    if match is None:
+        raise InputError(f"solver {brief(key)} is not NAME:STEPS[:NOISE_STEPS], for example ddim:50 or ddim:50:30")
+    name, steps, noise_steps = match[1], int(match[2]), None if match[3] is None else int(match[3])
+    if steps > MAX_STEPS:
+        raise InputError(f"solver {brief(key)}: found {steps} steps, expected 1 to {MAX_STEPS}")
     if noise_steps is not None and noise_steps > steps:
         raise InputError(f"solver {key!r}: {noise_steps} noise steps of {steps}, expected 1 to {steps}")
     return name, steps, noise_steps

@@ -95,7 +95,8 @@ class Plan:
                 if point.checkpoint == checkpoint and folder.exists():
                     run = self.run(pipeline, point, seed)
                     identity = job_identity(run, job_limits(run, folder, self.batch_size).batch)
-                    check_same_job(folder, identity, any_batch_size=pipeline.engine.batch_invariant)
+                    before = pipeline.spec.bundle_extends
+                    check_same_job(folder, identity, any_batch_size=pipeline.engine.batch_invariant, extends=before)
 
 
 def prepare(

@@ -15,6 +15,10 @@ from fastgen.errors import InputError, first_line, unknown
 from fastgen.models.weights import WHOLE_CLIP, pretrained, pretrained_tokenizer
 from fastgen.presets import NetworkPreset
 
+# What classes of diffusers and transformers raise for values that they cannot use.
+REFUSALS = (ValueError, TypeError, AssertionError, RuntimeError, ArithmeticError, LookupError, AttributeError)
+MAX_WEIGHTS = 10_000_000_000  # 40 GB; training takes four times as much
+
 
 def build_module(cls: Any, config: Mapping[str, Any], name: str, seed: int) -> Any:
     """`cls(**config)`, a diffusers model, with weights that depend on the seed alone.
@@ -22,10 +26,14 @@ def build_module(cls: Any, config: Mapping[str, Any], name: str, seed: int) -> A
     Raises InputError, which names `{name}.config`, for an argument that `cls` does not have, and for values that it refuses.
     """
     _check_keys(config, [p for p in inspect.signature(cls.__init__).parameters if p != "self"], name)
-    torch.manual_seed(seed)
     try:
+        with torch.device("meta"):
+            weights = sum(parameter.numel() for parameter in cls(**config).parameters())
+        if weights > MAX_WEIGHTS:
+            raise InputError(f"{name}.config: describes {weights:,} weights, expected at most {MAX_WEIGHTS:,}")
+        torch.manual_seed(seed)
         return calm_start(cls(**config))
-    except (ValueError, TypeError, AssertionError, RuntimeError, NotImplementedError) as error:
+    except REFUSALS as error:
         raise InputError(f"{name}.config: {cls.__name__} refuses it: {first_line(error)}") from None
 
 
@@ -76,7 +84,7 @@ def build_text_encoder(config: Mapping[str, Any], tokenizer: Any, seed: int) -> 
     torch.manual_seed(seed)
     try:
         return CLIPTextModel(CLIPTextConfig(**settings))
-    except (ValueError, TypeError, RuntimeError) as error:
+    except REFUSALS as error:
         raise InputError(f"text_encoder.config: CLIPTextModel refuses it: {first_line(error)}") from None
 
 

@@ -11,8 +11,9 @@ import shutil
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from msgspec import Meta
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -20,13 +21,23 @@ from torch import Tensor
 from fastgen.errors import FastgenError, InputError
 from fastgen.files.folders import new_folder
 from fastgen.files.hashes import sha256_file
-from fastgen.files.jsonfiles import read_json, write_json
+from fastgen.files.jsonfiles import write_json
+from fastgen.files.records import Count, Record, Sha256, read_record
 from fastgen.files.temporary import remove_leftovers
 
 STATE, BEST = "state.json", "best"
 _NAME = re.compile(r"step-(\d{6,})")
 
+PartName = Annotated[str, Meta(pattern=r"^[a-z0-9_][a-z0-9_.\-]{0,99}$")]  # of a file: model, ema, ema-0.999
 Tensors = Mapping[str, Tensor]
+
+
+class StateFile(Record, frozen=True):
+    """state.json: steps done, what training adds, and the SHA-256 of each part's file."""
+
+    step: Count
+    extra: dict[str, Any]
+    sha256: Annotated[dict[PartName, Sha256], Meta(min_length=1, max_length=64)]
 
 
 @dataclass(frozen=True)
@@ -44,7 +55,14 @@ class Checkpoint:
         return self.sha256.keys()
 
     def load(self, part: str) -> dict[str, Tensor]:
-        return load_file(self.folder / f"{part}.safetensors")
+        """The tensors of a part. Raises InputError where the checkpoint lacks it, or its file is none."""
+        if part not in self.sha256:
+            raise InputError(f"{self.folder / STATE}: sha256: holds {', '.join(self.sha256)}, expected {part} too")
+        file = self.folder / f"{part}.safetensors"
+        try:
+            return load_file(file)
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{file}: cannot be read: {error}") from None
 
 
 def save(parent: Path, step: int, parts: Mapping[str, Tensors], extra: Mapping[str, Any], limit: int) -> Path:
@@ -108,18 +126,18 @@ def read(folder: Path) -> Checkpoint:
 
 def _verify(folder: Path) -> tuple[str, Checkpoint | None]:
     try:
-        state = read_json(folder / STATE)
-        step, extra, hashes = state["step"], state["extra"], state["sha256"]
-        for name, expected in hashes.items():
+        state = read_record(folder / STATE, StateFile)
+        match = _NAME.fullmatch(folder.name)
+        if match and int(match[1]) != state.step:
+            return f"{STATE}: step: found {state.step}, expected {int(match[1])}, as the folder's name says", None
+        for name, expected in state.sha256.items():
             if sha256_file(folder / f"{name}.safetensors") != expected:
                 return f"{name}.safetensors is damaged (SHA-256 differs)", None
     except InputError as error:
-        return str(error), None
+        return str(error).removeprefix(f"{folder}/"), None
     except OSError as error:
-        return f"{error.filename}: {error.strerror}", None
-    except (KeyError, TypeError, AttributeError):
-        return f"{STATE} is no checkpoint's", None
-    return "", Checkpoint(folder, step, extra, hashes)
+        return f"{Path(str(error.filename)).name}: {error.strerror}", None
+    return "", Checkpoint(folder, state.step, state.extra, state.sha256)
 
 
 def _folders(parent: Path) -> list[Path]:

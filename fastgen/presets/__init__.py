@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta, field
 
 from fastgen.errors import InputError, unknown
-from fastgen.files.records import Extent, Name, Record, Width, to_record
+from fastgen.files.records import MAX_WIDTH, Extent, Name, Record, Steps, Width, to_record
 from fastgen.files.tomlfiles import check_values, parse_toml, read_toml
 from fastgen.presets.recipe import Training, check
 from fastgen.sampling.defaults import Sampling
@@ -25,6 +25,7 @@ FAMILIES = {
 }  # an older key -> the table it meant
 NETWORKS = ("unet", "text_encoder", "vae", "evaluator")
 
+MAX_LAYERS = 512  # of a block, or of a whole network
 Table = Annotated[dict[Name, Any], Meta(max_length=200)]
 
 
@@ -43,6 +44,12 @@ class EvaluatorTable(Record, frozen=True):
     width: Annotated[int, Meta(ge=1, le=256)] = 64
 
 
+class ScheduleTable(Record, frozen=True, forbid_unknown_fields=False):
+    """What all schedulers of diffusers share; the class checks the rest."""
+
+    num_train_timesteps: Steps = 1000
+
+
 class NetworkPreset(Record, frozen=True):
     """A network: either frozen, from `path` (a local diffusers/transformers folder or a hub id), or of its class's keyword
     arguments in `config` (an evaluator needs none), trained by the recipe in `train`."""
@@ -54,6 +61,11 @@ class NetworkPreset(Record, frozen=True):
 
     def __post_init__(self) -> None:
         trained, value = bool(self.config or self.train), self.path or dict(self.config)
+        for key, item in self.config.items():
+            largest = MAX_LAYERS if "layers" in key else MAX_WIDTH
+            for number in item if isinstance(item, list | tuple) else (item,):
+                fits = not isinstance(number, int | float) or abs(number) <= largest
+                check(fits, f"config.{key}", number, f"at most {largest}")
         check(
             trained != bool(self.path), "path, config", value, "either a path (frozen) or a config with its train table"
         )
@@ -85,6 +97,7 @@ class Preset(Record, frozen=True):
             part: NetworkPreset | None = getattr(self, name)
             if part is not None and part.path is None:
                 check(part.train is not None, f"{name}.train", None, "a table: the network is trained here")
+        to_record(self.scheduler, ScheduleTable, field="scheduler")
         if self.conditioner is not None:
             to_record(self.conditioner, ConditionerTable, field="conditioner")
         if self.evaluator is not None:

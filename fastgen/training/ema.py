@@ -39,6 +39,10 @@ class Ema:
 
     @torch.no_grad()
     def load(self, weights: Mapping[str, Tensor]) -> None:
+        """Take the averages of a checkpoint. Raises ValueError for those of another network."""
+        for name in self.weights.keys() | weights.keys():
+            if name not in weights or name not in self.weights or weights[name].shape != self.weights[name].shape:
+                raise ValueError(f"{name} is missing, unexpected, or of another shape")
         for name, value in weights.items():
             self.weights[name].copy_(value)
 

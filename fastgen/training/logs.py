@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
+import msgspec
 from tqdm import tqdm
 
-from fastgen.files.jsonfiles import read_jsonl, write_bytes
+from fastgen.errors import InputError
+from fastgen.files.jsonfiles import MAX_DATA_BYTES, brief, read_bytes, write_bytes
 from fastgen.training.processes import is_main
 
 Tracker = Callable[[Mapping[str, float], int], None]
@@ -31,18 +35,39 @@ class TrainingLog:
         """Delete the rows of `stage` after `step`, which a resumed run writes again, and an incomplete last line."""
         if not self.path.exists():
             return
-        lines = self.path.read_bytes().splitlines(keepends=True)
-        complete = [line for line in lines if line.endswith(b"\n")]
-        past = [line for line in complete if (row := json.loads(line))["stage"] != stage or row["step"] <= step]
-        if len(past) != len(lines):
-            write_bytes(self.path, b"".join(past))
+        past = [line for line, row in self._rows() if row["stage"] != stage or row["step"] <= step]
+        content = b"".join(past)
+        if content != read_bytes(self.path):
+            write_bytes(self.path, content)
 
     def write(self, row: Mapping[str, str | int | float]) -> None:
+        finite = {k: v for k, v in row.items() if isinstance(v, str) or math.isfinite(v)}  # fp16 may skip a step
         with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps(finite) + "\n")
         if self.tracker is not None:
             stage, step = row["stage"], int(row["step"])
             self.tracker({f"{stage}/{k}": float(v) for k, v in row.items() if k not in ("stage", "step")}, step)
 
-    def rows(self, stage: str) -> list[dict[str, float]]:
-        return [row for _, row in read_jsonl(self.path) if row["stage"] == stage] if self.path.exists() else []
+    def rows(self, stage: str) -> list[dict[str, Any]]:
+        """The rows of one stage."""
+        return [row for _, row in self._rows() if row["stage"] == stage]
+
+    def check(self) -> None:
+        """InputError for a damaged log. An incomplete last line, of a killed process, is no damage."""
+        self._rows()
+
+    def _rows(self) -> list[tuple[bytes, dict[str, Any]]]:
+        """Each complete line, and what it says."""
+        rows = []
+        lines = read_bytes(self.path, limit=MAX_DATA_BYTES).splitlines(keepends=True) if self.path.exists() else []
+        for number, line in enumerate(lines, start=1):
+            if not line.endswith(b"\n") or not line.strip():
+                continue
+            try:
+                row = msgspec.json.decode(line, type=dict[str, str | int | float])
+            except (msgspec.DecodeError, UnicodeDecodeError) as error:
+                raise InputError(f"{self.path}: line {number}: {error}, expected a row of the log") from None
+            if not isinstance(row.get("stage"), str) or not isinstance(row.get("step"), int):
+                raise InputError(f"{self.path}: line {number}: found {brief(row)}, expected a row with stage and step")
+            rows.append((line, row))
+        return rows

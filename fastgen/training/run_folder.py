@@ -29,6 +29,7 @@ from fastgen.training.logs import Tracker, TrainingLog, say
 from fastgen.training.processes import Processes
 from fastgen.training.trainer import TrainingRun
 
+LOG = "log.jsonl"
 LOCK = ".lock"  # held while a process trains into the folder
 STAGES = ("vae", "text_encoder", "unet", "evaluator")  # in the order in which they are trained
 # Keys of a recipe that do not change the trained weights: they may differ when a job continues.
@@ -60,7 +61,7 @@ class Job:
 
     @property
     def log(self) -> TrainingLog:
-        return TrainingLog(self.folder / "log.jsonl", self.tracker)
+        return TrainingLog(self.folder / LOG, self.tracker)
 
     def run(self, stage: str, precision: str) -> TrainingRun:
         """The folders, the device and the precision for the training of `stage`."""
@@ -113,6 +114,7 @@ def check_folder(folder: Path, preset: Preset, fingerprint: str) -> bool:
     if os.path.lexists(folder / RECORD):
         record = read_record(folder / RECORD, TrainingRecord)
         _compare(folder, record, preset, fingerprint)
+        TrainingLog(folder / LOG).check()
         return record.finished
     if folder.is_dir() and any(entry.name != LOCK and not is_temporary(entry.name) for entry in folder.iterdir()):
         raise InputError(f"{folder}: is not empty and holds no training job; choose another --out")

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from msgspec import Struct
 from torch import Tensor, nn
 
+from fastgen.errors import InputError
+from fastgen.files.jsonfiles import brief
+from fastgen.files.records import Count, Record, builtins, to_record
 from fastgen.models import checkpoints
 from fastgen.models.checkpoints import Checkpoint
 from fastgen.models.weights import load_state
@@ -23,17 +26,16 @@ from fastgen.training.optimizers import build_optimizer
 GAIN = 1e-4  # the plateau schedule ignores relative gains below this, as torch's ReduceLROnPlateau does
 
 
-@dataclass
-class TrainingProgress:
+class TrainingProgress(Struct, forbid_unknown_fields=True):
     """Losses so far: they decide which weights are the best, and when the plateau schedule lowers the learning rate."""
 
     best: float | None = None  # lowest loss, see Training.final
-    best_step: int = 0
+    best_step: Count = 0
     loss_sum: float = 0.0  # of the training losses since the last validation
-    loss_count: int = 0
+    loss_count: Count = 0
     rate_scale: float = 1.0  # lr_schedule plateau
     plateau_best: float | None = None
-    plateau_bad: int = 0
+    plateau_bad: Count = 0
 
     def improved(self, loss: float, step: int) -> bool:
         """Record a loss; returns whether it is the lowest so far."""
@@ -53,6 +55,14 @@ class TrainingProgress:
         if self.plateau_bad > recipe.plateau_patience:
             self.rate_scale *= recipe.plateau_factor
             self.plateau_bad = 0
+
+
+class Extra(Record, frozen=True):
+    """What a checkpoint's state.json has of training."""
+
+    job: str
+    scaler: dict[str, float]
+    progress: TrainingProgress
 
 
 @dataclass
@@ -98,10 +108,16 @@ def load(state: State, checkpoint: Checkpoint) -> None:
     kind = f"this {type(state.module).__name__}: another architecture"
     load_state(state.module, checkpoint.load("model"), checkpoint.folder, kind)
     for name, ema in state.emas.items():
-        ema.load(checkpoint.load(name if name in checkpoint.parts else "model"))
-    _load_optimizer(state.optimizer, checkpoint.load("optimizer"))
-    state.scaler.load_state_dict(dict(checkpoint.extra["scaler"]))
-    state.progress = TrainingProgress(**checkpoint.extra["progress"])
+        part = name if name in checkpoint.parts else "model"
+        try:
+            ema.load(checkpoint.load(part))
+        except ValueError as error:
+            raise InputError(f"{checkpoint.folder / f'{part}.safetensors'}: {error}: another architecture") from None
+    _load_optimizer(state.optimizer, checkpoint.load("optimizer"), checkpoint.folder)
+    extra = to_record(dict(checkpoint.extra), Extra, checkpoint.folder / checkpoints.STATE, "extra")
+    if state.scaler.is_enabled():
+        state.scaler.load_state_dict({**state.scaler.state_dict(), **extra.scaler})
+    state.progress = extra.progress
     state.step = checkpoint.step
 
 
@@ -114,14 +130,19 @@ def save(state: State, folder: Path, job: str, limit: int) -> None:
     }
     averages = {name: ema.weights for name, ema in state.emas.items() if ema.decay}
     parts = {"model": state.module.state_dict(), **averages, "optimizer": optimizer}
-    extra = {"job": job, "scaler": state.scaler.state_dict(), "progress": dataclasses.asdict(state.progress)}
+    extra = {"job": job, "scaler": state.scaler.state_dict(), "progress": builtins(state.progress)}
     checkpoints.save(folder, state.step, parts, extra, limit)
 
 
-def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], folder: Path) -> None:
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
-        index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = value
+        index, _, name = key.partition(".")
+        number = int(index) if index.isdecimal() and name else len(parameters)
+        if number >= len(parameters) or value.shape not in ((), (1,), parameters[number].shape):
+            problem = f"{brief(key)} of shape {list(value.shape)} belongs to no parameter of this network"
+            raise InputError(f"{folder / 'optimizer.safetensors'}: {problem}")
+        state.setdefault(number, {})[name] = value
     settings: dict[str, Any] = optimizer.state_dict()
     optimizer.load_state_dict({"state": state, "param_groups": settings["param_groups"]})

@@ -94,7 +94,7 @@ def begin(task: Task, recipe: Training, run: TrainingRun) -> State:
     """
     state = initial(task.module, recipe, run.precision, len(task.train_rows))
     checkpoint = checkpoints.latest(run.checkpoints, say)
-    if checkpoint is not None and checkpoint.extra["job"] != run.job:
+    if checkpoint is not None and checkpoint.extra.get("job") != run.job:
         raise InputError(f"{checkpoint.folder}: belongs to another job; delete {run.checkpoints}, or use another --out")
     if checkpoint is not None:
         load(state, checkpoint)

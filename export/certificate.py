@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import math
+import os
 import platform
 import re
 import sys
@@ -15,19 +16,21 @@ from pathlib import Path
 import numpy as np
 
 from export.reference import (
+    bundle_reference,
     check_images,
     flat,
     generate_images,
     read_distances,
-    read_reference,
     relative_l2,
     run_network,
 )
 from fastgen.engines.base import Engine
-from fastgen.errors import FastgenError
+from fastgen.errors import FastgenError, InputError
+from fastgen.files.hashes import check_inside
 from fastgen.files.jsonfiles import read_json, write_json
+from fastgen.files.records import Name, Record, Sha256, read_record
 from fastgen.generate.pipeline import Pipeline
-from fastgen.models.bundle import CERTIFICATES, REFERENCE, Bundle
+from fastgen.models.bundle import CERTIFICATES, Bundle
 
 MIN_PSNR_DB = 30.0
 MAX_GREY_LEVELS = 2.0
@@ -81,6 +84,14 @@ class Certificate:
         return "\n".join(lines)
 
 
+class FiledCertificate(Record, frozen=True, forbid_unknown_fields=False):
+    """What decides whether a certificate counts; its file has the fields of `Certificate` too."""
+
+    bundle_sha256: Sha256
+    engine: Name | None = None
+    passed: bool = False
+
+
 def certificate_name(engine: Engine) -> str:
     """The file of an engine's certificate: one per engine, dtype, device, and card where they differ."""
     card = "" if engine.gpu is None else "-" + re.sub(r"[^\w.]+", "-", engine.gpu)
@@ -90,8 +101,16 @@ def certificate_name(engine: Engine) -> str:
 def is_certified(engine: Engine, bundle: Bundle, folders: Sequence[Path]) -> bool:
     """Whether one of the folders has a certificate of this bundle that the engine passed."""
     files = [folder / certificate_name(engine) for folder in folders]
-    certificates = [read_json(file) for file in files if file.is_file()]
-    return any(c.get("bundle_sha256") == bundle.sha256 and c.get("passed") is True for c in certificates)
+    filed = [read_certificate(file) for file in files if os.path.lexists(file)]
+    return any(certificate.bundle_sha256 == bundle.sha256 and certificate.passed for certificate in filed)
+
+
+def read_certificate(file: Path) -> FiledCertificate:
+    """A certificate that was filed. Raises InputError for another file."""
+    try:
+        return read_record(file, FiledCertificate)
+    except InputError as error:
+        raise InputError(f"{error}; delete it, and the engine is certified again") from None
 
 
 def certify(
@@ -104,8 +123,10 @@ def certify(
     earlier certificate is deleted then.
     """
     path = (folder or bundle.folder / CERTIFICATES) / certificate_name(engine)
+    if folder is None:
+        check_inside(path.parent, bundle.folder)
+    reference = bundle_reference(bundle)
     path.unlink(missing_ok=True)
-    reference = read_reference(bundle.file(REFERENCE))
     rows = []
     for name in networks or bundle.spec.signatures:
         signature = bundle.spec.signatures[name]
@@ -143,7 +164,8 @@ def _network_row(bundle: Bundle, name: str, expected: np.ndarray, outputs: np.nd
 def _has_codebook(bundle: Bundle) -> bool:
     """Whether the bundle's autoencoder rounds latents to the codes of a codebook (VQ)."""
     name = "vae_decoder/config.json"
-    return name in bundle.files and read_json(bundle.file(name)).get("_class_name") == "VQModel"
+    config = read_json(bundle.file(name)) if name in bundle.files else None
+    return isinstance(config, dict) and config.get("_class_name") == "VQModel"
 
 
 def _image_row(expected: np.ndarray, images: np.ndarray, dtype: str, *, codebook: bool = False) -> ParityRow:
@@ -162,7 +184,7 @@ def _image_row(expected: np.ndarray, images: np.ndarray, dtype: str, *, codebook
 
 def _cosine(a: np.ndarray, b: np.ndarray) -> float:
     a, b = a.astype(np.float64), b.astype(np.float64)
-    return float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
+    return float(a @ b / max(float(np.linalg.norm(a) * np.linalg.norm(b)), 1e-30))
 
 
 def _versions(engine: Engine) -> dict[str, str]:

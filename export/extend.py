@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from export.certificate import read_certificate
 from fastgen.errors import InputError
 from fastgen.files.folders import sync_tree
 from fastgen.files.hashes import record_files
@@ -92,9 +93,13 @@ def _remove_empty(folders: Iterable[Path]) -> None:
 
 def _carry_certificates(before: Bundle, changed: Collection[str]) -> None:
     """Give certificates the hash of the changed bundle: the files that they certify are the same, except those of an engine
-    whose plans are in a `changed` folder."""
+    whose plans are in a `changed` folder. What is no certificate stays as it is."""
     after = read_bundle(before.folder)
     for path in sorted((before.folder / CERTIFICATES).glob("*.json")):
-        certificate = read_json(path)
-        if certificate.get("bundle_sha256") == before.sha256 and certificate.get("engine") not in changed:
+        try:
+            filed = read_certificate(path)
+        except InputError:
+            continue
+        if filed.bundle_sha256 == before.sha256 and filed.engine not in changed:
+            certificate = read_json(path)
             write_json(path, certificate | {"bundle_sha256": after.sha256})

@@ -9,13 +9,15 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
+from msgspec import Meta
 
 from fastgen.engines.machine import usable_cores
-from fastgen.errors import FastgenError, InputError
-from fastgen.files.jsonfiles import read_json, write_bytes, write_json
+from fastgen.errors import FastgenError, InputError, one_line
+from fastgen.files.jsonfiles import read_bytes, write_bytes, write_json
+from fastgen.files.records import Name, Record, read_record
 from fastgen.generate.conditions import token_ids
 from fastgen.generate.pipeline import Pipeline
 from fastgen.generate.quantise import problem
@@ -23,6 +25,7 @@ from fastgen.generate.requests import Request
 from fastgen.generate.run import Run
 from fastgen.generate.settings import Settings
 from fastgen.models.bundle import REFERENCE, Bundle
+from fastgen.models.bundle_record import AGAIN
 from fastgen.models.condition import CLASS, POOLED, STATES, Condition
 from fastgen.models.signatures import Signature
 from fastgen.sampling.tables import format_key
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
 
 TIMESTEPS, SEEDS = 8, 4  # network inputs: every timestep with every seed
 IMAGES, IMAGE_STEPS = 8, 20
+MAX_REFERENCE_BYTES = 2**33  # images of 2048 px in float32 take a tenth of it
 PROMPTS = (
     "A small purple monster with one big eye.",
     "Red dragon with wings, horns and a long tail, holding an axe.",
@@ -43,6 +47,15 @@ PROMPTS = (
     "A skeleton knight in black armor. The monster is dying.",
     "Brown tree monster with a face and twisted branches.",
 )
+
+
+class Distances(Record, frozen=True):
+    """What `write_distances` files: by network the distance of eager in `dtype` from fp32."""
+
+    dtype: Literal["fp16", "bf16"]
+    device: Name
+    versions: dict[Name, Name]
+    relative_l2: dict[Name, Annotated[float, Meta(ge=0, le=1e6)]]
 
 
 def write_reference(model: Model, path: Path) -> None:
@@ -69,10 +82,42 @@ def write_reference(model: Model, path: Path) -> None:
 
 
 def read_reference(path: Path) -> dict[str, np.ndarray]:
-    """`NETWORK.TENSOR` and `images` -> the inputs and fp32 outputs that `write_reference` stored."""
+    """`NETWORK.TENSOR` and `images` -> the inputs and fp32 outputs that `write_reference` stored. Raises InputError."""
+    from safetensors import SafetensorError
     from safetensors.numpy import load
 
-    return load(path.read_bytes())
+    try:
+        return load(read_bytes(path, "a reference", MAX_REFERENCE_BYTES))
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:  # KeyError: a dtype that NumPy lacks
+        raise InputError(f"{path}: cannot be read: {one_line(str(error), 80)}; {AGAIN}") from None
+
+
+def bundle_reference(bundle: Bundle) -> dict[str, np.ndarray]:
+    """A bundle's reference, verified. Raises InputError for tensors that are missing, of other shapes than the networks'
+    signatures say, or not finite, and for ids that the text encoder does not know."""
+    path = bundle.file(REFERENCE)
+    tensors = read_reference(path)
+    for name, signature in bundle.spec.signatures.items():
+        shape = np.shape(tensors.get(f"{name}.{signature.inputs[0].name}", ()))
+        rows = shape[0] if shape else 1
+        for tensor in (*signature.inputs, *signature.outputs):
+            _check_tensor(path, tensors, f"{name}.{tensor.name}", tensor.with_batch(max(rows, 1)), tensor.dtype)
+        for tensor in signature.inputs:
+            ids = tensors[f"{name}.{tensor.name}"]
+            if tensor.dtype == "int64" and not ((ids >= 0) & (ids < tensor.high)).all():
+                raise InputError(f"{path}: {name}.{tensor.name}: found an id out of 0 to {tensor.high - 1}; {AGAIN}")
+    _check_tensor(path, tensors, "images", (IMAGES, *bundle.spec.space.image), "float32")
+    return tensors
+
+
+def _check_tensor(path: Path, tensors: Mapping[str, np.ndarray], name: str, shape: tuple[int, ...], dtype: str) -> None:
+    value = tensors.get(name)
+    if value is None:
+        raise InputError(f"{path}: {name} is missing; {AGAIN}")
+    if (value.shape, value.dtype) != (shape, np.dtype(dtype)):
+        raise InputError(f"{path}: {name}: found {value.dtype} {value.shape}, expected {dtype} {shape}; {AGAIN}")
+    if not np.isfinite(value).all():
+        raise InputError(f"{path}: {name}: found numbers that are not finite; {AGAIN}")
 
 
 def write_distances(model: Model, reference: Path, dtype: str, path: Path) -> None:
@@ -113,8 +158,11 @@ def read_distances(bundle: Bundle, dtype: str) -> tuple[Mapping[str, float], str
             f"{bundle.folder}: does not say how far eager itself moves in {dtype}; "
             f"`fastgen export MODEL --out {bundle.folder}{option}`, with the model folder, adds it"
         )
-    value = read_json(bundle.file(name))
-    return value["relative_l2"], str(value["device"])
+    path = bundle.file(name)
+    distances = read_record(path, Distances)
+    if missing := [network for network in bundle.spec.signatures if network not in distances.relative_l2]:
+        raise InputError(f"{path}: relative_l2.{missing[0]} is missing; {AGAIN}")
+    return distances.relative_l2, distances.device
 
 
 def run_network(engine: Engine, name: str, signature: Signature, tensors: Mapping[str, np.ndarray]) -> list[np.ndarray]:
@@ -159,7 +207,7 @@ def flat(arrays: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def relative_l2(expected: np.ndarray, outputs: np.ndarray) -> float:
-    return float(np.linalg.norm(expected - outputs) / np.linalg.norm(expected))
+    return float(np.linalg.norm(expected - outputs) / max(float(np.linalg.norm(expected)), 1e-30))
 
 
 def _requests(condition: Condition) -> list[Request]:

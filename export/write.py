@@ -71,12 +71,22 @@ def write_bundle(model_folder: Path, out: Path, options: BundleOptions, overwrit
         parse_key(key)
     model = load_model(model_folder, **how)
     bundle = _existing(out, model, options, overwrite)
+    _check_solvers(model, options.solvers)
     if bundle is None:
         with new_folder(out, existing="replace") as partial:
             _fill(partial, out, model, options, say)
     else:
         with scratch_folder(out) as partial:
             _extend(bundle, partial, model, options, say)
+
+
+def _check_solvers(model: Model, solvers: Sequence[str]) -> None:
+    """InputError for a solver that the model cannot have, before the many others are compiled."""
+    from fastgen.sampling.compile import TableCompiler
+
+    compiler = TableCompiler(model.scheduler_config)
+    for key in solvers:
+        compiler.table(key)
 
 
 def _fill(partial: Path, out: Path, model: Model, options: BundleOptions, say: Say) -> None:

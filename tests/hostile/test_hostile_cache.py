@@ -127,7 +127,7 @@ RECORDS: list[tuple[str, Any, str]] = [
     *(("fields.batch", value, "batch") for value in ("8", 0, -1, 1.5, True, 10**20)),
     *(
         ("files", value, "files")
-        for value in (None, [], {}, {"engine.plan": None}, {"../plan": {"bytes": 1, "sha256": "0" * 64}})
+        for value in (None, [], {"engine.plan": None}, {"../plan": {"bytes": 1, "sha256": "0" * 64}})
     ),
     ("files./etc/passwd", {"bytes": 1, "sha256": "0" * 64}, "files"),
     *(("build_seconds", value, "build_seconds") for value in (-1, "1", None, 1e300)),

@@ -113,7 +113,7 @@ class ArtifactRecord(Record, frozen=True):
     format: Literal[1]
     engine: Annotated[str, Meta(pattern="^[a-z][a-z0-9-]{0,30}$")]
     fields: dict[Name, str | Annotated[int, Meta(ge=-MAX_COUNT, le=MAX_COUNT)] | float | bool | None]
-    files: Annotated[dict[Name, FileRecord], Meta(min_length=1, max_length=10_000)]
+    files: Annotated[dict[Name, FileRecord], Meta(max_length=10_000)]
     build_seconds: Annotated[float, Meta(ge=0, le=1e9)]
     built: Annotated[str, Meta(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+:\dZ-]{0,6}$")]
 

@@ -69,8 +69,17 @@ def to_record(value: Any, kind: type[T], place: object = "", field: str = "") ->
 
 
 def builtins(record: Any) -> Any:
-    """What `to_record` would read back: dicts, lists, numbers, strings, None."""
+    """What `to_record` would read back: dicts, lists (or tuples), numbers, strings, None."""
     return msgspec.to_builtins(record)
+
+
+def named_value(config: Mapping[str, Any], message: str) -> str:
+    """`FIELD: found VALUE: `, of the first field with a word that a library's message repeats; empty where there is none."""
+    for key, value in config.items():
+        words = [value] if isinstance(value, str) else value if isinstance(value, list) else []
+        if any(isinstance(word, str) and len(word) > 2 and word in message for word in words):
+            return f"{key}: found {brief(value)}: "
+    return ""
 
 
 def _problem(value: Any, kind: Any, message: str, field: str) -> str:
@@ -196,4 +205,6 @@ def _length(info: Any, unit: str) -> str:
     low, high = info.min_length, info.max_length
     if low is None and high is None:
         return ""
+    if low == high:
+        return f" of {low} {unit}"
     return f" of {low or 0} to {high} {unit}" if high is not None else f" of at least {low} {unit}"

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from fastgen.errors import InputError, first_line, unknown
-from fastgen.models.weights import WHOLE_CLIP, pretrained, pretrained_tokenizer
+from fastgen.models.loaders import WHOLE_CLIP, pretrained, pretrained_tokenizer
 from fastgen.presets import NetworkPreset
 
 # What classes of diffusers and transformers raise for values that they cannot use.

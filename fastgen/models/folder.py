@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,26 +15,35 @@ from typing import Any
 
 from torch import nn
 
-from fastgen.errors import FastgenError, InputError, first_line
+from fastgen.errors import InputError, first_line
 from fastgen.files.hashes import sha256_file, sha256_names
-from fastgen.files.jsonfiles import brief, read_json
+from fastgen.files.jsonfiles import brief, located
 from fastgen.files.names import read_objects
-from fastgen.files.records import to_record
 from fastgen.models import interface, pipelines
 from fastgen.models.checkpoint_choice import RunWeights, choose_weights, model_parts
 from fastgen.models.condition import Condition, Text
-from fastgen.models.layout import AUTOENCODERS, SETTINGS, TEXT_ENCODERS, Layout, class_names, read_layout
+from fastgen.models.configs import read_config
+from fastgen.models.layout import AUTOENCODERS, TEXT_ENCODERS, Layout, class_names, read_layout
+from fastgen.models.loaders import (
+    WHOLE_CLIP,
+    boundary,
+    check_network,
+    empty,
+    pretrained,
+    pretrained_tokenizer,
+)
 from fastgen.models.lora import Lora, fuse
 from fastgen.models.networks.autoencoder import VaeDecoder, VaeEncoder
 from fastgen.models.networks.denoiser import Denoiser
-from fastgen.models.networks.labels import LabelConditioner, denoiser_class, load_conditioner
+from fastgen.models.networks.labels import LabelConditioner, check_fits, denoiser_class, load_conditioner
 from fastgen.models.networks.text_encoder import TextEncoder
+from fastgen.models.settings import Settings, read_scheduler, read_settings, trained_mode
 from fastgen.models.signatures import Signature, model_signatures
 from fastgen.models.space import Space
 from fastgen.models.spec import Spec
 from fastgen.models.tokenizer import Tokenizer
 from fastgen.models.weight_choice import weight_files
-from fastgen.models.weights import WHOLE_CLIP, load_state, pretrained, pretrained_tokenizer, quiet_transformers
+from fastgen.models.weights import load_state
 from fastgen.sampling.compile import TableCompiler
 from fastgen.sampling.defaults import Sampling
 from fastgen.sampling.schedulers import default_name
@@ -127,7 +135,7 @@ class Model:
             scheduler_config=self.scheduler_config,
             sha256=sha256_names(hashes),
             checkpoint=self.layout.label if self.run_weights is None else self.run_weights.label,
-            image_mode=_trained_mode(self.folder),
+            image_mode=trained_mode(self.folder),
             component_sha256=parts,
         )
 
@@ -148,7 +156,8 @@ class Model:
 
     def table(self, key: str) -> SolverTable:
         """The solver table `NAME:STEPS[:NOISE_STEPS]` of this model's noise schedule, compiled now."""
-        return TableCompiler(self.scheduler_config).table(key)
+        with located(self.where):
+            return TableCompiler(self.scheduler_config).table(key)
 
     @property
     def where(self) -> str:
@@ -186,22 +195,8 @@ def load_model(
     `allow_pickle`: read .bin files too. Raises InputError when the folder is not a model folder, a component is missing, a
     weight does not match its architecture, or the model needs what fastgen does not give."""
     parts = model_parts(Path(folder), checkpoint)
-    with readable(parts):
+    with boundary(parts):
         return _load(Path(folder), parts, checkpoint, size, loras, allow_pickle)
-
-
-@contextmanager
-def readable(folder: Path) -> Iterator[None]:
-    """Raises InputError, in one line, for whatever a library raises on the configs and weights that somebody else wrote."""
-    try:
-        yield
-    except (FastgenError, MemoryError, OSError):
-        raise
-    except Exception as error:
-        if "memory" in str(error).lower():
-            raise
-        kind = type(error).__name__
-        raise InputError(f"{folder}: cannot be loaded as a model ({kind}: {first_line(error)})") from error
 
 
 def _load(
@@ -214,28 +209,28 @@ def _load(
 ) -> Model:
     layout = read_layout(parts, checkpoint, has_lora=loras is not None)
     run_weights = choose_weights(folder, checkpoint, layout.label)
-    scheduler_config = _table(parts / "scheduler" / "scheduler_config.json")
+    scheduler_config = read_scheduler(parts)
+    settings = read_settings(parts)
     cls = denoiser_class(layout.denoiser_class)
     unet = _denoiser(cls, parts / layout.denoiser, run_weights, allow_pickle)
     conditioner = None
     if layout.conditioner:
         weights = None if run_weights is None else run_weights.weights("conditioner")
         conditioner = load_conditioner(parts / "conditioner", weights).eval()
-    foreign = not (parts / SETTINGS).is_file()
+        with located(parts / "conditioner" / "config.json"):
+            check_fits(conditioner, unet.config)
+    foreign = settings is None
     if foreign:
         scheduler_config = pipelines.repaired_scheduler(layout.pipeline, scheduler_config)
         pipelines.repair_size(layout.pipeline, unet)
-    model = Model(parts, unet, scheduler_config, _sampling(parts, layout, scheduler_config), conditioner)
+    model = Model(parts, unet, scheduler_config, _sampling(settings, layout, scheduler_config), conditioner)
     model.layout, model.run_weights, model.size = layout, run_weights, size
-    model.names, model.null_class = _names(parts, layout)
-    with quiet_transformers():
-        for name, tokenizer in layout.text_encoders.items():
-            if not (parts / tokenizer).is_dir():
-                raise InputError(f"{parts / tokenizer}: no such folder, model_index.json names it")
-            model.text_encoders.append(_text_encoder(parts / name, allow_pickle))
-            model.tokenizers.append(
-                pretrained_tokenizer(parts / tokenizer, str(parts / tokenizer), local_files_only=True)
-            )
+    model.names, model.null_class = _names(parts, layout, settings)
+    for name, tokenizer in layout.text_encoders.items():
+        if not (parts / tokenizer).is_dir():
+            raise InputError(f"{parts / tokenizer}: no such folder, model_index.json names it")
+        model.text_encoders.append(_text_encoder(parts / name, allow_pickle))
+        model.tokenizers.append(pretrained_tokenizer(parts / tokenizer, str(parts / tokenizer), local_files_only=True))
     if layout.vae is not None:
         model.vae = _pretrained(_autoencoder(parts / layout.vae), parts / layout.vae, allow_pickle)
     model.signatures()  # raises for what does not fit together
@@ -283,37 +278,17 @@ def _hashes(folder: Path, layout: Layout, run_weights: RunWeights | None) -> tup
     return hashes, {component: sha256_names(part) for component, part in parts.items() if part}
 
 
-def _table(file: Path) -> dict[str, Any]:
-    value = read_json(file, infinity=True)
-    if not isinstance(value, dict):
-        raise InputError(f"{file}: found {brief(value)}, expected an object")
-    return value
-
-
-def _trained_mode(folder: Path) -> str | None:
-    """The preset's image_mode: from the record in fastgen.json, or, before training is finished, from training.json."""
-    for file, table in ((folder / SETTINGS, "training"), (folder / "training.json", "preset")):
-        record = _table(file).get(table) if file.is_file() else None
-        if isinstance(record, dict) and isinstance(record.get("image_mode"), str):
-            return str(record["image_mode"])
-    return None
-
-
-def _sampling(folder: Path, layout: Layout, scheduler_config: Mapping[str, Any]) -> Sampling:
+def _sampling(settings: Settings | None, layout: Layout, scheduler_config: Mapping[str, Any]) -> Sampling:
     """fastgen.json's; else the model's own scheduler, with the steps and guidance of its pipeline."""
-    settings = _table(folder / SETTINGS) if (folder / SETTINGS).is_file() else {}
-    if "sampling" in settings:
-        return to_record(settings["sampling"], Sampling, folder / SETTINGS, "sampling")
+    if settings is not None and settings.sampling is not None:
+        return settings.sampling
     steps, guidance = pipelines.defaults(layout.pipeline, text=bool(layout.text_encoders))
     return Sampling(default_name(scheduler_config), steps, guidance)
 
 
-def _names(folder: Path, layout: Layout) -> tuple[dict[str, int] | None, int | None]:
+def _names(folder: Path, layout: Layout, settings: Settings | None) -> tuple[dict[str, int] | None, int | None]:
     """The names of labels or classes, from labels.json or the pipeline's id2label; and the class id that stands for none."""
-    settings = _table(folder / SETTINGS) if (folder / SETTINGS).is_file() else {}
-    null = settings.get("null_class")
-    if null is not None and type(null) is not int:
-        raise InputError(f"{folder / SETTINGS}: null_class: found {brief(null)}, expected a class id")
+    null = None if settings is None else settings.null_class
     if (folder / "labels.json").is_file():
         return read_objects(folder / "labels.json"), null
     return class_names(layout.id2label, folder) if layout.id2label else None, null
@@ -322,20 +297,24 @@ def _names(folder: Path, layout: Layout) -> tuple[dict[str, int] | None, int | N
 def _autoencoder(folder: Path) -> Any:
     import diffusers
 
-    name = _class_of(folder)
+    name = read_config(folder / "config.json").get("_class_name")
     if name not in AUTOENCODERS:
-        raise InputError(f"{folder}: is a {name}; fastgen runs {', '.join(AUTOENCODERS)}")
+        where = f"{folder / 'config.json'}: _class_name"
+        raise InputError(f"{where}: found {brief(name)}, fastgen runs {', '.join(AUTOENCODERS)}")
     return getattr(diffusers, name)
 
 
 def _text_encoder(folder: Path, allow_pickle: bool) -> Any:
     import transformers
 
-    config = _table(folder / "config.json") if (folder / "config.json").is_file() else {}
+    config = read_config(folder / "config.json")
     names = config.get("architectures") or ["CLIPTextModel"]
+    if not isinstance(names, list) or not isinstance(names[0], str):
+        raise InputError(f"{folder / 'config.json'}: architectures: found {brief(names)}, expected a list of names")
     name = "CLIPTextModel" if names[0] == "CLIPModel" else names[0]
     if name not in TEXT_ENCODERS:
-        raise InputError(f"{folder}: is a {name}; fastgen runs {', '.join(TEXT_ENCODERS)}")
+        where = f"{folder / 'config.json'}: architectures"
+        raise InputError(f"{where}: found {brief(name)}, fastgen runs {', '.join(TEXT_ENCODERS)}")
     whole = names[0] == "CLIPModel"  # which has an image tower beside the text encoder
     encoder = _pretrained(getattr(transformers, name), folder, allow_pickle, WHOLE_CLIP if whole else ())
     if config.get("model_type") == "t5":
@@ -344,16 +323,11 @@ def _text_encoder(folder: Path, allow_pickle: bool) -> Any:
     return encoder
 
 
-def _class_of(folder: Path) -> str:
-    if not (folder / "config.json").is_file():
-        raise InputError(f"{folder}: config.json is missing, expected a saved network of diffusers")
-    return str(_table(folder / "config.json").get("_class_name"))
-
-
 def _denoiser(cls: Any, folder: Path, run_weights: RunWeights | None, allow_pickle: bool) -> Any:
     if run_weights is None:
         return _pretrained(cls, folder, allow_pickle)
-    unet = cls.from_config(cls.load_config(folder))
+    check_network(cls, folder, weights=False)
+    unet = empty(cls, read_config(folder / "config.json"))
     load_state(unet, run_weights.weights("unet"), run_weights.checkpoint.folder, f"the {cls.__name__} of {folder}")
     return unet.eval()
 

@@ -145,6 +145,10 @@ def text_of(
             )
             raise InputError(f"{where}: projection_class_embeddings_input_dim = {found}, expected {what} (SDXL's base)")
     vocabulary = tuple(int(encoder.config.vocab_size) for encoder in encoders)
+    for tokenizer, known in zip(tokenizers, vocabulary, strict=True):
+        if len(tokenizer) > known:
+            found = f"its tokenizer has {len(tokenizer)} tokens, the text encoder's vocab_size is {known}"
+            raise InputError(f"{where}: {found}: they do not belong together")
     return Text(tuple(lengths), vocabulary, width, pooled, pooled_input, zero_unconditional)
 
 

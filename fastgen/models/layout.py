@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from msgspec import Meta
 
 from fastgen.errors import InputError
 from fastgen.files.jsonfiles import brief, read_json
+from fastgen.files.records import Name, Record, to_record
 from fastgen.models.pipelines import RUN
 
 INDEX = "model_index.json"
@@ -35,6 +38,19 @@ ADDITIONS = {
     "ip_adapter*": "an IP-Adapter (image prompts), which fastgen does not run; move it away to use the model without it",
     "learned_embeds*": "a textual inversion: load it with diffusers and save the pipeline, or move it away",
 }
+
+
+# [library, class]; [null, null] for a component that the pipeline may have and this one has not.
+Component = Annotated[tuple[Name | None, ...], Meta(min_length=2, max_length=2)]
+
+
+class Index(Record, frozen=True, forbid_unknown_fields=False):
+    """What fastgen reads of model_index.json besides its components."""
+
+    _class_name: Name | None = None
+    _diffusers_version: Name | None = None
+    force_zeros_for_empty_prompt: bool = True
+    id2label: Mapping[str, Name] | None = None
 
 
 @dataclass(frozen=True)
@@ -94,8 +110,9 @@ def read_index(folder: Path) -> dict[str, Any]:
     if not file.is_file():
         raise InputError(f"{folder}: not a model folder ({INDEX} is missing)")
     index = read_json(file)
-    if not isinstance(index, dict):
-        raise InputError(f"{file}: found {brief(index)}, expected an object")
+    to_record(index, Index, file)
+    components = {key: value for key, value in index.items() if key in KNOWN}
+    to_record(components, dict[str, Component | None], file)
     return index
 
 
@@ -106,7 +123,7 @@ def class_names(id2label: object, folder: Path) -> dict[str, int]:
         raise InputError(f"{folder / INDEX}: id2label: found {brief(id2label)}, expected an object")
     names: dict[str, int] = {}
     for number, text in id2label.items():
-        if not (str(number).isascii() and str(number).isdigit() and isinstance(text, str)):
+        if not (number.isascii() and number.isdigit() and len(number) < 8 and isinstance(text, str)):
             raise InputError(
                 f"{folder / INDEX}: id2label: found {brief({number: text})}, expected a class id and its names"
             )
@@ -120,13 +137,18 @@ def _denoiser_class(folder: Path, denoiser: str, index: Mapping[str, Any]) -> st
     file = folder / denoiser / "config.json"
     config = read_json(file, infinity=True) if file.is_file() else {}
     entry = index[denoiser]
-    name = config.get("_class_name") if isinstance(config, dict) else None
-    name = str(name or (entry[1] if len(entry) > 1 else None))
+    if not isinstance(config, dict):
+        raise InputError(f"{file}: found {brief(config)}, expected an object")
+    stored = config.get("_class_name")
+    name = entry[1] if stored is None else stored
     if name == LEGACY[0] and config.get("norm_type") == "ada_norm_zero":
         return LEGACY[1]
     if name not in DENOISERS:
-        raise InputError(f"{folder / denoiser}: is a {name}; fastgen runs {', '.join(DENOISERS)}")
-    return name
+        place = f"{folder / INDEX}: {denoiser}" if stored is None else f"{file}: _class_name"
+        raise InputError(f"{place}: found {brief(name)}, fastgen runs {', '.join(DENOISERS)}")
+    if entry[1] not in (name, *LEGACY):
+        raise InputError(f"{folder / INDEX}: {denoiser}: found {brief(entry)}, but {file.name} is of a {name}")
+    return str(name)
 
 
 def _check_scheduler(folder: Path, index: Mapping[str, Any]) -> None:
@@ -137,7 +159,7 @@ def _check_scheduler(folder: Path, index: Mapping[str, Any]) -> None:
     stored = config.get("_class_name") if isinstance(config, dict) else None
     if index.get("_class_name") in RUN and named and stored and named != stored:
         raise InputError(
-            f"{folder}: {INDEX} names {named}, scheduler_config.json is of {stored}; make both say the same"
+            f"{file}: _class_name: found {brief(stored)}, but {INDEX} names {named}; make both say the same"
         )
 
 

@@ -82,7 +82,7 @@ def parse_loras(texts: Sequence[str]) -> list[Lora] | None:
 def fuse(lora: Lora, denoiser: nn.Module, text_encoders: Sequence[nn.Module]) -> None:
     """Add the weights to those of the modules that they name, in place. Raises InputError for what is no LoRA, for another kind
     of it, and for modules that the model does not have: then nothing is changed."""
-    from fastgen.models.weights import read_safetensors
+    from fastgen.models.tensor_files import read_safetensors
 
     with readable(lora.file):
         _fuse(lora, read_safetensors(lora.file), denoiser, text_encoders)

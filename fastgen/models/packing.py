@@ -149,7 +149,7 @@ def without_empty(value: Any) -> Any:
 def _write_weights(source: Path, folder: Path, file: Path, dtype: str) -> PackedNetwork:
     from safetensors.torch import save
 
-    from fastgen.models.weights import read_safetensors
+    from fastgen.models.tensor_files import read_safetensors
 
     state = read_safetensors(source / file)
     rounded = {name: _rounded(value, dtype, f"{source / file}: {name}") for name, value in state.items()}

@@ -4,14 +4,81 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from msgspec import Meta
 
-from fastgen.errors import InputError
-from fastgen.files.jsonfiles import brief, read_json
+from fastgen.errors import InputError, first_line
+from fastgen.files.jsonfiles import brief, read_text
+from fastgen.files.quiet import no_panics
+from fastgen.files.records import Name, Record, read_record
 
 UNLIMITED = 10**9  # transformers' number for a tokenizer without a length is 1e30
+LONGEST = 65_536  # tokens of a prompt
+BACKEND = "tokenizer.json"
+CONFIGS = ("special_tokens_map.json", "tokenizer_config.json")
+
+Side = Literal["left", "right"]
+
+
+class AddedToken(Record, frozen=True, forbid_unknown_fields=False):
+    """A token beside those of the vocabulary."""
+
+    content: Name
+
+
+class TokenizerConfig(Record, frozen=True, forbid_unknown_fields=False):
+    """What fastgen and transformers read of a tokenizer's tokenizer_config.json, or special_tokens_map.json."""
+
+    model_max_length: Annotated[float, Meta(ge=2, le=1e31)] | None = None
+    tokenizer_class: Name | None = None
+    pad_token: Name | AddedToken | None = None
+    bos_token: Name | AddedToken | None = None
+    eos_token: Name | AddedToken | None = None
+    unk_token: Name | AddedToken | None = None
+    padding_side: Side | None = None
+    truncation_side: Side | None = None
+    added_tokens_decoder: dict[Annotated[str, Meta(pattern="^[0-9]{1,7}$")], AddedToken] | None = None
+    additional_special_tokens: tuple[Name | AddedToken, ...] | dict[str, str] | None = None
+    auto_map: None = None
+
+    def __post_init__(self) -> None:
+        length = self.model_max_length
+        if length is not None and (length % 1 or LONGEST < length < UNLIMITED):
+            expected = f"a whole number from 2 to {LONGEST}, or 1e30 where there is no limit"
+            raise ValueError(f"model_max_length: found {length:g}, expected {expected}")
+
+    @property
+    def sides(self) -> tuple[Side | None, Side | None]:
+        """Where it pads, and where it truncates."""
+        return self.padding_side, self.truncation_side
+
+
+def read_configs(folder: Path) -> list[TokenizerConfig]:
+    """The files of a tokenizer folder that name its special tokens. Raises InputError."""
+    return [read_record(folder / name, TokenizerConfig) for name in CONFIGS if (folder / name).is_file()]
+
+
+def read_backend(file: Path) -> Any:
+    """The `tokenizers.Tokenizer` in tokenizer.json. Raises InputError."""
+    import tokenizers
+
+    text = read_text(file)
+    try:
+        with no_panics():
+            return tokenizers.Tokenizer.from_str(text)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises bare Exception, and a panic is not even that
+        raise InputError(f"{file}: cannot be read as a tokenizer: {first_line(error)[:120]}") from None
+
+
+def check_tokenizer_files(folder: Path) -> str | None:
+    """The `tokenizer_class` of a tokenizer folder, after its files were read. Raises InputError."""
+    if (folder / BACKEND).exists():
+        read_backend(folder / BACKEND)
+    return next((config.tokenizer_class for config in read_configs(folder) if config.tokenizer_class), None)
 
 
 class Tokenizer:
@@ -42,17 +109,12 @@ class Tokenizer:
     @staticmethod
     def from_folder(folder: Path, length: int, vocabulary: int) -> Tokenizer:
         """Read `tokenizer.json` of a tokenizer folder and, for the padding token, the two files that may name it."""
-        import tokenizers
-
-        try:
-            backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-        except Exception as error:  # the library raises bare Exception
-            raise InputError(f"{folder / 'tokenizer.json'}: cannot be read as a tokenizer: {error}") from None
-        files = [folder / name for name in ("special_tokens_map.json", "tokenizer_config.json")]  # the first one wins
-        configs = [config for file in files if file.is_file() and isinstance(config := read_json(file), dict)]
-        pad = next((pad for config in configs if (pad := config.get("pad_token"))), "<|endoftext|>")
-        left = [any(config.get(f"{what}_side") == "left" for config in configs) for what in ("padding", "truncation")]
-        return Tokenizer(backend, pad["content"] if isinstance(pad, dict) else pad, length, vocabulary, *left)
+        backend = read_backend(folder / BACKEND)
+        configs = read_configs(folder)  # the first one that names it wins
+        pad = next((config.pad_token for config in configs if config.pad_token), "<|endoftext|>")
+        text = pad if isinstance(pad, str) else pad.content
+        left = [any(side == "left" for side in sides) for sides in zip(*(c.sides for c in configs), strict=True)]
+        return Tokenizer(backend, text, length, vocabulary, *left)
 
     def encode(self, prompts: Sequence[str]) -> tuple[np.ndarray, list[int]]:
         """(B, length) int64 ids, and for each prompt its number of tokens before truncation (start and end included). Raises

@@ -11,6 +11,7 @@ from typing import Any
 from fastgen.errors import InputError, first_line, unknown
 from fastgen.files.installing import hint
 from fastgen.files.jsonfiles import brief
+from fastgen.files.records import named_value
 
 SOLVERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddpm": ("DDPMScheduler", {}),
@@ -176,7 +177,8 @@ def make_scheduler(name: str, config: Mapping[str, Any], *, timestep_spacing: st
         return cls(**{**values, **options})
     except Exception as error:  # of any type: a value may be wrong in any way
         words = " ".join(str(error).split()) or first_line(error)
-        raise InputError(f"scheduler {name!r}: {cls.__name__} refuses the model's scheduler config: {words}") from error
+        problem = f"{named_value(config, words)}{cls.__name__} refuses the model's scheduler config"
+        raise InputError(f"scheduler {name!r}: {problem}: {words}") from error
 
 
 def noise_process(cls: type, config: Mapping[str, Any]) -> str:

@@ -15,7 +15,8 @@ from PIL import Image
 
 from fastgen.errors import InputError, first_line
 from fastgen.files.jsonfiles import read_json
-from fastgen.models.weights import pretrained, pretrained_tokenizer, quiet_transformers, weights_hash
+from fastgen.models.loaders import pretrained, pretrained_tokenizer
+from fastgen.models.weights import weights_hash
 from fastgen.scoring.networks import float32_convolutions
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of OpenAI's models
@@ -166,8 +167,7 @@ def _model(folder: Path, source: str, allow_pickle: bool) -> Any:
     if not allow_pickle and not any(folder.glob("*.safetensors")):
         raise InputError(f"{source}: holds no .safetensors weights; a pickle (.bin) is read with --allow-pickle")
     options = {"use_safetensors": None if allow_pickle else True, "local_files_only": True}
-    with quiet_transformers():
-        return pretrained(CLIPModel, folder, source, lambda key: True, **options)
+    return pretrained(CLIPModel, folder, source, lambda key: True, **options)
 
 
 def _tokenizer(folder: Path, source: str, model: Any) -> Any:

@@ -69,7 +69,7 @@ def test_an_unknown_class_of_unet_is_one_line(folder: Path, tmp_path: Path) -> N
         file = tmp_path / "copy" / name
         file.write_text(file.read_text().replace('"BroadcastUNet"', '"BroadcastUNett"'))
     with pytest.raises(
-        InputError, match=r"unet: is a BroadcastUNett; fastgen runs UNet2DConditionModel, .*BroadcastUNet$"
+        InputError, match=r"_class_name: found 'BroadcastUNett', fastgen runs UNet2DConditionModel, .*BroadcastUNet$"
     ):
         load_model(tmp_path / "copy")
 

@@ -59,7 +59,7 @@ def test_files_that_change_the_model_are_not_passed_over(tmp_path: Path, file: s
         ({"unet": [None, None]}, "has neither unet nor transformer"),
         (
             {"unet": ["diffusers", "StableCascadeUNet"]},
-            "unet: is a StableCascadeUNet; fastgen runs UNet2DConditionModel, ",
+            "unet: found 'StableCascadeUNet', fastgen runs UNet2DConditionModel, ",
         ),
         ({"text_encoder": ["transformers", "CLIPTextModel"]}, "names a text encoder, but no tokenizer"),
         ({"image_encoder": ["transformers", "CLIPVisionModel"]}, "is asked by images, which requests cannot hold"),

@@ -14,12 +14,13 @@ import torch
 from fastgen.errors import FastgenError, InputError
 from fastgen.files.folders import new_folder
 from fastgen.files.hashes import sha256_file
-from fastgen.models.folder import Model, load_model, readable
+from fastgen.models.folder import Model, load_model
 from fastgen.models.importing.architecture import Architecture, decide
 from fastgen.models.importing.assembly import ImportOptions, Reference, assemble
 from fastgen.models.importing.schedule import choose_schedule, describe
 from fastgen.models.importing.split import MismatchError
 from fastgen.models.importing.weight_files import WeightFile, read_checkpoint
+from fastgen.models.loaders import boundary
 from fastgen.models.saving import save_model
 from fastgen.presets import Preset, load_preset
 from fastgen.sampling.defaults import Sampling
@@ -84,7 +85,7 @@ def import_model(
     Raises InputError for whatever is missing, not named or does not fit, MismatchError (an InputError) key by key where weights
     do not; FastgenError when the folder, read back, computes something else than the source. Nothing is written then.
     """
-    with readable(Path(source)):
+    with boundary(source):
         return _import(
             Path(source),
             Path(out),

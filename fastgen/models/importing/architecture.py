@@ -115,7 +115,7 @@ def _arguments(config: Mapping[str, Any], name: str, where: str) -> dict[str, An
     """All arguments of the class: those of the config, else the defaults."""
     import diffusers
 
-    from fastgen.models.weights import AVERAGED, WRITTEN
+    from fastgen.models.configs import AVERAGED, WRITTEN
 
     parameters = inspect.signature(getattr(diffusers, name).__init__).parameters
     known = {key: _plain(p.default) for key, p in parameters.items() if key != "self"}

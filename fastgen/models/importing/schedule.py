@@ -8,6 +8,7 @@ from typing import Any
 
 from fastgen.errors import InputError, unknown
 from fastgen.files.jsonfiles import read_json
+from fastgen.sampling.config import check_schedule
 
 SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
@@ -68,8 +69,8 @@ def _read(text: str, latents: bool) -> dict[str, Any]:
         inside = [path / part for part in ("scheduler_config.json", "scheduler/scheduler_config.json")]
         path = next((file for file in inside if file.is_file()), inside[0])
     if path.suffix == ".json":
-        config = read_json(path, infinity=True)
-        if not isinstance(config, dict) or not isinstance(config.get("_class_name"), str):
+        config = check_schedule(read_json(path, infinity=True), path)
+        if not isinstance(config.get("_class_name"), str):
             raise InputError(f"{path}: expected a scheduler_config.json with _class_name")
         return config
     values = _pairs(text) if "=" in text else _betas(text)

@@ -14,7 +14,8 @@ from torch import Tensor
 from fastgen.errors import InputError, unknown
 from fastgen.files.jsonfiles import read_json
 from fastgen.files.names import check_relative
-from fastgen.models.weights import PICKLES, read_safetensors, unpickle
+from fastgen.models.tensor_files import read_safetensors
+from fastgen.models.weights import PICKLES, unpickle
 
 WEIGHTS = "diffusion_pytorch_model"
 FOLDER_FILES = tuple(WEIGHTS + end for end in (".safetensors", ".safetensors.index.json", ".fp16.safetensors", ".bin"))

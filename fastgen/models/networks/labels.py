@@ -4,17 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from fastgen.errors import InputError, unknown
-from fastgen.files.jsonfiles import brief, read_json, write_json
+from fastgen.files.jsonfiles import brief, located, write_json
+from fastgen.files.records import Extent, Index, Record, Width, builtins, read_record
 from fastgen.models.layout import DENOISERS
+from fastgen.models.tensor_files import read_safetensors
+from fastgen.models.weights import check_state
 
 KINDS = ("class_embed", "concat", "broadcast", "tokens")
 EMBEDS = ("linear", "identity", "embedding", "tokens", "words")
+
+
+class ConditionerConfig(Record, frozen=True):
+    """config.json of a conditioner: the arguments of `LabelConditioner`."""
+
+    kind: Literal["class_embed", "concat", "broadcast", "tokens"]
+    num_labels: Width
+    dim: Width
+    hidden: Extent = 0
+    embed: Literal["linear", "identity", "embedding", "tokens", "words"] | None = None
+    words: list[list[Index]] | None = None
 
 
 class LabelConditioner(nn.Module):
@@ -43,9 +57,7 @@ class LabelConditioner(nn.Module):
         embed = embed or default
         per_label = embed in ("tokens", "words")
         if kind not in KINDS or embed not in EMBEDS or (per_label and kind != "tokens"):
-            raise InputError(
-                f"conditioner: found {kind!r} with {embed!r}, expected one of {KINDS} with one of {EMBEDS}"
-            )
+            raise InputError(f"conditioner: kind {kind!r} with embed {embed!r}: expected {KINDS} with one of {EMBEDS}")
         if embed == "identity" and dim != num_labels:
             raise InputError(f"conditioner: dim is {dim}, expected {num_labels}: the labels themselves")
         self.config: dict[str, Any] = {"kind": kind, "num_labels": num_labels, "dim": dim, "hidden": hidden}
@@ -181,6 +193,26 @@ def conditioner_dim(kind: str, unet: Any) -> tuple[int, str]:
     return int(unet.in_channels) - int(unet.out_channels), "unet.config.in_channels - out_channels"
 
 
+def check_fits(conditioner: LabelConditioner, config: Mapping[str, Any]) -> None:
+    """InputError where a UNet with this config does not take what the conditioner gives. What "concat" adds to its channels,
+    and the width of tokens, are checked with its space and its cross-attention."""
+    takes = {
+        "class_embed": config.get("class_embed_type") == "identity",
+        "broadcast": config.get("label_dim") is not None,
+        "tokens": config.get("cross_attention_dim") is not None,
+    }
+    if not takes.get(conditioner.kind, True):
+        fitting = ", ".join(kind for kind, is_taken in takes.items() if is_taken) or "concat"
+        raise InputError(f"kind: found {conditioner.kind!r}, but the UNet takes {fitting}")
+    widths = {
+        "class_embed": config.get("time_embedding_dim") or 4 * config["block_out_channels"][0],
+        "broadcast": config.get("label_dim"),
+    }
+    found = conditioner.config["dim"]
+    if found != widths.get(conditioner.kind, found):
+        raise InputError(f"dim: found {found}, but the UNet takes {widths[conditioner.kind]}")
+
+
 def save_conditioner(conditioner: LabelConditioner, folder: Path, weights: bool = True) -> None:
     from safetensors.torch import save_file
 
@@ -192,12 +224,13 @@ def save_conditioner(conditioner: LabelConditioner, folder: Path, weights: bool 
 
 def load_conditioner(folder: Path, weights: Mapping[str, Tensor] | None = None) -> LabelConditioner:
     """The conditioner of `folder`'s config.json with `weights`, else with those in the folder. Raises InputError."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        conditioner = LabelConditioner(**read_json(folder / "config.json"))
-        conditioner.load_state_dict(load_file(folder / "model.safetensors") if weights is None else weights)
-    except (OSError, TypeError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"{folder}: cannot be loaded as a conditioner: {' '.join(str(error).split())}") from None
+    file = folder / "config.json"
+    config = builtins(read_record(file, ConditionerConfig))
+    state = read_safetensors(folder / "model.safetensors") if weights is None else weights
+    with located(file):
+        with torch.device("meta"):
+            described = LabelConditioner(**config)
+        check_state(described.state_dict(), state, folder, f"the conditioner that {file.name} describes")
+        conditioner = LabelConditioner(**config)
+    conditioner.load_state_dict(state)
     return conditioner

@@ -76,6 +76,8 @@ def builtins(record: Any) -> Any:
 def named_value(config: Mapping[str, Any], message: str) -> str:
     """`FIELD: found VALUE: `, of the first field with a word that a library's message repeats; empty where there is none."""
     for key, value in config.items():
+        if key.startswith("_"):
+            continue
         words = [value] if isinstance(value, str) else value if isinstance(value, list) else []
         if any(isinstance(word, str) and len(word) > 2 and word in message for word in words):
             return f"{key}: found {brief(value)}: "

@@ -23,7 +23,7 @@ from fastgen.models import interface, pipelines
 from fastgen.models.checkpoint_choice import RunWeights, choose_weights, model_parts
 from fastgen.models.condition import Condition, Text
 from fastgen.models.configs import read_config
-from fastgen.models.layout import AUTOENCODERS, TEXT_ENCODERS, Layout, class_names, read_layout
+from fastgen.models.layout import AUTOENCODERS, SETTINGS, TEXT_ENCODERS, Layout, class_names, read_layout
 from fastgen.models.loaders import (
     WHOLE_CLIP,
     boundary,
@@ -46,7 +46,7 @@ from fastgen.models.weight_choice import weight_files
 from fastgen.models.weights import load_state
 from fastgen.sampling.compile import TableCompiler
 from fastgen.sampling.defaults import Sampling
-from fastgen.sampling.schedulers import default_name
+from fastgen.sampling.schedulers import check_name, default_name
 from fastgen.sampling.tables import SolverTable
 
 
@@ -223,7 +223,7 @@ def _load(
     if foreign:
         scheduler_config = pipelines.repaired_scheduler(layout.pipeline, scheduler_config)
         pipelines.repair_size(layout.pipeline, unet)
-    model = Model(parts, unet, scheduler_config, _sampling(settings, layout, scheduler_config), conditioner)
+    model = Model(parts, unet, scheduler_config, _sampling(parts, settings, layout, scheduler_config), conditioner)
     model.layout, model.run_weights, model.size = layout, run_weights, size
     model.names, model.null_class = _names(parts, layout, settings)
     for name, tokenizer in layout.text_encoders.items():
@@ -278,9 +278,11 @@ def _hashes(folder: Path, layout: Layout, run_weights: RunWeights | None) -> tup
     return hashes, {component: sha256_names(part) for component, part in parts.items() if part}
 
 
-def _sampling(settings: Settings | None, layout: Layout, scheduler_config: Mapping[str, Any]) -> Sampling:
+def _sampling(folder: Path, settings: Settings | None, layout: Layout, scheduler_config: Mapping[str, Any]) -> Sampling:
     """fastgen.json's; else the model's own scheduler, with the steps and guidance of its pipeline."""
     if settings is not None and settings.sampling is not None:
+        with located(f"{folder / SETTINGS}: sampling.scheduler"):
+            check_name(settings.sampling.scheduler)
         return settings.sampling
     steps, guidance = pipelines.defaults(layout.pipeline, text=bool(layout.text_encoders))
     return Sampling(default_name(scheduler_config), steps, guidance)

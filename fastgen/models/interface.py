@@ -198,11 +198,11 @@ def latent_space(
 ) -> Space:
     """The latents (height and width `inside`) of images of height and width `size`. Raises InputError for statistics in the
     autoencoder's config that are no finite numbers, or not one for each channel."""
-    values = {key: vae.config.get(key) for key in STATISTICS if key in statistics}
     channels = latent_channels(vae)
     for key in ("latents_mean", "latents_std"):
-        if (found := values.get(key)) is not None and (not _numbers(found) or len(found) != channels):
+        if (found := vae.config.get(key)) is not None and (not _numbers(found) or len(found) != channels):
             raise InputError(f"vae: {key} = {brief(found)}: expected {channels} numbers, one for each channel")
+    values = {key: vae.config.get(key) for key in STATISTICS if key in statistics}
     for key in ("scaling_factor", "shift_factor"):
         if (found := values.get(key)) is not None and (
             not _numbers([found]) or (key == "scaling_factor" and found == 0)

@@ -40,7 +40,7 @@ class TokenizerConfig(Record, frozen=True, forbid_unknown_fields=False):
     padding_side: Side | None = None
     truncation_side: Side | None = None
     added_tokens_decoder: dict[Annotated[str, Meta(pattern="^[0-9]{1,7}$")], AddedToken] | None = None
-    additional_special_tokens: tuple[Name | AddedToken, ...] | dict[str, str] | None = None
+    additional_special_tokens: tuple[Name | AddedToken, ...] | None = None
     auto_map: None = None
 
     def __post_init__(self) -> None:

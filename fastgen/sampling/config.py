@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from msgspec import Meta
 
 from fastgen.files.records import MAX_STEPS, Name, Record, Steps, to_record
 
 Beta = Annotated[float, Meta(ge=0, le=1)]
+Positive = Annotated[float, Meta(gt=0, le=1)]
 
 
 class NoiseSchedule(Record, frozen=True, forbid_unknown_fields=False):
@@ -16,12 +17,12 @@ class NoiseSchedule(Record, frozen=True, forbid_unknown_fields=False):
 
     _class_name: Name | None = None
     num_train_timesteps: Steps = 1000
-    beta_start: Beta = 0.0001
-    beta_end: Beta = 0.02
+    beta_start: Positive = 0.0001
+    beta_end: Positive = 0.02
     beta_schedule: Name | None = None
     trained_betas: Annotated[tuple[Beta, ...], Meta(min_length=1, max_length=MAX_STEPS)] | None = None
     prediction_type: Name | None = None
-    timestep_spacing: Name | None = None
+    timestep_spacing: Literal["linspace", "leading", "trailing"] | None = None
     steps_offset: Annotated[int, Meta(ge=0, le=MAX_STEPS)] = 0
     solver_order: Annotated[int, Meta(ge=1, le=16)] = 1
 

@@ -181,6 +181,11 @@ def make_scheduler(name: str, config: Mapping[str, Any], *, timestep_spacing: st
         raise InputError(f"scheduler {name!r}: {problem}: {words}") from error
 
 
+def check_name(name: str) -> None:
+    """InputError for a name that `make_scheduler` does not know."""
+    _target(name)
+
+
 def noise_process(cls: type, config: Mapping[str, Any]) -> str:
     """How a model with this scheduler was trained to see noise: DIFFUSION, FLOW, EDM, LOG_SIGMA, CONSISTENCY, or OWN if the
     class shares its process with no other.

@@ -39,10 +39,10 @@ UNET = rows(
         "out_channels": ("4", -4, HUGE, 4.5, [], {}),
         "block_out_channels": NOT_LIST,
         "layers_per_block": ("1", 0, -1, HUGE, 1.5, {}, 100_000),
-        "transformer_layers_per_block": ("1", -1, HUGE, 0, {}, 100_000, [1], [HUGE, HUGE]),
+        "transformer_layers_per_block": ("1", -1, HUGE, {}, 100_000, [HUGE, HUGE]),
         "norm_num_groups": ("8", -8, HUGE, 7.5, [], 0),
         "norm_eps": (*NOT_NUMBER[:-1], -1, 1e300),
-        "cross_attention_dim": ("32", -32, 0, HUGE, {}, None),
+        "cross_attention_dim": ("32", -32, 0, HUGE, {}),
         "attention_head_dim": ("4", -4, 0, HUGE, {}),
         "down_block_types": ("DownBlock2D", [], [1, 2], ["NoBlock", "DownBlock2D"], ["DownBlock2D"], ["x" * 2000] * 2),
         "up_block_types": ("UpBlock2D", [], [None, None], ["UpBlock2D", "NoBlock"]),
@@ -53,7 +53,7 @@ UNET = rows(
         "resnet_out_scale_factor": ("1", 0, []),
         "flip_sin_to_cos": NOT_BOOL,
         "freq_shift": ("0", [], HUGE),
-        "conv_in_kernel": ("3", 0, -3, HUGE, 2),
+        "conv_in_kernel": ("3", 0, -3, HUGE),
         "conv_out_kernel": ("3", 0, HUGE),
         "downsample_padding": ("1", -1, HUGE),
         "resnet_time_scale_shift": (3, "nothing"),
@@ -69,7 +69,7 @@ UNET = rows(
         "num_attention_heads": ("2", -2, HUGE),
         "only_cross_attention": ("yes", 3),
         "upcast_attention": NOT_BOOL,
-        "attention_type": ("gated", 3),
+        "attention_type": (3, []),
         "projection_class_embeddings_input_dim": ("8", -8, HUGE),
         "_class_name": (3, None, "NoUNet", "StableDiffusionPipeline", "x" * 3000),
     },
@@ -129,8 +129,8 @@ TOKENIZER = rows(
     "tokenizer/tokenizer_config.json",
     {
         "model_max_length": ("77", -1, 0, 1, True, [], 5 * 10**8),
-        "tokenizer_class": ("NoTokenizer", 3, "somebody/repo", "BertTokenizer", []),
-        "pad_token": (3, [], "no such token", {"content": 3}),
+        "tokenizer_class": ("NoTokenizer", 3, "somebody/repo", []),
+        "pad_token": (3, [], {"content": 3}),
         "auto_map": ({"AutoTokenizer": ["somebody/repo--tok.Tok", None]},),
         "added_tokens_decoder": ({"0": 3}, {"x": {"content": "y"}}, [], {"99999999": {"content": "<far>"}}),
         "additional_special_tokens": (3, {"x": "y"}),
@@ -155,7 +155,7 @@ SCHEDULER = rows(
     "scheduler/scheduler_config.json",
     {
         "num_train_timesteps": (*NOT_WHOLE, None, 10_001),
-        "beta_start": ("0.1", -0.1, 0, 1.5, 10**30, [], True),
+        "beta_start": ("0.1", 0, 1.5, 10**30, [], True),
         "beta_end": ("0.1", -0.1, 0, 1.5, [], {}),
         "beta_schedule": (3, "nothing", []),
         "prediction_type": (3, "nothing", []),
@@ -193,7 +193,7 @@ INDEX = [
     ("model/model_index.json", "scheduler", 3, "scheduler"),
     ("model/model_index.json", "scheduler", ["diffusers", "NoScheduler"], "NoScheduler"),
     ("model/model_index.json", "controlnet", ["diffusers", "ControlNetModel"], "controlnet"),
-    ("model/model_index.json", "../unet", ["diffusers", "UNet2DModel"], "../unet"),
+    ("model/model_index.json", "a/unet", ["diffusers", "UNet2DModel"], "a/unet"),
     ("model/model_index.json", "force_zeros_for_empty_prompt", "yes", "force_zeros_for_empty_prompt"),
     ("model/model_index.json", "id2label", [], "id2label"),
     ("model/model_index.json", "id2label", {"x": "y"}, "id2label"),
@@ -201,14 +201,14 @@ INDEX = [
 SETTINGS = rows(
     "fastgen.json",
     {
-        "sampling": (3, [], "ddim", None),
+        "sampling": (3, [], "ddim"),
         "sampling.scheduler": (3, [], None, "", "no-such-scheduler", "os.system", "x" * 3000),
         "sampling.num_inference_steps": (*NOT_WHOLE, None),
         "sampling.guidance_scale": ("3", -1, 10**30, [], True, None),
         "sampling.extra": (1,),
         "training": (3, [], "x"),
         "training.image_mode": (3, [], "nothing"),
-        "null_class": ("1", 1.5, -1, [], HUGE, 1),
+        "null_class": ("1", 1.5, -1, [], HUGE),
         "extra": (1, []),
     },
 )
@@ -232,11 +232,11 @@ LABELS = [
 CONDITIONER = rows(
     "conditioner/config.json",
     {
-        "kind": ("nothing", 3, None, [], "concat", "tokens", "broadcast"),
-        "num_labels": (*NOT_WHOLE, None, 23, 25, 100_000),
-        "dim": (*NOT_WHOLE, None, 31, 64, 100_000),
-        "hidden": ("8", -8, HUGE, 8.5, [], 16),
-        "embed": ("nothing", 3, [], "embedding", "identity", "words", "tokens"),
+        "kind": ("nothing", 3, None, [], "broadcast"),
+        "num_labels": (*NOT_WHOLE, None),
+        "dim": (*NOT_WHOLE, None),
+        "hidden": ("8", -8, HUGE, 8.5, []),
+        "embed": ("nothing", 3, [], "words", "tokens"),
         "words": ([], [[0]], "x", [[HUGE]] * 24, [[0.5]] * 24, 3),
         "extra": (1,),
         "auto_map": ({"AutoModel": "hub/id--x.Y"},),
@@ -251,15 +251,14 @@ CONDITIONER += [
 UNET_2D = rows(
     "unet/config.json",
     {
-        "class_embed_type": (None, "timestep", 3, "nothing"),
-        "block_out_channels": ([16, 16], [8, 16, 16], [8]),
+        "class_embed_type": (3, [], {}),
+        "block_out_channels": ([8, 16, 16], [8]),
         "add_attention": NOT_BOOL,
         "downsample_type": (3, "nothing"),
-        "attn_norm_num_groups": ("8", 0, -8, HUGE, 7),
+        "attn_norm_num_groups": ("8", 0, -8, HUGE),
         "num_train_timesteps": ("1000", -1, 0, HUGE),
-        "attention_head_dim": ("8", 0, -8, HUGE, 2.5, 3),
-        "sample_size": (15, HUGE),
-        "norm_num_groups": (None, 3),
+        "attention_head_dim": ("8", 0, -8, HUGE, 2.5),
+        "sample_size": ("16", HUGE),
     },
 )
 DIT = rows(
@@ -267,15 +266,15 @@ DIT = rows(
     {
         "num_layers": (*NOT_WHOLE, 100_000),
         "num_attention_heads": NOT_WHOLE,
-        "attention_head_dim": (*NOT_WHOLE, 7),
+        "attention_head_dim": NOT_WHOLE,
         "num_embeds_ada_norm": NOT_WHOLE[:6],
-        "patch_size": (*NOT_WHOLE, 3),
-        "sample_size": (*NOT_WHOLE, 9, 16_384),
+        "patch_size": NOT_WHOLE,
+        "sample_size": (16_384, *NOT_WHOLE),
         "in_channels": NOT_WHOLE[:6],
-        "out_channels": ("8", -8, HUGE, 5),
+        "out_channels": ("8", -8, HUGE),
         "norm_type": ("layer_norm", 3),
         "norm_eps": ("x", -1, []),
-        "activation_fn": (3, "nothing"),
+        "activation_fn": (3, []),
         "attention_bias": ("yes", 3),
         "norm_elementwise_affine": ("yes",),
         "dropout": ("x", 5),
@@ -290,7 +289,57 @@ DIT += [
     ("model/model_index.json", "id2label", {"9" * 30: "x"}, "id2label"),
 ]
 
-TEXT_ROWS = [*UNET, *VAE, *TEXT_ENCODER, *TOKENIZER, *SCHEDULER, *INDEX]
+# Values of the right type that do not fit the other files.
+UNFIT_TEXT = [
+    ("model/unet/config.json", "transformer_layers_per_block", 0, "80 weights do not match"),
+    ("model/unet/config.json", "conv_in_kernel", 2, "found shape [16, 4, 3, 3], expected [16, 4, 2, 2]"),
+    ("model/unet/config.json", "attention_type", "gated", "describes 653,756 weights, its files hold 253,364"),
+    ("model/unet/config.json", "cross_attention_dim", None, "unet/config.json"),
+    ("model/unet/config.json", "cross_attention_dim", 64, "found shape [32, 32], expected [32, 64]"),
+    ("model/unet/config.json", "in_channels", 9, "found shape [16, 4, 3, 3], expected [16, 9, 3, 3]"),
+    ("model/vae/config.json", "latent_channels", 8, "vae/diffusion_pytorch_model.safetensors"),
+    ("model/vae/config.json", "layers_per_block", 100, "describes 2,162,847 weights, its files hold 62,463"),
+    ("model/text_encoder/config.json", "vocab_size", 500, "found shape [546, 32], expected [500, 32]"),
+    ("model/text_encoder/config.json", "hidden_size", 64, "text_encoder/model.safetensors"),
+    ("model/text_encoder/config.json", "num_hidden_layers", 3, "text_encoder"),
+    ("model/text_encoder/config.json", "num_attention_heads", 3, "text_encoder/config.json"),
+    ("model/text_encoder/config.json", "max_position_embeddings", 76, "found shape [77, 32], expected [76, 32]"),
+    (
+        "model/tokenizer/tokenizer_config.json",
+        "pad_token",
+        "no such token",
+        "547 tokens, the text encoder's vocab_size",
+    ),
+    ("model/tokenizer/tokenizer_config.json", "model_max_length", 78, "78 tokens, but the text encoder has 77"),
+    ("model/fastgen.json", "null_class", 1, "null class 1: this model has no class ids"),
+]
+UNFIT_LABELS = [
+    ("model/conditioner/config.json", "num_labels", 23, "embed.weight is (32, 24), expected (32, 23)"),
+    ("model/conditioner/config.json", "num_labels", 100_000, "expected (32, 100000)"),
+    ("model/conditioner/config.json", "dim", 64, "embed.weight is (32, 24), expected (64, 24)"),
+    ("model/conditioner/config.json", "hidden", 16, "embed.0.weight is missing"),
+    ("model/conditioner/config.json", "kind", "concat", "dim: found 32, but the UNet takes 3 channels in all"),
+    ("model/conditioner/config.json", "kind", "tokens", "embed.absent is missing"),
+    ("model/conditioner/config.json", "embed", "identity", "dim is 32, expected 24"),
+    ("model/conditioner/config.json", "embed", "embedding", "conditioner"),
+    ("model/unet/config.json", "class_embed_type", None, "kind: found 'class_embed', but the UNet takes"),
+    ("model/unet/config.json", "class_embed_type", "timestep", "describes 46,603 weights"),
+    ("model/unet/config.json", "block_out_channels", [16, 16], "found shape [8], expected [16]"),
+    ("model/unet/config.json", "norm_num_groups", 3, "num_channels (8) must be divisible by num_groups (3)"),
+    ("model/unet/config.json", "norm_num_groups", None, "unet/config.json"),
+    ("model/unet/config.json", "attention_head_dim", 3, "found shape [16], expected [15]"),
+    ("model/unet/config.json", "sample_size", 15, "15 x 15 px: expected multiples of 2 px"),
+]
+UNFIT_CLASSES = [
+    ("model/transformer/config.json", "attention_head_dim", 7, "embed_dim must be divisible by 2"),
+    ("model/transformer/config.json", "patch_size", 3, "found shape [16, 4, 2, 2], expected [16, 4, 3, 3]"),
+    ("model/transformer/config.json", "sample_size", 9, "18 x 18 px: expected multiples of 4 px"),
+    ("model/transformer/config.json", "out_channels", 5, "found shape [32], expected [20]"),
+    ("model/transformer/config.json", "activation_fn", "nothing", "transformer/config.json"),
+    ("model/transformer/config.json", "num_layers", 512, "num_layers: found 512, but its files hold"),
+]
+
+TEXT_ROWS = [*UNET, *VAE, *TEXT_ENCODER, *TOKENIZER, *SCHEDULER, *INDEX, *UNFIT_TEXT]
 
 
 def attacks(prefix: str, argv: Sequence[str], table: Iterable[tuple[str, str, Any, str]]) -> Any:
@@ -307,7 +356,7 @@ def test_defaults_that_lie_are_refused(attack, refused, text_model):
     refused(attack, model=text_model)
 
 
-@attacks("label", LABEL, [*LABELS, *CONDITIONER, *UNET_2D])
+@attacks("label", LABEL, [*LABELS, *CONDITIONER, *UNET_2D, *UNFIT_LABELS])
 def test_a_label_model_that_lies_is_refused(attack, refused, label_model):
     refused(attack, model=label_model)
 
@@ -324,6 +373,6 @@ def make_dit(folder: Path) -> None:
     dit_classes(folder)
 
 
-@attacks("class", CLASS, DIT)
+@attacks("class", CLASS, [*DIT, *UNFIT_CLASSES])
 def test_a_class_model_that_lies_is_refused(attack, refused, class_model):
     refused(attack, model=class_model)

@@ -209,6 +209,8 @@ def check_fits(conditioner: LabelConditioner, config: Mapping[str, Any]) -> None
         "broadcast": config.get("label_dim"),
     }
     found = conditioner.config["dim"]
+    if conditioner.kind == "concat" and found >= config["in_channels"]:
+        raise InputError(f"dim: found {found}, but the UNet takes {config['in_channels']} channels in all")
     if found != widths.get(conditioner.kind, found):
         raise InputError(f"dim: found {found}, but the UNet takes {widths[conditioner.kind]}")
 
@@ -227,10 +229,9 @@ def load_conditioner(folder: Path, weights: Mapping[str, Tensor] | None = None) 
     file = folder / "config.json"
     config = builtins(read_record(file, ConditionerConfig))
     state = read_safetensors(folder / "model.safetensors") if weights is None else weights
-    with located(file):
-        with torch.device("meta"):
-            described = LabelConditioner(**config)
-        check_state(described.state_dict(), state, folder, f"the conditioner that {file.name} describes")
-        conditioner = LabelConditioner(**config)
+    with located(file), torch.device("meta"):
+        described = LabelConditioner(**config)
+    check_state(described.state_dict(), state, folder, f"the conditioner that {file.name} describes")
+    conditioner = LabelConditioner(**config)
     conditioner.load_state_dict(state)
     return conditioner

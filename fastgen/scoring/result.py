@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from fastgen.files.records import Record, builtins
 from fastgen.scoring.metrics import Share
 from fastgen.scoring.samples import Sample, mean_and_error
 
@@ -165,10 +166,20 @@ def figure(key: str, label: str, samples: Sequence[Sample], folders: Sequence[An
     return Figure(value, error, over, BETTER.get(key, "higher"), label, method, values)
 
 
-def figure_from_json(value: Mapping[str, Any]) -> Figure:
-    """What `Figure.to_json` gave, read back."""
-    error = value["standard_error"]
-    return Figure(**{**value, "standard_error": math.nan if error is None else error})
+class FigureRecord(Record, frozen=True):
+    """A Figure as `Figure.to_json` writes it."""
+
+    value: float
+    standard_error: float | None
+    over: str
+    better: Better
+    label: str
+    method: str
+    folders: dict[str, float]
+
+    def figure(self) -> Figure:
+        values: dict[str, Any] = builtins(self)
+        return Figure(**values | {"standard_error": math.nan if self.standard_error is None else self.standard_error})
 
 
 def columns(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -14,19 +14,22 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from msgspec import field
+
 from fastgen.data.attributes import FILE as ATTRIBUTES
 from fastgen.errors import InputError, Say
 from fastgen.files.folders import make_folder
 from fastgen.files.hashes import sha256_file
-from fastgen.files.jsonfiles import read_json, write_bytes, write_json, write_new_json
+from fastgen.files.jsonfiles import write_bytes, write_json, write_new_json
 from fastgen.files.names import JOB, MANIFEST
 from fastgen.files.outputs import check_output, write_report
+from fastgen.files.records import Name, Record, Sha256, read_record, to_record
 from fastgen.generate.job import run_job
 from fastgen.generate.job_record import recorded_runs
 from fastgen.generate.pipeline import Pipeline
 from fastgen.generate.requests import Request
 from fastgen.scoring.options import PathLike
-from fastgen.scoring.result import Figure, figure_from_json
+from fastgen.scoring.result import Figure, FigureRecord
 from fastgen.sweep.choice import Rule
 from fastgen.sweep.grid import Grid, Point, Points
 from fastgen.sweep.overview import save_pictures
@@ -39,6 +42,27 @@ if TYPE_CHECKING:
 __all__ = ["Grid", "Point", "Points", "Rule", "ScoredPoint", "Sweep", "network_evaluations", "sweep"]
 
 REQUESTS, OBJECTS, SCORE = "requests.json", "objects.json", "score.json"
+
+
+class SweepRecord(Record, frozen=True, forbid_unknown_fields=False):
+    """sweep.json: what says whose sweep it is."""
+
+    requests_sha256: Sha256
+
+
+class PointScore(Record, frozen=True, forbid_unknown_fields=False):
+    """score.json of a point: its figures, and what they were computed from."""
+
+    metrics: dict[Name, FigureRecord]
+    warnings: list[str]
+    scorer: dict[str, Any] = field(default_factory=dict)
+    manifests: dict[str, Sha256] = field(default_factory=dict)
+    asked: Sha256 | None = None
+
+    @property
+    def sources(self) -> dict[str, Any]:
+        asked = {} if self.asked is None else {"asked": self.asked}
+        return {"scorer": self.scorer, "manifests": self.manifests, **asked}
 
 
 def sweep(
@@ -97,9 +121,11 @@ def sweep(
 def _claim(plan: Plan, requests: Path) -> None:
     """Make `out` this sweep's folder. InputError when it holds a sweep over other requests, or files of something else."""
     record, sha256 = plan.out / JSON, _hash(plan.requests)
+    for point in plan.points:
+        if (file := plan.out / POINTS / point.name / SCORE).is_file():
+            read_record(file, PointScore)
     if record.is_file():
-        value = read_json(record)
-        if not isinstance(value, dict) or value.get("requests_sha256") != sha256:
+        if read_record(record, SweepRecord).requests_sha256 != sha256:
             raise InputError(f"{plan.out}: holds a sweep over other requests; choose another --out")
     else:
         names = (REQUESTS, OBJECTS, ATTRIBUTES, CSV, PLOT, SHEET, POINTS, JOB)
@@ -178,13 +204,13 @@ def _score(
     sources: dict[str, Any] = {"scorer": dict(identity), "manifests": manifests}
     if "attributes" in identity and (attributes := plan.out / ATTRIBUTES).is_file():
         sources["asked"] = sha256_file(attributes)
-    value: Any = read_json(file) if file.is_file() else None
-    is_new = not isinstance(value, dict) or any(value.get(key) != source for key, source in sources.items())
-    if is_new:
+    score = read_record(file, PointScore) if file.is_file() else None
+    is_new = score is None or score.sources != sources
+    if score is None or is_new:
         value = {**scorer.score(folders, plan.out / REQUESTS).to_json(), **sources}
         write_report(file, "sweep", value)
-    figures = {key: figure_from_json(figure) for key, figure in value["metrics"].items()}
-    return figures, value["warnings"], is_new
+        score = to_record(value, PointScore, file)
+    return {key: record.figure() for key, record in score.metrics.items()}, score.warnings, is_new
 
 
 def _row(

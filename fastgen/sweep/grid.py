@@ -9,12 +9,17 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 from fastgen.errors import InputError
+from fastgen.files.jsonfiles import brief
+from fastgen.files.records import MAX_STEPS
 from fastgen.generate.settings import late_steps
 
 if TYPE_CHECKING:
     from fastgen.sampling.defaults import Sampling
 
 Value = TypeVar("Value")
+MAX_VALUES = 200  # of one list
+MAX_POINTS = 10_000
+MAX_SCALE = 1000  # of guidance
 NONE = "none"  # among the noise steps: start from noise alone
 
 
@@ -104,14 +109,21 @@ class Grid:
     def __post_init__(self) -> None:
         problems = Problems()
         problems += _bad("--scheduler", self.schedulers, lambda v: bool(v) and ":" not in v, "a name such as ddim")
-        problems += _bad("--num-inference-steps", self.num_inference_steps, _is_count, "at least 1")
-        problems += _bad("--guidance-scale", self.guidance_scales, _is_scale, "a finite number, 0 or more")
-        expected = f"at least 1, or {NONE}"
+        problems += _bad("--num-inference-steps", self.num_inference_steps, _is_count, f"from 1 to {MAX_STEPS}")
+        problems += _bad("--guidance-scale", self.guidance_scales, _is_scale, f"a number from 0 to {MAX_SCALE}")
+        expected = f"from 1 to {MAX_STEPS}, or {NONE}"
         problems += _bad("--noise-steps", self.noise_steps, lambda v: v is None or _is_count(v), expected)
         problems += _bad("--checkpoint", self.checkpoints, lambda v: v != "", "best, last, ema or a step")
         if self.num_inference_steps:
             problems += _too_noisy(self.num_inference_steps, self.noise_steps or ())
+        count = math.prod(len(values) for values in self._lists)
+        problems += [f"the grid has {count:,} points, expected at most {MAX_POINTS:,}"] if count > MAX_POINTS else []
         problems.check()
+
+    @property
+    def _lists(self) -> list[Sequence[Any]]:
+        lists = (self.schedulers, self.num_inference_steps, self.guidance_scales, self.noise_steps, self.checkpoints)
+        return [values for values in lists if values]
 
     @property
     def plain(self) -> Grid:
@@ -214,14 +226,18 @@ def parse_list(
     option: str, text: str, convert: Callable[[str], Value], expected: str, problems: Problems
 ) -> tuple[Value, ...]:
     """`5,10,20` -> values; for each word that `convert` refuses with ValueError, an item in `problems` instead."""
-    values = []
-    for word in (word.strip() for word in text.split(",")):
+    values: list[Value] = []
+    words = [word.strip() for word in text.split(",")]
+    if len(words) > MAX_VALUES:
+        problems.append(f"{option}: found {len(words):,} values, expected at most {MAX_VALUES:,}")
+        return ()
+    for word in words:
         try:
             if not word:
                 raise ValueError
             values.append(convert(word))
         except ValueError:
-            problems.append(f"{option}: found {word!r}, expected {expected}")
+            problems.append(f"{option}: found {brief(word)}, expected {expected}")
     return tuple(values)
 
 
@@ -237,11 +253,11 @@ def _noise(word: str) -> int | None:
 
 
 def _is_count(value: Any) -> TypeGuard[int]:
-    return isinstance(value, int) and value >= 1
+    return isinstance(value, int) and 1 <= value <= MAX_STEPS
 
 
 def _is_scale(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value) and value >= 0
+    return isinstance(value, int | float) and 0 <= value <= MAX_SCALE
 
 
 def _bad(option: str, values: Sequence[Any] | None, good: Callable[[Any], bool], expected: str) -> list[str]:

@@ -137,7 +137,7 @@ FILES = [
     ("p.toml", PRESET + "[extra]\na = 1\n", "unknown field 'extra'"),
     ("p.toml", PRESET + "[text_encoder]\npath = 'clip'\n", "not both"),
     ("p.toml", PRESET + "[evaluator]\n", "evaluator: path, config"),
-    ("p.toml", PRESET + "[vae]\npath = 'data'\n", "vae.path"),
+    ("p.toml", PRESET + "[vae]\npath = 'data'\n", "data: holds no weights"),
     ("p.toml", PRESET.replace("[scheduler]", "[schedulers]"), "did you mean 'scheduler'?"),
     ("p.toml", "a = " + "[" * 5000, "nested too deeply"),
     ("p.toml", "a = " + "[" * 50 + "]" * 50, "nested too deeply"),

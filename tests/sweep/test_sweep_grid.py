@@ -43,9 +43,9 @@ def test_none_among_the_noise_steps_is_a_full_start():
     ("options", "expected"),
     [
         ({"scheduler": "ddim,"}, ["--scheduler: found '', expected names such as ddim,dpmpp-2m"]),
-        ({"num_inference_steps": "5,0"}, ["--num-inference-steps: found 0, expected at least 1"]),
+        ({"num_inference_steps": "5,0"}, ["--num-inference-steps: found 0, expected from 1 to 10000"]),
         ({"num_inference_steps": "5,5"}, ["--num-inference-steps: 5 is given twice"]),
-        ({"guidance_scale": "inf"}, ["--guidance-scale: found inf, expected a finite number, 0 or more"]),
+        ({"guidance_scale": "inf"}, ["--guidance-scale: found inf, expected a number from 0 to 1000"]),
         ({"noise_steps": "3,some"}, ["--noise-steps: found 'some', expected integers such as 20,30, or none"]),
         ({"checkpoint": "best,best"}, ["--checkpoint: 'best' is given twice"]),
         (
@@ -95,7 +95,7 @@ POINTS = st.builds(
     Point,
     st.sampled_from(["ddim", "ddim-karras", "DDIMScheduler"]),
     st.integers(1, 2000),
-    st.floats(0, 1e6),
+    st.floats(0, 1000),
     st.none() | st.integers(1, 2000),
     st.none(),
     st.none() | st.sampled_from(["best@1", "last@1", "ema@11"]),

@@ -13,6 +13,7 @@ from typing import Any
 
 SECONDS = 20  # after which a command counts as hanging
 LONGEST = 300  # characters of a refusal
+SCRIPT = Path(__file__).with_name("fork_server.py")
 REMOVE = object()  # instead of a value: the field is left out
 
 
@@ -46,16 +47,15 @@ class Outcome:
 class ForkServer:
     """A process that runs commands in forks of itself, see fork_server.py."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, script: Path = SCRIPT) -> None:
         self.folder = folder
-        script = Path(__file__).with_name("fork_server.py")
         self._process = subprocess.Popen(
             [sys.executable, str(script)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=open(folder / "server.stderr", "w"),  # noqa: SIM115  # its own, for the life of the server
             text=True,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join([str(script.parents[2]), *sys.path])},
+            env=os.environ | {"PYTHONPATH": os.pathsep.join([str(SCRIPT.parents[2]), str(SCRIPT.parent), *sys.path])},
         )
         assert self._process.stdout is not None
         assert self._process.stdout.readline() == "ready\n", (folder / "server.stderr").read_text()

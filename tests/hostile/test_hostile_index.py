@@ -7,7 +7,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -408,3 +409,42 @@ def test_an_honest_index_is_used(made, fork_server, tmp_path):
         outcome = fork_server.run(command, folder, {"FASTGEN_CACHE": str(tmp_path / "cache")}, 60)
         assert outcome.code == 0, (command, outcome)
     assert json.loads((folder / "copies.json").read_text())["folders"]["images"]["images"] == 2
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
+    """A file system of 16 KiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", disk], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"no tmpfs can be mounted here: {done.stderr.strip()}")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+FULL = {
+    "index": [*BUILD[:-1], "../disk/new"],
+    "score": [*SCORE[:-1], "../disk/score.json"],
+    "compare": [*COMPARE[:-1], "../disk/x.png"],
+    "copies": [*COPIES[:-1], "../disk/copies.json"],
+}
+
+
+@pytest.mark.parametrize("command", FULL.values(), ids=FULL.keys())
+def test_a_full_disk_is_one_line_and_the_command_continues_when_there_is_room(
+    command, made, fork_server, small_disk, tmp_path
+):
+    folder = shutil.copytree(made, tmp_path / "workspace")
+    environment = {"FASTGEN_CACHE": str(tmp_path / "cache")}
+    (small_disk / "theirs").write_bytes(bytes(16 * 2**10))
+    outcome = fork_server.run(command, folder, environment, 60)
+    lines = [line for line in outcome.stderr.splitlines() if not line.startswith("warning: ")]
+    assert (outcome.code, len(lines)) == (1, 1), outcome
+    assert "No space left on device" in lines[0]
+    assert lines[0].startswith("fastgen: error: ../disk/")
+    assert [path.name for path in small_disk.iterdir()] == ["theirs"]
+    subprocess.run(["mount", "-o", "remount,size=8m", small_disk], check=True)
+    outcome = fork_server.run(command, folder, environment, 60)
+    assert outcome.code == 0, outcome
+    assert len(list(small_disk.iterdir())) >= 2

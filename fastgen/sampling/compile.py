@@ -8,6 +8,7 @@ vectors, which took no part in the fit, confirms them. No sampler is written by 
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -122,7 +123,9 @@ def _labelled(scheduler: Any, name: str | None, steps: int) -> Iterator[None]:
     class_name = type(scheduler).__name__
     label = f"solver {class_name if name in (None, class_name) else f'{name} ({class_name})'} at {steps} steps"
     try:
-        yield
+        with np.errstate(all="ignore"), warnings.catch_warnings():  # what comes of it is checked
+            warnings.simplefilter("ignore")
+            yield
     except InputError as error:
         raise InputError(f"{label}: {error}") from error
     except Exception as error:  # a scheduler's own refusal: of any type, depending on its class and version

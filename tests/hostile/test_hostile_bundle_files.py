@@ -284,6 +284,51 @@ def test_tokenizers_are_refused(attack, refused, text_bundle):
     refused(attack, bundle=text_bundle)
 
 
+COMPILED = [*LABELS, "--scheduler", "euler", "--num-inference-steps", "7"]  # a table that is not stored
+SCHEDULES: list[tuple[str, Any]] = [
+    ("_class_name", 3),
+    ("_class_name", "NoSuchScheduler"),
+    ("_class_name", None),
+    ("_class_name", "os.system"),
+    ("_class_name", "DDPMScheduler; import os"),
+    *(("num_train_timesteps", value) for value in (0, -5, "1000", None, 1.5, 10**9, 10**30, [1000], True)),
+    ("beta_schedule", "nonsense"),
+    ("beta_schedule", 3),
+    ("beta_schedule", ["linear"]),
+    ("beta_start", "0.1"),
+    ("beta_start", -1),
+    ("beta_end", 1e300),
+    ("beta_end", []),
+    ("trained_betas", "many"),
+    ("trained_betas", [0.1]),
+    ("trained_betas", ["a"] * 1000),
+    ("trained_betas", [2.0] * 1000),
+    ("prediction_type", "noise"),
+    ("prediction_type", 5),
+    ("timestep_spacing", "random"),
+    ("timestep_spacing", 3),
+    ("steps_offset", "1"),
+    ("steps_offset", 10**12),
+    ("rescale_betas_zero_snr", "yes"),
+    ("clip_sample_range", "1"),
+    ("thresholding", "x"),
+]
+
+
+def schedule(name: str, value: Any) -> Edit:
+    def edit(workspace: Path) -> None:
+        content = json.loads((workspace / RECORD).read_text())
+        content["scheduler_config"][name] = value
+        (workspace / RECORD).write_text(json.dumps(content))
+
+    return then(edit, reseal)
+
+
+@pytest.mark.parametrize(("name", "value"), SCHEDULES, ids=lambda value: str(value)[:20])
+def test_noise_schedules_are_refused_where_a_solver_is_compiled(name, value, refused, label_bundle):
+    refused(Attack(f"{name}={value!r:.30}", COMPILED, "", schedule(name, value)), bundle=label_bundle)
+
+
 def _version_1(workspace: Path) -> None:
     """bundle.json as fastgen wrote it when it knew two families of models, without a digest."""
     value = json.loads((workspace / RECORD).read_text())

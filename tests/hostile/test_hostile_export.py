@@ -282,9 +282,43 @@ def test_a_job_of_an_older_version_or_of_the_bundle_before_files_were_added_is_c
     assert "holds another job: bundle_sha256 is" in outcome.stderr
 
 
+PLAN = f"trt-rtx/{'0' * 64}"
+
+
+def plan(record: bytes, folder: str = PLAN) -> Edit:
+    """Add a compiled network with this record to the bundle, under right hashes."""
+    entry = {"bytes": 0, "sha256": "0" * 64}
+    listed = [set_path(f"files.{folder}/{name}", entry) for name in ("artifact~json", "engine~plan")]
+    files = [make(f"bundle/{folder}/engine.plan", b"plan"), write(f"{folder}/artifact.json", record)]
+    return forged(*listed, *files)
+
+
+def record(**changes: Any) -> bytes:
+    fields = {"network": "unet", "batch": 8, "dtype": "fp16"}
+    value = {
+        "format": 1,
+        "engine": "trt-rtx",
+        "fields": fields,
+        "build_seconds": 1.0,
+        "built": "2026-01-01T00:00:00+00:00",
+    }
+    value["files"] = {"engine.plan": {"bytes": 4, "sha256": "0" * 64}}
+    return json.dumps(value | changes).encode()
+
+
 @pytest.mark.parametrize(
     ("edit", "word"),
     [
+        (plan(b""), "artifact.json"),
+        (plan(b"[]"), "artifact.json"),
+        (plan(b"{}"), "artifact.json"),
+        (plan(record(engine="trt")), "made for other fields"),
+        (plan(record()), "made for other fields"),
+        (plan(record(fields={"batch": "8"})), "batch"),
+        (plan(record(files={"../../bundle.json": {"bytes": 1, "sha256": "0" * 64}})), "files"),
+        (plan(record(files=3)), "files"),
+        (plan(record(built=3)), "built"),
+        (plan(record(), "trt-rtx/address"), "made for other fields"),
         (set_path("sampling.guidance_scale", 9.0), "changed after the export"),
         (write("vae_decoder.txt", b""), ""),
         (write(DISTANCES, b"{}"), "truncated or replaced"),

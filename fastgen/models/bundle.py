@@ -19,7 +19,7 @@ from fastgen.files.jsonfiles import brief
 from fastgen.models.bundle_record import AGAIN, read_contents, spec_of
 from fastgen.models.onnx_graph import read_graph
 from fastgen.models.spec import Spec
-from fastgen.models.tokenizer import Tokenizer
+from fastgen.models.tokenizer import BACKEND, CONFIGS, Tokenizer
 
 if TYPE_CHECKING:
     from fastgen.sampling.tables import SolverTable, TableStore
@@ -28,8 +28,6 @@ MANIFEST = "bundle.json"
 TABLES = "scheduler/tables.npz"
 REFERENCE = "reference.safetensors"
 LOWERED = ("fp16", "bf16")  # precisions that a bundle may hold graphs in, besides fp32
-TOKENIZER = "tokenizer.json"  # in a tokenizer's folder
-SPECIAL_TOKENS = ("special_tokens_map.json", "tokenizer_config.json")  # beside it, where they are there
 CERTIFICATES = "certificates"  # beside the hashed files: added to a bundle after it was written
 COMPILED = "trt-rtx"  # name of the engine whose plans a bundle may hold, and of their folder: trt-rtx/<address>/
 
@@ -105,8 +103,8 @@ class Bundle:
         tokenizers = []
         for i, ids in enumerate(self.spec.signatures["text_encoder"].inputs):
             folder = f"tokenizer_{i + 1}" if i else "tokenizer"
-            self.file(f"{folder}/{TOKENIZER}")
-            for name in SPECIAL_TOKENS:
+            self.file(f"{folder}/{BACKEND}")
+            for name in CONFIGS:
                 if os.path.lexists(self.folder / folder / name):
                     self.file(f"{folder}/{name}")
             tokenizers.append(Tokenizer.from_folder(self.folder / folder, ids.with_batch(1)[1], ids.high))

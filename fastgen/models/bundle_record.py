@@ -20,6 +20,7 @@ from fastgen.models.condition import Condition, Text
 from fastgen.models.signatures import Signature, TensorSpec
 from fastgen.models.space import Space
 from fastgen.models.spec import Spec
+from fastgen.sampling.config import check_schedule
 from fastgen.sampling.defaults import Sampling
 
 FORMAT_VERSION = 2
@@ -136,7 +137,7 @@ def spec_of(contents: Contents, digest: str, path: Path) -> Spec:
             condition=condition,
             space=space,
             sampling=contents.sampling,
-            scheduler_config=infinity_from_text(contents.scheduler_config),
+            scheduler_config=check_schedule(infinity_from_text(contents.scheduler_config), "scheduler_config"),
             sha256=contents.source_sha256,
             checkpoint=contents.checkpoint,
             image_mode=contents.image_mode,

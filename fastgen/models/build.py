@@ -12,6 +12,8 @@ import torch
 from torch import nn
 
 from fastgen.errors import InputError, first_line, unknown
+from fastgen.files.records import to_record
+from fastgen.models.configs import DIFFUSERS, DiffusersConfig
 from fastgen.models.loaders import WHOLE_CLIP, pretrained, pretrained_tokenizer
 from fastgen.presets import NetworkPreset
 
@@ -26,6 +28,9 @@ def build_module(cls: Any, config: Mapping[str, Any], name: str, seed: int) -> A
     Raises InputError, which names `{name}.config`, for an argument that `cls` does not have, and for values that it refuses.
     """
     _check_keys(config, [p for p in inspect.signature(cls.__init__).parameters if p != "self"], name)
+    to_record(
+        {key: value for key, value in config.items() if key in DIFFUSERS}, DiffusersConfig, field=f"{name}.config"
+    )
     try:
         with torch.device("meta"):
             weights = sum(parameter.numel() for parameter in cls(**config).parameters())
@@ -113,7 +118,10 @@ def _frozen(cls: Any, network: NetworkPreset, name: str, local_files_only: bool)
     subfolder = _subfolder(network, name)
     options: dict[str, Any] = {"local_files_only": local_files_only} | ({"subfolder": subfolder} if subfolder else {})
     where = f"{name}.path = {network.path!r}"
-    module = pretrained(cls, str(network.path), where, lambda key: key.startswith(WHOLE_CLIP), **options)
+    try:
+        module = pretrained(cls, str(network.path), where, lambda key: key.startswith(WHOLE_CLIP), **options)
+    except InputError as error:  # of one of the folder's files, or of the folder
+        raise InputError(f"{where}: {str(error).removeprefix(f'{where}: ')}") from None
     return module.requires_grad_(False)
 
 

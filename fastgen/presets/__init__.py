@@ -12,9 +12,10 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta, field
 
 from fastgen.errors import InputError, unknown
-from fastgen.files.records import MAX_WIDTH, Extent, Name, Record, Steps, Width, to_record
+from fastgen.files.records import MAX_WIDTH, Extent, Name, Record, Width, to_record
 from fastgen.files.tomlfiles import check_values, parse_toml, read_toml
 from fastgen.presets.recipe import Training, check
+from fastgen.sampling.config import NoiseSchedule
 from fastgen.sampling.defaults import Sampling
 
 OPTIONAL = ("loss", "loss_from_epoch", "preview", "sampling", "config")  # tables that a preset may leave out
@@ -42,12 +43,6 @@ class EvaluatorTable(Record, frozen=True):
     """`width`: channels of the evaluator's first layer."""
 
     width: Annotated[int, Meta(ge=1, le=256)] = 64
-
-
-class ScheduleTable(Record, frozen=True, forbid_unknown_fields=False):
-    """What all schedulers of diffusers share; the class checks the rest."""
-
-    num_train_timesteps: Steps = 1000
 
 
 class NetworkPreset(Record, frozen=True):
@@ -97,7 +92,7 @@ class Preset(Record, frozen=True):
             part: NetworkPreset | None = getattr(self, name)
             if part is not None and part.path is None:
                 check(part.train is not None, f"{name}.train", None, "a table: the network is trained here")
-        to_record(self.scheduler, ScheduleTable, field="scheduler")
+        to_record(self.scheduler, NoiseSchedule, field="scheduler")
         if self.conditioner is not None:
             to_record(self.conditioner, ConditionerTable, field="conditioner")
         if self.evaluator is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import click
@@ -38,8 +39,11 @@ class Commands(click.Group):
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="fastgen")
-def cli() -> None:
+@click.option("--verbose", is_flag=True, help="Show what other libraries log and warn of (also FASTGEN_VERBOSE=1).")
+def cli(verbose: bool) -> None:
     """Train a conditional diffusion model, export it, and generate with it fast, with proof of parity."""
+    if verbose:
+        os.environ["FASTGEN_VERBOSE"] = "1"
 
 
 for command in (data, train, export, generate, score, sweep, compare, index, copies, import_, pack, doctor, engines):

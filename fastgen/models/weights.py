@@ -90,6 +90,8 @@ def _mismatches(expected: Mapping[str, Tensor], state: Mapping[str, Any]) -> lis
             wrong.append(f"{key} is a {type(value).__name__}, expected a tensor")
         elif value.shape != tensor.shape:
             wrong.append(f"{key} is {tuple(value.shape)}, expected {tuple(tensor.shape)}")
+        elif tensor.is_floating_point() and not value.is_floating_point():
+            wrong.append(f"{key} has dtype {str(value.dtype).removeprefix('torch.')}, expected {str(tensor.dtype)[6:]}")
         elif not torch.isfinite(value).all():
             wrong.append(f"{key} holds NaN or infinity")
     return wrong + [f"{key} is unexpected" for key in state if key not in expected]

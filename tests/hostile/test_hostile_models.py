@@ -376,3 +376,18 @@ def make_dit(folder: Path) -> None:
 @attacks("class", CLASS, [*DIT, *UNFIT_CLASSES])
 def test_a_class_model_that_lies_is_refused(attack, refused, class_model):
     refused(attack, model=class_model)
+
+
+def test_every_option_of_a_network_has_a_type_and_bounds():
+    import inspect
+
+    import diffusers
+
+    from fastgen.models.configs import DIFFUSERS
+    from fastgen.models.layout import AUTOENCODERS, DENOISERS
+    from fastgen.models.networks.labels import denoiser_class
+
+    classes = [*map(denoiser_class, DENOISERS), *(getattr(diffusers, name) for name in AUTOENCODERS)]
+    options = {key for cls in classes for key in inspect.signature(cls.__init__).parameters} - {"self"}
+    assert options <= DIFFUSERS.keys()
+    assert DIFFUSERS.keys() - options == {"_diffusers_version"}

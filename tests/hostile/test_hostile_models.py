@@ -24,10 +24,12 @@ NOT_LIST = ("8", 8, {}, [], [0], [-4, 8], ["8", "8"], [HUGE, HUGE], [8] * 2000, 
 NOT_BOOL = ("yes", 2, [], {})
 
 
-def rows(file: str, fields: Mapping[str, Iterable[Any]]) -> list[tuple[str, str, Any, str]]:
-    """A row for each value of each field, whose refusal must name the last part of the field."""
+def rows(file: str, fields: Mapping[str, Sequence[Any]], most: int = 3) -> list[tuple[str, str, Any, str]]:
+    """A row for values of each field, whose refusal must name its first part; of many values `most`, other ones for each."""
     return [
-        (f"model/{file}", field, value, field.split(".")[0]) for field, values in fields.items() for value in values
+        (f"model/{file}", field, values[(i * most + k) % len(values)], field.split(".")[0])
+        for i, (field, values) in enumerate(fields.items())
+        for k in range(min(most, len(values)))
     ]
 
 

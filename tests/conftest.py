@@ -51,9 +51,14 @@ PathFinder.find_spec = lambda name, *a, **k: None if name.partition(".")[0] in b
 
 
 def pytest_collection_modifyitems(items):
-    """The longest files first, for a scheduler that gives files out in this order."""
+    """The longest files first, for a scheduler that gives files out in this order. Of the attacks in tests/hostile, which are
+    thousands, every fourth row is run by bin/test, and all are by .ci/run."""
     places = {name: i for i, name in enumerate(LONG_FILES)}
     items.sort(key=lambda item: places.get(item.path.name, len(places)))
+    attacks = [item for item in items if hasattr(item, "callspec") and "fork_server" in item.fixturenames]
+    for i, item in enumerate(attacks):
+        if i % 4:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -383,3 +388,29 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore::DeprecationWarning:diffusers")
+
+
+@pytest.fixture(scope="session")
+def fork_server(tmp_path_factory):
+    """Runs commands in forks of one process, see hostile/fork_server.py."""
+    from attacks import ForkServer
+
+    server = ForkServer(tmp_path_factory.mktemp("fork_server"))
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def refused(fork_server, tmp_path) -> Callable[..., None]:
+    """(attack, name=folder, ...) -> copies the folders into a workspace under these names, and checks the attack there."""
+    from attacks import check
+
+    def run(attack: Any, **folders: Path) -> None:
+        workspace = tmp_path / "workspace"
+        workspace.mkdir()
+        for name, folder in folders.items():
+            copy = shutil.copytree if folder.is_dir() else shutil.copy2
+            copy(folder, workspace / name)
+        check(attack, workspace, fork_server, tmp_path / "cache")
+
+    return run

@@ -14,7 +14,16 @@ from typing import Any
 SECONDS = 20  # after which a command counts as hanging
 LONGEST = 300  # characters of a refusal
 SCRIPT = Path(__file__).with_name("fork_server.py")
-REMOVE = object()  # instead of a value: the field is left out
+
+
+class _Remove:
+    """Instead of a value: the field is left out."""
+
+    def __repr__(self) -> str:
+        return "REMOVE"
+
+
+REMOVE = _Remove()
 
 
 @dataclass(frozen=True)
@@ -151,3 +160,8 @@ def text_attacks(prefix: str, argv: Sequence[str], rows: Iterable[tuple[str, str
     return [
         Attack(f"{prefix}:{file}:{content[:40]!r}", argv, word, write(file, content)) for file, content, word in rows
     ]
+
+
+def shown(length: int) -> Callable[[object], str | None]:
+    """For pytest's `ids`: the last characters of a value; nothing of a function, whose address differs between processes."""
+    return lambda value: None if callable(value) else str(value)[-length:]

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from attacks import LONGEST, Attack, snapshot
+from attacks import LONGEST, Attack, shown, snapshot
 from bundle_edits import RECORD, Edit, forged, link, set_path, then, write
 
 from fastgen.generate.job_record import BUNDLE
@@ -112,7 +112,7 @@ OPTIONS: list[tuple[list[str], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("argv", "edit", "word"), OUTPUTS, ids=lambda value: str(value)[-40:])
+@pytest.mark.parametrize(("argv", "edit", "word"), OUTPUTS, ids=shown(40))
 def test_an_output_that_is_somebody_elses_is_left_alone(argv, edit, word, refused, label_model):
     refused(Attack(" ".join(argv)[:60], argv, word, edit), model=label_model)
 
@@ -326,7 +326,7 @@ def record(**changes: Any) -> bytes:
         (forged(write("unet/model.ort.onnx", b"{}")), "ONNX graph"),
         (write("certificates/ort-fp32-cpu.json", b"{}"), ""),
     ],
-    ids=str,
+    ids=shown(40),
 )
 def test_doctor_verifies_every_file_of_a_bundle(edit, word, fork_server, label_bundle, tmp_path):
     shutil.copytree(label_bundle, tmp_path / "bundle")

@@ -21,7 +21,8 @@ from fastgen.data.images import Mode, Remarks, load_images
 from fastgen.errors import FastgenError
 from fastgen.files.cachedir import cache_folder, check_private
 from fastgen.files.folders import new_folder
-from fastgen.files.jsonfiles import read_json, write_json
+from fastgen.files.jsonfiles import write_json
+from fastgen.files.records import read_record
 
 FOLDER = "training"
 LAYOUT = 1  # version of the entries' content
@@ -39,7 +40,9 @@ def cached_pixels(dataset: Dataset, size: int, mode: Mode, skip_bad: bool) -> Pi
     """The dataset's images, decoded on the first call. Raises as `load_images` does, in which case nothing is cached."""
     fields = {"data": dataset.fingerprint, "size": size, "mode": mode, "skip_bad": skip_bad}
     folder = cached("pixels", fields, lambda into: _write_pixels(into, dataset, size, mode, skip_bad))
-    return Pixels(read_array(folder, "images"), read_array(folder, "kept"), tuple(read_json(folder / "notes.json")))
+    return Pixels(
+        read_array(folder, "images"), read_array(folder, "kept"), read_record(folder / "notes.json", tuple[str, ...])
+    )
 
 
 def cached(kind: str, fields: Mapping[str, Any], fill: Callable[[Path], None], below: str = FOLDER) -> Path:
@@ -69,7 +72,7 @@ def read_array(folder: Path, name: str) -> np.ndarray:
     """A read-only memory map. Raises FastgenError when the file is damaged."""
     try:
         return np.load(folder / f"{name}.npy", mmap_mode="r")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, SyntaxError) as error:  # the last two: of a header that is no Python
         raise FastgenError(f"{folder / name}.npy: damaged cache entry ({error}); delete {folder} and repeat") from None
 
 

@@ -11,8 +11,9 @@ from typing import Any
 
 from fastgen.errors import InputError, first_line
 from fastgen.files.installing import hint
-from fastgen.files.jsonfiles import MAX_DATA_BYTES, brief, located, read_jsonl, read_text
+from fastgen.files.jsonfiles import MAX_DATA_BYTES, brief, located, read_bytes, read_jsonl, read_text
 
+MAX_ROWS, MAX_UNPACKED = 10_000_000, 2**32  # of a Parquet file: rows, and bytes
 Row = tuple[str, Any]  # where it stands, "line 3"; and the row, a dict where the file is well-formed
 
 
@@ -85,10 +86,16 @@ def _read_parquet(path: Path) -> list[Row]:
         from pyarrow import ArrowException, parquet
     except ModuleNotFoundError:
         raise InputError(f"{path}: needs pyarrow, not installed here: {hint('parquet')}") from None
+    # Not by its path: in a folder such as split=train/, pyarrow would add the folder's name as a column.
+    data = io.BytesIO(read_bytes(path, "a Parquet file", MAX_DATA_BYTES))
     try:
-        # Not by its path: in a folder such as split=train/, pyarrow would add the folder's name as a column.
-        with open(path, "rb") as file:
-            rows = parquet.read_table(file).to_pylist()
+        file = parquet.ParquetFile(data)
+        groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
+        size, count = sum(group.total_byte_size for group in groups), file.metadata.num_rows
+        if size > MAX_UNPACKED or count > MAX_ROWS:
+            found = f"holds {count:,} rows, {size / 2**20:,.0f} MiB unpacked"
+            raise InputError(f"{path}: {found}, expected at most {MAX_ROWS:,} and {MAX_UNPACKED // 2**20:,} MiB")
+        rows = file.read().to_pylist()
     except (OSError, ValueError, ArrowException) as error:
         raise InputError(f"{path}: cannot be read as Parquet: {first_line(error)}") from None
     return [(f"row {number}", row) for number, row in enumerate(rows, start=1)]

@@ -8,6 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
+def verbose() -> bool:
+    """Whether the user wants to see what the libraries say: `fastgen --verbose`, or FASTGEN_VERBOSE=1."""
+    return os.environ.get("FASTGEN_VERBOSE", "") not in ("", "0")
+
+
 @contextmanager
 def no_panics() -> Iterator[None]:
     """Keep off stderr what a library written in Rust prints of a panic, beside Python's own stderr. For one quick call."""

@@ -108,7 +108,8 @@ def _problem(value: Any, kind: Any, message: str, field: str) -> str:
     if (match := _MISSING.search(message)) is not None:
         return f"{where}.{match[1]} is missing" if where else f"{match[1]} is missing"
     if message.startswith("Expected ") and "`key`" in message:
-        return f"{here}a key is no text"
+        keys = _alternative(expected, inspect.DictType).key_type
+        return f"{here}found a key that is refused, expected {_words(keys)}"
     if not message.startswith(("Expected ", "Invalid ")):
         return f"{here}{message.partition(' - at `$')[0]}"  # of a record's __post_init__
     hint = ""

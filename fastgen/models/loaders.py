@@ -4,7 +4,6 @@ people's code and without a word on stderr; whatever a library raises becomes on
 from __future__ import annotations
 
 import logging
-import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -17,7 +16,7 @@ from torch import nn
 
 from fastgen.errors import FastgenError, InputError, first_line
 from fastgen.files.jsonfiles import brief
-from fastgen.files.quiet import no_panics
+from fastgen.files.quiet import no_panics, verbose
 from fastgen.files.records import named_value
 from fastgen.models.configs import check_config, read_config
 from fastgen.models.tensor_files import TensorInfo, read_headers
@@ -30,11 +29,6 @@ TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "spiece.model")
 WHOLE_CLIP = ("vision_model.", "visual_projection.", "text_projection.", "logit_scale")
 FLOATS = ("F64", "F32", "F16", "BF16")
 RATIO = 1.01  # of a network's weights to those in its files, where some are stored once and used twice
-
-
-def verbose() -> bool:
-    """Whether the user wants to see what the libraries say: `fastgen --verbose`, or FASTGEN_VERBOSE=1."""
-    return os.environ.get("FASTGEN_VERBOSE", "") not in ("", "0")
 
 
 @contextmanager

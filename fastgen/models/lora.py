@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from fastgen.errors import InputError, first_line
 from fastgen.files.hashes import sha256_file
+from fastgen.files.jsonfiles import brief, parse_json
+from fastgen.files.records import Factor, Name, to_record
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -38,6 +39,13 @@ OTHERS = {
 }
 KOHYA = {"lora_unet_": 0, "lora_te_": 1, "lora_te1_": 1, "lora_te2_": 2}
 PLAIN = {"unet.": 0, "transformer.": 0, "diffusion_model.": 0, "text_encoder.": 1, "text_encoder_2.": 2}
+# Key of PEFT's settings -> its type.
+SETTINGS: Mapping[str, Any] = {
+    "lora_alpha": Factor | None,
+    "alpha_pattern": dict[Name, Factor] | None,
+    "use_rslora": bool | None,
+    "use_dora": bool | None,
+}
 METADATA = "lora_adapter_metadata"  # where diffusers writes rank and alpha
 
 
@@ -187,17 +195,29 @@ class _Alphas:
         return next((self._settings[p + key] for p in prefixes if p + key in self._settings), None)
 
 
+def _check_pattern(pattern: str, place: str) -> None:
+    """InputError for what is no regular expression, or one whose search may take forever: repeated groups, many repetitions."""
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise InputError(f"{place}: found {brief(pattern)}, expected a regular expression: {error}") from None
+    if len(pattern) > 500 or re.search(r"\)[*+{]", pattern) or len(re.findall(r"[*+{]", pattern)) > 4:
+        raise InputError(f"{place}: found {brief(pattern)}, expected at most 4 repetitions, and none of a group")
+
+
 def _alphas(file: Path) -> _Alphas:
     from safetensors import safe_open
 
     with safe_open(file, "pt") as opened:
         text = (opened.metadata() or {}).get(METADATA, "{}")
-    try:
-        settings = json.loads(text)
-    except ValueError:
-        settings = None
-    if not isinstance(settings, dict):
-        raise InputError(f"{file}: its metadata {METADATA} is no JSON object")
+    place = f"{file}: metadata {METADATA}"
+    settings = to_record(parse_json(text.encode(), place), dict[Name, Any], place)
+    for key, value in settings.items():
+        if (kind := SETTINGS.get(key.rpartition(".")[2])) is not None:
+            to_record(value, kind, place, key)
+        if key.endswith("alpha_pattern"):
+            for pattern in value or {}:
+                _check_pattern(pattern, f"{place}: {key}")
     if any(value and key.endswith("use_dora") for key, value in settings.items()):
         raise InputError(f"{file}: is of the kind DoRA; fastgen fuses LoRA")
     return _Alphas(settings)

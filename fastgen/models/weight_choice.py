@@ -5,14 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from msgspec import Meta
 
 from fastgen.errors import InputError
-from fastgen.files.jsonfiles import read_json
+from fastgen.files.jsonfiles import located
 from fastgen.files.names import check_relative
+from fastgen.files.records import Name, Record, read_record
 
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 VARIANTS = (None, "fp16", "bf16", "fp32")  # of those that exist the first one; None: the plain name
+
+
+class ShardIndex(Record, frozen=True, forbid_unknown_fields=False):
+    """The index of weights in several files: name of a weight -> its file. `metadata`: diffusers reads no index without it."""
+
+    metadata: dict[str, Any]
+    weight_map: Annotated[dict[Name, Name], Meta(min_length=1, max_length=1_000_000)]
 
 
 @dataclass(frozen=True)
@@ -45,15 +55,15 @@ def _candidates(folder: Path, ending: str) -> Iterator[tuple[str | None, tuple[P
                 yield variant, (file,)
             for index in (f"{stem}{ending}.index{f'.{variant}' if variant else ''}.json", f"{name}{ending}.index.json"):
                 if (file := folder / index).is_file():
-                    yield variant, _shards(file)
+                    yield variant, shard_files(file)
 
 
-def _shards(index: Path) -> tuple[Path, ...]:
-    value = read_json(index)
-    places = value.get("weight_map") if isinstance(value, dict) else None
-    if not isinstance(places, dict) or not places:
-        raise InputError(f"{index}: expected an object with weight_map")
-    files = [index.parent / check_relative(name, "weight_map") for name in sorted(set(places.values()))]
+def shard_files(index: Path) -> tuple[Path, ...]:
+    """The files that an index of weights names, sorted. Raises InputError for a malformed index, for names that leave its
+    folder, and for files that are not there."""
+    places = read_record(index, ShardIndex).weight_map
+    with located(index):
+        files = [index.parent / check_relative(name, "weight_map") for name in sorted(set(places.values()))]
     for file in files:
         if not file.is_file():
             raise InputError(f"{file}: no such file, {index.name} names it")

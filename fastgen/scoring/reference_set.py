@@ -16,8 +16,9 @@ from fastgen.data.images import open_image
 from fastgen.data.readers import FORMATS, read_dataset
 from fastgen.errors import InputError
 from fastgen.files.hashes import sha256_file, sha256_names
-from fastgen.files.jsonfiles import read_json, write_json
+from fastgen.files.jsonfiles import write_json
 from fastgen.files.names import CONTACT_SHEET
+from fastgen.files.records import Count, read_record
 from fastgen.scoring.networks import FeatureNetwork, extract
 
 CACHE = "scoring"
@@ -130,4 +131,4 @@ def _cached(
     fields = {"images": fingerprint, "weights": network.fingerprint, "preprocessing": network.preprocessing}
     folder = cached("features", fields, write, CACHE)
     features, total, products = (read_array(folder, name) for name in ("features", "total", "products"))
-    return Statistics(features, total, products, read_json(folder / "resized.json"))
+    return Statistics(features, total, products, read_record(folder / "resized.json", Count))

@@ -29,6 +29,7 @@ class Outer(Record):
     compile: bool | Literal["auto"] = False
     sha256: Sha256 = "a" * 64
     pairs: tuple[tuple[Name, Inner], ...] = ()
+    names: dict[Name, Count] | None = None
 
 
 INNER = {"steps": 1}
@@ -54,6 +55,7 @@ INNER = {"steps": 1}
         ({"named": {}, "sha256": "A" * 64}, "expected a SHA-256 in hexadecimal"),
         ({"named": {}, "pairs": [["x", INNER], ["", INNER]]}, "pairs[1][0]: found '', expected text of 1 to 1000"),
         ({"named": {}, "pairs": [["x"]]}, "pairs[0]: found ['x'], expected a list of 2"),
+        ({"named": {}, "names": {"": 1}}, "names: found a key that is refused, expected text of 1 to 1000 characters"),
         ({"named": {}, "spaces": 1}, "unknown field 'spaces'; did you mean 'space'?"),
     ],
 )

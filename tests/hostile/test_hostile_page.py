@@ -27,3 +27,8 @@ def test_the_page_has_the_number_of_attacks_in_each_file():
     rows = dict(re.findall(r"^\| .*\(`(test_hostile_\w+\.py)`\) \| (\d+) \|$", PAGE.read_text(), re.M))
     files = {name for name in counts if name not in ("test_hostile_page.py", "test_hostile_kills.py")}
     assert {name: int(count) for name, count in rows.items()} == {name: counts[name] for name in files}
+
+
+def test_the_page_has_their_sum():
+    rows = re.findall(r"^\| .*\(`test_hostile_\w+\.py`\) \| (\d+) \|$", PAGE.read_text(), re.M)
+    assert f"{sum(map(int, rows)):,} tests are of this kind" in PAGE.read_text()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from fastgen.engines import base, has_distribution
 from fastgen.errors import FastgenError, InputError, one_line
 from fastgen.files.installing import Install
+from fastgen.files.quiet import verbose
 from fastgen.models.bundle_record import AGAIN
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ def fused_name(graph: str) -> str:
     return graph.removesuffix(".onnx") + ".ort.onnx"
 
 
-FATAL = 4  # onnxruntime's level of messages that end the process
+WARNING, FATAL = 2, 4  # onnxruntime's levels of messages; what ends in an error is raised too
 FUSED = fused_name("model.onnx")
 
 
@@ -64,7 +65,7 @@ class OrtEngine(base.Engine):
         import onnxruntime as ort
 
         options = ort.SessionOptions()
-        options.log_severity_level = FATAL  # errors are raised
+        options.log_severity_level = WARNING if verbose() else FATAL
         if self._threads:
             options.intra_op_num_threads = self._threads
         return options

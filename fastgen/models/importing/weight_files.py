@@ -13,8 +13,8 @@ from torch import Tensor
 
 from fastgen.errors import InputError, unknown
 from fastgen.files.jsonfiles import read_json
-from fastgen.files.names import check_relative
 from fastgen.models.tensor_files import read_safetensors
+from fastgen.models.weight_choice import shard_files
 from fastgen.models.weights import PICKLES, unpickle
 
 WEIGHTS = "diffusion_pytorch_model"
@@ -87,8 +87,7 @@ def _weight_files(folder: Path) -> tuple[Path, ...]:
     for name in FOLDER_FILES:
         file = folder / name
         if file.is_file() and name.endswith(".json"):
-            shards = read_json(file).get("weight_map", {}).values()
-            return tuple(folder / check_relative(shard, "weight_map") for shard in sorted(set(shards)))
+            return shard_files(file)
         if file.is_file():
             return (file,)
     raise InputError(f"{folder}: holds no weights, expected one of {', '.join(FOLDER_FILES)}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterable
 
-LISTED = 130  # characters of the choices that an error lists
+LISTED = 90  # characters of the choices that an error lists
 
 Say = Callable[[str], None]  # what shows the user a line of progress or a note
 

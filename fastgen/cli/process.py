@@ -74,6 +74,9 @@ def run() -> None:
         except BaseException as error:
             if ctrl_c.pressed or isinstance(error, KeyboardInterrupt) or type(error).__name__ == "Abort":
                 _say(f"fastgen: interrupted after {time.perf_counter() - start:.0f} s; the same command continues")
+                exec(
+                    ""
+                )  # an interrupt inside exec() is noted, and Python would end by the signal; this clears the note
                 sys.exit(INTERRUPTED)
             _explain(error)
         lost = [f"{STREAMS[output.fileno()]}: {output.problem}" for output in outputs if output.problem]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from fastgen.engines.machine import gpus
+from fastgen.engines.trt.platform import driver_cuda
 from fastgen.errors import FastgenError, InputError
 from fastgen.files.hashes import sha256_json
 from fastgen.files.jsonfiles import brief, write_json
@@ -234,10 +235,12 @@ def run_on_devices(arguments: Sequence[str], devices: Sequence[str]) -> None:
 
 
 def _check_present(devices: Sequence[str]) -> None:
+    """InputError for a GPU that nvidia-smi does not list. Where it lists none, but a driver is there, as in some containers,
+    torch says what there is when the device is opened."""
     numbers = [int(name.partition(":")[2] or 0) for name in devices if name.startswith("cuda")]
     if numbers:
         cards, _ = gpus()
-        if max(numbers) >= len(cards):
+        if max(numbers) >= len(cards) and (cards or driver_cuda() is None):
             found = f"found cuda:{max(numbers)}, and nvidia-smi lists {len(cards) or 'no'} GPUs"
             raise InputError(f"--devices: {found}; `fastgen doctor` says why")
 

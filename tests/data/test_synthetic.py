@@ -382,7 +382,7 @@ def test_fingerprints_of_a_file_hold_out_like_the_label_sets_themselves(tmp_path
     (tmp_path / "held.txt").write_text("# none\n0123456789abcdef\n")
     with pytest.raises(InputError, match=r"held\.txt: line 2: '0123456789abcdef' is not the fingerprint of"):
         write_iclevr(tmp_path / "out", hold_out=[tmp_path / "held.txt"], progress=False)
-    with pytest.raises(InputError, match=r"cannot read .*none\.txt: No such file"):
+    with pytest.raises(InputError, match=r"none\.txt: no such file"):
         write_iclevr(tmp_path / "out", hold_out=[tmp_path / "none.txt"], progress=False)
     assert not (tmp_path / "out").exists()
 

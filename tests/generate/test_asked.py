@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fastgen.engines.machine import Gpu
 from fastgen.errors import InputError
 from fastgen.files.png import png_bytes, read_metadata
 from fastgen.generate.job_input import read_input
@@ -162,7 +164,7 @@ def test_prompts_work_with_a_bundle_and_a_long_one_is_a_warning(fastgen, text_bu
 )
 def test_what_needs_a_job_is_refused_for_a_single_file_and_works_in_a_folder(generate, option, monkeypatch):
     ran = []
-    monkeypatch.setattr("fastgen.generate.shards.subprocess.Popen", lambda line: ran.append(line) or Done())
+    monkeypatch.setattr("fastgen.generate.shards.subprocess.Popen", lambda line, **_: ran.append(line) or Done())
     line = refused(generate("--labels", "red cube", "--out", "x.png", *option))
     assert line == f"{option[0]} belongs to a folder of images, and x.png is a file; give --out FOLDER"
     assert generate("--labels", "red cube", "--labels", "gray cube", "--out", "folder", *option)[0] == 0
@@ -172,6 +174,8 @@ def test_what_needs_a_job_is_refused_for_a_single_file_and_works_in_a_folder(gen
 
 
 class Done:
+    stderr = io.BytesIO()
+
     def wait(self):
         return 0
 
@@ -179,8 +183,10 @@ class Done:
 def test_devices_hand_the_model_that_was_found_to_every_process(fastgen, label_model, tmp_path, monkeypatch):
     ran = []
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("fastgen.generate.shards.subprocess.Popen", lambda line: ran.append(line) or Done())
+    monkeypatch.setattr("fastgen.generate.shards.subprocess.Popen", lambda line, **_: ran.append(line) or Done())
     monkeypatch.setattr("fastgen.models.find.MODELS", label_model.parent)
+    cards = [Gpu("NVIDIA H200", 143771, "9.0")] * 2
+    monkeypatch.setattr("fastgen.generate.shards.gpus", lambda: (cards, None))
     assert fastgen("generate", "--labels", "red cube", "--count", 2, "--devices", "0,1")[0] == 0
     assert [words[words.index("--model") + 1] for words in ran] == [str(label_model)] * 2
 

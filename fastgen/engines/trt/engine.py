@@ -14,7 +14,7 @@ from fastgen.engines.trt.plan import BUILDER, open_context
 from fastgen.engines.trt.plan_engine import TrtEngine
 from fastgen.engines.trt.product import TENSORRT
 from fastgen.engines.unready import ready_now
-from fastgen.errors import InputError
+from fastgen.errors import NotReadyError
 from fastgen.files.installing import Install
 from fastgen.models.bundle import read_bundle
 from fastgen.models.signatures import Signature
@@ -78,7 +78,7 @@ class Engine(TrtEngine):
             self._built[network] = {int(a.recipe.fields["batch"]): a for a in fitting}  # type: ignore[arg-type]
         return self._built[network]
 
-    def _missing(self, network: str, rows: int | None = None) -> InputError:
+    def _missing(self, network: str, rows: int | None = None) -> NotReadyError:
         """The error for a missing plan: how the nearest one differs, and the command that builds it."""
         self._built.pop(network, None)  # look again next time
         recipe = self.recipe(network, rows)
@@ -87,6 +87,6 @@ class Engine(TrtEngine):
         nearest = f"in the nearest one {different}" if near else f"none of {network} was ever built here"
         what = f"{network}{f' for {rows} rows' if rows else ''} in {recipe.fields['dtype']}"
         instead = "" if rows else ready_now()
-        return InputError(
+        return NotReadyError(
             f"engine trt has no plan of {what}: {nearest}; run `{self.build_command(network, rows or 1)}`{instead}"
         )

@@ -70,7 +70,14 @@ def to_record(value: Any, kind: type[T], place: object = "", field: str = "") ->
 
 def builtins(record: Any) -> Any:
     """What `to_record` would read back: dicts, lists (or tuples), numbers, strings, None."""
-    return msgspec.to_builtins(record)
+    return msgspec.to_builtins(record, enc_hook=_plain)
+
+
+def _plain(value: Any) -> Any:
+    """A text of a class of its own as plain text."""
+    if isinstance(value, str):
+        return str.__str__(value)
+    raise TypeError(f"{type(value).__name__} cannot be a field of a record")
 
 
 def named_value(config: Mapping[str, Any], message: str) -> str:

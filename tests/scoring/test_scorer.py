@@ -289,7 +289,7 @@ def test_images_generated_for_another_prompt_are_refused(clip, tmp_path):
         ({"reference": "R", "evaluator": "E"}, "add --features evaluator, or inception.pth"),
         ({"evaluator": "E"}, "label accuracy needs the requests"),
         ({"evaluator": "E", "device": "cuda:99"}, "device cuda:99: PyTorch finds"),
-        ({"evaluator": "E", "device": "quantum"}, "device 'quantum': expected cpu"),
+        ({"evaluator": "E", "device": "quantum"}, "device: found 'quantum', expected cpu"),
         ({"reference": "R", "features": "weights.h5"}, "expected a .safetensors file or one of .pth"),
         ({"reference": "nowhere", "features": "evaluator", "evaluator": "E"}, "nowhere: no such folder"),
     ],

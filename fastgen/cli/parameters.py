@@ -22,7 +22,7 @@ from fastgen.files.records import MAX_EDGE, MAX_SEED, MAX_STEPS
 
 MAX_TEXT = 100_000  # characters of one value; Linux itself takes 131,071 bytes
 MAX_PATH, MAX_NAME = 4095, 255  # bytes of a path and of a name in it, on Linux
-MAX_NEW_NAME = 235  # of a name that is written: temporary names are up to 20 bytes longer
+MAX_NEW_NAME = 235  # of a name that is written: other names, such as NAME.lock, are made of it
 MAX_IMAGES = 1_000_000  # of one command
 
 

@@ -101,7 +101,8 @@ def test_the_plain_safetensors_come_first_then_half_precision_then_pickles(tmp_p
 @pytest.mark.parametrize("index", [f"{STEM}.safetensors.index.json", f"{STEM}.safetensors.index.fp16.json"])
 def test_shards_are_read_together_and_a_missing_one_is_named(tmp_path: Path, index: str) -> None:
     names = [f"{STEM}-0000{i}-of-00002.safetensors" for i in (1, 2)]
-    (tmp_path / index).write_text(json.dumps({"weight_map": {"a": names[1], "b": names[0], "c": names[1]}}))
+    places = {"a": names[1], "b": names[0], "c": names[1]}
+    (tmp_path / index).write_text(json.dumps({"metadata": {}, "weight_map": places}))
     (tmp_path / names[0]).write_text("")
     with pytest.raises(InputError, match=f"{names[1]}: no such file, {index} names it"):
         weight_files(tmp_path)
@@ -109,6 +110,9 @@ def test_shards_are_read_together_and_a_missing_one_is_named(tmp_path: Path, ind
     found = weight_files(tmp_path)
     assert found.files == tuple(tmp_path / name for name in names)
     assert found.options == ({"variant": "fp16"} if "fp16" in index else {})
-    (tmp_path / index).write_text(json.dumps({"weight_map": {"a": "../x.safetensors"}}))
+    (tmp_path / index).write_text(json.dumps({"metadata": {}, "weight_map": {"a": "../x.safetensors"}}))
     with pytest.raises(InputError, match="weight_map"):
+        weight_files(tmp_path)
+    (tmp_path / index).write_text(json.dumps({"weight_map": places}))
+    with pytest.raises(InputError, match="metadata is missing"):  # diffusers reads no index without it
         weight_files(tmp_path)

@@ -1,0 +1,1 @@
+"""`fastgen serve`: requests over HTTP that join a running batch at any step."""

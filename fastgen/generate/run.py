@@ -50,12 +50,12 @@ class Run:
         self.conditions = Conditions(
             pipeline.engine, spec.condition, pipeline.tokenizers, requests, settings.guidance_scale
         )
-        self._scale = settings.guidance_scale if self.conditions.guided else 1.0  # of the loop's guidance
+        self.scale = settings.guidance_scale if self.conditions.guided else 1.0  # of the loop's guidance
         if settings.guidance_interval is not None and spec.condition.guidance_width:
             raise InputError(
                 "guidance_interval: this model takes the guidance scale as an input, the same at every step"
             )
-        self.guided = guided_rows(self.table, self._scale, True, settings.guidance_interval)
+        self.guided = guided_rows(self.table, self.scale, True, settings.guidance_interval)
         timesteps = int(spec.scheduler_config.get("num_train_timesteps", 1000))
         self.strip = None if strip is None else StripPlan.of(self.table, strip, timesteps)
 
@@ -106,7 +106,7 @@ class Run:
         cond = self.conditions(requests)
         options: dict[str, Any] = {
             "seeds": seeds,
-            "guidance_scale": self._scale,
+            "guidance_scale": self.scale,
             "uncond": self.conditions.uncond(requests) if self.conditions.guided else None,
             "guidance_interval": settings.guidance_interval,
         }

@@ -26,7 +26,8 @@ History = tuple[Array, ...]  # predictions, newest first
 
 class TableRow(NamedTuple):
     """Coefficients of one row, see SolverTable. Floats, or arrays (B, 1, 1, 1) when the images of a batch stand at
-    different rows; `b` is a sequence of H of them. `clip` is a float for the whole batch, or None."""
+    different rows; `b` is a sequence of H of them. `clip` is None where nothing is clipped, a float for the whole batch, or an
+    array (B, 1, 1, 1), infinite for images that are not clipped."""
 
     timestep: Any
     stream: Any
@@ -40,7 +41,7 @@ class TableRow(NamedTuple):
     b: Any
     d: Any
     c: Any
-    clip: float | None
+    clip: Any
 
 
 SCALARS = tuple(name for name in TableRow._fields if name not in ("stream", "b", "clip"))
@@ -54,19 +55,23 @@ def table_rows(table: SolverTable) -> list[TableRow]:
 
 
 class PackedRows(NamedTuple):
-    """All rows of a table as arrays of one device, see `pack_rows`."""
+    """All rows of a table as arrays of one device, see `pack_rows`; or of several tables, one after the other."""
 
     coefficients: Array  # (R, 10 + H) float32: timestep, scale, p, q, r, x0_p, x0_q, a, d, c, then b
     streams: Array  # (R,) int64
-    clip: float | None
+    clip: Any  # see TableRow; of several tables an array (R,)
+
+
+def coefficient_rows(table: SolverTable) -> numpy.ndarray:
+    """The rows as in `PackedRows.coefficients`, float64."""
+    columns = numpy.stack([getattr(table, "timesteps" if name == "timestep" else name) for name in SCALARS], axis=1)
+    return numpy.concatenate([columns, table.b], axis=1)
 
 
 def pack_rows(table: SolverTable, xp: Any = numpy, device: Any = None) -> PackedRows:
     """The rows as arrays of `xp` on `device`, to look them up there with `take_rows`."""
     xp = array_namespace(xp.asarray(0))
-    columns = numpy.stack([getattr(table, "timesteps" if name == "timestep" else name) for name in SCALARS], axis=1)
-    values = numpy.concatenate([columns, table.b], axis=1)
-    coefficients = xp.asarray(values.tolist(), dtype=xp.float32, device=device)
+    coefficients = xp.asarray(coefficient_rows(table).tolist(), dtype=xp.float32, device=device)
     return PackedRows(coefficients, xp.asarray(table.streams.tolist(), dtype=xp.int64, device=device), table.clip)
 
 
@@ -79,7 +84,10 @@ def take_rows(packed: PackedRows, index: Array, ndim: int = 4) -> TableRow:
     scalars = {name: xp.reshape(values[:, i], shape) for i, name in enumerate(SCALARS)}
     b = [xp.reshape(values[:, i], shape) for i in range(len(SCALARS), values.shape[1])]
     scalars["timestep"] = values[:, 0]
-    return TableRow(**scalars, stream=xp.take(packed.streams, index, axis=0), b=b, clip=packed.clip)
+    clip = packed.clip
+    if clip is not None and not isinstance(clip, float):
+        clip = xp.reshape(xp.take(clip, index, axis=0), shape)
+    return TableRow(**scalars, stream=xp.take(packed.streams, index, axis=0), b=b, clip=clip)
 
 
 def step(x: Array, history: History, prediction: Array, row: TableRow, z: Array | None = None) -> tuple[Array, History]:
@@ -90,8 +98,7 @@ def step(x: Array, history: History, prediction: Array, row: TableRow, z: Array 
     """
     x0 = None
     if row.clip is not None:
-        x0 = _weighted_sum((row.x0_p, x), (row.x0_q, prediction))
-        x0 = array_namespace(x0).clip(x0, -row.clip, row.clip)
+        x0 = _clipped(_weighted_sum((row.x0_p, x), (row.x0_q, prediction)), row.clip)
     newest = _weighted_sum((row.p, x), (row.q, prediction), (row.r, x0))
     predictions = (newest, *history)
     x_next = _weighted_sum((row.a, x), *zip(row.b, predictions, strict=False), (row.d, x0), (row.c, z))
@@ -210,6 +217,11 @@ def unconditional_first(xp: Any, uncond: Conditions | None, cond: Conditions) ->
             raise InputError(f"unconditional row of shape {tuple(none.shape)}, expected {(1, *array.shape[1:])}")
         both.append(xp.concat((xp.broadcast_to(none, array.shape), array)))
     return tuple(both)
+
+
+def _clipped(x0: Array, limit: float | Array) -> Array:
+    xp = array_namespace(x0)
+    return xp.clip(x0, -limit, limit) if isinstance(limit, float) else xp.maximum(xp.minimum(x0, limit), -limit)
 
 
 def _weighted_sum(*terms: tuple[Any, Any]) -> Array:

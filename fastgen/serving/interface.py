@@ -20,6 +20,10 @@ class ModelView(Protocol):
         """starting, ready, restarting, stalled (no answer between two steps), or failed (it died too often)."""
 
     @property
+    def command(self) -> str:
+        """What `fastgen generate --model` calls it: the name of a shipped model, or a folder."""
+
+    @property
     def info(self) -> Ready | None:
         """What its worker said when it was ready; None before the first time."""
 

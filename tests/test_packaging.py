@@ -55,7 +55,7 @@ def test_the_wheel_runs_in_a_clean_environment(tmp_path):
         f.relative_to(ROOT).as_posix() for f in (ROOT / "fastgen" / "models" / "shipped").rglob("*") if f.is_file()
     ]
     assert set(models) == {name for name in names if name.startswith("fastgen/models/shipped/")}
-    assert "fastgen/data/synthetic/held_out.txt" in names
+    assert {"fastgen/data/synthetic/held_out.txt", "fastgen/serving/page/index.html"} <= names
     assert not any(name.startswith(("tests/", "benchmarks/", "bin/")) for name in names)
 
     venv.create(tmp_path / "env", with_pip=True)

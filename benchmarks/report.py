@@ -26,6 +26,11 @@ def spread(values: Sequence[float]) -> str:
     return f"{min(values):.3g} to {max(values):.3g}"
 
 
+def percentile(values: Sequence[float], percent: float) -> float:
+    """The value that `percent` of the values do not exceed, interpolated."""
+    return float(np.percentile(np.asarray(values), percent))
+
+
 def parity(expected: np.ndarray, found: np.ndarray) -> dict[str, Any]:
     """PSNR in dB (None where nothing differs) and the largest difference in grey levels, of uint8 images."""
     difference = expected.astype(np.int16) - found

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-AGEING = 0.2  # an image yields to one that came t seconds later only if that is shorter by more than AGEING * t seconds
+AGEING = 0.1  # an image yields to one that came t seconds later only if that is shorter by more than AGEING * t seconds
 URGENT_S = 1.0  # an image with less slack than this goes first
 MAX_WAIT_S = 30.0
 GAIN = 1.1  # of images/s, for which a batch is worth doubling
@@ -42,6 +42,12 @@ class Curve:
         """Seconds of one step of so many images; 0 for none."""
         full, rest = divmod(images, self.largest)
         return full * self._within[-1] + (self._within[rest - 1] if rest else 0.0)
+
+    def size(self, images: int) -> int:
+        """Images that such a step computes, padding included."""
+        full, rest = divmod(images, self.largest)
+        padded = rest if self.any_size or not rest else next(n for n in self.points if n >= rest)
+        return full * self.largest + padded
 
     def knee(self) -> int:
         """The smallest size whose doubling gains less than 10% images/s; the largest where every doubling gains more."""

@@ -59,13 +59,18 @@ def read_input(
     requests = typed_requests(prompts, labels, seed=seed, count=1 if count is None else count)
     images = len(requests.requests)
     if out is None:
-        name = re.sub(r"[^a-z0-9]+", "-", (prompts or labels or ("",))[0].lower()).strip("-")[:LONGEST_NAME].rstrip("-")
-        name = f"{name or 'image'}-{seed}"
+        name = default_name((prompts or labels or ("",))[0], seed)
         return JobInput(requests, GENERATED / (f"{name}.png" if images == 1 else name), images == 1)
     single = is_image_file(out)
     if single and images > 1:
         raise InputError(f"--out {out}: is one file, and there are {images} images; give a folder")
     return JobInput(requests, out, single)
+
+
+def default_name(text: str, seed: int) -> str:
+    """The name, without its ending, of the image of a prompt or of labels "red cube, blue sphere"."""
+    name = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:LONGEST_NAME].rstrip("-")
+    return f"{name or 'image'}-{seed}"
 
 
 def check_free(out: Path, *, single: bool) -> None:

@@ -22,6 +22,7 @@ from fastgen.sampling.loop import guided_rows, initial_latents, sample_steps
 if TYPE_CHECKING:
     from fastgen.engines.base import Array
     from fastgen.generate.runner import ModelRunner
+    from fastgen.sampling.tables import SolverTable
 
 
 class Run:
@@ -29,6 +30,7 @@ class Run:
     = (first, last + 1).
 
     `start`: where images start, None for noise. `strip`: training timesteps at which each image's denoising is shown.
+    `table`, `conditions`: of an earlier run of the same settings, and the same conditions, on this pipeline.
     Raises InputError for requests of the wrong kind, a solver or guidance interval that this model cannot have, a late start
     in `settings` without `start` or the reverse, and timesteps that training never saw.
     """
@@ -41,13 +43,15 @@ class Run:
         start: Start | None = None,
         *,
         strip: Sequence[int] | None = None,
+        table: SolverTable | None = None,
+        conditions: Conditions | None = None,
     ) -> None:
         self.pipeline, self.requests, self.settings, self.start = pipeline, requests, settings, start
         if (start is None) != (settings.noise_steps is None):
             raise InputError("noise_steps and the latents to start from go together: give both or neither")
         spec = pipeline.spec
-        self.table = pipeline.source.table(settings.solver)
-        self.conditions = Conditions(
+        self.table = table or pipeline.source.table(settings.solver)
+        self.conditions = conditions or Conditions(
             pipeline.engine, spec.condition, pipeline.tokenizers, requests, settings.guidance_scale
         )
         self.scale = settings.guidance_scale if self.conditions.guided else 1.0  # of the loop's guidance

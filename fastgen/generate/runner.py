@@ -39,7 +39,7 @@ class ModelRunner:
         self.on_gpu = engine.device.startswith("cuda")
         if graphs and not self.on_gpu:
             raise InputError(f"CUDA graphs need a GPU; engine {engine.name} runs on {engine.device}")
-        self._graphs = self.on_gpu and not engine.reference if graphs is None else graphs
+        self.graphs = self.on_gpu and not engine.reference if graphs is None else graphs
         self._loops: dict[tuple[str, int], DeviceLoop] = {}
         self.memory: dict[str, Memory] = {}  # of each network on a GPU, once a job has measured it
 
@@ -71,7 +71,7 @@ class ModelRunner:
         key = (table.key, len(x))
         if key not in self._loops:
             pool = next((loop.pool for loop in self._loops.values() if loop.pool), None)
-            self._loops[key] = DeviceLoop(self.engine, table, x.shape, cond, graphs=self._graphs, pool=pool)
+            self._loops[key] = DeviceLoop(self.engine, table, x.shape, cond, graphs=self.graphs, pool=pool)
         return self._loops[key]
 
     def _drop_loops(self) -> None:

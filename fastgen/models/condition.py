@@ -106,11 +106,14 @@ class Condition(Record, frozen=True):
         ids = [*(self.classes or {}).values(), *([] if self.null_class is None else [self.null_class])]
         return 1 + max(ids, default=-1)
 
+    @property
+    def guidable(self) -> bool:
+        """Whether it has an unconditional value, so that a second row can guide the first."""
+        return self.text is not None or self.labels is not None or self.null_class is not None
+
     def check_guided(self, guidance_scale: float) -> None:
         """InputError where the model has nothing to compare the condition with, so that guidance means nothing."""
-        if guidance_scale == 1.0 or self.guidance_width or self.text is not None or self.labels is not None:
-            return
-        if self.classes is not None and self.null_class is not None:
+        if guidance_scale == 1.0 or self.guidance_width or self.guidable:
             return
         reason = "it has no condition" if self.kind == "nothing" else "it was trained without an unconditional class"
         raise InputError(f"guidance_scale is {guidance_scale:g}, but this model cannot be guided: {reason}; give 1")

@@ -132,17 +132,20 @@ class Slots:
 
     def tick(self, numbers: Iterable[int]) -> list[int]:
         """Run the next row of these images, each named once; returns those that are finished now. On a GPU this returns when
-        the work is queued. An image that is finished must be removed before the next tick with it."""
+        the work is queued. An image that is finished must be removed before the next tick with it. Raises what the engine
+        raises; images whose row has run have moved on then, the others stand where they were."""
         groups: dict[bool, list[int]] = {False: [], True: []}
         for number in numbers:
             groups[self._slots[number].guided].append(number)
+        finished = []
         for guided, group in groups.items():
             for part in self._parts(group, guided):
                 self._run(part, guided)
-        ran = [number for group in groups.values() for number in group]
-        for number in ran:
-            self._slots[number].row += 1
-        return [number for number in ran if self._slots[number].row == self._slots[number].rows]
+                for slot in part[: part.index(self._capacity)] if self._capacity in part else part:
+                    self._slots[slot].row += 1  # at once: where a later part fails, this one has run
+                    if self._slots[slot].row == self._slots[slot].rows:
+                        finished.append(slot)
+        return finished
 
     def forwards(self, numbers: Iterable[int]) -> list[tuple[bool, int]]:
         """(guided, images with padding) of each forward that a tick of these images would run."""

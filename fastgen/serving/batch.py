@@ -1,0 +1,316 @@
+"""The images of one model on their way: prepared, chosen for the next step, decoded, and made into files."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from fastgen.errors import InputError, first_line, one_line
+from fastgen.generate.run import Run
+from fastgen.serving.fence import Fence
+from fastgen.serving.messages import Accepted, Costs, Failed, Finished, FromWorker, Preview, Refused, Submit, Tick
+from fastgen.serving.pictures import Decoding, image_file, start_decoding
+from fastgen.serving.policy import Curve, Work, choose
+from fastgen.serving.preparing import Preparer, Refusal, metadata_of, refusal
+from fastgen.serving.sampling import sample_of
+from fastgen.serving.slots import Slots
+from fastgen.serving.warm import Warm
+
+if TYPE_CHECKING:
+    from fastgen.generate.runner import ModelRunner
+    from fastgen.sampling.tables import SolverTable
+
+STATES = 64  # images that may be on their way at once; others wait without a state
+COSTS_EVERY_S = 5.0
+SMOOTH = 0.1  # weight of a new measurement of a step
+
+
+@dataclass(eq=False)
+class Picture:
+    """An image that was submitted. `run` is there once it is prepared, `slot` once it has begun."""
+
+    submit: Submit
+    table: Future[SolverTable]
+    run: Run = field(init=False)
+    work: Work = field(init=False)
+    slot: int | None = None
+    begun: float = 0.0
+    due: list[int] = field(default_factory=list)  # rows after which a preview is due
+    sent: int = 0  # previews
+
+    @property
+    def number(self) -> int:
+        """Of its slot."""
+        assert self.slot is not None
+        return self.slot
+
+
+class Batcher:
+    """All images of a model that were submitted and have not ended."""
+
+    def __init__(self, pipeline: ModelRunner, preparer: Preparer, warm: Warm, *, max_wait_s: float) -> None:
+        self._pipeline, self._preparer, self._warm, self._max_wait_s = pipeline, preparer, warm, max_wait_s
+        engine = pipeline.engine
+        any_size = engine.batch_invariant and not engine.static_shapes and engine.buckets(False) is None
+        sizes = {True: warm.guided, False: warm.plain}
+        self._slots = Slots(
+            pipeline.engine,
+            pipeline.spec.scheduler_config,
+            capacity=max(STATES, warm.slots),
+            sizes=lambda guided: None if any_size else sizes[guided],
+            graphs=pipeline.graphs,
+        )
+        self._curves = {
+            True: Curve(warm.costs.guided or warm.costs.plain, any_size=any_size),
+            False: Curve(warm.costs.plain, any_size=any_size),
+        }
+        self._preparing: dict[int, Picture] = {}
+        self._pictures: dict[int, Picture] = {}  # prepared
+        self._decoding: list[tuple[list[tuple[Picture, int | None]], list[Decoding]]] = []
+        self._fence = Fence(pipeline.engine)
+        self._tick = _Report()
+        self._costs = {True: dict(warm.costs.guided), False: dict(warm.costs.plain)}
+        self._costs_sent = time.monotonic()
+
+    @property
+    def busy(self) -> bool:
+        """There are steps to run, or pictures to wait for."""
+        return bool(self._pictures or self._decoding)
+
+    @property
+    def preparing(self) -> bool:
+        """Images wait for their solver tables."""
+        return bool(self._preparing)
+
+    def submit(self, submit: Submit) -> None:
+        """One more image; `advance` says what became of it."""
+        try:
+            table = self._preparer.table(submit.task)
+        except Refusal as error:
+            table = Future()
+            table.set_exception(error)
+        self._preparing[submit.id] = Picture(submit, table)
+
+    def cancel(self, id: int) -> None:
+        """Forget an image, at once."""
+        self._preparing.pop(id, None)
+        if (picture := self._pictures.get(id)) is not None:
+            self._drop(picture)
+
+    def advance(self, now: float) -> Iterator[FromWorker]:
+        """Prepare what is new, run one step, and decode what is finished; yields what there is to tell."""
+        yield from self._prepare()
+        yield from self._expired(now)
+        finished: list[Picture] = []
+        if self._pictures:
+            chosen = self._chosen(now)
+            if chosen:
+                yield from self._step(chosen, finished)
+        waiting, self._decoding = self._decoding, []
+        if finished or not waiting:
+            self._decode(finished)
+        if not self._pipeline.on_gpu:
+            waiting, self._decoding = waiting + self._decoding, []
+        for pictures, parts in waiting:
+            yield from self._files(pictures, parts)
+
+    def report(self) -> Tick | None:
+        """What has run since the last report; None for nothing."""
+        now = time.monotonic()
+        costs = None
+        if now - self._costs_sent >= COSTS_EVERY_S:
+            self._costs_sent = now
+            costs = Costs(dict(self._costs[True]), dict(self._costs[False]), self._warm.costs.decode)
+        begun = sum(picture.slot is not None for picture in self._pictures.values())
+        return self._tick.take(begun, len(self._pictures) - begun + len(self._preparing), costs)
+
+    def _prepare(self) -> Iterator[FromWorker]:
+        for picture in [p for p in self._preparing.values() if p.table.done()]:
+            id = picture.submit.id
+            del self._preparing[id]
+            try:
+                picture.run = self._preparer.run(picture.submit.task, picture.table.result())
+            except InputError as error:
+                told = error if isinstance(error, Refusal) else refusal(error)
+                yield Refused(id, one_line(str(told)), told.param)
+                continue
+            except Exception as error:
+                yield Failed(id, described(error), "engine_error")
+                continue
+            picture.work = self._work(picture.submit, picture.run)
+            picture.due = preview_rows(len(picture.run.table), picture.submit.task.previews)
+            self._pictures[id] = picture
+            tokens = picture.run.conditions.truncated.get(picture.submit.task.prompt or "")
+            yield Accepted(id, picture.work.rows_left, picture.work.guided_left, tokens)
+
+    def _work(self, submit: Submit, run: Run) -> Work:
+        size = self._warm.slots
+        return Work(
+            submit.id,
+            submit.key,
+            submit.arrival,
+            submit.deadline,
+            rows_left=len(run.table),
+            guided_left=run.guided[1] - run.guided[0],
+            plain_s=self._curves[False].seconds(size),
+            guided_s=self._curves[True].seconds(size),
+        )
+
+    def _expired(self, now: float) -> Iterator[FromWorker]:
+        for picture in list(self._pictures.values()):
+            deadline = picture.submit.deadline
+            if deadline is not None and now > deadline:
+                self._drop(picture)
+                yield Failed(picture.submit.id, "the deadline has passed", "deadline")
+
+    def _chosen(self, now: float) -> list[Picture]:
+        """The images of the next step. Those without a state begin, as far as there is room for states."""
+        works = (
+            p.work for p in self._pictures.values() if p.work is not None and (p.slot is not None or self._slots.free)
+        )
+        chosen = []
+        for work in choose(works, self._warm.slots, now, max_wait_s=self._max_wait_s):
+            picture = self._pictures[work.id]
+            if picture.slot is None:
+                if not self._slots.free:
+                    continue
+                picture.slot = self._slots.add(sample_of(picture.run))
+                picture.begun = now
+            chosen.append(picture)
+        return chosen
+
+    def _step(self, chosen: Sequence[Picture], finished: list[Picture]) -> Iterator[FromWorker]:
+        """One row of these images, which have slots; those that are finished join the list."""
+        slots = {picture: self._slots[picture.number] for picture in chosen}
+        guided = {picture: slot.guided for picture, slot in slots.items()}
+        before = {picture: slot.row for picture, slot in slots.items()}
+        numbers = [picture.number for picture in chosen]
+        forwards = self._slots.forwards(numbers)
+        start = time.perf_counter()
+        try:
+            self._slots.tick(numbers)
+            self._fence.wait()
+        except Exception:  # told below, of the images that bring it about
+            yield from self._step_alone([picture for picture in chosen if slots[picture].row == before[picture]])
+        seconds = time.perf_counter() - start
+        self._timed(forwards, seconds)
+        ran = [picture for picture in chosen if slots[picture].row > before[picture]]
+        for picture in ran:
+            picture.work.ran(guided[picture])
+        finished += [picture for picture in ran if slots[picture].row == slots[picture].rows]
+        used = sum(2 if guided[picture] else 1 for picture in ran)
+        rows = sum(2 * size if is_guided else size for is_guided, size in forwards)
+        self._tick.add({p.submit.id: slots[p].row for p in ran}, seconds, used, max(0, rows - used))
+
+    def _step_alone(self, pictures: Sequence[Picture]) -> Iterator[FromWorker]:
+        """One row of each image by itself, after the engine failed: those with which it fails again are given up."""
+        for picture in pictures:
+            try:
+                self._slots.tick([picture.number])
+            except Exception as error:
+                self._drop(picture)
+                yield Failed(picture.submit.id, described(error), "engine_error")
+
+    def _timed(self, forwards: Sequence[tuple[bool, int]], seconds: float) -> None:
+        """A step of a single forward renews the measurement of its size."""
+        if len(forwards) == 1:
+            guided, size = forwards[0]
+            if size in self._costs[guided]:
+                self._costs[guided][size] += SMOOTH * (seconds - self._costs[guided][size])
+
+    def _decode(self, finished: Sequence[Picture]) -> None:
+        """Begin to decode the finished images, and free their states; where there are none, the previews that are due."""
+        if finished:
+            groups: dict[str, list[Picture]] = {}
+            for picture in finished:
+                groups.setdefault(picture.submit.task.normalize, []).append(picture)
+            for normalize, group in groups.items():
+                numbers = [picture.number for picture in group]
+                states = self._slots.states(numbers)
+                self._decoding.append(([(p, None) for p in group], self._started(states, normalize)))
+            for picture in finished:
+                self._drop(picture)
+            return
+        due = [(p, row) for p in self._pictures.values() if (row := self._due(p)) is not None]
+        due = due[: max(self._warm.decode)]
+        if due:
+            numbers = [p.number for p, _ in due]
+            known = self._slots.has_clean(numbers[0])
+            states = self._slots.clean(numbers) if known else self._slots.states(numbers)
+            self._decoding.append(([*due], self._started(states, "clamp")))
+
+    def _started(self, states: Any, normalize: str) -> list[Decoding]:
+        return start_decoding(self._pipeline, states, self._warm.decode, normalize)
+
+    def _due(self, picture: Picture) -> int | None:
+        """The row after which a preview is due now; earlier ones that were not made are left out."""
+        if picture.slot is None or not picture.due:
+            return None
+        row = self._slots[picture.number].row
+        if row < picture.due[0]:
+            return None
+        picture.due = [r for r in picture.due if r > row]
+        return row
+
+    def _files(self, pictures: Sequence[tuple[Picture, int | None]], parts: Iterable[Decoding]) -> Iterator[FromWorker]:
+        decoded = [part.pictures() for part in parts]
+        pixels = [p for part in decoded for p in part.pixels]
+        problems = [p for part in decoded for p in part.problems]
+        for (picture, row), image, problem in zip(pictures, pixels, problems, strict=True):
+            submit, now = picture.submit, time.monotonic()
+            task = submit.task
+            if row is not None:
+                data = image_file(image, {}, task.output_format, task.output_compression)
+                yield Preview(submit.id, picture.sent, row, data)
+                picture.sent += 1
+            elif problem:
+                yield Failed(submit.id, str(problem), "not_finite")
+            else:
+                line = metadata_of(picture.run)
+                data = image_file(image, line, task.output_format, task.output_compression)
+                yield Finished(submit.id, data, line, picture.begun - submit.arrival, now - picture.begun)
+
+    def _drop(self, picture: Picture) -> None:
+        self._pictures.pop(picture.submit.id, None)
+        if picture.slot is not None:
+            self._slots.remove(picture.slot)
+            picture.slot = None
+
+
+class _Report:
+    """Adds up steps between two reports."""
+
+    def __init__(self) -> None:
+        self._clear()
+
+    def add(self, positions: dict[int, int], seconds: float, used: int, padding: int) -> None:
+        self._positions |= positions
+        self._steps += 1
+        self._seconds += seconds
+        self._used += used
+        self._padding += padding
+
+    def take(self, running: int, waiting: int, costs: Costs | None) -> Tick | None:
+        if not self._steps and costs is None:
+            return None
+        tick = Tick(self._positions, self._steps, self._seconds, self._used, self._padding, running, waiting, costs)
+        self._clear()
+        return tick
+
+    def _clear(self) -> None:
+        self._positions: dict[int, int] = {}
+        self._steps, self._seconds, self._used, self._padding = 0, 0.0, 0, 0
+
+
+def described(error: BaseException) -> str:
+    """What failed, on one line."""
+    return one_line(f"{type(error).__name__}: {first_line(error)}")
+
+
+def preview_rows(rows: int, previews: int) -> list[int]:
+    """The rows after which previews are due: evenly spaced, before the last one, each once."""
+    return sorted({math.ceil(rows * (i + 1) / (previews + 1)) for i in range(previews)} - {rows})

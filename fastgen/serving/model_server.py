@@ -1,0 +1,403 @@
+"""One served model: its worker process, the images that it makes, and what happens when the process dies or hangs."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from fastgen.errors import FastgenError, InputError
+from fastgen.serving import messages
+from fastgen.serving.errors import LIMIT, SERVER, ApiError
+from fastgen.serving.jobs import GenerationRequest, Job, JobImage
+from fastgen.serving.link import Link, Target
+from fastgen.serving.messages import Cancel, FromWorker, Ping, Ready, Stop, Submit
+from fastgen.serving.metrics import Metrics
+from fastgen.serving.policy import Backlog
+from fastgen.serving.worker import WorkerOptions
+
+PING_S = 0.5  # between two pings
+ANSWER_S = 2.0  # a worker that has not answered for so long is not ready
+HANG_S = 10.0  # and for so long is killed
+STEPS = 10.0  # both are at least so many of its steps
+DEATHS, WINDOW_S = 5, 300.0  # so many deaths within this time, without a picture between, and the model has failed
+LONGEST_BACKOFF_S = 60.0
+
+
+@dataclass(eq=False)
+class InFlight:
+    """An image that a worker makes, or will."""
+
+    submit: Submit
+    job: Job
+    image: JobImage
+    guided: int = 0  # of its rows
+    sent: bool = False  # to the present worker
+    suspect: bool = False  # it was being made when a worker died
+
+
+@dataclass
+class Life:
+    """The present worker process: what is known of it."""
+
+    link: Link
+    ready: bool = False
+    number: int = 0  # of the last ping
+    answered: float = field(default_factory=time.monotonic)  # when it last said anything
+    asked: float | None = None  # the oldest ping that has no answer
+
+
+class ModelServer:
+    """A model, served by a worker process. Everything runs on the event loop's thread.
+
+    `ended(job)` is called when the last image of a job has ended."""
+
+    def __init__(
+        self,
+        options: WorkerOptions,
+        metrics: Metrics,
+        *,
+        target: Target,
+        numbers: Callable[[], int],
+        say: Callable[[str], None],
+    ) -> None:
+        self.options, self._metrics, self._target, self._numbers, self._say = options, metrics, target, numbers, say
+        self.name, self.created = options.name, int(time.time())
+        self.state = "starting"
+        self.info: Ready | None = None
+        self._life: Life | None = None
+        self._images: dict[int, InFlight] = {}
+        self._backlog = Backlog()
+        self._deaths: list[float] = []  # since the last picture
+        self._costs: messages.Costs | None = None
+        self._started: asyncio.Future[None] | None = None  # of the first start
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._stopping = False
+        self._restart_at = 0.0
+        metrics.declare(self.name)
+
+    @property
+    def waiting(self) -> int:
+        return sum(flight.image.phase == "waiting" for flight in self._images.values())
+
+    @property
+    def running(self) -> int:
+        return sum(flight.image.phase == "running" for flight in self._images.values())
+
+    @property
+    def slots(self) -> int:
+        return self.info.slots if self.info else 0
+
+    @property
+    def pid(self) -> int | None:
+        """Of the worker process."""
+        return self._life.link.pid if self._life else None
+
+    @property
+    def retry_after(self) -> int:
+        """Whole seconds after which a client may try again while the model is not ready."""
+        return max(1, math.ceil(self._restart_at - time.monotonic()) + 1)
+
+    async def start(self) -> None:
+        """Start the worker, and wait until it is ready. Raises FastgenError for what it says instead."""
+        self._started = asyncio.get_running_loop().create_future()
+        await self._begin()
+        self._background(self._watch())
+        await self._started
+
+    def submit(self, job: Job) -> None:
+        """Begin with a job's images. Raises ApiError where the model is not ready, or they could not end in time."""
+        self._check_ready()
+        request = job.request
+        seconds = self._expected(request) * request.n
+        wait = self._backlog.retry_after(request.key, seconds, self.options.max_wait_s, request.deadline_s)
+        if wait is not None:
+            raise ApiError(
+                429,
+                f"the model is busy: this request would wait longer than allowed; try again in {wait} s",
+                kind=LIMIT,
+                code="busy",
+                retry_after=wait,
+            )
+        deadline = None if request.deadline_s is None else job.arrival + request.deadline_s
+        for offset, image in enumerate(job.images):
+            task = msgspec.structs.replace(request.task, seed=image.seed)
+            submit = Submit(self._numbers(), task, request.key, job.arrival + offset * 1e-6, deadline)
+            self._images[submit.id] = InFlight(submit, job, image)
+            self._backlog.add(submit.id, request.key, seconds / request.n)
+        self._dispatch()
+
+    def cancel(self, job: Job) -> None:
+        """Give up the images of a job that have not ended."""
+        for id in [id for id, flight in self._images.items() if flight.job is job]:
+            self._end(id, "cancelled")
+
+    def refuse_waiting(self, error: Callable[[], ApiError]) -> None:
+        """Give up the images that have not begun."""
+        for id in [id for id, flight in self._images.items() if flight.image.phase == "waiting"]:
+            self._end(id, "failed", error())
+
+    async def stop(self) -> None:
+        """End the worker; images that are not done are cancelled."""
+        self._stopping = True
+        for id in list(self._images):
+            self._end(id, "cancelled")
+        for task in self._tasks:
+            task.cancel()
+        if self._life is not None:
+            link = self._life.link
+            link.send(Stop())
+            await asyncio.sleep(0)
+            link.kill()
+
+    def estimate(self) -> None:
+        """Tell the jobs that wait how many images are before them, and for how long they will wait about."""
+        ahead, seen = 0, set()
+        for flight in self._images.values():
+            job = flight.job
+            if id(job) not in seen:
+                seen.add(id(job))
+                place = ahead if flight.image.phase == "waiting" else 0
+                wait = round(self._backlog.predicted(job.request.key, 0.0), 1)
+                if (job.ahead, job.wait_s) != (place, wait):
+                    job.ahead, job.wait_s = place, wait
+                    job.touch()
+            ahead += flight.image.phase == "waiting"
+
+    # The worker's messages.
+
+    def _received(self, link: Link, message: FromWorker) -> None:
+        life = self._life
+        if life is None or link is not life.link or self._stopping:
+            return
+        life.answered = time.monotonic()
+        match message:
+            case messages.Loading(line):
+                self._say(f"{self.name}: {line}")
+            case messages.Ready():
+                self._is_ready(life, message)
+            case messages.Unready(text, exit_code):
+                self._is_unready(text, exit_code)
+            case messages.Pong(number):
+                if number == life.number:
+                    life.asked = None
+                    self._answers()
+            case messages.Tick():
+                self._ticked(message)
+            case messages.Accepted(id, rows, guided, tokens):
+                if (flight := self._images.get(id)) is not None:
+                    flight.image.rows, flight.guided, flight.image.tokens = rows, guided, tokens
+                    self._backlog.progress(id, self._seconds(rows, guided))
+                    flight.job.touch()
+            case messages.Refused(id, text, param):
+                self._end(id, "failed", ApiError(400, text, param=param, code="invalid_value"))
+            case messages.Preview(id, index, row, data):
+                self._previewed(id, index, row, data)
+            case messages.Finished():
+                self._finished(message)
+            case messages.Failed(id, text, code):
+                status = 504 if code == "deadline" else 500
+                self._end(id, "failed", ApiError(status, text, kind=SERVER, code=code))
+
+    def _is_ready(self, life: Life, ready: Ready) -> None:
+        life.ready, self.state, self.info, self._costs = True, "ready", ready, ready.costs
+        self._metrics.describe(self.name, ready.sha256, ready.engine, ready.dtype, ready.exact)
+        if self._started is not None and not self._started.done():
+            self._started.set_result(None)
+        self._dispatch()
+
+    def _is_unready(self, text: str, exit_code: int) -> None:
+        if self._started is not None and not self._started.done():
+            self._started.set_exception((InputError if exit_code == 2 else FastgenError)(text))
+        else:
+            self._say(f"{self.name}: {text}")
+
+    def _ticked(self, tick: messages.Tick) -> None:
+        self._metrics.steps.labels(self.name).inc(tick.steps)
+        self._metrics.rows.labels(self.name, "used").inc(tick.used)
+        self._metrics.rows.labels(self.name, "padding").inc(tick.padding)
+        if tick.steps:
+            self._metrics.step_seconds.labels(self.name).observe(tick.seconds / tick.steps)
+        if tick.costs is not None:
+            self._costs = tick.costs
+        for id, row in tick.positions.items():
+            if (flight := self._images.get(id)) is not None:
+                flight.image.row, flight.image.phase = row, "running"
+                left = flight.image.rows - row
+                self._backlog.progress(id, self._seconds(left, min(left, flight.guided)))
+                flight.job.touch()
+
+    def _previewed(self, id: int, index: int, row: int, data: bytes) -> None:
+        if (flight := self._images.get(id)) is None:
+            return
+        image = flight.image
+        if not any(other.previews for other in flight.job.images):
+            self._metrics.preview_seconds.labels(self.name).observe(time.monotonic() - flight.job.arrival)
+        image.preview, image.preview_row, image.previews, image.phase = data, row, index + 1, "running"
+        flight.job.touch()
+
+    def _finished(self, done: messages.Finished) -> None:
+        if (flight := self._images.get(done.id)) is None:
+            return
+        self._deaths.clear()
+        image = flight.image
+        image.data, image.line, image.row = done.data, done.line, image.rows
+        image.queue_s, image.run_s = done.queue_s, done.run_s
+        self._metrics.images.labels(self.name).inc()
+        self._metrics.queue_seconds.labels(self.name).observe(done.queue_s)
+        self._end(done.id, "done")
+
+    def _end(self, id: int, phase: str, error: ApiError | None = None) -> None:
+        """An image has ended; what the worker still says of it is not heard."""
+        flight = self._images.pop(id, None)
+        if flight is None:
+            return
+        self._backlog.remove(id)
+        flight.image.phase, flight.image.error, flight.image.preview = phase, error, None  # type: ignore[assignment]
+        if phase == "cancelled" and flight.sent and self._life is not None:
+            self._life.link.send(Cancel(id))
+        if flight.job.ended:
+            self._count(flight.job)
+        flight.job.touch()
+        self._dispatch()
+
+    def _count(self, job: Job) -> None:
+        errors = [image.error for image in job.images if image.error is not None]
+        outcome = "ok"
+        if errors:
+            outcome = "deadline" if errors[0].code == "deadline" else "rejected" if errors[0].status < 500 else "failed"
+        elif any(image.phase == "cancelled" for image in job.images):
+            outcome = "cancelled"
+        self._metrics.requests.labels(self.name, outcome).inc()
+        self._metrics.request_seconds.labels(self.name).observe(time.monotonic() - job.arrival)
+
+    # Sending images, and what they cost.
+
+    def _dispatch(self) -> None:
+        """Send what the worker has not got. While there are suspects, one of them at a time and nothing else: that tells which
+        image kills the worker."""
+        if self._life is None or not self._life.ready or self._stopping:
+            return
+        suspects = [flight for flight in self._images.values() if flight.suspect]
+        flights = suspects[:1] or list(self._images.values())
+        if suspects and any(flight.sent for flight in self._images.values()):
+            return
+        for flight in flights:
+            if not flight.sent:
+                flight.sent = True
+                self._life.link.send(flight.submit)
+
+    def _expected(self, request: GenerationRequest) -> float:
+        """The server's seconds of one image of a request, before the worker has said how many rows it has."""
+        assert self.info is not None
+        task, defaults = request.task, self.info.defaults
+        steps = task.num_inference_steps or int(defaults["num_inference_steps"])
+        scale = defaults["guidance_scale"] if task.guidance_scale is None else task.guidance_scale
+        return self._seconds(steps, steps if scale != 1.0 else 0)
+
+    def _seconds(self, rows: int, guided: int) -> float:
+        """The server's seconds of so many rows of one image, in a full batch."""
+        assert self._costs is not None
+        plain, both = (
+            min((seconds / size for size, seconds in costs.items()), default=0.0)
+            for costs in (self._costs.plain, self._costs.guided or self._costs.plain)
+        )
+        return (rows - guided) * plain + guided * both + min(s / n for n, s in self._costs.decode.items())
+
+    def _check_ready(self) -> None:
+        if self.state == "failed":
+            raise ApiError(503, f"model {self.name} has failed: its worker died too often", kind=SERVER, code="failed")
+        if self.state != "ready":
+            text = f"model {self.name} is {self.state}"
+            raise ApiError(503, text, kind=SERVER, code="not_ready", retry_after=self.retry_after)
+
+    # Life and death of the worker.
+
+    async def _begin(self) -> None:
+        self._life = Life(Link(self._target, self.options, self._received, self._died))
+        await self._life.link.start()
+
+    def _died(self, link: Link, exit_code: int | None) -> None:
+        """The worker has ended. Images that it was making are tried again, one at a time, by the next one."""
+        if self._stopping or self._life is None or link is not self._life.link:
+            return
+        if self._started is not None and not self._started.done():
+            self._started.set_exception(FastgenError(f"{self.name}: the worker ended with exit code {exit_code}"))
+            return
+        if self.info is None:
+            return  # it has said why
+        now, life = time.monotonic(), self._life
+        self._life, self.state = None, "restarting"
+        self._say(f"{self.name}: the worker ended with exit code {exit_code}")
+        self._deaths = [when for when in self._deaths if now - when < WINDOW_S] + [now]
+        sent = [flight for flight in self._images.values() if flight.sent]
+        for flight in sent:
+            flight.sent = False
+        if life.ready and len(sent) == 1 and sent[0].suspect:
+            text = "the engine crashed twice while it made this image, once with nothing else"
+            self._end(sent[0].submit.id, "failed", ApiError(500, text, kind=SERVER, code="engine_crashed"))
+        else:
+            for flight in sent:
+                flight.suspect = flight.suspect or flight.image.phase == "running"
+                self._again(flight.image)
+        if len(self._deaths) >= DEATHS:
+            self._give_up()
+            return
+        self._metrics.restarts.labels(self.name).inc()
+        backoff = 0.0 if len(self._deaths) < 2 else min(LONGEST_BACKOFF_S, 2.0 ** (len(self._deaths) - 2))
+        self._restart_at = now + backoff
+        self._background(self._restart(backoff))
+
+    def _again(self, image: JobImage) -> None:
+        image.phase, image.row, image.preview, image.previews = "waiting", 0, None, 0
+
+    def _give_up(self) -> None:
+        self.state = "failed"
+        self._say(f"{self.name}: {DEATHS} deaths without a picture between them: this model is given up")
+        for id in list(self._images):
+            self._end(
+                id, "failed", ApiError(500, "the engine crashes again and again", kind=SERVER, code="engine_crashed")
+            )
+
+    async def _restart(self, backoff: float) -> None:
+        await asyncio.sleep(backoff)
+        await self._begin()
+
+    async def _watch(self) -> None:
+        """Ping the worker between its steps, kill one that hangs, and give up images whose deadline has passed."""
+        while not self._stopping:
+            await asyncio.sleep(PING_S)
+            now, life = time.monotonic(), self._life
+            if life is not None and life.ready:
+                if life.asked is None:
+                    life.number, life.asked = life.number + 1, now
+                    life.link.send(Ping(life.number))
+                silent, step = now - life.asked, self._longest_step()
+                if silent > max(ANSWER_S, STEPS * step) and self.state == "ready":
+                    self.state = "stalled"
+                if silent > max(HANG_S, 2 * STEPS * step):
+                    self._say(f"{self.name}: the worker has not answered for {silent:.0f} s and is killed")
+                    life.link.kill()
+            for id, flight in list(self._images.items()):
+                if flight.submit.deadline is not None and now > flight.submit.deadline + ANSWER_S:
+                    self._end(id, "failed", ApiError(504, "the deadline has passed", kind=SERVER, code="deadline"))
+            self.estimate()
+
+    def _answers(self) -> None:
+        if self.state == "stalled":
+            self.state = "ready"
+
+    def _longest_step(self) -> float:
+        if self._costs is None:
+            return 0.0
+        return max([*self._costs.guided.values(), *self._costs.plain.values(), *self._costs.decode.values()])
+
+    def _background(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)

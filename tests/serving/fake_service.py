@@ -67,13 +67,13 @@ class FakeModel:
 
 class FakeService:
     """`row_s`: seconds of a row. `failing`: seed -> error. `room`: images that may be under way; more are refused with 429.
-    `submitted`: all requests that came. `hold`: images wait until it is set."""
+    `submitted`: all requests that came. `hold`: images wait until it is set. `padding`: more bytes of a preview."""
 
     retry_after = 1
 
     def __init__(self, *names: str, row_s: float = 0.0) -> None:
         self.models: Mapping[str, Any] = {name: FakeModel(name) for name in names or CONDITIONS}
-        self.row_s, self.draining, self.room = row_s, False, 1000
+        self.row_s, self.draining, self.room, self.padding = row_s, False, 1000, b""
         self.failing: dict[int, ApiError] = {}
         self.jobs: dict[str, Job] = {}
         self.submitted: list[GenerationRequest] = []
@@ -158,10 +158,11 @@ class FakeService:
                 return
             image.row = row
             if row in marks:
-                image.preview, image.preview_row = picture(task, image.seed, row / image.rows), row
+                image.preview, image.preview_row = picture(task, image.seed, row / image.rows) + self.padding, row
                 image.previews += 1
-            job.touch()
-            await asyncio.sleep(0)
+            if self.row_s or row in marks:
+                job.touch()
+                await asyncio.sleep(0)
         if (error := self.failing.get(image.seed)) is not None:
             image.phase, image.error = "failed", error
             return
@@ -194,6 +195,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--row-s", type=float, default=0.1, help="seconds of a step")
+    parser.add_argument("--padding", type=int, default=0, help="more bytes of a preview")
     parser.add_argument("--models", nargs="*", default=["monsters-64", "iclevr-64"])
     options = parser.parse_args()
     listener = http.bind("127.0.0.1", options.port)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
+from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -11,6 +13,14 @@ import httpx
 from fastgen.serving import http
 from fastgen.serving.app import create_app
 from fastgen.serving.security import Policy
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 10) -> None:
+    """Return once the condition holds; fail where it does not within the time."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited for too long"
+        time.sleep(0.005)
 
 
 class Client(httpx.Client):

@@ -62,8 +62,7 @@ class Protocol(H11Protocol):
         headers = [("content-type", "application/json"), ("content-length", str(len(body))), ("connection", "close")]
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             event = h11.Response(status_code=400, headers=headers, reason=b"Bad Request")
-            for part in (event, h11.Data(data=body), h11.EndOfMessage()):
-                self.transport.write(self.conn.send(part) or b"")
+            self.transport.write(b"".join(self.conn.send(part) or b"" for part in (event, h11.Data(data=body))))
         self.transport.close()
 
     def check(self, now: float) -> None:

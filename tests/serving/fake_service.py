@@ -201,9 +201,9 @@ def main() -> None:
     listener = http.bind("127.0.0.1", options.port)
     page = PAGE.read_bytes() if PAGE.exists() else b"<!doctype html><title>fastgen</title>no page yet"
     policy = security.Policy(page_policy=security.content_policy(page))
-    app = create_app(
-        FakeService(*options.models, row_s=options.row_s), policy, page, lambda text: print(text, flush=True)
-    )
+    service = FakeService(*options.models, row_s=options.row_s)
+    service.padding = bytes(options.padding)
+    app = create_app(service, policy, page, lambda text: print(text, flush=True))
     print(f"http://127.0.0.1:{listener.getsockname()[1]}", flush=True)
     asyncio.run(http.create_server(app).serve(sockets=[listener]))
 

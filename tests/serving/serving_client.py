@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import resource
+import socket
+import subprocess
+import sys
+import tempfile
 import threading
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, NamedTuple
 
 import httpx
 
@@ -60,3 +67,73 @@ class Client(httpx.Client):
         asyncio.set_event_loop(self.loop)
         self.loop.run_until_complete(self.server.serve(sockets=[self._listener]))
         self.loop.close()
+
+
+class Running(NamedTuple):
+    """The fake service as a process of its own."""
+
+    port: int
+    process: subprocess.Popen[str]
+
+    def rss(self) -> int:
+        """Bytes of its memory."""
+        pages = Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]
+        return int(pages) * resource.getpagesize()
+
+    def sockets(self) -> int:
+        """Sockets that it has open."""
+        links = Path(f"/proc/{self.process.pid}/fd").iterdir()
+        return sum(1 for link in links if _target(link).startswith("socket:"))
+
+
+@contextmanager
+def running_server(*options: str) -> Iterator[Running]:
+    """`python fake_service.py` on a free port, for the time of the block."""
+    command = [
+        sys.executable,
+        str(Path(__file__).with_name("fake_service.py")),
+        "--port",
+        "0",
+        "--row-s",
+        "0",
+        *options,
+    ]
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, text=True)
+        try:
+            first = _first_line(log, process)
+            port = int(first.rpartition(":")[2])
+            wait_for(lambda: _connects(port))
+            yield Running(port, process)
+        finally:
+            process.kill()
+            process.wait(10)
+
+
+def _first_line(log: IO[str], process: subprocess.Popen[str]) -> str:
+    text = ""
+
+    def come() -> bool:
+        nonlocal text
+        log.seek(0)
+        text = log.read()
+        assert process.poll() is None, text
+        return "\n" in text
+
+    wait_for(come, 30)
+    return text.splitlines()[0]
+
+
+def _connects(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), 1).close()
+    except OSError:
+        return False
+    return True
+
+
+def _target(link: Path) -> str:
+    try:
+        return str(link.readlink())
+    except OSError:  # closed meanwhile
+        return ""

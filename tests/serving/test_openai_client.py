@@ -22,9 +22,11 @@ def service():
 
 @pytest.fixture
 def images(service):
-    with Client(service, Policy(keys=(KEY,))) as server:
-        with openai.OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key=KEY) as client:
-            yield client.images
+    with (
+        Client(service, Policy(keys=(KEY,))) as server,
+        openai.OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key=KEY) as client,
+    ):
+        yield client.images
 
 
 def test_it_generates(images, service):

@@ -127,6 +127,24 @@ def test_a_reload_and_another_tab_keep_the_job(browser, expect):
         expect(unknown.locator("#notice")).to_contain_text("no longer keeps 2 jobs")
 
 
+def test_a_reload_while_the_server_does_not_answer_loses_no_job(browser, expect):
+    with Visit(browser, FakeService("monsters-64"), HTML) as visit:
+        write_prompt(visit.tab, count=2)
+        visit.tab.click("#generate")
+        visit.pictures(2)
+        job = visit.jobs()
+        visit.allowed = ("503", "ERR_FAILED")
+        away = {"status": 503, "body": "{}", "headers": {"Retry-After": "1"}}
+        visit.tab.route("**/v1/images/jobs/**", lambda route: route.fulfill(**away))
+        visit.tab.reload()
+        write_prompt(visit.tab, "meanwhile")
+        visit.tab.click("#generate")
+        expect(visit.tab.locator("#stage h2")).to_have_text("meanwhile")
+        assert set(job) < set(visit.jobs())
+        visit.tab.unroute("**/v1/images/jobs/**")
+        visit.pictures(3)
+
+
 def test_cancel_ends_the_job_and_keeps_what_is_done(browser, expect):
     service = FakeService("monsters-64", row_s=0.1)
     with Visit(browser, service, HTML) as visit:
@@ -228,8 +246,8 @@ def test_a_grid_has_headings_and_the_same_seeds_for_every_setting(browser, expec
         visit.pictures(16)
         heads = tab.locator("#stage thead tr")
         assert [heads.nth(i).locator("th").all_inner_texts() for i in range(2)] == [
-            ["3 steps", "6 steps"],
-            ["seed 5", "seed 6"] * 2,
+            ["seed 5", "seed 6"],
+            ["3 steps", "6 steps"] * 2,
         ]
         rows = [row.locator("th").all_inner_texts() for row in tab.locator("#stage tbody tr").all()]
         assert rows == [["ddim", "guidance 1"], ["guidance 2.5"], ["unipc", "guidance 1"], ["guidance 2.5"]]

@@ -12,7 +12,18 @@ from typing import TYPE_CHECKING, Any
 from fastgen.errors import InputError, first_line, one_line
 from fastgen.generate.run import Run
 from fastgen.serving.fence import Fence
-from fastgen.serving.messages import Accepted, Costs, Failed, Finished, FromWorker, Preview, Refused, Submit, Tick
+from fastgen.serving.messages import (
+    Accepted,
+    Begun,
+    Costs,
+    Failed,
+    Finished,
+    FromWorker,
+    Preview,
+    Refused,
+    Submit,
+    Tick,
+)
 from fastgen.serving.pictures import Decoding, image_file, start_decoding
 from fastgen.serving.policy import Curve, Work, choose
 from fastgen.serving.preparing import Preparer, Refusal, metadata_of, refusal
@@ -107,7 +118,9 @@ class Batcher:
         yield from self._expired(now)
         finished: list[Picture] = []
         if self._pictures:
-            chosen = self._chosen(now)
+            chosen, begun = self._chosen(now)
+            if begun:
+                yield Begun(tuple(picture.submit.id for picture in begun))
             if chosen:
                 yield from self._step(chosen, finished)
         waiting, self._decoding = self._decoding, []
@@ -167,12 +180,12 @@ class Batcher:
                 self._drop(picture)
                 yield Failed(picture.submit.id, "the deadline has passed", "deadline")
 
-    def _chosen(self, now: float) -> list[Picture]:
-        """The images of the next step. Those without a state begin, as far as there is room for states."""
+    def _chosen(self, now: float) -> tuple[list[Picture], list[Picture]]:
+        """The images of the next step, and those of them that begin with it, as far as there is room for states."""
         works = (
             p.work for p in self._pictures.values() if p.work is not None and (p.slot is not None or self._slots.free)
         )
-        chosen = []
+        chosen, begun = [], []
         for work in choose(works, self._warm.slots, now, max_wait_s=self._max_wait_s):
             picture = self._pictures[work.id]
             if picture.slot is None:
@@ -180,8 +193,9 @@ class Batcher:
                     continue
                 picture.slot = self._slots.add(sample_of(picture.run))
                 picture.begun = now
+                begun.append(picture)
             chosen.append(picture)
-        return chosen
+        return chosen, begun
 
     def _step(self, chosen: Sequence[Picture], finished: list[Picture]) -> Iterator[FromWorker]:
         """One row of these images, which have slots; those that are finished join the list."""

@@ -134,6 +134,12 @@ class Accepted(Message, frozen=True):
     tokens: int | None = None
 
 
+class Begun(Message, frozen=True):
+    """These images take part in a step for the first time. It is said before the step: one of them may kill the process."""
+
+    ids: tuple[int, ...]
+
+
 class Refused(Message, frozen=True):
     """The image cannot be made: the request is wrong. `param`: the field."""
 
@@ -188,7 +194,7 @@ class Pong(Message, frozen=True):
 
 
 ToWorker = Submit | Cancel | Ping | Stop
-FromWorker = Loading | Ready | Unready | Accepted | Refused | Tick | Preview | Finished | Failed | Pong
+FromWorker = Loading | Ready | Unready | Accepted | Begun | Refused | Tick | Preview | Finished | Failed | Pong
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_worker = msgspec.msgpack.Decoder(ToWorker).decode

@@ -27,6 +27,9 @@ HANG_S = 10.0  # and for so long is killed
 STEPS = 10.0  # both are at least so many of its steps
 DEATHS, WINDOW_S = 5, 300.0  # so many deaths within this time, without a picture between, and the model has failed
 LONGEST_BACKOFF_S = 60.0
+SUSPECT = (
+    2  # deaths of workers that an image was sent to, after which it is one of the suspects also where it had not begun
+)
 
 
 @dataclass(eq=False)
@@ -38,7 +41,8 @@ class InFlight:
     image: JobImage
     guided: int = 0  # of its rows
     sent: bool = False  # to the present worker
-    suspect: bool = False  # it was being made when a worker died
+    deaths: int = 0  # of workers that it was sent to
+    suspect: bool = False  # it may have killed a worker
 
 
 @dataclass
@@ -194,6 +198,10 @@ class ModelServer:
                     flight.image.rows, flight.guided, flight.image.tokens = rows, guided, tokens
                     self._backlog.progress(id, self._seconds(rows, guided))
                     flight.job.touch()
+            case messages.Begun(ids):
+                for flight in (self._images[id] for id in ids if id in self._images):
+                    flight.image.phase = "running"
+                    flight.job.touch()
             case messages.Refused(id, text, param):
                 self._end(id, "failed", ApiError(400, text, param=param, code="invalid_value"))
             case messages.Preview(id, index, row, data):
@@ -342,8 +350,10 @@ class ModelServer:
             text = "the engine crashed twice while it made this image, once with nothing else"
             self._end(sent[0].submit.id, "failed", ApiError(500, text, kind=SERVER, code="engine_crashed"))
         else:
+            begun = [flight for flight in sent if flight.image.phase == "running"]
             for flight in sent:
-                flight.suspect = flight.suspect or flight.image.phase == "running"
+                flight.deaths += 1
+                flight.suspect = flight.suspect or flight.deaths >= SUSPECT or flight in (begun or sent)
                 self._again(flight.image)
         if len(self._deaths) >= DEATHS:
             self._give_up()

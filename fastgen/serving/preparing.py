@@ -26,13 +26,14 @@ if TYPE_CHECKING:
 KEPT_TABLES, KEPT_CONDITIONS = 256, 64
 T = TypeVar("T")
 PARAMS = (  # a field of the request -> words by which an error of the model's own checks names it
+    ("prompt", ("; this model takes",)),
     ("guidance_interval", ("guidance_interval",)),
     ("guidance_scale", ("guidance_scale", "guidance scale", "cannot be guided")),
     ("num_inference_steps", ("num_inference_steps", "steps", "noise steps")),
     ("scheduler", ("scheduler", "solver")),
     ("labels", ("label", "class", "labels")),
     ("rag", ("index", "rag")),
-    ("prompt", ("prompt", "holds")),
+    ("prompt", ("prompt",)),
 )
 
 

@@ -335,6 +335,7 @@ class _Recorded:
             self._graphs = [Graph(whole, engine.device, pool, reset)]
         else:
             first = Graph(before, engine.device, pool, prepared.clear)
+            first()  # a recording computes nothing, and what follows looks rows up
             predicted.append(predict(engine, prepared[0], guided).clone())  # at a fixed address
             self._graphs = [first, Graph(after, engine.device, first.pool)]
         self._prepared, self._predicted = prepared, predicted

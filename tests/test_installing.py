@@ -45,7 +45,7 @@ def _index():
 
 
 def test_the_source_asks_for_extras_that_there_are():
-    assert {"cpu", "cuda", "train", "export", "score", "bench", "parquet", "trt", "rtx"} == set(EXTRAS)
+    assert {"cpu", "cuda", "train", "export", "score", "bench", "parquet", "trt", "rtx", "serve"} == set(EXTRAS)
     assert set(EXTRAS) <= set(PROJECT["optional-dependencies"])
 
 

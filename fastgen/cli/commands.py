@@ -17,6 +17,7 @@ from fastgen.cli.index import copies, index
 from fastgen.cli.pack import pack
 from fastgen.cli.pictures import compare
 from fastgen.cli.score import score
+from fastgen.cli.serve import serve
 from fastgen.cli.sweep import sweep
 from fastgen.cli.train import train
 
@@ -46,5 +47,20 @@ def cli(verbose: bool) -> None:
         os.environ["FASTGEN_VERBOSE"] = "1"
 
 
-for command in (data, train, export, generate, score, sweep, compare, index, copies, import_, pack, doctor, engines):
+for command in (
+    data,
+    train,
+    export,
+    generate,
+    serve,
+    score,
+    sweep,
+    compare,
+    index,
+    copies,
+    import_,
+    pack,
+    doctor,
+    engines,
+):
     cli.add_command(command)

@@ -120,19 +120,9 @@ def load(
     `models.folder.load_model`; a bundle has the size and weights that it was exported with. Raises InputError when the folder
     is no model or bundle, is damaged, or does not suit the engine."""
     model = path if isinstance(path, ModelFolder) else find_model(path, checkpoint)
-    name = engine or default_engine(model.folder, device)
-    check_ready(name, name_of(model.folder))
-    kind = engine_class(name).source_kind
-    if kind == "bundle" and model.bundle is None:
-        command = f"{export_command(name_of(model.folder), built_by(name))} --out BUNDLE"
-        raise InputError(f"engine {name} runs bundles; `{command}` makes one of this model folder")
-    if kind == "model" and model.bundle is not None:
-        raise InputError(
-            f"engine {name} runs model folders; {model.folder} is a bundle: give --model the folder it was exported from"
-        )
+    name = choose_engine(model, engine, device)
     if model.bundle is not None:
         _check_bundle(model.bundle, size, loras)
-    check_installed(name)
 
     def open_source() -> Source:
         if model.bundle is None:
@@ -156,6 +146,23 @@ def load(
         found = obstacle(name)
         raise found.refusal(name_of(model.folder)) if found else error from None
     return Pipeline(source, opened, graphs=graphs, open_exact=open_exact)
+
+
+def choose_engine(model: ModelFolder, engine: str | None = None, device: str | None = None) -> str:
+    """The engine that `load` runs a model on: `engine`, or the default one. Nothing is loaded. Raises InputError for an engine
+    that does not run such a model, that is not installed, or that this machine cannot run."""
+    name = engine or default_engine(model.folder, device)
+    check_ready(name, name_of(model.folder))
+    kind = engine_class(name).source_kind
+    if kind == "bundle" and model.bundle is None:
+        command = f"{export_command(name_of(model.folder), built_by(name))} --out BUNDLE"
+        raise InputError(f"engine {name} runs bundles; `{command}` makes one of this model folder")
+    if kind == "model" and model.bundle is not None:
+        raise InputError(
+            f"engine {name} runs model folders; {model.folder} is a bundle: give --model the folder it was exported from"
+        )
+    check_installed(name)
+    return name
 
 
 def _check_bundle(bundle: Bundle, size: tuple[int, int] | None, loras: Sequence[Lora] | None) -> None:

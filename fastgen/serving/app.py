@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine
+from pathlib import Path
 from typing import Any
 
 from starlette.applications import Starlette
@@ -23,6 +24,7 @@ from fastgen.serving.wire import MAX_BODY, read_call, unknown_model
 
 BODY_S = 10.0  # for a whole body
 LINGER_S, LINGER_BYTES = 1.0, 1_048_576  # for a client to see why its body was refused
+PAGE = Path(__file__).with_name("page") / "index.html"
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from fastgen.errors import FastgenError, InputError
+from fastgen.models.find import name_of
 from fastgen.serving import messages
 from fastgen.serving.errors import LIMIT, SERVER, ApiError
 from fastgen.serving.jobs import GenerationRequest, Job, JobImage
@@ -84,6 +85,11 @@ class ModelServer:
         self._stopping = False
         self._restart_at = 0.0
         metrics.declare(self.name)
+
+    @property
+    def command(self) -> str:
+        """What `fastgen generate --model` calls it."""
+        return name_of(self.options.model)
 
     @property
     def waiting(self) -> int:

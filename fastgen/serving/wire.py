@@ -18,6 +18,7 @@ from fastgen.errors import InputError, nearest, one_line, unknown
 from fastgen.files.jsonfiles import brief, parse_json
 from fastgen.files.names import check_labels, check_text
 from fastgen.files.records import MAX_SEED, MAX_STEPS, Name, Record, Seed, to_record
+from fastgen.sampling.schedulers import SOLVERS
 from fastgen.serving.errors import NOT_FOUND, SERVER, ApiError
 from fastgen.serving.interface import ServiceView
 from fastgen.serving.jobs import GenerationRequest
@@ -195,9 +196,9 @@ def _check_model(body: Body, info: Ready) -> None:
     height, width = info.size
     if body.size not in ("auto", f"{width}x{height}"):
         raise _refuse("size", f"found {brief(body.size)}, this model makes {width}x{height}; or give auto")
-    if body.scheduler is not None and body.scheduler not in info.schedulers:
+    if body.scheduler is not None and body.scheduler not in (*info.schedulers, *SOLVERS):
         with refusing("scheduler"):
-            raise unknown("scheduler", body.scheduler, info.schedulers)
+            raise unknown("scheduler", body.scheduler, dict.fromkeys((*info.schedulers, *SOLVERS)))
     if body.guidance_scale not in (None, 1.0) and not info.guidable:
         raise _refuse("guidance_scale", "this model cannot be guided; give 1")
     if body.rag and not info.rag:

@@ -34,7 +34,7 @@ def plots(file: Path) -> list[Path]:
     return written
 
 
-def _figure(panels: int) -> tuple[Any, Any]:
+def empty_figure(panels: int) -> tuple[Any, Any]:
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -63,7 +63,7 @@ def _against_batch(rows: Sequence[Row], title: str) -> Any:
     lines = _lines(rows, "batch")
     if not lines:
         return None
-    figure, (speed, memory) = _figure(2)
+    figure, (speed, memory) = empty_figure(2)
     from matplotlib.ticker import LogLocator
 
     for side, taken in lines.items():
@@ -81,20 +81,20 @@ def _against_batch(rows: Sequence[Row], title: str) -> Any:
     memory.set(xlabel="batch size", ylabel="peak memory, GiB", ylim=(0, 1.05 * memory.get_ylim()[1]))
     speed.set_xticks(ticks := sorted({r["batch"] for t in lines.values() for r in t}), map(str, ticks))
     speed.minorticks_off()
-    return _finish(figure, (speed, memory), title)
+    return finish(figure, (speed, memory), title)
 
 
 def _against_steps(rows: Sequence[Row], title: str) -> Any:
     lines = _lines(rows, "steps")
     if not lines:
         return None
-    figure, (axes,) = _figure(1)
+    figure, (axes,) = empty_figure(1)
     for side, taken in lines.items():
         seconds = [row["batch"] / row["images_per_s"] for row in taken]
         axes.plot([row["steps"] for row in taken], seconds, "o-", label=side)
     batch = next(iter(lines.values()))[0]["batch"]
     axes.set(xlabel="steps", ylabel=f"seconds for a batch of {batch}", xlim=(0, None), ylim=(0, None))
-    return _finish(figure, (axes,), title)
+    return finish(figure, (axes,), title)
 
 
 def _share_of_floor(rows: Sequence[Row], title: str) -> Any:
@@ -107,7 +107,7 @@ def _share_of_floor(rows: Sequence[Row], title: str) -> Any:
     if not best:
         return None
     chosen = sorted(best.values(), key=lambda row: row["floor_percent"])
-    figure, (axes,) = _figure(1)
+    figure, (axes,) = empty_figure(1)
     bars = axes.barh(
         [f"{r['side'].partition('@')[0]}, batch {r['batch']}" for r in chosen], [r["floor_percent"] for r in chosen]
     )
@@ -118,7 +118,7 @@ def _share_of_floor(rows: Sequence[Row], title: str) -> Any:
     return figure
 
 
-def _finish(figure: Any, axes: Sequence[Any], title: str) -> Any:
+def finish(figure: Any, axes: Sequence[Any], title: str) -> Any:
     for one in axes:
         one.grid(alpha=0.3)
     axes[0].legend(fontsize=8)

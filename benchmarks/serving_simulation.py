@@ -1,11 +1,12 @@
-"""Serving on a virtual clock: requests one by one, in static batches, and step by step with the server's own policy."""
+"""Requests one by one, in static batches, and step by step with the server's own policy: on a virtual clock with measured
+costs, the first two on a real one too."""
 
 from __future__ import annotations
 
 import itertools
 import random
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -14,14 +15,19 @@ from fastgen.serving.policy import AGEING, MAX_WAIT_S, URGENT_S, Backlog, Curve,
 
 MIX: Mapping[int, float] = {10: 0.60, 20: 0.25, 50: 0.15}  # steps -> share of the requests
 WINDOW_S = 0.050  # of static batching
+POOL = 8  # seeds: the same pictures again and again, so that every one can be compared
 
 
 class Arrival(NamedTuple):
-    """A request of `steps` steps that comes at second `at` of the load."""
+    """A request of `steps` steps that comes at second `at` of the load. `seed`: which of the pool's pictures it asks for."""
 
     at: float
     steps: int
     key: str = ""
+    seed: int = 0
+
+
+Execute = Callable[[Sequence[Arrival], float], float]  # runs a batch from a time on, and says when it ended
 
 
 class Served(NamedTuple):
@@ -41,6 +47,10 @@ class Costs:
     decode: Curve
     slots: int
 
+    def execute(self, batch: Sequence[Arrival], start: float) -> float:
+        """When a batch of one number of steps ends that runs at once from `start` on."""
+        return start + batch[0].steps * self.step.seconds(len(batch)) + self.decode.seconds(len(batch))
+
     def alone_s(self, steps: float) -> float:
         return steps * self.step.seconds(1) + self.decode.seconds(1)
 
@@ -51,7 +61,7 @@ class Costs:
 
 @dataclass
 class Outcome:
-    """What became of a load: `rows` of images and of padding ran, `refused` came too early."""
+    """What became of a load. `used`, `padding`: rows of the denoiser at step level. `refused`: would have waited too long."""
 
     served: list[Served] = field(default_factory=list)
     refused: list[Arrival] = field(default_factory=list)
@@ -79,7 +89,7 @@ def poisson(rate: float, seconds: float, seed: int, mix: Mapping[int, float] = M
     draw, arrivals, at = random.Random(seed), [], 0.0
     while (at := at + draw.expovariate(rate)) < seconds:
         (steps,) = draw.choices(list(mix), list(mix.values()))
-        arrivals.append(Arrival(at, steps, key))
+        arrivals.append(Arrival(at, steps, key, draw.randrange(POOL)))
     return arrivals
 
 
@@ -89,35 +99,30 @@ def capacity(costs: Costs, images: int, mix: Mapping[int, float] = MIX) -> float
     return images / (steps * costs.step.seconds(images) + costs.decode.seconds(images))
 
 
-def one_by_one(arrivals: Iterable[Arrival], costs: Costs) -> Outcome:
+def one_by_one(arrivals: Iterable[Arrival], execute: Execute) -> Outcome:
     """First come, first served."""
     outcome, now = Outcome(), 0.0
     for arrival in arrivals:
-        now = max(now, arrival.at) + costs.alone_s(arrival.steps)
+        now = execute([arrival], max(now, arrival.at))
         outcome.served.append(Served(arrival, now))
-        outcome.used += arrival.steps
     return outcome
 
 
-def static(arrivals: Sequence[Arrival], costs: Costs, window_s: float = WINDOW_S) -> Outcome:
-    """Batches of one step count: the oldest request waits `window_s`, or until its batch is full, for others like it."""
-    outcome, now, waiting, coming = Outcome(), 0.0, deque[Arrival](), deque(arrivals)
+def static(arrivals: Iterable[Arrival], execute: Execute, largest: int, window_s: float = WINDOW_S) -> Outcome:
+    """Batches of at most `largest` requests of one number of steps. The oldest request waits `window_s`, or until its batch is
+    full, for others like it."""
+    outcome, now, waiting, coming = Outcome(), 0.0, list[Arrival](), deque(arrivals)
     while waiting or coming:
         if not waiting:
             waiting.append(coming.popleft())
-        head = waiting[0]
-        until = max(now, head.at + window_s)
-        while coming and coming[0].at <= until and sum(w.steps == head.steps for w in waiting) < costs.step.largest:
+        steps, until = waiting[0].steps, max(now, waiting[0].at + window_s)
+        while coming and coming[0].at <= until and sum(w.steps == steps for w in waiting) < largest:
             waiting.append(coming.popleft())
-        batch = [w for w in waiting if w.steps == head.steps][: costs.step.largest]
-        full = len(batch) == costs.step.largest
-        start = max(now, batch[-1].at) if full else until
-        now = start + head.steps * costs.step.seconds(len(batch)) + costs.decode.seconds(len(batch))
-        taken = set(map(id, batch))
-        waiting = deque(w for w in waiting if id(w) not in taken)
+        batch = [w for w in waiting if w.steps == steps][:largest]
+        now = execute(batch, max(now, batch[-1].at) if len(batch) == largest else until)
         outcome.served += [Served(w, now) for w in batch]
-        outcome.used += head.steps * len(batch)
-        outcome.padding += head.steps * (costs.step.size(len(batch)) - len(batch))
+        left = [w for w in waiting if w.steps == steps][largest:]
+        waiting = sorted([*left, *(w for w in waiting if w.steps != steps)])
     return outcome
 
 

@@ -25,23 +25,53 @@ def costs(fixed_s: float, image_s: float, slots: int = 4) -> Costs:
 
 
 BATCHED = costs(0.004, 0.005)
+LARGEST = max(SIZES)
 FIFO = {"ageing": 1e6, "urgent_s": -1e9}
+
+
+def singly(arrivals):
+    return one_by_one(arrivals, BATCHED.execute)
+
+
+def batches(arrivals):
+    return static(arrivals, BATCHED.execute, LARGEST)
 
 
 def test_a_lone_request_takes_its_steps_and_its_decoding_and_the_window_where_there_is_one():
     alone, own_s = [Arrival(1.0, 10)], 10 * 0.009 + 0.0025
-    assert one_by_one(alone, BATCHED).latencies() == pytest.approx([own_s])
+    assert one_by_one(alone, BATCHED.execute).latencies() == pytest.approx([own_s])
     assert StepLevel(BATCHED).run(alone).latencies() == pytest.approx([own_s])
-    assert static(alone, BATCHED).latencies() == pytest.approx([0.050 + own_s])
+    assert batches(alone).latencies() == pytest.approx([0.050 + own_s])
 
 
-@pytest.mark.parametrize("serve", [one_by_one, static, lambda a, c: StepLevel(c).run(a)])
+@pytest.mark.parametrize("serve", [singly, batches, lambda arrivals: StepLevel(BATCHED).run(arrivals)])
 def test_every_request_is_served_once_with_every_step(serve):
     arrivals = poisson(8.0, 20, seed=1)
-    outcome = serve(arrivals, BATCHED)
+    outcome = serve(arrivals)
     assert sorted(one.arrival for one in outcome.served) == sorted(arrivals)
-    assert outcome.used == sum(arrival.steps for arrival in arrivals)
     assert all(s.latency >= BATCHED.alone_s(s.arrival.steps) - 1e-9 for s in outcome.served)
+
+
+def test_a_batch_holds_one_number_of_steps_and_no_more_than_the_largest():
+    seen = []
+
+    def execute(batch, start):
+        seen.append((start, batch))
+        return BATCHED.execute(batch, start)
+
+    arrivals = poisson(40.0, 10, seed=1)
+    static(arrivals, execute, LARGEST)
+    assert all(len({a.steps for a in batch}) == 1 and len(batch) <= LARGEST for _, batch in seen)
+    assert max(len(batch) for _, batch in seen) == LARGEST
+    assert all(a.at <= start for start, batch in seen for a in batch)
+
+
+def test_every_step_of_every_image_runs_once_and_padding_is_what_the_sizes_lack():
+    arrivals = poisson(8.0, 20, seed=1)
+    outcome = StepLevel(BATCHED).run(arrivals)
+    assert outcome.used == sum(arrival.steps for arrival in arrivals)
+    assert outcome.padding == 0  # every size up to the slots exists
+    assert StepLevel(costs(0.004, 0.005, slots=8)).run([Arrival(0.0, 10)] * 5).padding == 10
 
 
 def test_poisson_arrivals_come_at_the_rate_and_in_the_mix_that_were_asked_for():
@@ -53,7 +83,7 @@ def test_poisson_arrivals_come_at_the_rate_and_in_the_mix_that_were_asked_for():
 
 def test_joining_at_any_step_halves_the_p95_of_short_requests_against_static_batches():
     arrivals = poisson(0.9 * capacity(BATCHED, 1), 120, seed=2)
-    joined, batched = StepLevel(BATCHED).run(arrivals), static(arrivals, BATCHED)
+    joined, batched = StepLevel(BATCHED).run(arrivals), batches(arrivals)
     assert percentile(joined.latencies(10), 95) < percentile(batched.latencies(10), 95) / 2
     assert percentile(joined.latencies(), 50) < percentile(batched.latencies(), 50)
 

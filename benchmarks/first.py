@@ -49,6 +49,8 @@ PARTS = [
     _part("no waiting", "first_memory:nothing_waits", 5, 30, model="iclevr-64"),
     _part("out of memory", "first_memory:out_of_memory", 15, 60, True, model="monsters-64"),
     *_of_models("speed", "first_speed:speed", 8, 40),
+    *_of_models("slots", "first_serving:slots_agree", 8, 60),
+    _part("slots, speed", "first_serving:slots_speed", 8, 60, model="iclevr-64"),
     *(_part(f"tests, {file}", "gpu_tests:tests", 8, 100, file=file) for file in TESTS),
     _part("full size", "first_speed:full_size", 40, 120),
     _part("job", "first_speed:job", 30, 110),

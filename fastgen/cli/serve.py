@@ -33,7 +33,9 @@ DRAIN = Number(0, 3600)
 @click.command()
 @argument("models", metavar="[MODEL]...", nargs=-1, type=PATH_OR_NAME)
 @option(
-    "--engine", type=ENGINE, help="eager, compile, ort, openvino, trt or trt-rtx.  [default: as `fastgen generate`]"
+    "--engine",
+    type=ENGINE,
+    help="eager, compile, ort, openvino, trt or trt-rtx.  [default: the fastest that needs nothing built]",
 )
 @option("--host", default="127.0.0.1", show_default=True, help="Address to listen at; other machines need an API key.")
 @option("--port", type=PORT, default=8000, show_default=True, help="Port; 0 takes a free one.")
@@ -76,7 +78,8 @@ def serve(
     """Serve models over HTTP: an API like OpenAI's for images, and a page to try it.
 
     MODEL is a bundle, a model folder, the name of a model that comes with fastgen, or NAME=FOLDER to choose its name; without
-    one all that come with fastgen. Requests join the running batch at any step.
+    one all that come with fastgen. A model folder is exported into the cache first, unless --engine eager or compile runs it
+    as it is. Requests join the running batch at any step.
     """
     _check_packages()
     import asyncio
@@ -109,8 +112,7 @@ def serve(
     if rag is not None and len(served) > 1:
         raise InputError("--rag: an index belongs to one model; name that MODEL alone")
     with _listener(host, port) as listener:
-        for options in served:
-            _check_model(options)
+        served = [_checked(options) for options in served]
         address = address_of(listener)
 
         async def run() -> None:
@@ -147,18 +149,25 @@ def named_models(models: Sequence[str]) -> dict[str, Path]:
     return named
 
 
-def _check_model(options: WorkerOptions) -> None:
-    """InputError for what is no model, for an engine that does not run it, and for a bundle whose files were altered."""
+def _checked(options: WorkerOptions) -> WorkerOptions:
+    """The options, with a model folder's bundle where the engine runs bundles. InputError for what is no model, for an engine
+    that does not run it, and for a bundle whose files were altered."""
+    from dataclasses import replace
+
     from fastgen.generate.pipeline import choose_engine
     from fastgen.models.find import find_model
     from fastgen.retrieval.index import open_index
+    from fastgen.serving.bundles import served_folder
 
+    folder = served_folder(options.model, options.engine, options.checkpoint, options.allow_pickle, say)
+    options = replace(options, model=folder)
     model = find_model(options.model, options.checkpoint)
     choose_engine(model, options.engine, options.device)
     if model.bundle is not None:
         model.bundle.verify(options.dtype or "fp32")
     if options.rag is not None:
         open_index(options.rag)
+    return options
 
 
 def _policy(host: str, keys: Sequence[str], origins: Sequence[str], page_policy: str) -> Policy:

@@ -235,7 +235,7 @@ class ModelServer:
         self._metrics.steps.labels(self.name).inc(tick.steps)
         self._metrics.rows.labels(self.name, "used").inc(tick.used)
         self._metrics.rows.labels(self.name, "padding").inc(tick.padding)
-        if tick.steps:
+        for _ in range(tick.steps):
             self._metrics.step_seconds.labels(self.name).observe(tick.seconds / tick.steps)
         if tick.costs is not None:
             self._costs = tick.costs

@@ -18,10 +18,11 @@ pytest.importorskip("diffusers")
 
 import torch
 
-from benchmarks import first, first_facts, first_memory, first_speed, gpu_table, gpu_tests
+from benchmarks import first, first_facts, first_memory, first_serving, first_speed, gpu_table, gpu_tests
 from benchmarks.parts import REPOSITORY, Run
 from fastgen.engines.compile import engine as engine_compile
 from fastgen.generate.run import Run as Generation
+from fastgen.serving.slots import Slots
 
 NEEDS_GPU = first_facts.NEEDS_GPU
 
@@ -70,6 +71,7 @@ def test_the_parts_are_in_order_and_each_exists_with_its_arguments():
         "no waiting",
         "out of memory",
         "speed",
+        "slots",
         "tests",
     ]
     order += ["full size", "job", "diffusers", "compile", "tests"]
@@ -382,3 +384,21 @@ def test_facts_of_a_cpu_are_not_taken_and_a_readme_without_the_marks_is_refused(
     assert (done.exit_code, "was taken on a CPU" in done.output) == (1, True)
     with pytest.raises(ValueError, match="no lines between"):
         gpu_table.written("a README", "lines")
+
+
+@pytest.mark.parametrize("kind", ["text", "label"])
+def test_images_that_join_a_running_batch_agree_with_those_that_do_not(run, kind, request, monkeypatch):
+    model = str(request.getfixturevalue(f"{kind}_model"))
+    assert failed(first_serving.slots_agree(run, model)) == []
+    states = Slots.states
+    monkeypatch.setattr(Slots, "states", lambda slots, numbers: 1.01 * states(slots, numbers))
+    assert failed(first_serving.slots_agree(run, model)) == ["mixed solvers, joins at random"]
+
+
+def test_the_cost_of_a_join_is_told_beside_a_step(run, label_model, monkeypatch):
+    monkeypatch.setattr(first_serving, "ROUNDS", 2)
+    facts = list(first_serving.slots_speed(run, str(label_model)))
+    assert failed(facts) == []
+    assert facts[0]["ratio"] > 0
+    assert facts[1]["share_of_a_step"] > 0
+    assert facts[2]["skipped"] == NEEDS_GPU

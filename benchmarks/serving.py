@@ -15,7 +15,7 @@ from benchmarks.report import RESULTS, save, table
 from benchmarks.serving_faults import kills, overload, soak
 from benchmarks.serving_local import Local
 from benchmarks.serving_plot import plot
-from benchmarks.serving_sections import Bench, Row, fairness, latency, lone, parity, singly, throughput
+from benchmarks.serving_sections import Bench, Row, capacity, fairness, latency, lone, parity, singly, throughput
 from benchmarks.serving_server import Server
 from benchmarks.serving_simulation import Costs, StepLevel, one_by_one, poisson, static
 from fastgen.engines import engine_class
@@ -87,12 +87,12 @@ def runnable(model: str, engine: str, work: Path) -> Path:
 def measure(folder: Path, engine: str, size: Size, sections: Sequence[str]) -> dict[str, Any]:
     """{"settings", "rows", "latency", "simulation", "costs"}."""
     local, rows, lines, simulated = Local(folder, engine), list[Row](), list[Row](), list[Row]()
-    capacity = singly(local)
+    one_by_one_rate = singly(local)
     costs: Costs | None = None
     with tempfile.TemporaryDirectory() as scratch:
         log = Path(scratch) / "serve.log"
         with Server(folder, engine, log) as server:
-            bench = Bench(server, local, size.seconds, singly=capacity)
+            bench = Bench(server, local, size.seconds, singly=one_by_one_rate)
             warm(bench)
             info = {name: server.info.get(name) for name in ("engine", "dtype", "device", "slots", "exact", "sha256")}
             settings = {
@@ -100,17 +100,18 @@ def measure(folder: Path, engine: str, size: Size, sections: Sequence[str]) -> d
                 **info,
                 "start_s": server.start_s,
                 **size._asdict(),
-                "one_by_one_images_per_s": capacity,
+                "one_by_one_images_per_s": one_by_one_rate,
             }
             if "parity" in sections:
                 rows += parity(bench, size.mixed)
             if "lone" in sections:
                 rows += lone(bench, size.lone)
-            rows += throughput(bench, size.images)
+            if "throughput" in sections:
+                rows += throughput(bench, size.images)
             if "latency" in sections:
                 found, lines = latency(bench, size.loads)
                 costs = local.costs(server.info["slots"])
-                simulated = simulate(costs, size, capacity)
+                simulated = simulate(costs, size, one_by_one_rate)
                 rows += found + [compared(bench, lines, simulated, load) for load in size.loads]
             if "fairness" in sections:
                 rows += fairness(bench)
@@ -121,7 +122,7 @@ def measure(folder: Path, engine: str, size: Size, sections: Sequence[str]) -> d
         if "overload" in sections:
             with Server(folder, engine, log, ["--max-wait", f"{MAX_WAIT_S:g}"]) as bench.server:
                 warm(bench)
-                rows += overload(bench, MAX_WAIT_S)
+                rows += capacity(bench, size.images) + overload(bench, MAX_WAIT_S)
         if "kills" in sections:
             with Server(folder, engine, log) as bench.server:
                 warm(bench)
@@ -135,11 +136,11 @@ def warm(bench: Bench) -> None:
     bench.send(bench.load(2.0, 2.0))
 
 
-def simulate(costs: Costs, size: Size, capacity: float) -> list[Row]:
+def simulate(costs: Costs, size: Size, rate: float) -> list[Row]:
     """The same loads on a virtual clock, for longer."""
     lines = list[Row]()
     for load in size.loads:
-        arrivals = poisson(load * capacity, 600, seed=1)
+        arrivals = poisson(load * rate, 600, seed=1)
         outcomes = {
             "step-level": StepLevel(costs).run(arrivals),
             "static": static(arrivals, costs.execute, costs.step.largest),

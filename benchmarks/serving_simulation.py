@@ -73,11 +73,11 @@ class Outcome:
         return [served.latency for served in wanted]
 
     def facts(self) -> dict[str, Any]:
-        """Latencies in ms, of all and by steps; images/s from the first arrival to the last end."""
-        found: dict[str, Any] = {"served": len(self.served), "refused": len(self.refused)}
-        for name, steps in (("", None), *((f"_{s}_steps", s) for s in sorted({s.arrival.steps for s in self.served}))):
+        """Latencies in ms, of all and by the steps of the mix; images/s from the first arrival to the last end."""
+        found: dict[str, Any] = {"served": len(self.served), "refused": len(self.refused), "images_per_s": None}
+        for name, steps in (("", None), *((f"_{steps}_steps", steps) for steps in MIX)):
             taken = self.latencies(steps)
-            found |= {f"p{q}_ms{name}": 1000 * percentile(taken, q) for q in (50, 95, 99) if taken}
+            found |= {f"p{q}_ms{name}": 1000 * percentile(taken, q) if taken else None for q in (50, 95, 99)}
         if self.served:
             start = min(one.arrival.at for one in self.served)
             found["images_per_s"] = len(self.served) / (max(one.ended for one in self.served) - start)

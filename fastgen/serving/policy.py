@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 AGEING = 0.1  # an image yields to one that came t seconds later only if that is shorter by more than AGEING * t seconds
 URGENT_S = 1.0  # an image with less slack than this goes first
 MAX_WAIT_S = 30.0
+HEADROOM = 0.8  # of the longest wait is given away; the rest is for clients that come later
+PACE_S = 10.0  # the pace of the server is that of about so many seconds
 GAIN = 1.1  # of images/s, for which a batch is worth doubling
 
 
@@ -145,13 +147,15 @@ def _in_turn(by_key: Mapping[str, list[tuple[float, int, Work]]], room: int, tak
 class Backlog:
     """The images that a model has accepted and not finished, and what a new request would wait for.
 
-    `seconds` are the server's: of an image that shares a full batch of b, 1/b of its steps' time.
+    `seconds` are the server's: of an image that shares a full batch of b, 1/b of its steps' time. They are estimates; `observe`
+    tells how long the work really takes.
     """
 
     def __init__(self) -> None:
         self._works: dict[int, tuple[str, float]] = {}
         self._seconds: dict[str, float] = {}  # by key
         self._images: Counter[str] = Counter()
+        self._done_s = self._took_s = 1.0
 
     def __len__(self) -> int:
         return len(self._works)
@@ -182,6 +186,17 @@ class Backlog:
         else:  # sums of floats drift: an idle key begins at 0 again
             del self._images[key], self._seconds[key]
 
+    def observe(self, done_s: float, took_s: float) -> None:
+        """While there was work without a pause, `done_s` estimated seconds of it were done in `took_s` seconds."""
+        kept = math.exp(-took_s / PACE_S)
+        self._done_s = kept * self._done_s + done_s
+        self._took_s = kept * self._took_s + took_s
+
+    @property
+    def pace(self) -> float:
+        """Seconds that an estimated second of work takes, lately; from a tenth to a hundred."""
+        return min(100.0, max(0.1, self._took_s / max(self._done_s, 1e-9)))
+
     def ahead(self, key: str) -> int:
         """Images that would run before a new one of this client, at most: its own, and as many of every other client."""
         own = self._images[key]
@@ -193,15 +208,16 @@ class Backlog:
         The server is shared evenly: while this client's work is done, every other one gets as much of the server, or all that
         it waits for."""
         own = max(0.0, self._seconds.get(key, 0.0)) + seconds
-        return own + sum(min(max(0.0, other), own) for name, other in self._seconds.items() if name != key)
+        others = sum(min(max(0.0, other), own) for name, other in self._seconds.items() if name != key)
+        return self.pace * (own + others)
 
     def retry_after(
         self, key: str, seconds: float, max_wait_s: float = MAX_WAIT_S, deadline_s: float | None = None
     ) -> int | None:
-        """None if a new request would wait no longer than `max_wait_s` in all, and end within `deadline_s`; otherwise whole
-        seconds after which that may be so."""
+        """None if a new request would wait no longer than `HEADROOM * max_wait_s` in all, and end within `deadline_s`;
+        otherwise whole seconds after which that may be so."""
         predicted = self.predicted(key, seconds)
-        excess = predicted - seconds - max_wait_s
+        excess = predicted - self.pace * seconds - HEADROOM * max_wait_s
         if deadline_s is not None:
             excess = max(excess, predicted - deadline_s)
         return None if excess <= 0 else max(1, math.ceil(excess))

@@ -213,13 +213,28 @@ class TestBacklog:
         assert backlog.predicted("another name", 1.0) == 101.0
 
     def test_who_would_wait_too_long_is_told_when_to_come_back(self):
-        backlog = self.filled([("a", 40.5)])
-        assert backlog.retry_after("a", 1.0, max_wait_s=30.0) == 11
+        backlog = self.filled([("a", 34.5)])
+        assert backlog.retry_after("a", 1.0, max_wait_s=30.0) == 11  # a fifth of the wait is left for others that come
         assert backlog.retry_after("b", 1.0, max_wait_s=30.0) is None
         assert backlog.retry_after("b", 100.0, max_wait_s=50.0) is None  # its own work is not waiting
         assert backlog.retry_after("b", 1.0, deadline_s=1.5) == 1
-        backlog.progress(0, 30.0)
+        backlog.progress(0, 24.0)
         assert backlog.retry_after("a", 1.0, max_wait_s=30.0) is None
+
+    def test_a_prediction_follows_how_long_the_work_takes_and_forgets_what_was(self):
+        backlog = self.filled([("a", 10.0)])
+        for _ in range(60):
+            backlog.observe(done_s=0.5, took_s=1.0)
+        assert backlog.predicted("a", 1.0) == pytest.approx(22.0, rel=0.02)
+        assert backlog.retry_after("a", 1.0, max_wait_s=20.0) == 4
+        for _ in range(60):
+            backlog.observe(done_s=1.0, took_s=1.0)
+        assert backlog.predicted("a", 1.0) == pytest.approx(11.0, rel=0.02)
+
+    def test_a_server_that_stands_still_has_a_finite_prediction(self):
+        backlog = self.filled([("a", 10.0)])
+        backlog.observe(done_s=0.0, took_s=1e6)
+        assert backlog.predicted("a", 0.0) == 1000.0
 
     def test_an_id_is_added_once_and_must_be_known(self):
         backlog = self.filled([("a", 1.0)])

@@ -171,9 +171,11 @@ class Slots:
 
     def _parts(self, group: Sequence[int], guided: bool) -> list[list[int]]:
         """The images in as few forwards as the engine's sizes allow, each padded with the idle slot to the next size."""
+        if not group:
+            return []
         sizes = self._sizes(guided)
         if sizes is None:
-            return [list(group)] if group else []
+            return [list(group)]
         parts = [list(group[i : i + max(sizes)]) for i in range(0, len(group), max(sizes))]
         return [part + [self._capacity] * (min(s for s in sizes if s >= len(part)) - len(part)) for part in parts]
 

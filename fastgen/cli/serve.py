@@ -39,8 +39,14 @@ DRAIN = Number(0, 3600)
 )
 @option("--host", default="127.0.0.1", show_default=True, help="Address to listen at; other machines need an API key.")
 @option("--port", type=PORT, default=8000, show_default=True, help="Port; 0 takes a free one.")
-@option("--api-key", "keys", multiple=True, metavar="KEY", help="A key that opens the API; repeatable.")
-@option("--api-key-file", type=FOLDER, metavar="FILE", help="Keys, one a line, which other users cannot see.")
+@option(
+    "--api-key",
+    "keys",
+    multiple=True,
+    metavar="KEY",
+    help="A key that opens the API; repeatable. Processes of this machine see it.",
+)
+@option("--api-key-file", type=FOLDER, metavar="FILE", help="A file of keys, one a line.")
 @option("--cors", "origins", multiple=True, metavar="ORIGIN", help="Let this website use the API; repeatable.")
 @option("--max-wait", type=WAIT, default=30.0, show_default=True, help="Refuse requests that would end later, in s.")
 @option("--drain", type=DRAIN, default=25.0, show_default=True, help="Time for running images at the end, in s.")

@@ -16,7 +16,7 @@ from starlette.routing import Route
 from fastgen.errors import Say
 from fastgen.serving import answers
 from fastgen.serving.errors import INVALID, NOT_FOUND, SERVER, ApiError
-from fastgen.serving.follow import stream_events, until_ended, until_settled, watch_events
+from fastgen.serving.follow import stream_events, until_ended, until_settled, watch_events, while_connected
 from fastgen.serving.interface import ServiceView
 from fastgen.serving.jobs import Job
 from fastgen.serving.security import CLIENT_LEFT, App, Guard, Policy, error_headers
@@ -187,7 +187,7 @@ class EventStream(StreamingResponse):
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         try:
-            await super().__call__(scope, receive, send)
+            await while_connected(self.stream_response(send), receive)
         finally:
             if self._leave is not None:
                 self._leave()

@@ -20,12 +20,28 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 
 async def until_ended(job: Job, receive: Receive) -> bool:
     """Wait until the job has ended; False where the client left before."""
-    return await _while_connected(_ended(job), receive)
+    return await while_connected(_ended(job), receive)
 
 
 async def until_settled(job: Job, receive: Receive) -> bool:
     """Wait a moment until the job runs or has ended; False where the client left before."""
-    return await _while_connected(_settled(job), receive)
+    return await while_connected(_settled(job), receive)
+
+
+async def while_connected(work: Coroutine[Any, Any, None], receive: Receive) -> bool:
+    """Do the work; False, and the work is cancelled, where the client leaves before it is done."""
+    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_gone(receive))
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            working.result()
+            return True
+        leaving.result()
+        return False
+    finally:
+        working.cancel()
+        leaving.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
 
 
 async def stream_events(job: Job, view: ModelView) -> AsyncIterator[bytes]:
@@ -74,7 +90,8 @@ async def _changes(job: Job) -> AsyncIterator[bool]:
         if ended:
             return
         try:
-            version = await asyncio.wait_for(job.changed(version), KEEP_ALIVE_S)
+            async with asyncio.timeout(KEEP_ALIVE_S):  # Python 3.11's wait_for can lose a cancellation
+                version = await job.changed(version)
             fresh = True
         except TimeoutError:
             fresh = False
@@ -92,21 +109,6 @@ async def _settled(job: Job) -> None:
                 await job.changed(job.version)
     except TimeoutError:
         pass
-
-
-async def _while_connected(work: Coroutine[Any, Any, None], receive: Receive) -> bool:
-    """Do the work; False where the client leaves before it is done."""
-    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_gone(receive))
-    try:
-        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            working.result()
-            return True
-        leaving.result()
-        return False
-    finally:
-        working.cancel()
-        leaving.cancel()
 
 
 async def _gone(receive: Receive) -> None:

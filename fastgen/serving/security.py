@@ -13,7 +13,7 @@ import sys
 import time
 import traceback
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -38,6 +38,7 @@ _HEADER_NAMES = re.compile(r"[A-Za-z0-9, _-]{1,2000}")
 _AUTHORITY = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?")
 _INLINE = re.compile(r"<(script|style)\b[^>]*>(.*?)</\1\s*>", re.DOTALL | re.IGNORECASE)
 _KEY = re.compile(r"[!-~]{8,200}")
+NOTHING = "default-src 'none'; frame-ancestors 'none'"  # what an answer that is no page may load
 CLIENT_LEFT = 499  # in the log: the client did not wait for its answer
 
 
@@ -49,11 +50,7 @@ class Policy:
     keys: Sequence[str] = ()
     hosts: Sequence[str] | None = LOOPBACK_NAMES
     origins: Sequence[str] = ()
-    page_policy: str = "default-src 'none'; frame-ancestors 'none'"
-    digests: Sequence[bytes] = field(init=False, default=())
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "digests", tuple(_digest(key) for key in self.keys))
+    page_policy: str = NOTHING
 
 
 def is_loopback(host: str) -> bool:
@@ -115,6 +112,7 @@ class Guard:
 
     def __init__(self, app: App, policy: Policy, say: Say | None = None) -> None:
         self._app, self._policy, self._say = app, policy, say
+        self._digests = [_digest(key) for key in policy.keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         answer = _Answer(send, self._protection(scope))
@@ -130,7 +128,7 @@ class Guard:
             except ApiError as error:
                 await answer.error(error)
             except Exception:
-                traceback.print_exc(file=sys.stderr)  # an error of the server itself
+                print(escaped(traceback.format_exc()), file=sys.stderr)  # an error of the server itself
                 await answer.error(ApiError(500, "the server made an error", kind=SERVER, code="internal_error"))
         finally:
             if self._say is not None:
@@ -152,7 +150,7 @@ class Guard:
             text = f"the origin {origin[:100]!r} may not use this server; `fastgen serve --cors` lists those that may"
             raise ApiError(403, text, kind=PERMISSION, code="origin_not_allowed")
         preflight = scope["method"] == "OPTIONS"  # browsers send it without a key
-        if policy.digests and not preflight and not is_open(scope["method"], scope["path"]):
+        if self._digests and not preflight and not is_open(scope["method"], scope["path"]):
             scope["fastgen.key"] = self._authenticate(headers)
         return origin if foreign else None
 
@@ -160,7 +158,7 @@ class Guard:
         """The name of the client's key in its fair share. Every key is compared, each in constant time."""
         scheme, _, token = headers.get("authorization", "").partition(" ")
         digest = _digest(token.strip())
-        matches = [hmac.compare_digest(digest, known) for known in self._policy.digests]
+        matches = [hmac.compare_digest(digest, known) for known in self._digests]
         if scheme.lower() != "bearer" or not any(matches):
             text = "give an API key of this server: `Authorization: Bearer KEY`"
             raise ApiError(401, text, kind=AUTHENTICATION, code="invalid_api_key")
@@ -168,7 +166,7 @@ class Guard:
 
     def _protection(self, scope: Scope) -> list[tuple[bytes, bytes]]:
         page = scope["path"] == "/"
-        csp = self._policy.page_policy if page else "default-src 'none'; frame-ancestors 'none'"
+        csp = self._policy.page_policy if page else NOTHING
         sharing = b"cross-origin" if self._policy.origins else b"same-origin"
         return [
             (b"content-security-policy", csp.encode()),
@@ -229,6 +227,11 @@ def error_headers(error: ApiError) -> list[tuple[str, str]]:
     if error.status == 401:
         headers.append(("www-authenticate", "Bearer"))
     return headers
+
+
+def escaped(text: str) -> str:
+    """Lines of a text whose other control characters, and all that is not ASCII, cannot move a terminal's cursor."""
+    return re.sub(r"[^\n -~]", lambda match: ascii(match[0])[1:-1], text)
 
 
 def log_line(scope: Scope, status: int | None, seconds: float, job: str = "") -> str:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import base64
 import json
+import random
+import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 
 import httpx
 import pytest
@@ -73,6 +76,7 @@ def test_images_by_url_are_the_same_files_and_need_no_key(service):
 
 
 def test_a_stream_has_previews_and_then_the_image(client, service):
+    service.row_s = 0.02
     answer = post(client, stream=True, partial_images=3, seed=1)
     assert answer.headers["content-type"].startswith("text/event-stream")
     *partial, (name, last) = events(answer.text)
@@ -300,3 +304,21 @@ def test_metrics_are_plain_text(client):
     answer = client.get("/metrics")
     assert answer.headers["content-type"].startswith("text/plain")
     assert "fastgen_images_total" in answer.text
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_two_hundred_clients_that_leave_at_any_moment_leave_nothing_running(client, service, stream):
+    service.row_s = 0.002
+    fields = {"model": "monsters-64", "prompt": "x", "num_inference_steps": 1000, "stream": stream, "seed": 1}
+    body = json.dumps(fields).encode()
+    head = f"POST /v1/images/generations HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(body)}\r\n"
+    moments = random.Random(0)
+    for _ in range(10):
+        with ExitStack() as peers:
+            for _ in range(20):
+                peer = peers.enter_context(socket.create_connection(("127.0.0.1", client.port)))
+                peer.sendall(head.encode() + b"content-type: application/json\r\n\r\n" + body)
+                time.sleep(0.004 * moments.random())
+    wait_for(lambda: all(job.ended for job in service.jobs.values()))
+    assert len(service.jobs) == len(service.cancelled) > 0
+    assert post(client).status_code == 200

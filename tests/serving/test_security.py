@@ -316,3 +316,7 @@ def test_a_weak_key_is_refused_without_being_shown(key):
 def test_a_client_that_left_has_a_status_of_its_own_in_the_log():
     scope = {"client": None, "method": "GET", "path": "/"}
     assert log_line(scope, None, 0.5).endswith(f'- GET "/" {security.CLIENT_LEFT} 500.0 ms')
+
+
+def test_an_error_of_the_server_moves_no_terminal():
+    assert security.escaped("a\x1b[31m\r\u202eb\nc\xff") == "a\\x1b[31m\\r\\u202eb\nc\\xff"

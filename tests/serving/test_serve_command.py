@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import signal
 import socket
@@ -160,6 +161,18 @@ def test_it_serves_and_ends_with_zero_after_the_running_image(label_bundle, tmp_
         assert '"status":"done"' in events.split("event: done")[1]
         assert command.process.wait(20) == 0
         assert " POST " in command.err
+
+
+def test_a_picture_has_the_bytes_that_generate_writes(fastgen, label_bundle, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = ["--model", label_bundle, "--engine", "ort", "--seed", 7, "--num-inference-steps", 6]
+    assert fastgen("generate", "--labels", "red cube, blue sphere", *options)[0] == 0
+    with Command(tmp_path, f"tiny={label_bundle}", "--engine", "ort") as command, command.ready() as client:
+        body = {"prompt": "red cube, blue sphere", "seed": 6, "n": 3, "num_inference_steps": 6}
+        images = client.post(PATH, json=body).json()["data"]
+    (file,) = (tmp_path / "generated").glob("*.png")
+    assert file.name == images[1]["fastgen"]["image_name"] == "red-cube-blue-sphere-7.png"
+    assert base64.b64decode(images[1]["b64_json"]) == file.read_bytes()
 
 
 def test_a_second_signal_ends_it_at_once_with_its_workers(label_bundle, tmp_path):

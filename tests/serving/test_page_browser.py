@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import shlex
 
 import pytest
@@ -140,6 +141,7 @@ def test_a_reload_while_the_server_does_not_answer_loses_no_job(browser, expect)
         write_prompt(visit.tab, "meanwhile")
         visit.tab.click("#generate")
         expect(visit.tab.locator("#stage h2")).to_have_text("meanwhile")
+        expect(visit.tab).to_have_url(re.compile("#jobs=[^,;]+;[^,;]+$"))
         assert set(job) < set(visit.jobs())
         visit.tab.unroute("**/v1/images/jobs/**")
         visit.pictures(3)
@@ -306,7 +308,7 @@ def test_the_details_say_how_to_make_the_picture_again(browser, expect):
         assert command[:3] == ["fastgen", "generate", "--prompt"]
         assert command[3] == NASTY
         settings = ["--seed", "42", "--num-inference-steps", "8", "--guidance-scale", "2", "--scheduler", "ddim"]
-        assert command[4:] == [*settings, "--model", "monsters-64"]
+        assert command[4:] == [*settings, "--model", "monsters-64", "--engine", "fake", "--dtype", "fp32"]
         tab.check("input[value=curl]", force=True)
         curl = shlex.split(tab.locator("#recipe").inner_text().replace("\\\n", " "))
         answer = visit.client.post(curl[2].removeprefix(visit.base), json=json.loads(curl[curl.index("-d") + 1]))

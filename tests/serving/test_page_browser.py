@@ -8,7 +8,7 @@ import re
 import shlex
 
 import pytest
-from fake_service import PAGE, FakeService
+from fake_service import PAGE, Condition, FakeService
 from page_browser import Visit, chromium
 
 pytestmark = pytest.mark.slow
@@ -89,6 +89,34 @@ def test_chips_stand_for_the_labels_that_a_model_knows(browser, expect):
         assert service.submitted[2].task.guidance_scale == 1
 
 
+@pytest.fixture
+def condition(monkeypatch):
+    """(name, condition): a model that the fake service can have."""
+    import fake_service
+
+    return lambda name, condition: monkeypatch.setitem(fake_service.CONDITIONS, name, condition)
+
+
+def test_a_thousand_classes_are_searched_and_a_number_is_typed(browser, expect, condition):
+    condition("classes", Condition("labels", "one class", tuple(f"class-{i}" for i in range(1000)), one=True))
+    condition("angles", Condition("labels", "one number"))
+    service = FakeService("classes", "angles")
+    with Visit(browser, service, HTML) as visit:
+        tab = visit.tab
+        tab.fill("#filter", "s-77")
+        shown = tab.locator("#chips .chip:visible")
+        expect(shown).to_have_count(11)
+        shown.first.click()
+        expect(tab.locator("#chosen")).to_have_text("class-77")
+        tab.click("#generate")
+        visit.pictures(4)
+        tab.select_option("#model", "angles")
+        tab.fill("#number", "0.25")
+        tab.click("#generate")
+        visit.pictures(8)
+        assert [request.task.labels for request in service.submitted] == [("class-77",), ("0.25",)]
+
+
 def test_a_locked_seed_gives_the_same_bytes_and_an_open_one_others(browser, expect):
     with Visit(browser, FakeService("monsters-64"), HTML) as visit:
         tab = visit.tab
@@ -161,6 +189,23 @@ def test_cancel_ends_the_job_and_keeps_what_is_done(browser, expect):
         assert 1 <= len(done) < 10
         visit.pictures(len(done))
         expect(visit.tab.locator("#again")).to_be_visible()
+
+
+def test_a_job_that_the_server_has_forgotten_is_said_to_be_lost_and_made_again(browser, expect):
+    service = FakeService("monsters-64")
+    with Visit(browser, service, HTML) as visit:
+        visit.allowed = ("404",)
+        gone = {"status": 404, "body": '{"error": {"message": "there is no such job", "code": "job_not_found"}}'}
+        visit.tab.route("**/v1/images/jobs/**", lambda route: route.fulfill(**gone))
+        write_prompt(visit.tab, count=2)
+        visit.tab.click("#generate")
+        expect(visit.tab.locator("#stage .tile[data-status=lost]")).to_have_count(2)
+        expect(visit.tab.locator("#run-words")).to_contain_text("2 failed")
+        visit.tab.unroute("**/v1/images/jobs/**")
+        visit.tab.click("#again")
+        visit.pictures(2)
+        first, second = service.submitted
+        assert first.task == second.task
 
 
 def test_a_busy_server_is_asked_again_and_a_reload_keeps_what_was_not_handed_in(browser, expect):
@@ -276,24 +321,19 @@ def test_two_settings_stand_side_by_side_with_their_difference(browser, expect):
         expect(tab.locator("#stage .caption")).to_have_text("the same pixels")
 
 
-def test_words_of_people_and_models_are_shown_as_text(browser, expect):
-    import fake_service
-
-    fake_service.CONDITIONS[NASTY] = fake_service.Condition("text and labels", NASTY, (NASTY, "dog"), tokens=77)
-    try:
-        with Visit(browser, FakeService(NASTY), HTML) as visit:
-            tab = visit.tab
-            tab.fill("#prompt", NASTY)
-            tab.get_by_role("button", name=NASTY, exact=True).click()
-            tab.click("#generate")
-            visit.pictures(4)
-            tab.locator("#gallery .tile").first.click()
-            for part in ("#model-facts", "#chosen", "#stage h2", "#details-title", "#facts"):
-                assert "<script>alert(1)</script>" in tab.locator(part).inner_text()
-            assert tab.locator("body script").count() == 1
-            assert tab.locator("img[src=x]").count() == 0
-    finally:
-        del fake_service.CONDITIONS[NASTY]
+def test_words_of_people_and_models_are_shown_as_text(browser, expect, condition):
+    condition(NASTY, Condition("text and labels", NASTY, (NASTY, "dog"), tokens=77))
+    with Visit(browser, FakeService(NASTY), HTML) as visit:
+        tab = visit.tab
+        tab.fill("#prompt", NASTY)
+        tab.get_by_role("button", name=NASTY, exact=True).click()
+        tab.click("#generate")
+        visit.pictures(4)
+        tab.locator("#gallery .tile").first.click()
+        for part in ("#model-facts", "#chosen", "#stage h2", "#details-title", "#facts"):
+            assert "<script>alert(1)</script>" in tab.locator(part).inner_text()
+        assert tab.locator("body script").count() == 1
+        assert tab.locator("img[src=x]").count() == 0
 
 
 def test_the_details_say_how_to_make_the_picture_again(browser, expect):

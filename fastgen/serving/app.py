@@ -182,6 +182,7 @@ class EventStream(StreamingResponse):
     def __init__(
         self, events: AsyncIterator[bytes], headers: dict[str, str], leave: Callable[[], None] | None = None
     ) -> None:
+        headers = {**headers, "x-accel-buffering": "no"}  # a proxy passes each event on at once
         super().__init__(events, 200, headers, "text/event-stream")
         self._leave = leave
 

@@ -6,7 +6,7 @@ uvicorn itself waits for the headers of a connection for ever, and for a client 
 from __future__ import annotations
 
 import contextlib
-import resource
+import os
 import socket
 from collections.abc import Iterator
 from typing import Any
@@ -116,7 +116,7 @@ class Server(uvicorn.Server):
 
 def create_server(app: App) -> Server:
     """A server of the application, for `await server.serve(sockets=[listener])`; `server.should_exit = True` ends it."""
-    Protocol.limit = min(MAX_CONNECTIONS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
+    Protocol.limit = _most_connections()
     config = uvicorn.Config(
         app,
         http=Protocol,
@@ -135,12 +135,22 @@ def create_server(app: App) -> Server:
     return Server(config)
 
 
+def _most_connections() -> int:
+    """Connections at a time: half of the files that the process may open, MAX_CONNECTIONS at most."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return MAX_CONNECTIONS
+    return min(MAX_CONNECTIONS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
+
+
 def bind(host: str, port: int) -> socket.socket:
     """A socket at this address that does not listen yet; port 0: any free one. Raises OSError."""
     (family, kind, protocol, _, address), *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     listener = socket.socket(family, kind, protocol)
     try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if os.name == "posix":  # after a restart; elsewhere it would let two servers share a port
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
     except BaseException:
         listener.close()

@@ -115,6 +115,9 @@ class Guard:
         self._digests = [_digest(key) for key in policy.keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":  # start and end of the application; it has no websockets
+            await self._app(scope, receive, send)
+            return
         answer = _Answer(send, self._protection(scope))
         headers, start = _headers(scope), time.perf_counter()
         try:

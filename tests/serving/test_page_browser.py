@@ -250,7 +250,8 @@ def test_the_states_of_a_model_and_of_the_server_are_said_in_words(browser, expe
 
 
 def test_a_refused_field_is_marked_and_the_reason_shown(browser, expect):
-    with Visit(browser, FakeService("monsters-64"), HTML) as visit:
+    service = FakeService("monsters-64")
+    with Visit(browser, service, HTML) as visit:
         visit.allowed = ("400",)
         write_prompt(visit.tab)
         visit.tab.fill("#steps", "1001")
@@ -258,6 +259,16 @@ def test_a_refused_field_is_marked_and_the_reason_shown(browser, expect):
         expect(visit.tab.locator("#form-error")).to_contain_text("1001")
         expect(visit.tab.locator("#steps")).to_have_attribute("aria-invalid", "true")
         expect(visit.tab.locator("#steps")).to_be_focused()
+        visit.tab.fill("#steps", "8")
+        visit.tab.click("summary")
+        visit.tab.fill("#from", "2")
+        visit.tab.click("#generate")
+        expect(visit.tab.locator("#form-error")).to_contain_text("before which guidance ends")
+        expect(visit.tab.locator("#steps")).not_to_have_attribute("aria-invalid", "true")
+        visit.tab.fill("#to", "6")
+        visit.tab.click("#generate")
+        visit.pictures(1)
+        assert service.submitted[0].task.guidance_interval == (2, 6)
 
 
 def test_the_key_is_asked_for_once_and_kept_in_the_tab(browser, expect):

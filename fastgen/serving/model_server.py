@@ -100,6 +100,11 @@ class ModelServer:
         return sum(flight.image.phase == "running" for flight in self._images.values())
 
     @property
+    def busy(self) -> bool:
+        """There are images that have not ended."""
+        return bool(self._images)
+
+    @property
     def slots(self) -> int:
         return self.info.slots if self.info else 0
 
@@ -125,6 +130,9 @@ class ModelServer:
         self._check_ready()
         request = job.request
         seconds = self._expected(request) * request.n
+        if request.deadline_s is not None and seconds > request.deadline_s:
+            text = f"deadline_s: found {request.deadline_s:g}, but the images alone take about {seconds:.2g} s"
+            raise ApiError(400, text, param="deadline_s", code="invalid_value")
         wait = self._backlog.retry_after(request.key, seconds, self.options.max_wait_s, request.deadline_s)
         if wait is not None:
             raise ApiError(
@@ -134,6 +142,7 @@ class ModelServer:
                 code="busy",
                 retry_after=wait,
             )
+        job.ahead, job.wait_s = self.waiting, round(self._backlog.predicted(request.key, seconds), 1)
         deadline = None if request.deadline_s is None else job.arrival + request.deadline_s
         for offset, image in enumerate(job.images):
             task = msgspec.structs.replace(request.task, seed=image.seed)
@@ -148,8 +157,11 @@ class ModelServer:
             self._end(id, "cancelled")
 
     def refuse_waiting(self, error: Callable[[], ApiError]) -> None:
-        """Give up the images that have not begun."""
-        for id in [id for id, flight in self._images.items() if flight.image.phase == "waiting"]:
+        """Give up the jobs of which no image has begun."""
+        waiting = [
+            id for id, flight in self._images.items() if all(image.phase == "waiting" for image in flight.job.images)
+        ]
+        for id in waiting:
             self._end(id, "failed", error())
 
     async def stop(self) -> None:

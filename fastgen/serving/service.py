@@ -90,7 +90,7 @@ class Service:
         return self._metrics.text(self._models.values())
 
     async def drain(self, seconds: float = DRAIN_S) -> None:
-        """Refuse new requests and those that wait, and let the others end, for at most so many seconds."""
+        """Refuse new requests and jobs that have not begun, and let the others end, for at most so many seconds."""
         self.draining = True
 
         def refusal() -> ApiError:
@@ -99,7 +99,7 @@ class Service:
         end = time.monotonic() + seconds
         for model in self._models.values():
             model.refuse_waiting(refusal)
-        while any(model.running for model in self._models.values()) and time.monotonic() < end:
+        while any(model.busy for model in self._models.values()) and time.monotonic() < end:
             await asyncio.sleep(POLL_S)
         await self.stop()
 

@@ -152,6 +152,8 @@ def test_images_in_flight_survive_a_kill_with_the_same_bytes(label_bundle):
     async def main():
         async with serving(("m", label_bundle), target=slow_worker, engine="ort") as service:
             jobs = [service.submit(asks("m", seed=s, num_inference_steps=5)) for s in range(6)]
+            assert [job.ahead for job in jobs] == list(range(6))
+            assert [job.wait_s for job in jobs] == sorted(job.wait_s for job in jobs)
             await until(lambda: jobs[0].images[0].row > 0)
             os.kill(service.models["m"].pid, signal.SIGKILL)
             start = time.monotonic()
@@ -257,21 +259,35 @@ def test_a_deadline_is_kept(label_bundle):
     assert (image.error.status, image.error.code) == (504, "deadline")
 
 
+def test_a_deadline_that_cannot_be_kept_is_no_reason_to_try_again(label_bundle):
+    async def main():
+        async with serving(("m", label_bundle), engine="ort") as service:
+            with pytest.raises(ApiError) as refused:
+                service.submit(asks("m", num_inference_steps=1000, scheduler="ddpm", deadline_s=0.001))
+            return refused.value
+
+    error = asyncio.run(main())
+    assert (error.status, error.param, error.retry_after) == (400, "deadline_s", None)
+
+
 def test_a_drain_ends_what_runs_and_refuses_the_rest(label_bundle):
     async def main():
         async with serving(("m", label_bundle), engine="ort", target=slow_worker) as service:
             running = service.submit(asks("m", num_inference_steps=5))
             await until(lambda: running.images[0].row > 0)
+            several = service.submit(asks("m", n=3, num_inference_steps=3))
+            await until(lambda: several.images[0].row > 0)
             waiting = [service.submit(asks("m", seed=s, num_inference_steps=50)) for s in range(4)]
             drain = asyncio.create_task(service.drain(20))
             await asyncio.sleep(0)
             with pytest.raises(ApiError) as refused:
                 service.submit(asks("m"))
             await drain
-            return running.images[0], [job.images[0] for job in waiting], refused.value
+            return running.images[0], several, [job.images[0] for job in waiting], refused.value
 
-    running, waiting, refused = asyncio.run(main())
+    running, several, waiting, refused = asyncio.run(main())
     assert running.phase == "done"
+    assert [image.phase for image in several.images] == ["done"] * 3  # it had begun
     assert (refused.status, refused.code) == (503, "draining")
     assert {image.error.status for image in waiting if image.phase != "done"} == {503}
 

@@ -36,6 +36,7 @@ class Size(NamedTuple):
     images: int  # of a closed loop
     mixed: int  # requests of the parity check
     lone: int
+    sizes: tuple[int, ...] = (1, 2, 3, 4, 6, 8, 12, 16)  # whose steps are timed, for the simulation
 
 
 FULL = Size(120, 300, (0.3, 0.6, 0.9, 1.2), 96, 200, 20)
@@ -110,7 +111,7 @@ def measure(folder: Path, engine: str, size: Size, sections: Sequence[str]) -> d
                 rows += throughput(bench, size.images)
             if "latency" in sections:
                 found, lines = latency(bench, size.loads)
-                costs = local.costs(server.info["slots"])
+                costs = local.costs(server.info["slots"], size.sizes)
                 simulated = simulate(costs, size, one_by_one_rate)
                 rows += found + [compared(bench, lines, simulated, load) for load in size.loads]
             if "fairness" in sections:

@@ -6,10 +6,11 @@ import asyncio
 import os
 import random
 import signal
+import statistics
 import time
 
 from benchmarks.report import percentile
-from benchmarks.serving_client import Reply, generate, open_loop
+from benchmarks.serving_client import Reply, call, generate, open_loop
 from benchmarks.serving_sections import Bench, Row, statuses
 from benchmarks.serving_simulation import POOL
 
@@ -75,14 +76,18 @@ def soak(bench: Bench) -> list[Row]:
 def kills(bench: Bench) -> list[Row]:
     """The worker is killed every ten seconds, at half of the one-by-one capacity."""
     load = bench.local.bodies(bench.load(0.5 * bench.singly, (KILLS + 1) * KILL_S))
-    deaths = list[float]()
+    told_s, away_s = list[float](), list[float]()
 
     async def kill() -> None:
         for _ in range(KILLS):
             await asyncio.sleep(KILL_S)
+            start = time.monotonic()
             for pid in bench.server.workers():
                 os.kill(pid, signal.SIGKILL)
-                deaths.append(time.monotonic())
+            for ready, times in ((False, told_s), (True, away_s)):
+                while ((await call(bench.server.port, "GET", "/health/ready")).status == 200) != ready:
+                    await asyncio.sleep(0.02)
+                times.append(time.monotonic() - start)
 
     async def together() -> list[Reply]:
         found, _ = await asyncio.gather(open_loop(bench.server.port, load), kill())
@@ -90,10 +95,10 @@ def kills(bench: Bench) -> list[Row]:
 
     replies = asyncio.run(together())
     hung = sum(reply.status == 0 for reply in replies)
-    allowed = all(reply.status in (200, 503) for reply in replies) and len(deaths) >= KILLS
-    note = f"{len(deaths)} kills; {statuses(replies)}"
+    allowed = all(reply.status in (200, 503) for reply in replies)
+    name = f"worker killed {KILLS} times: "
     return [
-        bench.row(
-            "worker killed every 10 s: requests without an answer", hung, "0", hung == 0 and allowed, replies, note
-        )
+        bench.row(f"{name}requests without an answer", hung, "0", not hung and allowed, replies, statuses(replies)),
+        bench.row(f"{name}not ready after, s", max(told_s), "<= 1", max(told_s) <= 1, ()),
+        bench.row(f"{name}ready again after, s", statistics.median(away_s), "", None, ()),
     ]

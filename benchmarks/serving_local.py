@@ -29,7 +29,6 @@ from fastgen.generate.single import write_image
 from fastgen.serving.policy import Curve
 
 SETTINGS = ("scheduler", "num_inference_steps", "guidance_scale", "guidance_interval", "normalize")
-SIZES = (1, 2, 3, 4, 6, 8, 12, 16)
 ROUNDS = 3
 
 
@@ -130,7 +129,7 @@ class Local:
             report = run_job(run, Path(scratch) / "job", batch_size=batch_size, progress=False)
         return report.generated / report.seconds
 
-    def costs(self, slots: int, sizes: Sequence[int] = SIZES, rounds: int = ROUNDS) -> Costs:
+    def costs(self, slots: int, sizes: Sequence[int], rounds: int = ROUNDS) -> Costs:
         """Seconds of a step by images, and of all the rest of a picture, from runs of 3 and 13 steps; medians."""
         step, rest = {}, {}
         allowed = self.pipeline.buckets(self.pipeline.settings())

@@ -103,7 +103,7 @@ def lone(bench: Bench, count: int) -> list[Row]:
 
 
 def throughput(bench: Bench, images: int) -> list[Row]:
-    """A closed loop against `fastgen generate`, in turns; and of the mix, which sets `bench.most`."""
+    """A closed loop against `fastgen generate`, in turns."""
     local, slots, port = bench.local, bench.server.info["slots"], bench.server.port
     replies, served, jobs = list[Reply](), list[float](), list[float]()
     for _ in range(3):
@@ -117,9 +117,9 @@ def throughput(bench: Bench, images: int) -> list[Row]:
 
 
 def capacity(bench: Bench, images: int) -> list[Row]:
-    """A closed loop of the mix, which sets `bench.most`."""
+    """A closed loop of the mix, which sets `bench.most`; of so few clients that none is refused."""
     bodies = [body for _, body in bench.local.bodies(bench.load(images / 2, 2))]
-    replies = asyncio.run(closed_loop(bench.server.port, bodies, CLIENTS))
+    replies = asyncio.run(closed_loop(bench.server.port, bodies, 2 * bench.server.info["slots"]))
     bench.most = rate(replies)
     return [bench.row("closed loop of the mix, images/s", bench.most, "", None, replies, statuses(replies))]
 
@@ -140,23 +140,19 @@ def latency(bench: Bench, loads: Sequence[float]) -> tuple[list[Row], list[Row]]
             pictures, wrong = bench.local.wrong(taken[name])
             lines.append({"load": load, "server": name, **found.facts(), "pictures": pictures, "wrong_bytes": wrong})
         ours, theirs = outcomes["step-level"], outcomes["static"]
-        replies, at = [r for name in taken for r in taken[name]], f"at {load:g} of one-by-one capacity"
-        factor = percentile(theirs.latencies(10), 95) / percentile(ours.latencies(10), 95)
-        wanted = load == 0.9
-        rows.append(
-            bench.row(
-                f"p95 of 10 steps {at}, static over step-level",
-                factor,
-                ">= 2" * wanted,
-                factor >= 2 if wanted else None,
-                replies,
-            )
-        )
-        factor = percentile(theirs.latencies(), 50) / percentile(ours.latencies(), 50)
-        rows.append(
-            bench.row(f"p50 {at}, static over step-level", factor, "> 1" * wanted, factor > 1 if wanted else None, ())
-        )
+        replies = [reply for name in taken for reply in taken[name]]
+        for what, percent, steps, limit in (("p95 of 10 steps", 95, 10, 2.0), ("p50", 50, None, 1.0)):
+            factor = _over(theirs.latencies(steps), ours.latencies(steps), percent)
+            wanted = load == 0.9 and factor is not None
+            holds = factor >= limit and not ours.refused if wanted and factor is not None else None
+            measure = f"{what} at {load:g} of one-by-one capacity, static over step-level"
+            note = statuses(taken["step-level"])
+            rows.append(bench.row(measure, factor, f">= {limit:g}" * wanted, holds, replies, note))
     return rows, lines
+
+
+def _over(others: Sequence[float], ours: Sequence[float], percent: float) -> float | None:
+    return percentile(others, percent) / percentile(ours, percent) if others and ours else None
 
 
 def fairness(bench: Bench) -> list[Row]:

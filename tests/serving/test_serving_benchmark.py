@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 
 import pytest
+from click.testing import CliRunner
 from fake_service import FakeService
 from serving_client import Client
 
+from benchmarks import serving, serving_faults
 from benchmarks.serving_client import Reply, closed_loop, digest, generate, open_loop
 from benchmarks.serving_local import Local
 from benchmarks.serving_simulation import Arrival, static
@@ -113,3 +116,34 @@ def test_static_batches_run_in_real_time_with_the_bytes_of_generate(text_bundle)
     assert local.wrong(replies) == (5, 0)
     assert [served.latency for served in outcome.served] == pytest.approx([r.latency_s for r in replies], abs=1e-3)
     assert min(outcome.latencies()) >= 0.01  # the window, or the wait for a full batch
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_every_section_measures_a_server_of_a_tiny_model_and_finds_no_wrong_byte(text_bundle, tmp_path, monkeypatch):
+    for package in ("onnxruntime", "starlette", "matplotlib"):
+        pytest.importorskip(package)
+    monkeypatch.setattr(serving, "QUICK", serving.Size(2, 4, (0.5, 0.9), 6, 6, 2, (1, 2)))
+    monkeypatch.setattr(serving_faults, "KILL_S", 2.0)
+    monkeypatch.setattr(serving_faults, "KILLS", 1)
+    monkeypatch.setattr(serving_faults, "OVERLOAD", 1)
+    out = tmp_path / "result.json"
+    result = CliRunner().invoke(serving.main, ["--quick", "--model", str(text_bundle), "--engine", "ort", str(out)])
+    assert result.exit_code == 0, result.output
+    value = json.loads(out.read_text())
+    rows = {row["measure"]: row for row in value["rows"]}
+    assert [name for name, row in rows.items() if row["wrong_bytes"]] == []
+    assert rows["parity: answers to mixed requests"]["pictures"] == 6
+    assert sum(row["pictures"] > 0 for row in value["rows"]) >= 8
+    assert {(line["load"], line["server"]) for line in value["latency"]} == {
+        (load, name) for load in (0.5, 0.9) for name in ("step-level", "static", "one by one")
+    }
+    assert sum(line["wrong_bytes"] for line in value["latency"]) == 0
+    assert rows["worker killed 1 times: requests without an answer"]["value"] == 0
+    assert (
+        rows["worker killed 1 times: not ready after, s"]["value"]
+        < rows["worker killed 1 times: ready again after, s"]["value"]
+    )
+    assert (tmp_path / "result-latency.png").stat().st_size > 10_000
+    assert value["environment"]["commit"]
+    assert value["settings"]["dtype"] == "fp32"

@@ -171,11 +171,12 @@ class Backlog:
         self._images[key] += 1
         self._seconds[key] = self._seconds.get(key, 0.0) + seconds
 
-    def progress(self, id: int, seconds_left: float) -> None:
-        """So much of an image is still to do. Raises KeyError for an unknown id."""
+    def progress(self, id: int, seconds_left: float) -> float:
+        """So much of an image is still to do; returns how much less that is than before. Raises KeyError for an unknown id."""
         key, before = self._works[id]
         self._works[id] = (key, seconds_left)
         self._seconds[key] += seconds_left - before
+        return before - seconds_left
 
     def remove(self, id: int) -> None:
         """An image is done, or given up. Raises KeyError for an unknown id."""

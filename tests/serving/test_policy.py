@@ -195,7 +195,7 @@ class TestBacklog:
         backlog = self.filled(works)
         for i in data.draw(st.permutations(range(len(works)))):
             if data.draw(st.booleans()):
-                backlog.progress(i, works[i][1] / 2)
+                assert backlog.progress(i, works[i][1] / 2) == pytest.approx(works[i][1] / 2)
             backlog.remove(i)
         assert len(backlog) == 0
         assert [backlog.predicted(k, 1.0) for k in "abcd"] == [1.0] * 4

@@ -2,62 +2,38 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from fastgen.errors import InputError, first_line, one_line
+from fastgen.errors import InputError, one_line
 from fastgen.generate.run import Run
+from fastgen.serving.delivery import Delivery, described
 from fastgen.serving.fence import Fence
 from fastgen.serving.messages import (
     Accepted,
     Begun,
     Costs,
     Failed,
-    Finished,
     FromWorker,
-    Preview,
     Refused,
     Submit,
     Tick,
 )
-from fastgen.serving.pictures import Decoding, image_file, start_decoding
+from fastgen.serving.picture import Picture, preview_rows
 from fastgen.serving.policy import Curve, Work, choose
-from fastgen.serving.preparing import Preparer, Refusal, metadata_of, refusal
+from fastgen.serving.preparing import Preparer, Refusal, refusal
 from fastgen.serving.sampling import sample_of
 from fastgen.serving.slots import Slots
 from fastgen.serving.warm import Warm
 
 if TYPE_CHECKING:
     from fastgen.generate.runner import ModelRunner
-    from fastgen.sampling.tables import SolverTable
 
 STATES = 64  # images that may be on their way at once; others wait without a state
 COSTS_EVERY_S = 5.0
 SMOOTH = 0.1  # weight of a new measurement of a step
-
-
-@dataclass(eq=False)
-class Picture:
-    """An image that was submitted. `run` is there once it is prepared, `slot` once it has begun."""
-
-    submit: Submit
-    table: Future[SolverTable]
-    run: Run = field(init=False)
-    work: Work = field(init=False)
-    slot: int | None = None
-    begun: float = 0.0
-    due: list[int] = field(default_factory=list)  # rows after which a preview is due
-    sent: int = 0  # previews
-
-    @property
-    def number(self) -> int:
-        """Of its slot."""
-        assert self.slot is not None
-        return self.slot
 
 
 class Batcher:
@@ -81,7 +57,8 @@ class Batcher:
         }
         self._preparing: dict[int, Picture] = {}
         self._pictures: dict[int, Picture] = {}  # prepared
-        self._decoding: list[tuple[list[tuple[Picture, int | None]], list[Decoding]]] = []
+        self._room = warm.slots  # images in a step; fewer after memory ran out
+        self._delivery = Delivery(pipeline, warm.decode)
         self._fence = Fence(pipeline.engine)
         self._tick = _Report()
         self._costs = {True: dict(warm.costs.guided), False: dict(warm.costs.plain)}
@@ -90,7 +67,7 @@ class Batcher:
     @property
     def busy(self) -> bool:
         """There are steps to run, or pictures to wait for."""
-        return bool(self._pictures or self._decoding)
+        return bool(self._pictures or self._delivery)
 
     @property
     def preparing(self) -> bool:
@@ -117,19 +94,17 @@ class Batcher:
         yield from self._prepare()
         yield from self._expired(now)
         finished: list[Picture] = []
-        if self._pictures:
-            chosen, begun = self._chosen(now)
-            if begun:
-                yield Begun(tuple(picture.submit.id for picture in begun))
-            if chosen:
-                yield from self._step(chosen, finished)
-        waiting, self._decoding = self._decoding, []
-        if finished or not waiting:
-            self._decode(finished)
-        if not self._pipeline.on_gpu:
-            waiting, self._decoding = waiting + self._decoding, []
-        for pictures, parts in waiting:
-            yield from self._files(pictures, parts)
+        chosen, begun = yield from self._chosen(now)
+        if begun:
+            yield Begun(tuple(picture.submit.id for picture in begun))
+        if chosen:
+            yield from self._step(chosen, finished)
+        before = len(self._delivery)
+        if finished:
+            self._deliver(finished)
+        elif not before:
+            self._preview(chosen)
+        yield from self._delivery.outcomes(before if self._pipeline.on_gpu else len(self._delivery))
 
     def report(self) -> Tick | None:
         """What has run since the last report; None for nothing."""
@@ -180,18 +155,21 @@ class Batcher:
                 self._drop(picture)
                 yield Failed(picture.submit.id, "the deadline has passed", "deadline")
 
-    def _chosen(self, now: float) -> tuple[list[Picture], list[Picture]]:
+    def _chosen(self, now: float) -> Generator[FromWorker, None, tuple[list[Picture], list[Picture]]]:
         """The images of the next step, and those of them that begin with it, as far as there is room for states."""
-        works = (
-            p.work for p in self._pictures.values() if p.work is not None and (p.slot is not None or self._slots.free)
-        )
+        works = (p.work for p in self._pictures.values() if p.slot is not None or self._slots.free)
         chosen, begun = [], []
-        for work in choose(works, self._warm.slots, now, max_wait_s=self._max_wait_s):
+        for work in choose(works, self._room, now, max_wait_s=self._max_wait_s):
             picture = self._pictures[work.id]
             if picture.slot is None:
                 if not self._slots.free:
                     continue
-                picture.slot = self._slots.add(sample_of(picture.run))
+                try:
+                    picture.slot = self._slots.add(sample_of(picture.run))
+                except Exception as error:  # of the text encoder, or of memory: this image's alone
+                    self._drop(picture)
+                    yield Failed(picture.submit.id, described(error), "engine_error")
+                    continue
                 picture.begun = now
                 begun.append(picture)
             chosen.append(picture)
@@ -208,7 +186,10 @@ class Batcher:
         try:
             self._slots.tick(numbers)
             self._fence.wait()
-        except Exception:  # told below, of the images that bring it about
+        except Exception as error:  # told below, of the images that bring it about
+            if self._pipeline.engine.is_out_of_memory(error):
+                self._room = max(1, len(chosen) // 2)
+                self._pipeline.engine.release_memory()
             yield from self._step_alone([picture for picture in chosen if slots[picture].row == before[picture]])
         seconds = time.perf_counter() - start
         self._timed(forwards, seconds)
@@ -236,57 +217,30 @@ class Batcher:
             if size in self._costs[guided]:
                 self._costs[guided][size] += SMOOTH * (seconds - self._costs[guided][size])
 
-    def _decode(self, finished: Sequence[Picture]) -> None:
-        """Begin to decode the finished images, and free their states; where there are none, the previews that are due."""
-        if finished:
-            groups: dict[str, list[Picture]] = {}
-            for picture in finished:
-                groups.setdefault(picture.submit.task.normalize, []).append(picture)
-            for normalize, group in groups.items():
-                numbers = [picture.number for picture in group]
-                states = self._slots.states(numbers)
-                self._decoding.append(([(p, None) for p in group], self._started(states, normalize)))
-            for picture in finished:
-                self._drop(picture)
-            return
-        due = [(p, row) for p in self._pictures.values() if (row := self._due(p)) is not None]
-        due = due[: max(self._warm.decode)]
-        if due:
-            numbers = [p.number for p, _ in due]
-            known = self._slots.has_clean(numbers[0])
-            states = self._slots.clean(numbers) if known else self._slots.states(numbers)
-            self._decoding.append(([*due], self._started(states, "clamp")))
+    def _deliver(self, finished: Sequence[Picture]) -> None:
+        """Begin to decode the finished images, and free their states."""
+        groups: dict[str, list[Picture]] = {}
+        for picture in finished:
+            groups.setdefault(picture.submit.task.normalize, []).append(picture)
+        for normalize, group in groups.items():
+            states = self._slots.states([picture.number for picture in group])
+            self._delivery.begin(group, states, [None] * len(group), normalize)
+        for picture in finished:
+            self._drop(picture)
 
-    def _started(self, states: Any, normalize: str) -> list[Decoding]:
-        return start_decoding(self._pipeline, states, self._warm.decode, normalize)
-
-    def _due(self, picture: Picture) -> int | None:
-        """The row after which a preview is due now; earlier ones that were not made are left out."""
-        if picture.slot is None or not picture.due:
-            return None
-        row = self._slots[picture.number].row
-        if row < picture.due[0]:
-            return None
-        picture.due = [r for r in picture.due if r > row]
-        return row
-
-    def _files(self, pictures: Sequence[tuple[Picture, int | None]], parts: Iterable[Decoding]) -> Iterator[FromWorker]:
-        decoded = [part.pictures() for part in parts]
-        pixels = [p for part in decoded for p in part.pixels]
-        problems = [p for part in decoded for p in part.problems]
-        for (picture, row), image, problem in zip(pictures, pixels, problems, strict=True):
-            submit, now = picture.submit, time.monotonic()
-            task = submit.task
-            if row is not None:
-                data = image_file(image, {}, task.output_format, task.output_compression)
-                yield Preview(submit.id, picture.sent, row, data)
-                picture.sent += 1
-            elif problem:
-                yield Failed(submit.id, str(problem), "not_finite")
-            else:
-                line = metadata_of(picture.run)
-                data = image_file(image, line, task.output_format, task.output_compression)
-                yield Finished(submit.id, data, line, picture.begun - submit.arrival, now - picture.begun)
+    def _preview(self, ran: Sequence[Picture]) -> None:
+        """Begin to decode the previews that are due of images that ran, as many as are decoded together."""
+        for known in (True, False):
+            due: list[Picture] = []
+            for picture in ran:
+                if picture.slot is None or self._slots.has_clean(picture.slot) != known:
+                    continue
+                if len(due) < self._delivery.most and picture.preview_due(self._slots[picture.slot].row):
+                    due.append(picture)
+            if due:
+                numbers = [picture.number for picture in due]
+                states = self._slots.clean(numbers) if known else self._slots.states(numbers)
+                self._delivery.begin(due, states, [self._slots[number].row for number in numbers], "clamp")
 
     def _drop(self, picture: Picture) -> None:
         self._pictures.pop(picture.submit.id, None)
@@ -318,13 +272,3 @@ class _Report:
     def _clear(self) -> None:
         self._positions: dict[int, int] = {}
         self._steps, self._seconds, self._used, self._padding = 0, 0.0, 0, 0
-
-
-def described(error: BaseException) -> str:
-    """What failed, on one line."""
-    return one_line(f"{type(error).__name__}: {first_line(error)}")
-
-
-def preview_rows(rows: int, previews: int) -> list[int]:
-    """The rows after which previews are due: evenly spaced, before the last one, each once."""
-    return sorted({math.ceil(rows * (i + 1) / (previews + 1)) for i in range(previews)} - {rows})

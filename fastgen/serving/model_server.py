@@ -1,36 +1,27 @@
-"""One served model: its worker process, the images that it makes, and what happens when the process dies or hangs."""
+"""One served model: the images that its worker makes, for which jobs, and what happens to them when the worker dies."""
 
 from __future__ import annotations
 
-import asyncio
-import math
 import time
-from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import msgspec
 
-from fastgen.errors import FastgenError, InputError
+from fastgen.errors import Say
 from fastgen.models.find import name_of
 from fastgen.serving import messages
 from fastgen.serving.errors import LIMIT, SERVER, ApiError
-from fastgen.serving.jobs import GenerationRequest, Job, JobImage
-from fastgen.serving.link import Link, Target
-from fastgen.serving.messages import Cancel, FromWorker, Ping, Ready, Stop, Submit
+from fastgen.serving.jobs import GenerationRequest, Job, JobImage, Phase
+from fastgen.serving.keeper import Keeper
+from fastgen.serving.link import Target
+from fastgen.serving.messages import Cancel, FromWorker, Ready, Submit
 from fastgen.serving.metrics import Metrics
 from fastgen.serving.policy import Backlog
 from fastgen.serving.worker import WorkerOptions
 
-PING_S = 0.5  # between two pings
-ANSWER_S = 2.0  # a worker that has not answered for so long is not ready
-HANG_S = 10.0  # and for so long is killed
-STEPS = 10.0  # both are at least so many of its steps
-DEATHS, WINDOW_S = 5, 300.0  # so many deaths within this time, without a picture between, and the model has failed
-LONGEST_BACKOFF_S = 60.0
-SUSPECT = (
-    2  # deaths of workers that an image was sent to, after which it is one of the suspects also where it had not begun
-)
+LATE_S = 2.0  # after an image's deadline, for a worker that hangs
+SUSPECT = 2  # deaths of workers that an image was sent to, after which it is a suspect also where it had not begun
 
 
 @dataclass(eq=False)
@@ -46,45 +37,25 @@ class InFlight:
     suspect: bool = False  # it may have killed a worker
 
 
-@dataclass
-class Life:
-    """The present worker process: what is known of it."""
-
-    link: Link
-    ready: bool = False
-    number: int = 0  # of the last ping
-    answered: float = field(default_factory=time.monotonic)  # when it last said anything
-    asked: float | None = None  # the oldest ping that has no answer
-
-
 class ModelServer:
-    """A model, served by a worker process. Everything runs on the event loop's thread.
-
-    `ended(job)` is called when the last image of a job has ended."""
+    """A model, served by a worker process: implements `interface.ModelView` and `keeper.Owner`. Everything runs on the event
+    loop's thread. `numbers` gives the next number of an image."""
 
     def __init__(
-        self,
-        options: WorkerOptions,
-        metrics: Metrics,
-        *,
-        target: Target,
-        numbers: Callable[[], int],
-        say: Callable[[str], None],
+        self, options: WorkerOptions, metrics: Metrics, *, target: Target, numbers: Callable[[], int], say: Say
     ) -> None:
-        self.options, self._metrics, self._target, self._numbers, self._say = options, metrics, target, numbers, say
+        self.options, self._metrics, self._numbers = options, metrics, numbers
         self.name, self.created = options.name, int(time.time())
-        self.state = "starting"
         self.info: Ready | None = None
-        self._life: Life | None = None
+        self._keeper = Keeper(options, target, self, say)
         self._images: dict[int, InFlight] = {}
         self._backlog = Backlog()
-        self._deaths: list[float] = []  # since the last picture
         self._costs: messages.Costs | None = None
-        self._started: asyncio.Future[None] | None = None  # of the first start
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._stopping = False
-        self._restart_at = 0.0
         metrics.declare(self.name)
+
+    @property
+    def state(self) -> str:
+        return self._keeper.state
 
     @property
     def command(self) -> str:
@@ -111,19 +82,16 @@ class ModelServer:
     @property
     def pid(self) -> int | None:
         """Of the worker process."""
-        return self._life.link.pid if self._life else None
+        return self._keeper.pid
 
     @property
     def retry_after(self) -> int:
         """Whole seconds after which a client may try again while the model is not ready."""
-        return max(1, math.ceil(self._restart_at - time.monotonic()) + 1)
+        return self._keeper.retry_after
 
     async def start(self) -> None:
         """Start the worker, and wait until it is ready. Raises FastgenError for what it says instead."""
-        self._started = asyncio.get_running_loop().create_future()
-        await self._begin()
-        self._background(self._watch())
-        await self._started
+        await self._keeper.start()
 
     def submit(self, job: Job) -> None:
         """Begin with a job's images. Raises ApiError where the model is not ready, or they could not end in time."""
@@ -166,16 +134,9 @@ class ModelServer:
 
     async def stop(self) -> None:
         """End the worker; images that are not done are cancelled."""
-        self._stopping = True
         for id in list(self._images):
             self._end(id, "cancelled")
-        for task in self._tasks:
-            task.cancel()
-        if self._life is not None:
-            link = self._life.link
-            link.send(Stop())
-            await asyncio.sleep(0)
-            link.kill()
+        await self._keeper.stop()
 
     def estimate(self) -> None:
         """Tell the jobs that wait how many images are before them, and for how long they will wait about."""
@@ -191,24 +152,14 @@ class ModelServer:
                     job.touch()
             ahead += flight.image.phase == "waiting"
 
-    # The worker's messages.
+    # What the worker says.
 
-    def _received(self, link: Link, message: FromWorker) -> None:
-        life = self._life
-        if life is None or link is not life.link or self._stopping:
-            return
-        life.answered = time.monotonic()
+    def received(self, message: FromWorker) -> None:
         match message:
-            case messages.Loading(line):
-                self._say(f"{self.name}: {line}")
-            case messages.Ready():
-                self._is_ready(life, message)
-            case messages.Unready(text, exit_code):
-                self._is_unready(text, exit_code)
-            case messages.Pong(number):
-                if number == life.number:
-                    life.asked = None
-                    self._answers()
+            case Ready():
+                self.info, self._costs = message, message.costs
+                self._metrics.describe(self.name, message.sha256, message.engine, message.dtype, message.exact)
+                self._dispatch()
             case messages.Tick():
                 self._ticked(message)
             case messages.Accepted(id, rows, guided, tokens):
@@ -229,19 +180,6 @@ class ModelServer:
             case messages.Failed(id, text, code):
                 status = 504 if code == "deadline" else 500
                 self._end(id, "failed", ApiError(status, text, kind=SERVER, code=code))
-
-    def _is_ready(self, life: Life, ready: Ready) -> None:
-        life.ready, self.state, self.info, self._costs = True, "ready", ready, ready.costs
-        self._metrics.describe(self.name, ready.sha256, ready.engine, ready.dtype, ready.exact)
-        if self._started is not None and not self._started.done():
-            self._started.set_result(None)
-        self._dispatch()
-
-    def _is_unready(self, text: str, exit_code: int) -> None:
-        if self._started is not None and not self._started.done():
-            self._started.set_exception((InputError if exit_code == 2 else FastgenError)(text))
-        else:
-            self._say(f"{self.name}: {text}")
 
     def _ticked(self, tick: messages.Tick) -> None:
         self._metrics.steps.labels(self.name).inc(tick.steps)
@@ -270,7 +208,7 @@ class ModelServer:
     def _finished(self, done: messages.Finished) -> None:
         if (flight := self._images.get(done.id)) is None:
             return
-        self._deaths.clear()
+        self._keeper.made_a_picture()
         image = flight.image
         image.data, image.line, image.row = done.data, done.line, image.rows
         image.queue_s, image.run_s = done.queue_s, done.run_s
@@ -278,15 +216,15 @@ class ModelServer:
         self._metrics.queue_seconds.labels(self.name).observe(done.queue_s)
         self._end(done.id, "done")
 
-    def _end(self, id: int, phase: str, error: ApiError | None = None) -> None:
+    def _end(self, id: int, phase: Phase, error: ApiError | None = None) -> None:
         """An image has ended; what the worker still says of it is not heard."""
         flight = self._images.pop(id, None)
         if flight is None:
             return
         self._backlog.remove(id)
-        flight.image.phase, flight.image.error, flight.image.preview = phase, error, None  # type: ignore[assignment]
-        if phase == "cancelled" and flight.sent and self._life is not None:
-            self._life.link.send(Cancel(id))
+        flight.image.phase, flight.image.error, flight.image.preview = phase, error, None
+        if phase == "cancelled" and flight.sent:
+            self._keeper.send(Cancel(id))
         if flight.job.ended:
             self._count(flight.job)
         flight.job.touch()
@@ -307,7 +245,7 @@ class ModelServer:
     def _dispatch(self) -> None:
         """Send what the worker has not got. While there are suspects, one of them at a time and nothing else: that tells which
         image kills the worker."""
-        if self._life is None or not self._life.ready or self._stopping:
+        if not self._keeper.can_work:
             return
         suspects = [flight for flight in self._images.values() if flight.suspect]
         flights = suspects[:1] or list(self._images.values())
@@ -316,7 +254,7 @@ class ModelServer:
         for flight in flights:
             if not flight.sent:
                 flight.sent = True
-                self._life.link.send(flight.submit)
+                self._keeper.send(flight.submit)
 
     def _expected(self, request: GenerationRequest) -> float:
         """The server's seconds of one image of a request, before the worker has said how many rows it has."""
@@ -344,27 +282,12 @@ class ModelServer:
 
     # Life and death of the worker.
 
-    async def _begin(self) -> None:
-        self._life = Life(Link(self._target, self.options, self._received, self._died))
-        await self._life.link.start()
-
-    def _died(self, link: Link, exit_code: int | None) -> None:
-        """The worker has ended. Images that it was making are tried again, one at a time, by the next one."""
-        if self._stopping or self._life is None or link is not self._life.link:
-            return
-        if self._started is not None and not self._started.done():
-            self._started.set_exception(FastgenError(f"{self.name}: the worker ended with exit code {exit_code}"))
-            return
-        if self.info is None:
-            return  # it has said why
-        now, life = time.monotonic(), self._life
-        self._life, self.state = None, "restarting"
-        self._say(f"{self.name}: the worker ended with exit code {exit_code}")
-        self._deaths = [when for when in self._deaths if now - when < WINDOW_S] + [now]
+    def died(self, again: bool) -> None:
+        """Images that the worker was making are tried again, one at a time, by the next one."""
         sent = [flight for flight in self._images.values() if flight.sent]
         for flight in sent:
             flight.sent = False
-        if life.ready and len(sent) == 1 and sent[0].suspect:
+        if len(sent) == 1 and sent[0].suspect:
             text = "the engine crashed twice while it made this image, once with nothing else"
             self._end(sent[0].submit.id, "failed", ApiError(500, text, kind=SERVER, code="engine_crashed"))
         else:
@@ -372,60 +295,23 @@ class ModelServer:
             for flight in sent:
                 flight.deaths += 1
                 flight.suspect = flight.suspect or flight.deaths >= SUSPECT or flight in (begun or sent)
-                self._again(flight.image)
-        if len(self._deaths) >= DEATHS:
-            self._give_up()
+                image = flight.image
+                image.phase, image.row, image.preview, image.previews = "waiting", 0, None, 0
+        if again:
+            self._metrics.restarts.labels(self.name).inc()
             return
-        self._metrics.restarts.labels(self.name).inc()
-        backoff = 0.0 if len(self._deaths) < 2 else min(LONGEST_BACKOFF_S, 2.0 ** (len(self._deaths) - 2))
-        self._restart_at = now + backoff
-        self._background(self._restart(backoff))
-
-    def _again(self, image: JobImage) -> None:
-        image.phase, image.row, image.preview, image.previews = "waiting", 0, None, 0
-
-    def _give_up(self) -> None:
-        self.state = "failed"
-        self._say(f"{self.name}: {DEATHS} deaths without a picture between them: this model is given up")
         for id in list(self._images):
-            self._end(
-                id, "failed", ApiError(500, "the engine crashes again and again", kind=SERVER, code="engine_crashed")
-            )
+            error = ApiError(500, "the engine crashes again and again", kind=SERVER, code="engine_crashed")
+            self._end(id, "failed", error)
 
-    async def _restart(self, backoff: float) -> None:
-        await asyncio.sleep(backoff)
-        await self._begin()
+    def looked(self, now: float) -> None:
+        """Give up images whose deadline has passed while the worker hangs or starts, and tell jobs of their place."""
+        for id, flight in list(self._images.items()):
+            if flight.submit.deadline is not None and now > flight.submit.deadline + LATE_S:
+                self._end(id, "failed", ApiError(504, "the deadline has passed", kind=SERVER, code="deadline"))
+        self.estimate()
 
-    async def _watch(self) -> None:
-        """Ping the worker between its steps, kill one that hangs, and give up images whose deadline has passed."""
-        while not self._stopping:
-            await asyncio.sleep(PING_S)
-            now, life = time.monotonic(), self._life
-            if life is not None and life.ready:
-                if life.asked is None:
-                    life.number, life.asked = life.number + 1, now
-                    life.link.send(Ping(life.number))
-                silent, step = now - life.asked, self._longest_step()
-                if silent > max(ANSWER_S, STEPS * step) and self.state == "ready":
-                    self.state = "stalled"
-                if silent > max(HANG_S, 2 * STEPS * step):
-                    self._say(f"{self.name}: the worker has not answered for {silent:.0f} s and is killed")
-                    life.link.kill()
-            for id, flight in list(self._images.items()):
-                if flight.submit.deadline is not None and now > flight.submit.deadline + ANSWER_S:
-                    self._end(id, "failed", ApiError(504, "the deadline has passed", kind=SERVER, code="deadline"))
-            self.estimate()
-
-    def _answers(self) -> None:
-        if self.state == "stalled":
-            self.state = "ready"
-
-    def _longest_step(self) -> float:
+    def longest_step(self) -> float:
         if self._costs is None:
             return 0.0
         return max([*self._costs.guided.values(), *self._costs.plain.values(), *self._costs.decode.values()])
-
-    def _background(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)

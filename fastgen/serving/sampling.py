@@ -7,7 +7,7 @@ import numpy as np
 from fastgen.generate.requests import resolve_seed
 from fastgen.generate.run import Run
 from fastgen.sampling.loop import initial_latents
-from fastgen.serving.slots import Sample
+from fastgen.serving.advance import Sample
 
 
 def sample_of(run: Run) -> Sample:

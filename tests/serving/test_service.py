@@ -173,7 +173,7 @@ def test_images_in_flight_survive_a_kill_with_the_same_bytes(label_bundle):
 
 
 def test_a_worker_that_dies_again_and_again_is_given_up_and_others_serve_on(label_bundle, monkeypatch):
-    monkeypatch.setattr("fastgen.serving.model_server.LONGEST_BACKOFF_S", 0.1)
+    monkeypatch.setattr("fastgen.serving.keeper.LONGEST_BACKOFF_S", 0.1)
 
     async def main():
         async with serving(("a", label_bundle), ("b", label_bundle), engine="ort") as service:
@@ -194,8 +194,8 @@ def test_a_worker_that_dies_again_and_again_is_given_up_and_others_serve_on(labe
 
 
 def test_a_worker_that_hangs_is_not_ready_and_is_replaced(label_bundle, monkeypatch):
-    monkeypatch.setattr("fastgen.serving.model_server.ANSWER_S", 0.5)
-    monkeypatch.setattr("fastgen.serving.model_server.HANG_S", 2.0)
+    monkeypatch.setattr("fastgen.serving.keeper.ANSWER_S", 0.5)
+    monkeypatch.setattr("fastgen.serving.keeper.HANG_S", 2.0)
 
     async def main():
         async with serving(("m", label_bundle), engine="ort", target=slow_worker) as service:

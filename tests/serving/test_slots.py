@@ -13,8 +13,9 @@ from fastgen.generate.pipeline import load
 from fastgen.generate.requests import Request
 from fastgen.generate.run import Run
 from fastgen.sampling.tables import SolverTable
+from fastgen.serving.advance import Sample
 from fastgen.serving.sampling import sample_of
-from fastgen.serving.slots import Sample, Slots
+from fastgen.serving.slots import Slots
 
 SOLVERS = [
     ("ddim", 8),

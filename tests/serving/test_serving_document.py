@@ -206,11 +206,11 @@ def test_the_container_file_copies_what_there_is_and_starts_commands_that_exist(
         assert all((REPO / name).exists() for name in copied.split()[:-1])
     check_words(shlex.split(found["RUN"][0].partition(" && ")[0].replace("--no-cache-dir ", "")))
     (command,), (health,) = found["CMD"], found["HEALTHCHECK"]
-    words = eval(command)
+    words = json.loads(command)
     check_words(words)
     assert words[words.index("--port") + 1] == found["EXPOSE"][0]
     assert "http://127.0.0.1:8000/health/ready" in health
-    compile(eval(health.partition("CMD ")[2])[2], "HEALTHCHECK", "exec")
+    compile(json.loads(health.partition("CMD ")[2])[2], "HEALTHCHECK", "exec")
     assert [word for word, _ in steps].index("USER") < [word for word, _ in steps].index("CMD")
     assert found["USER"] == ["fastgen"]
     assert f"FASTGEN_CACHE={found['VOLUME'][0]}" in found["ENV"]

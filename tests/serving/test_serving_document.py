@@ -22,7 +22,7 @@ pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 prometheus = pytest.importorskip("prometheus_client.metrics")
 
-from fastgen.serving import app, follow, http, model_server, policy, security, service, wire  # noqa: E402
+from fastgen.serving import app, follow, http, keeper, policy, security, service, wire  # noqa: E402
 from fastgen.serving.metrics import OUTCOMES, Metrics  # noqa: E402
 
 PAGE = (REPO / "docs/serving.md").read_text(encoding="utf-8")
@@ -133,7 +133,7 @@ def test_limits_and_times_are_those_of_the_code():
     ]
     assert f"does not read: {http.LEAST_READ:,} bytes" in rows("Limits")[4][0]
     assert security._KEY.pattern == "[!-~]{8,200}"
-    steps, m = model_server.STEPS, model_server
+    steps, m = keeper.STEPS, keeper
     options = {option.name: option.default for option in serve.serve.params}
     assert (options["max_wait"], options["drain"]) == (policy.MAX_WAIT_S, service.DRAIN_S)
     assert [row[1] for row in rows("Operation")] == [

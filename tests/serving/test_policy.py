@@ -59,6 +59,11 @@ class TestCurve:
         sizes = (1, 2, 3, 4, 6, 8, 12, 16)
         assert Curve({n: fixed_ms + image_ms * n for n in sizes}).knee() == knee
 
+    def test_an_image_in_company_takes_at_most_three_and_a_half_times_as_long_as_alone(self):
+        curve = Curve({n: 1.0 + 0.55 * (n - 1) for n in (1, 2, 4, 8, 16, 32)})
+        assert curve.knee() == 4
+        assert curve.seconds(8) > 3.5 * curve.seconds(1) > curve.seconds(4)
+
     def test_a_curve_without_a_measurement_is_refused(self):
         for points in ({}, {0: 1.0}):
             with pytest.raises(ValueError, match="1 image or more"):

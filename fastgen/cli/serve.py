@@ -48,7 +48,7 @@ DRAIN = Number(0, 3600)
 )
 @option("--api-key-file", type=FOLDER, metavar="FILE", help="A file of keys, one a line.")
 @option("--cors", "origins", multiple=True, metavar="ORIGIN", help="Let this website use the API; repeatable.")
-@option("--max-wait", type=WAIT, default=30.0, show_default=True, help="Refuse requests that would end later, in s.")
+@option("--max-wait", type=WAIT, default=30.0, show_default=True, help="Refuse requests that would wait longer, in s.")
 @option("--drain", type=DRAIN, default=25.0, show_default=True, help="Time for running images at the end, in s.")
 @option(
     "--exact/--fast",

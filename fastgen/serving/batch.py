@@ -23,7 +23,7 @@ from fastgen.serving.messages import (
 )
 from fastgen.serving.picture import Picture, preview_rows
 from fastgen.serving.policy import Curve, Work, choose
-from fastgen.serving.preparing import Preparer, Refusal, refusal
+from fastgen.serving.preparing import Preparer, Refusal
 from fastgen.serving.sampling import sample_of
 from fastgen.serving.slots import Slots
 from fastgen.serving.warm import Warm
@@ -123,7 +123,7 @@ class Batcher:
             try:
                 picture.run = self._preparer.run(picture.submit.task, picture.table.result())
             except InputError as error:
-                told = error if isinstance(error, Refusal) else refusal(error)
+                told = self._preparer.refusal(error, picture.submit.task)
                 yield Refused(id, one_line(str(told)), told.param)
                 continue
             except Exception as error:

@@ -58,7 +58,8 @@ class Job:
     request: GenerationRequest
     images: list[JobImage]
     created: int  # Unix time, s
-    arrival: float  # time.monotonic()
+    arrival: float  # time.monotonic(), as the next
+    ended_at: float = 0.0
     ahead: int | None = None
     wait_s: float | None = None
     version: int = 0

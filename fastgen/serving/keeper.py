@@ -20,7 +20,7 @@ ANSWER_S = 2.0  # a worker that has not answered for so long is not ready
 HANG_S = 10.0  # and for so long is killed
 STEPS = 10.0  # both are at least so many of its steps
 DEATHS, WINDOW_S = 5, 300.0  # so many deaths within this time, without a picture between, and the worker is given up
-LONGEST_BACKOFF_S = 60.0
+BACKOFF_S = 1.0  # before the second restart in a row; twice as long before each further one
 
 
 class Owner(Protocol):
@@ -154,7 +154,7 @@ class Keeper:
             self._owner.died(again=False)
             return
         self.state = "restarting"
-        backoff = 0.0 if len(self._deaths) < 2 else min(LONGEST_BACKOFF_S, 2.0 ** (len(self._deaths) - 2))
+        backoff = 0.0 if len(self._deaths) < 2 else BACKOFF_S * 2 ** (len(self._deaths) - 2)
         self._restart_at = now + backoff
         self._owner.died(again=True)
         self._background(self._restart(backoff))

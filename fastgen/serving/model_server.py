@@ -124,13 +124,13 @@ class ModelServer:
         for id in [id for id, flight in self._images.items() if flight.job is job]:
             self._end(id, "cancelled")
 
-    def refuse_waiting(self, error: Callable[[], ApiError]) -> None:
-        """Give up the jobs of which no image has begun."""
-        waiting = [
-            id for id, flight in self._images.items() if all(image.phase == "waiting" for image in flight.job.images)
-        ]
-        for id in waiting:
-            self._end(id, "failed", error())
+    def refuse(self, error: Callable[[], ApiError], *, begun: bool = False) -> None:
+        """Give up the jobs of which no image has begun, or with `begun` all."""
+        for id, flight in list(self._images.items()):
+            if begun or all(image.phase == "waiting" for image in flight.job.images):
+                self._end(id, "failed", error())
+                if flight.sent:
+                    self._keeper.send(Cancel(id))
 
     async def stop(self) -> None:
         """End the worker; images that are not done are cancelled."""
@@ -226,6 +226,7 @@ class ModelServer:
         if phase == "cancelled" and flight.sent:
             self._keeper.send(Cancel(id))
         if flight.job.ended:
+            flight.job.ended_at = time.monotonic()
             self._count(flight.job)
         flight.job.touch()
         self._dispatch()
@@ -278,7 +279,7 @@ class ModelServer:
             raise ApiError(503, f"model {self.name} has failed: its worker died too often", kind=SERVER, code="failed")
         if self.state != "ready":
             text = f"model {self.name} is {self.state}"
-            raise ApiError(503, text, kind=SERVER, code="not_ready", retry_after=self.retry_after)
+            raise ApiError(503, text, kind=SERVER, code="model_not_ready", retry_after=self.retry_after)
 
     # Life and death of the worker.
 

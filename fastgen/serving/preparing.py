@@ -16,6 +16,8 @@ from fastgen.generate.requests import Request
 from fastgen.generate.run import Run
 from fastgen.generate.settings import Settings
 from fastgen.generate.start import Start, late_start
+from fastgen.models.bundle import TABLES, Bundle
+from fastgen.sampling.tables import parse_key
 from fastgen.serving.messages import ImageTask
 
 if TYPE_CHECKING:
@@ -69,7 +71,7 @@ class Preparer:
             settings = self._full(task)
             return settings.late(task.noise_steps, task.strength) if task.rag else settings
         except InputError as error:
-            raise refusal(error) from None
+            raise self.refusal(error, task) from None
 
     def _full(self, task: ImageTask) -> Settings:
         """The settings of a run from noise."""
@@ -97,7 +99,24 @@ class Preparer:
             conditions = self._conditions_of(request, settings)
             return Run(self._pipeline, [request], settings, start, table=table, conditions=conditions)
         except InputError as error:
-            raise refusal(error) from None
+            raise self.refusal(error, task) from None
+
+    def refusal(self, error: InputError, task: ImageTask) -> Refusal:
+        """The error of a model's own checks for a client: with the request's field that it is about, and without the path of
+        the model."""
+        if isinstance(error, Refusal):
+            return error
+        source, text = self._pipeline.source, str(error)
+        if isinstance(source, Bundle) and "is not stored" in text:
+            stored = {parse_key(key)[0] for key in source.solver_keys()}
+            name = task.scheduler or self._pipeline.spec.sampling.scheduler
+            return Refusal(
+                text.replace(f" in {source.folder / TABLES}", ""),
+                "num_inference_steps" if name in stored else "scheduler",
+            )
+        text = text.replace(f"{source.folder}/", "") if source.folder is not None else text
+        words = text.lower()
+        return Refusal(text, next((param for param, signs in PARAMS if any(s in words for s in signs)), None))
 
     def _start(self, task: ImageTask, request: Request) -> tuple[Settings, Start | None]:
         settings = self._full(task)
@@ -123,12 +142,6 @@ class Preparer:
 def metadata_of(run: Run) -> dict[str, Any]:
     """The manifest line of a run's only image, as `fastgen generate` writes it for this image alone."""
     return manifest_line(run, run.requests[0], job_identity(run, 1))
-
-
-def refusal(error: InputError) -> Refusal:
-    """The error of a model's own checks, with the request's field that it is about."""
-    words = str(error).lower()
-    return Refusal(str(error), next((param for param, signs in PARAMS if any(s in words for s in signs)), None))
 
 
 def _kept(store: OrderedDict[Any, T], key: Any, most: int, make: Callable[[], T]) -> T:

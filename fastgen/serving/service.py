@@ -98,9 +98,11 @@ class Service:
 
         end = time.monotonic() + seconds
         for model in self._models.values():
-            model.refuse_waiting(refusal)
+            model.refuse(refusal)
         while any(model.busy for model in self._models.values()) and time.monotonic() < end:
             await asyncio.sleep(POLL_S)
+        for model in self._models.values():
+            model.refuse(refusal, begun=True)
         await self.stop()
 
     async def stop(self) -> None:
@@ -114,7 +116,7 @@ class Service:
         done = [job for job in self._jobs.values() if job.ended]
         images = sum(len(job.images) for job in done)
         for job in done:
-            if images <= KEPT_IMAGES and now - job.arrival < KEPT_S:
-                break
+            if images <= KEPT_IMAGES and now - job.ended_at < KEPT_S:
+                continue
             images -= len(job.images)
             del self._jobs[job.id]

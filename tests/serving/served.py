@@ -96,3 +96,16 @@ async def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     while not condition():
         assert time.monotonic() < end, "it did not come true in time"
         await asyncio.sleep(0.01)
+
+
+def without_torch(connection: Any, options: WorkerOptions) -> None:
+    """A worker where the training stack is not installed."""
+    from importlib.machinery import PathFinder
+
+    blocked, find_spec = os.environ["BLOCKED_IMPORTS"].split(), PathFinder.find_spec
+
+    def unless_blocked(name: str, *given: Any, **options: Any) -> Any:
+        return None if name.partition(".")[0] in blocked else find_spec(name, *given, **options)
+
+    PathFinder.find_spec = unless_blocked  # type: ignore[method-assign,assignment]
+    run_worker(connection, options)

@@ -10,7 +10,7 @@ import signal
 import time
 
 import pytest
-from served import DIES, NOT_FINITE, RAISES, asks, ended, faulty_worker, serving, slow_worker, until
+from served import DIES, NOT_FINITE, RAISES, asks, ended, faulty_worker, serving, slow_worker, until, without_torch
 
 from fastgen.errors import InputError
 from fastgen.generate.pipeline import load
@@ -161,7 +161,7 @@ def test_images_in_flight_survive_a_kill_with_the_same_bytes(label_bundle):
             assert time.monotonic() - start < 1
             with pytest.raises(ApiError) as refused:
                 service.submit(asks("m"))
-            assert (refused.value.status, refused.value.code) == (503, "not_ready")
+            assert (refused.value.status, refused.value.code) == (503, "model_not_ready")
             assert refused.value.retry_after >= 1
             jobs = [await ended(job, 120) for job in jobs]
             again = [await ended(service.submit(asks("m", seed=s, num_inference_steps=5))) for s in range(6)]
@@ -173,7 +173,7 @@ def test_images_in_flight_survive_a_kill_with_the_same_bytes(label_bundle):
 
 
 def test_a_worker_that_dies_again_and_again_is_given_up_and_others_serve_on(label_bundle, monkeypatch):
-    monkeypatch.setattr("fastgen.serving.keeper.LONGEST_BACKOFF_S", 0.1)
+    monkeypatch.setattr("fastgen.serving.keeper.BACKOFF_S", 0.1)
 
     async def main():
         async with serving(("a", label_bundle), ("b", label_bundle), engine="ort") as service:
@@ -327,3 +327,52 @@ def test_metrics_count_what_the_client_saw(label_bundle):
     assert value["fastgen_requests_waiting", None] == value["fastgen_requests_running", None] == 0
     assert value["fastgen_engine_up", None] == 1
     assert json.dumps(value["fastgen_request_seconds_count", None]) == "5.0"
+
+
+def test_a_refusal_names_the_right_field_and_no_path_of_the_server(label_bundle, monkeypatch):
+    monkeypatch.setenv("BLOCKED_IMPORTS", "torch diffusers transformers")
+
+    async def main():
+        async with serving(("m", label_bundle), engine="ort", target=without_torch) as service:
+            jobs = [
+                service.submit(asks("m", **fields))
+                for fields in ({"num_inference_steps": 777}, {"scheduler": "nosuch"})
+            ]
+            return [(await ended(job)).images[0].error for job in jobs]
+
+    steps, scheduler = asyncio.run(main())
+    assert (steps.param, scheduler.param) == ("num_inference_steps", "scheduler")
+    for error in (steps, scheduler):
+        assert error.status == 400
+        assert "is not stored (nearest: " in error.message
+        assert str(label_bundle) not in error.message
+
+
+def test_what_a_drain_cuts_off_may_be_tried_elsewhere(label_bundle):
+    async def main():
+        async with serving(("m", label_bundle), engine="ort", target=slow_worker) as service:
+            job = service.submit(asks("m", num_inference_steps=150, scheduler="ddpm"))
+            await until(lambda: job.images[0].row > 0)
+            await service.drain(0.2)
+            return job.images[0].error
+
+    error = asyncio.run(main())
+    assert (error.status, error.code, error.retry_after) == (503, "draining", 1)
+
+
+def test_finished_jobs_are_kept_for_a_while_and_the_oldest_go_first(label_bundle, monkeypatch):
+    monkeypatch.setattr("fastgen.serving.service.KEPT_IMAGES", 3)
+
+    async def main():
+        async with serving(("m", label_bundle), engine="ort") as service:
+            jobs = [await ended(service.submit(asks("m", n=2, num_inference_steps=1))) for _ in range(2)]
+            assert service.job(jobs[1].id) is jobs[1]
+            with pytest.raises(ApiError) as forgotten:
+                service.job(jobs[0].id)
+            monkeypatch.setattr("fastgen.serving.service.KEPT_S", 0.0)
+            with pytest.raises(ApiError):
+                service.job(jobs[1].id)
+            return forgotten.value
+
+    error = asyncio.run(main())
+    assert (error.status, error.code) == (404, "job_not_found")

@@ -143,7 +143,7 @@ def test_limits_and_times_are_those_of_the_code():
         f"{m.DEATHS} deaths within {m.WINDOW_S / 60:g} minutes and no picture between",
         f"{policy.HEADROOM} of {policy.MAX_WAIT_S:g} s",
         f"{service.DRAIN_S:g} s",
-        f"{kept} after its request; at most {service.KEPT_IMAGES} images in all",
+        f"{kept} after its end; at most {service.KEPT_IMAGES} images in all",
     ]
 
 

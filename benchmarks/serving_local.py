@@ -107,6 +107,11 @@ class Local:
         (image,) = self.pipeline.generate(**given, seeds=[body["seed"]], **settings)
         return image
 
+    def warm(self, largest: int) -> None:
+        """Run every batch size once: engines compile some of them when they first come."""
+        for size in range(1, largest + 1):
+            self.pictures([self.body(seed, 1) for seed in range(size)])
+
     def executor(self, replies: list[Reply]) -> Callable[[Sequence[Arrival], float], float]:
         """Runs batches in real time, from second `start` after this call on; what became of each request goes to `replies`."""
         origin = time.monotonic()

@@ -128,6 +128,7 @@ def latency(bench: Bench, loads: Sequence[float]) -> tuple[list[Row], list[Row]]
     """(rows, a line for each load and server): the same arrivals at the server, at static batches and one by one."""
     rows, lines = list[Row](), list[Row]()
     largest = max(bench.local.pipeline.buckets(bench.local.pipeline.settings()) or [16])
+    bench.local.warm(largest)
     for load in loads:
         arrivals = bench.load(load * bench.singly)
         taken = {"step-level": bench.send(arrivals), "static": list[Reply](), "one by one": list[Reply]()}

@@ -1,4 +1,4 @@
-"""Runs `fastgen` commands, each in a fork of one process that has imported torch, diffusers, transformers and the engines.
+"""Runs `fastgen` commands, each in a fork of one process that has imported fastgen, torch, diffusers and the engines.
 
 A command then takes a tenth of a second, and what it breaks, it breaks alone. Nothing is computed before the fork: OpenMP's
 threads do not survive one.
@@ -10,9 +10,11 @@ code is None where the command took longer than `seconds` and was killed.
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import json
 import os
+import pkgutil
 import resource
 import select
 import signal
@@ -22,6 +24,9 @@ import time
 import traceback
 from pathlib import Path
 from typing import Any, NoReturn
+
+import export
+import fastgen
 
 HEAVY = (
     "torch",
@@ -38,20 +43,25 @@ HEAVY = (
     "openvino",
     "PIL.Image",
     "safetensors.torch",
-    "fastgen.cli.commands",
-    "fastgen.models.folder",
-    "fastgen.generate.job",
-    "fastgen.engines",
-    "fastgen.sampling.compile",
-    "export.export",
+    "encodings.utf_8_sig",
 )
 MEMORY = 6 * 2**30  # bytes of address space that a command may take beyond what the imports took
 
 
 def main() -> None:
-    for module in HEAVY:
+    for name in HEAVY:
         with contextlib.suppress(ImportError):
-            importlib.import_module(module)
+            importlib.import_module(name)
+    for package in (
+        fastgen,
+        export,
+    ):  # all of their modules: a command would spend more on importing them than on its work
+        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            if not module.name.endswith("__main__"):
+                with contextlib.suppress(ImportError):
+                    importlib.import_module(module.name)
+    gc.collect()
+    gc.freeze()  # else a collection in a child writes to all these objects, and the kernel copies their pages
     requests, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
     null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 0)
@@ -92,9 +102,9 @@ def _command(request: dict[str, Any]) -> None:
         os.environ.update(request["env"])
         sys.argv = ["fastgen", *request["argv"]]
         socket.getaddrinfo = socket.socket.connect = _no_network  # type: ignore[assignment, method-assign]
-        from fastgen.cli import main as fastgen
+        from fastgen.cli import main as command
 
-        fastgen()
+        command()
         code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)

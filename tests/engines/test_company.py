@@ -19,6 +19,7 @@ from fastgen.generate.run import Run
 from fastgen.models.find import find_folder
 
 SIZES, MOST = (1, 2, 3, 5), 16
+ALL_SIZES = (1, 2, 3, 4, 6, 7, 8, MOST)  # odd and even ones, powers of two and not; every job's batches are among them
 STEPS = {"num_inference_steps": 1}  # a second one would run the same networks in the same company
 GUIDANCE = [1.0, 3.0]
 ENGINES = [("ort", "fp32"), ("openvino", "fp32"), ("openvino", "bf16")]
@@ -138,6 +139,7 @@ def written(pipeline, count, batch_size, guidance, out, lost=()) -> list[bytes]:
 def check(pipeline, sizes, jobs, guidance, tmp_path) -> None:
     """`generate` in batches of these sizes, and jobs, whole and resumed, in batches of some: what every request gives alone."""
     most = max(sizes)
+    count = min(most, max(jobs) + 1)  # of requests in a job: its last batch is another than the others
     alone = [generated(pipeline, [i], guidance)[0] for i in range(most)]
     assert len(set(alone)) == most  # requests matter
     for size in sizes:
@@ -146,9 +148,9 @@ def check(pipeline, sizes, jobs, guidance, tmp_path) -> None:
         if size not in jobs:
             continue
         out = tmp_path / f"{guidance}-{size}"
-        assert written(pipeline, most, size, guidance, out) == alone, f"job, batches of {size}"
-        other = size % (most - 1) + 1  # the job goes on in other batches
-        assert written(pipeline, most, other, guidance, out, lost=[0, most - 1]) == alone, (
+        assert written(pipeline, count, size, guidance, out) == alone[:count], f"job, batches of {size}"
+        other = size % (count - 1) + 1  # the job goes on in other batches
+        assert written(pipeline, count, other, guidance, out, lost=[0, count - 1]) == alone[:count], (
             f"resumed in batches of {other}"
         )
 
@@ -156,11 +158,11 @@ def check(pipeline, sizes, jobs, guidance, tmp_path) -> None:
 @pytest.mark.parametrize("guidance", GUIDANCE)
 @pytest.mark.parametrize("kind", ["text", "labels"])
 def test_an_image_does_not_depend_on_its_company(exports, options, kind, guidance, tmp_path):
-    check(load(exports(kind)[0], **options), SIZES, SIZES, guidance, tmp_path)
+    check(load(exports(kind)[0], **options), SIZES, (1, 3), guidance, tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("guidance", GUIDANCE)
 @pytest.mark.parametrize("name", ["iclevr-64", "monsters-64", "sd"])
 def test_an_image_does_not_depend_on_its_company_up_to_16(large_bundle, options, name, guidance, tmp_path):
-    check(load(large_bundle(name), **options | {"threads": 2}), range(1, MOST + 1), (1, 3, 7), guidance, tmp_path)
+    check(load(large_bundle(name), **options | {"threads": 2}), ALL_SIZES, (1, 3, 7), guidance, tmp_path)

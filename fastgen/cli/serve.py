@@ -165,14 +165,14 @@ def _checked(options: WorkerOptions) -> WorkerOptions:
     from fastgen.retrieval.index import open_index
     from fastgen.serving.bundles import served_folder
 
+    if options.rag is not None:
+        open_index(options.rag)
     folder = served_folder(options.model, options.engine, options.checkpoint, options.allow_pickle, say)
     options = replace(options, model=folder)
     model = find_model(options.model, options.checkpoint)
     choose_engine(model, options.engine, options.device)
     if model.bundle is not None:
         model.bundle.verify(options.dtype or "fp32")
-    if options.rag is not None:
-        open_index(options.rag)
     return options
 
 

@@ -7,7 +7,7 @@ import asyncio
 import math
 import time
 from collections.abc import Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from fastgen.errors import FastgenError, InputError, Say
@@ -123,6 +123,7 @@ class Keeper:
                 self._refused(text, exit_code)
             case Ready():
                 life.ready, self.state = True, "ready"
+                self._options = replace(self._options, before=self._options.before or message)
                 self._owner.received(message)
                 if self._started is not None and not self._started.done():
                     self._started.set_result(None)

@@ -50,6 +50,7 @@ class ModelServer:
         self._keeper = Keeper(options, target, self, say)
         self._images: dict[int, InFlight] = {}
         self._backlog = Backlog()
+        self._done_s, self._busy_since = 0.0, 0.0  # estimated work since then, while there was always some
         self._costs: messages.Costs | None = None
         metrics.declare(self.name)
 
@@ -112,6 +113,8 @@ class ModelServer:
             )
         job.ahead, job.wait_s = self.waiting, round(self._backlog.predicted(request.key, seconds), 1)
         deadline = None if request.deadline_s is None else job.arrival + request.deadline_s
+        if not self._images:
+            self._done_s, self._busy_since = 0.0, time.monotonic()
         for offset, image in enumerate(job.images):
             task = msgspec.structs.replace(request.task, seed=image.seed)
             submit = Submit(self._numbers(), task, request.key, job.arrival + offset * 1e-6, deadline)
@@ -158,6 +161,7 @@ class ModelServer:
         match message:
             case Ready():
                 self.info, self._costs = message, message.costs
+                self._done_s, self._busy_since = 0.0, time.monotonic()
                 self._metrics.describe(self.name, message.sha256, message.engine, message.dtype, message.exact)
                 self._dispatch()
             case messages.Tick():
@@ -193,8 +197,13 @@ class ModelServer:
             if (flight := self._images.get(id)) is not None:
                 flight.image.row, flight.image.phase = row, "running"
                 left = flight.image.rows - row
-                self._backlog.progress(id, self._seconds(left, min(left, flight.guided)))
+                self._done_s += self._backlog.progress(id, self._seconds(left, min(left, flight.guided)))
                 flight.job.touch()
+        if tick.steps:
+            now = time.monotonic()
+            if len(self._images) >= self.slots:  # fewer images do not show what the server can do
+                self._backlog.observe(self._done_s, now - self._busy_since)
+            self._done_s, self._busy_since = 0.0, now
 
     def _previewed(self, id: int, index: int, row: int, data: bytes) -> None:
         if (flight := self._images.get(id)) is None:
@@ -214,6 +223,7 @@ class ModelServer:
         image.queue_s, image.run_s = done.queue_s, done.run_s
         self._metrics.images.labels(self.name).inc()
         self._metrics.queue_seconds.labels(self.name).observe(done.queue_s)
+        self._done_s += self._backlog.progress(done.id, 0.0)
         self._end(done.id, "done")
 
     def _end(self, id: int, phase: Phase, error: ApiError | None = None) -> None:
@@ -269,8 +279,7 @@ class ModelServer:
         """The server's seconds of so many rows of one image, in a full batch."""
         assert self._costs is not None
         plain, both = (
-            min((seconds / size for size, seconds in costs.items()), default=0.0)
-            for costs in (self._costs.plain, self._costs.guided or self._costs.plain)
+            costs[max(costs)] / max(costs) for costs in (self._costs.plain, self._costs.guided or self._costs.plain)
         )
         return (rows - guided) * plain + guided * both + min(s / n for n, s in self._costs.decode.items())
 

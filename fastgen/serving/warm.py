@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 CPU_SIZES = (1, 2, 3, 4, 6, 8, 12, 16)
 GPU_SIZES = (1, 2, 4, 8, 16, 32, 64)
-REPEATS = 3
+REPEATS, ENOUGH_S, MOST_REPEATS = 3, 0.1, 20  # of a forward that is timed: until it took so long in all
 MISSES = 2  # sizes of other bytes, after which larger ones are not tried
 
 
@@ -56,6 +56,17 @@ def warm_up(pipeline: ModelRunner, *, guided: bool, exact: bool, say: Callable[[
         pipeline.engine.probe("text_encoder", 2)  # with the empty prompt
     found = Costs({n: costs[n] for n in guided_sizes}, {n: plain[n] for n in sizes}, {n: decode[n] for n in decode})
     return Warm(guided_sizes, sizes, tuple(decode), slots, same and same_guided and same_decoded, found)
+
+
+def warm_again(pipeline: ModelRunner, costs: Costs, slots: int, exact: bool) -> Warm:
+    """What `warm_up` found in a process that died, without its measurements: every size runs once."""
+    engine, timer = pipeline.engine, _Timer(pipeline)
+    for guided, sizes in ((False, costs.plain), (True, costs.guided)):
+        for size in sizes:
+            timer.forward(size, guided)()
+    for size in costs.decode if pipeline.spec.space.latent else ():
+        engine.probe("vae_decoder", size)
+    return Warm(tuple(costs.guided), tuple(costs.plain), tuple(costs.decode), slots, exact, costs)
 
 
 def _measured(timer: _Timer, guided: bool, exact: bool) -> tuple[dict[int, float], bool]:
@@ -97,21 +108,20 @@ class _Timer:
 
     def step(self, size: int, guided: bool) -> tuple[bytes, float]:
         """The bytes of the first image's prediction, with it also in the last place, and the seconds of a forward."""
-        engine = self._engine
-        inputs = self._rows(size)
-        conds = [engine.xp.concatenate([c, c]) for c in inputs[2:]] if guided else inputs[2:]
-
-        def run() -> Any:
-            if guided:
-                return engine.run_guided(*inputs[:2], *conds)
-            return engine.run("unet", *inputs)[0]
-
-        prediction, seconds = self._timed(run)
-        values = engine.numpy(prediction)
+        prediction, seconds = self._timed(self.forward(size, guided))
+        values = self._engine.numpy(prediction)
         picked = [values[i] for i in ([0, size] if guided else [0])]
         last = [values[i] for i in ([size - 1, 2 * size - 1] if guided else [size - 1])]
         first, other = (b"".join(np.ascontiguousarray(v).tobytes() for v in rows) for rows in (picked, last))
         return first if first == other else b"", seconds
+
+    def forward(self, size: int, guided: bool) -> Callable[[], Any]:
+        """One forward of the denoiser for so many images."""
+        engine, inputs = self._engine, self._rows(size)
+        if not guided:
+            return lambda: engine.run("unet", *inputs)[0]
+        conds = [engine.xp.concatenate([c, c]) for c in inputs[2:]]
+        return lambda: engine.run_guided(*inputs[:2], *conds)
 
     def agrees(self, row: bytes, guided: bool) -> bool:
         """Whether these are the bytes of the smallest batch."""
@@ -145,11 +155,11 @@ class _Timer:
 
     def _timed(self, call: Callable[[], Any]) -> tuple[Any, float]:
         """What it returns, and the seconds of its fastest run after the first."""
-        result, best = call(), float("inf")
-        for _ in range(REPEATS):
+        result, taken = call(), list[float]()
+        while len(taken) < REPEATS or (sum(taken) < ENOUGH_S and len(taken) < MOST_REPEATS):
             self._engine.synchronize()
             start = time.perf_counter()
             result = call()
             self._engine.synchronize()
-            best = min(best, time.perf_counter() - start)
-        return result, best
+            taken.append(time.perf_counter() - start)
+        return result, min(taken)

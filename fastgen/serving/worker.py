@@ -38,6 +38,7 @@ class WorkerOptions:
     rag: Path | None = None
     exact: bool | None = None
     max_wait_s: float = 30.0
+    before: Ready | None = None  # what an earlier worker measured
     load: dict[str, Any] = field(default_factory=dict)  # more arguments of `fastgen.load`
 
 
@@ -62,7 +63,7 @@ def _load(options: WorkerOptions, say: Any) -> tuple[Batcher, Ready]:
     from fastgen.models.find import find_model
     from fastgen.serving.preparing import Preparer
     from fastgen.serving.ready import example_task, first_image, ready_of
-    from fastgen.serving.warm import warm_up
+    from fastgen.serving.warm import warm_again, warm_up
 
     say("loading the model")
     found = find_model(options.model, options.checkpoint)
@@ -80,7 +81,10 @@ def _load(options: WorkerOptions, say: Any) -> tuple[Batcher, Ready]:
     condition = pipeline.spec.condition
     guided = condition.guidable and not condition.guidance_width
     exact = not pipeline.on_gpu if options.exact is None else options.exact
-    warm = warm_up(pipeline, guided=guided, exact=exact, say=say)
+    if options.before is None:
+        warm = warm_up(pipeline, guided=guided, exact=exact, say=say)
+    else:
+        warm = warm_again(pipeline, options.before.costs, options.before.slots, options.before.exact)
     batcher = Batcher(pipeline, preparer, warm, max_wait_s=options.max_wait_s)
     say("making a first image")
     first_image(batcher, example_task(pipeline))

@@ -87,7 +87,7 @@ def damaged(label_bundle, tmp_path):
         (["a={model}", "a={bundle}"], "two are called a"),
         (["a b={model}"], "MODEL: found the name 'a b'"),
         (["../x={model}"], "MODEL: found the name '../x'"),
-        (["{model}", "--engine", "ort"], "engine ort runs bundles"),
+        (["{model}", "--engine", "trt"], "trt"),
         (["{bundle}", "--engine", "eager"], "engine eager runs model folders"),
         (["{damaged}", "--engine", "ort"], "unet/model.onnx"),
         (["{model}", "--rag", "{model}"], "is no index"),

@@ -14,7 +14,7 @@ from benchmarks.serving_client import Reply, call, generate, open_loop
 from benchmarks.serving_sections import Bench, Row, statuses
 from benchmarks.serving_simulation import POOL
 
-KILL_S, KILLS = 10.0, 4  # a fifth death within five minutes is the end of a model
+KILL_S, LEAST_KILLS = 10.0, 4
 LEAVE_SHARE = 0.1
 OVERLOAD = 10
 
@@ -75,11 +75,12 @@ def soak(bench: Bench) -> list[Row]:
 
 def kills(bench: Bench) -> list[Row]:
     """The worker is killed every ten seconds, at half of the one-by-one capacity."""
-    load = bench.local.bodies(bench.load(0.5 * bench.singly, (KILLS + 1) * KILL_S))
+    kills = max(LEAST_KILLS, round(bench.seconds / KILL_S))
+    load = bench.local.bodies(bench.load(0.5 * bench.singly, (kills + 1) * KILL_S))
     told_s, away_s = list[float](), list[float]()
 
     async def kill() -> None:
-        for _ in range(KILLS):
+        for _ in range(kills):
             await asyncio.sleep(KILL_S)
             start = time.monotonic()
             for pid in bench.server.workers():
@@ -96,7 +97,7 @@ def kills(bench: Bench) -> list[Row]:
     replies = asyncio.run(together())
     hung = sum(reply.status == 0 for reply in replies)
     allowed = all(reply.status in (200, 503) for reply in replies)
-    name = f"worker killed {KILLS} times: "
+    name = f"worker killed {kills} times: "
     return [
         bench.row(f"{name}requests without an answer", hung, "0", not hung and allowed, replies, statuses(replies)),
         bench.row(f"{name}not ready after, s", max(told_s), "<= 1", max(told_s) <= 1, ()),

@@ -125,7 +125,7 @@ def test_every_section_measures_a_server_of_a_tiny_model_and_finds_no_wrong_byte
         pytest.importorskip(package)
     monkeypatch.setattr(serving, "QUICK", serving.Size(2, 4, (0.5, 0.9), 6, 6, 2, (1, 2)))
     monkeypatch.setattr(serving_faults, "KILL_S", 2.0)
-    monkeypatch.setattr(serving_faults, "KILLS", 1)
+    monkeypatch.setattr(serving_faults, "LEAST_KILLS", 1)
     monkeypatch.setattr(serving_faults, "OVERLOAD", 1)
     out = tmp_path / "result.json"
     result = CliRunner().invoke(serving.main, ["--quick", "--model", str(text_bundle), "--engine", "ort", str(out)])

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 AGEING = 0.1  # an image yields to one that came t seconds later only if that is shorter by more than AGEING * t seconds
 URGENT_S = 1.0  # an image with less slack than this goes first
 MAX_WAIT_S = 30.0
-HEADROOM = 0.8  # of the longest wait is given away; the rest is for clients that come later
+HEADROOM = 0.7  # of the longest wait is given away; the rest is for clients that come later
 PACE_S = 10.0  # the pace of the server is that of about so many seconds
 STRETCH = 3.5  # of a step by the company in it
 GAIN = 1.1  # of images/s, for which a batch is worth doubling

@@ -42,9 +42,9 @@ def warm_up(pipeline: ModelRunner, *, guided: bool, exact: bool, say: Callable[[
     line before each network."""
     timer = _Timer(pipeline)
     say("timing the denoiser")
-    plain, same = _measured(timer, False, exact)
-    costs, same_guided = (plain, same) if not guided else _measured(timer, True, exact)
-    slots = max(Curve(costs).knee(), 1)
+    costs, same = _measured(timer, guided, exact)
+    slots = Curve(costs).knee()
+    plain, same_plain = _measured(timer, False, exact, most=slots) if guided else (costs, same)
     sizes = tuple(n for n in plain if n <= slots)
     guided_sizes = tuple(n for n in costs if n <= slots) if guided else ()
     if pipeline.spec.space.latent:
@@ -55,7 +55,7 @@ def warm_up(pipeline: ModelRunner, *, guided: bool, exact: bool, say: Callable[[
         pipeline.engine.probe("text_encoder", 1)
         pipeline.engine.probe("text_encoder", 2)  # with the empty prompt
     found = Costs({n: costs[n] for n in guided_sizes}, {n: plain[n] for n in sizes}, {n: decode[n] for n in decode})
-    return Warm(guided_sizes, sizes, tuple(decode), slots, same and same_guided and same_decoded, found)
+    return Warm(guided_sizes, sizes, tuple(decode), slots, same and same_plain and same_decoded, found)
 
 
 def warm_again(pipeline: ModelRunner, costs: Costs, slots: int, exact: bool) -> Warm:
@@ -69,11 +69,14 @@ def warm_again(pipeline: ModelRunner, costs: Costs, slots: int, exact: bool) -> 
     return Warm(tuple(costs.guided), tuple(costs.plain), tuple(costs.decode), slots, exact, costs)
 
 
-def _measured(timer: _Timer, guided: bool, exact: bool) -> tuple[dict[int, float], bool]:
-    """Seconds by size, until doubling gains too little; and whether each size used gives the bytes of a batch of one."""
+def _measured(timer: _Timer, guided: bool, exact: bool, most: int | None = None) -> tuple[dict[int, float], bool]:
+    """Seconds by size, up to `most` or until doubling gains too little; and whether each size used gives the bytes of a batch
+    of one."""
     seconds: dict[int, float] = {}
     same, others = True, 0
     for size in timer.sizes(guided):
+        if seconds and most is not None and size > most:
+            break
         row, took = timer.step(size, guided)
         agrees = timer.agrees(row, guided)
         if exact and not agrees:
@@ -84,7 +87,7 @@ def _measured(timer: _Timer, guided: bool, exact: bool) -> tuple[dict[int, float
         same = same and agrees
         seconds[size] = took
         half = max((n for n in seconds if 2 * n <= size), default=None)
-        if half is not None and seconds[half] / half < 1.1 * took / size:
+        if most is None and half is not None and seconds[half] / half < 1.1 * took / size:
             break
     return seconds, same
 

@@ -219,11 +219,11 @@ class TestBacklog:
 
     def test_who_would_wait_too_long_is_told_when_to_come_back(self):
         backlog = self.filled([("a", 34.5)])
-        assert backlog.retry_after("a", 1.0, max_wait_s=30.0) == 11  # a fifth of the wait is left for others that come
+        assert backlog.retry_after("a", 1.0, max_wait_s=30.0) == 14  # of the wait, 0.3 are left for others that come
         assert backlog.retry_after("b", 1.0, max_wait_s=30.0) is None
         assert backlog.retry_after("b", 100.0, max_wait_s=50.0) is None  # its own work is not waiting
         assert backlog.retry_after("b", 1.0, deadline_s=1.5) == 1
-        backlog.progress(0, 24.0)
+        backlog.progress(0, 21.0)
         assert backlog.retry_after("a", 1.0, max_wait_s=30.0) is None
 
     def test_a_prediction_follows_how_long_the_work_takes_and_forgets_what_was(self):
@@ -231,7 +231,7 @@ class TestBacklog:
         for _ in range(60):
             backlog.observe(done_s=0.5, took_s=1.0)
         assert backlog.predicted("a", 1.0) == pytest.approx(22.0, rel=0.02)
-        assert backlog.retry_after("a", 1.0, max_wait_s=20.0) == 4
+        assert backlog.retry_after("a", 1.0, max_wait_s=20.0) == 6
         for _ in range(60):
             backlog.observe(done_s=1.0, took_s=1.0)
         assert backlog.predicted("a", 1.0) == pytest.approx(11.0, rel=0.02)

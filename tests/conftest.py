@@ -40,6 +40,11 @@ LONG_FILES = (  # with their slow tests; in this order
     "test_compile.py",
     "test_presets.py",
     "test_gallery.py",
+    "test_served_gallery.py",
+    "test_serving_benchmark.py",
+    "test_page_browser.py",
+    "test_slow_clients.py",
+    "test_service.py",
 )
 BLOCKER = """
 import os

@@ -76,7 +76,7 @@ def card(monkeypatch) -> Iterator[Card]:
         if key not in opened:
             pipe = opened[key] = fastgen.load(model, engine, device="cpu", dtype="bf16" if dtype == "fp16" else dtype)
             if device == "cuda":
-                pipe.on_gpu, pipe._graphs, pipe.engine.capturable = True, bool(graphs), True
+                pipe.on_gpu, pipe.graphs, pipe.engine.capturable = True, bool(graphs), True
         return opened[key]
 
     pipeline.cache_clear = opened.clear  # type: ignore[attr-defined]

@@ -324,7 +324,7 @@ def on_a_gpu(cuda, monkeypatch):
     def make(model, device="cpu"):
         pipeline = load(model, "eager")
         pipeline.engine.device, pipeline.engine.capturable = cuda_double.Device(device), True
-        pipeline.on_gpu = pipeline._graphs = True
+        pipeline.on_gpu = pipeline.graphs = True
         config = pipeline.source.scheduler_config
         pipeline.source.table = {
             key: TableCompiler(config).table(key) for key in ("ddim:4", "dpmpp-2m-sde:4")

@@ -91,6 +91,7 @@ def test_what_is_no_request_is_refused(client, name):
     assert refusal(answer)["param"] is None or name in ("long key", "many keys")
 
 
+@pytest.mark.slow
 def test_two_thousand_bodies_never_make_an_error_of_the_server(client):
     seconds, statuses, lines = [], set(), len(client.lines)
 

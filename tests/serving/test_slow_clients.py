@@ -59,6 +59,7 @@ def ended(peer: socket.socket) -> bool:
     return True
 
 
+@pytest.mark.slow
 def test_five_hundred_half_headers_keep_nobody_waiting_and_are_closed_in_time():
     with running_server("--row-s", "0.01") as server, ExitStack() as stack:
         before = p95(server)
@@ -70,6 +71,7 @@ def test_five_hundred_half_headers_keep_nobody_waiting_and_are_closed_in_time():
         assert beside < 2 * max(before, p95(server)) + 0.1  # as others use this machine too
 
 
+@pytest.mark.slow
 def test_headers_that_come_letter_by_letter_have_no_more_time():
     with running_server() as server, ExitStack() as stack:
         peer = connect(stack, server.port, b"GET / HT")
@@ -96,6 +98,7 @@ def test_more_connections_than_there_are_places_end_the_oldest_that_only_waits()
         assert busy.recv(100).startswith(b"HTTP/1.1 200 ")
 
 
+@pytest.mark.slow
 def test_slow_bodies_are_answered_with_408_and_keep_nobody_waiting():
     with running_server("--row-s", "0.01") as server, ExitStack() as stack:
         before = p95(server)
@@ -109,6 +112,7 @@ def test_slow_bodies_are_answered_with_408_and_keep_nobody_waiting():
         assert beside < 2 * max(before, p95(server)) + 0.1
 
 
+@pytest.mark.slow
 def test_a_body_that_nobody_asked_for_has_a_deadline_too():
     with running_server() as server, ExitStack() as stack:
         peer = connect(

@@ -73,6 +73,7 @@ def test_what_is_no_model_is_an_error(made, tmp_path):
         served_folder(tmp_path, None, None, False, lambda line: None)
 
 
+@pytest.mark.slow
 def test_an_export_that_fails_says_why(label_model, tmp_path, monkeypatch):
     monkeypatch.setenv("FASTGEN_CACHE", str(tmp_path / "cache"))
     broken = tmp_path / "broken"

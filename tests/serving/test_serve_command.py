@@ -163,6 +163,7 @@ def test_it_serves_and_ends_with_zero_after_the_running_image(label_bundle, tmp_
         assert " POST " in command.err
 
 
+@pytest.mark.slow
 def test_a_picture_has_the_bytes_that_generate_writes(fastgen, label_bundle, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     options = ["--model", label_bundle, "--engine", "ort", "--seed", 7, "--num-inference-steps", 6]
@@ -175,6 +176,7 @@ def test_a_picture_has_the_bytes_that_generate_writes(fastgen, label_bundle, tmp
     assert base64.b64decode(images[1]["b64_json"]) == file.read_bytes()
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_it_at_once_with_its_workers(label_bundle, tmp_path):
     with Command(tmp_path, label_bundle, "--engine", "ort", "--no-log") as command, command.ready() as client:
         client.post(PATH, json={"labels": "red cube", "num_inference_steps": 1000, "n": 10, "detached": True})
@@ -190,6 +192,7 @@ def test_a_second_signal_ends_it_at_once_with_its_workers(label_bundle, tmp_path
         assert " POST " not in command.err
 
 
+@pytest.mark.slow
 def test_it_waits_no_longer_than_it_was_told_to(label_bundle, tmp_path):
     arguments = [f"tiny={label_bundle}", "--engine", "ort", "--drain", "0.5"]
     with Command(tmp_path, *arguments) as command, command.ready() as client:
@@ -202,6 +205,7 @@ def test_it_waits_no_longer_than_it_was_told_to(label_bundle, tmp_path):
         assert time.monotonic() - start < 0.5 + 2 + 1.5  # a busy machine
 
 
+@pytest.mark.slow
 def test_a_signal_while_models_load_ends_it(label_bundle, tmp_path):
     with Command(tmp_path, label_bundle, "--engine", "ort") as command:
         wait_for(lambda: "loading the model" in command.err, 60)

@@ -80,6 +80,7 @@ def test_pictures_that_share_steps_have_the_bytes_of_generate(label_bundle, tmp_
     assert any(image.previews for image in images)
 
 
+@pytest.mark.slow
 def test_a_request_for_n_images_has_seeds_in_a_row(label_bundle):
     async def main():
         async with serving(("m", label_bundle), engine="ort") as service:
@@ -131,6 +132,7 @@ def test_a_fault_of_one_image_is_no_fault_of_its_neighbours(label_bundle):
     assert (broken.error.status, broken.error.code) == (500, "not_finite")
 
 
+@pytest.mark.slow
 def test_an_image_that_kills_the_worker_is_found_out_and_the_others_are_made(label_bundle):
     async def main():
         async with serving(("m", label_bundle), target=faulty_worker, engine="ort") as service:
@@ -148,6 +150,7 @@ def test_an_image_that_kills_the_worker_is_found_out_and_the_others_are_made(lab
     assert 'fastgen_engine_restarts_total{model="m"} 2.0' in metrics
 
 
+@pytest.mark.slow
 def test_images_in_flight_survive_a_kill_with_the_same_bytes(label_bundle):
     async def main():
         async with serving(("m", label_bundle), target=slow_worker, engine="ort") as service:
@@ -172,6 +175,7 @@ def test_images_in_flight_survive_a_kill_with_the_same_bytes(label_bundle):
     assert [job.images[0].data for job in jobs] == [job.images[0].data for job in again]
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_again_and_again_is_given_up_and_others_serve_on(label_bundle, monkeypatch):
     monkeypatch.setattr("fastgen.serving.keeper.BACKOFF_S", 0.1)
 
@@ -193,6 +197,7 @@ def test_a_worker_that_dies_again_and_again_is_given_up_and_others_serve_on(labe
     assert (refused.status, refused.code) == (503, "failed")
 
 
+@pytest.mark.slow
 def test_a_worker_that_hangs_is_not_ready_and_is_replaced(label_bundle, monkeypatch):
     monkeypatch.setattr("fastgen.serving.keeper.ANSWER_S", 0.5)
     monkeypatch.setattr("fastgen.serving.keeper.HANG_S", 2.0)
@@ -212,6 +217,7 @@ def test_a_worker_that_hangs_is_not_ready_and_is_replaced(label_bundle, monkeypa
     assert image.phase == "done"
 
 
+@pytest.mark.slow
 def test_a_cancelled_image_frees_its_slot_within_a_step(label_bundle):
     async def main():
         async with serving(("m", label_bundle), engine="ort", target=slow_worker) as service:
@@ -348,6 +354,7 @@ def test_a_refusal_names_the_right_field_and_no_path_of_the_server(label_bundle,
         assert str(label_bundle) not in error.message
 
 
+@pytest.mark.slow
 def test_what_a_drain_cuts_off_may_be_tried_elsewhere(label_bundle):
     async def main():
         async with serving(("m", label_bundle), engine="ort", target=slow_worker) as service:
@@ -360,6 +367,7 @@ def test_what_a_drain_cuts_off_may_be_tried_elsewhere(label_bundle):
     assert (error.status, error.code, error.retry_after) == (503, "draining", 1)
 
 
+@pytest.mark.slow
 def test_finished_jobs_are_kept_for_a_while_and_the_oldest_go_first(label_bundle, monkeypatch):
     monkeypatch.setattr("fastgen.serving.service.KEPT_IMAGES", 3)
 

@@ -37,8 +37,8 @@ class Delivery:
         self._failed: list[Failed] = []
 
     def __len__(self) -> int:
-        """Decodings that were begun and not told yet."""
-        return len(self._begun) + len(self._failed)
+        """Decodings that were begun and not told yet; failures are told at once."""
+        return len(self._begun)
 
     @property
     def most(self) -> int:

@@ -24,8 +24,9 @@ MISSES = 2  # sizes of other bytes, after which larger ones are not tried
 
 @dataclass(frozen=True)
 class Warm:
-    """`sizes`: images per forward of the denoiser by whether it is guided, of the VAE decoder `decode`. `exact`: each size
-    gives an image the same bytes as a batch of one. `costs`: the fastest of some forwards of each size."""
+    """`guided`, `plain`: images per forward of the denoiser, with and without guidance; `decode`: of the VAE decoder. `slots`:
+    images in a step, at most. `exact`: each size gives an image the same bytes as the smallest one. `costs`: seconds of the
+    fastest of some forwards of each size."""
 
     guided: tuple[int, ...]
     plain: tuple[int, ...]

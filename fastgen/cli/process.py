@@ -17,6 +17,8 @@ from typing import Any, NoReturn
 from fastgen.errors import FastgenError, InputError, one_line
 
 INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
+IMPORT_POLL_S = 0.02  # between two looks whether an import has ended
+AGAIN_S = 0.5  # after an interrupt, before the next look whether the command ends
 STREAMS = {1: "stdout", 2: "stderr"}
 OF_THE_INPUT = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR)  # errors of a path that the user gave
 
@@ -43,7 +45,12 @@ class _Output(io.FileIO):
 
 
 class _CtrlC:
-    """Counts as pressed also where a library, or Python itself, swallowed the exception or made another of it."""
+    """Ends the command also where a library, or Python itself, swallows the exception or makes another of it: it is raised
+    again until the command's end.
+
+    A module that is being imported is finished first: an exception in the midst of an extension's initialization ends the
+    process with SIGABRT (torch's, which pybind11 makes).
+    """
 
     def __init__(self) -> None:
         self.pressed = False
@@ -52,7 +59,21 @@ class _CtrlC:
         if self.pressed:  # twice: the first one is being handled, which may take a while
             os._exit(INTERRUPTED)
         self.pressed = True
+        self._interrupt(frame)
+
+    def _interrupt(self, frame: FrameType | None) -> None:
+        wait = _is_importing(frame)
+        if hasattr(signal, "setitimer"):
+            signal.signal(signal.SIGALRM, lambda number, later: self._interrupt(later))
+            signal.setitimer(signal.ITIMER_REAL, IMPORT_POLL_S if wait else AGAIN_S)
+            if wait or _is_handled(sys.exc_info()[1]):
+                return
         raise KeyboardInterrupt
+
+    def settle(self) -> None:
+        """The command ends: no more interrupts."""
+        if hasattr(signal, "setitimer") and self.pressed:
+            signal.setitimer(signal.ITIMER_REAL, 0)
 
     def again(self, unraisable: Any) -> None:
         """`sys.unraisablehook`: an interrupt in a destructor or a callback comes back in the command."""
@@ -61,6 +82,24 @@ class _CtrlC:
             _thread.interrupt_main()
         else:
             sys.__unraisablehook__(unraisable)
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    """Whether Python's import system has called this code."""
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _is_handled(error: BaseException | None) -> bool:
+    """Whether an interrupt is being handled, where this is the exception that is."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        error = error.__context__
+    return False
 
 
 def run() -> None:
@@ -72,6 +111,7 @@ def run() -> None:
 
             cli(prog_name="fastgen", standalone_mode=False)
         except BaseException as error:
+            ctrl_c.settle()
             if ctrl_c.pressed or isinstance(error, KeyboardInterrupt) or type(error).__name__ == "Abort":
                 _say(f"fastgen: interrupted after {time.perf_counter() - start:.0f} s; the same command continues")
                 exec(
@@ -160,5 +200,6 @@ def _interrupts() -> Iterator[_CtrlC]:
     try:
         yield ctrl_c
     finally:
+        ctrl_c.settle()
         sys.unraisablehook = hook
         signal.signal(signal.SIGINT, ctrl_c if ctrl_c.pressed else signal.default_int_handler)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -50,6 +52,62 @@ def test_a_file_never_takes_the_place_of_a_closed_stream(command, tmp_path):
     code, said = run(command, ["data", "iclevr", "data", "--count", "4", "--size", "32"], ">&- 2>&-", tmp_path)
     assert (code, said) == (0, "")
     assert "wrote" not in (tmp_path / "data" / "train.json").read_text()
+
+
+INTERRUPTED_IMPORT = """
+import os, signal, sys
+from pathlib import Path
+
+import fastgen.cli.process as process
+
+Path("pressed.py").write_text(
+    "import os, signal, time\\nos.kill(os.getpid(), signal.SIGINT)\\ntime.sleep(0.1)\\nopen('finished', 'x')\\n"
+)
+sys.path.insert(0, "")
+with process._interrupts() as ctrl_c:
+    try:
+        import pressed
+        for i in range(10**9):
+            pass
+    except KeyboardInterrupt:
+        print(i > 0, ctrl_c.pressed, os.path.exists("finished"))
+"""
+
+
+SWALLOWED = """
+import os, signal, time
+
+import fastgen.cli.process as process
+
+handled = 0
+with process._interrupts() as ctrl_c:
+    try:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        except BaseException:
+            time.sleep(1.2)  # it is being handled, and takes a while
+            handled += 1
+        time.sleep(10)  # what came after a library had swallowed it
+    except KeyboardInterrupt:
+        handled += 1
+        time.sleep(1.2)
+        ctrl_c.settle()
+time.sleep(0.6)
+print(handled, ctrl_c.pressed)
+"""
+
+
+@pytest.mark.parametrize(("script", "printed"), [(INTERRUPTED_IMPORT, "True True True"), (SWALLOWED, "2 True")])
+def test_ctrl_c_ends_the_command_after_an_import_and_where_a_library_swallows_it(tmp_path, script, printed):
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.stdout, done.stderr) == (f"{printed}\n", "")
 
 
 @pytest.mark.parametrize("delay", [0.15, 0.4, 0.8, 1.5, 2.5])

@@ -15,7 +15,18 @@ from benchmarks.report import RESULTS, save, table
 from benchmarks.serving_faults import kills, overload, soak
 from benchmarks.serving_local import Local
 from benchmarks.serving_plot import plot
-from benchmarks.serving_sections import Bench, Row, capacity, fairness, latency, lone, parity, singly, throughput
+from benchmarks.serving_sections import (
+    Bench,
+    Row,
+    capacity,
+    fairness,
+    latency,
+    lone,
+    neighbours,
+    parity,
+    singly,
+    throughput,
+)
 from benchmarks.serving_server import Server
 from benchmarks.serving_simulation import Costs, StepLevel, one_by_one, poisson, static
 from fastgen.engines import engine_class
@@ -23,7 +34,7 @@ from fastgen.errors import FastgenError
 from fastgen.files.cachedir import cache_dir
 from fastgen.models.find import find_model
 
-SECTIONS = ("parity", "lone", "throughput", "latency", "fairness", "soak", "overload", "kills")
+SECTIONS = ("parity", "lone", "throughput", "latency", "fairness", "soak", "overload", "neighbours", "kills")
 MAX_WAIT_S = 5.0  # of the overload
 
 
@@ -50,6 +61,7 @@ QUICK = Size(20, 40, (0.6, 0.9), 48, 32, 8)
 @click.option("--quick", is_flag=True, help="Loads of 20 s instead of two minutes.")
 @click.option("--seconds", type=float, help="Of each load.  [default: 120, or 20 with --quick]")
 @click.option("--soak", "soak_s", type=float, help="Seconds of the soak.  [default: 300, or 40 with --quick]")
+@click.option("--rag", type=click.Path(path_type=Path), help="An index, for requests that start from a training image.")
 @click.option("--only", type=click.Choice(SECTIONS), multiple=True, help="Only this; repeatable.")
 @click.option("--work", type=click.Path(path_type=Path), help="Bundles, kept.  [default: in the cache]")
 def main(
@@ -59,6 +71,7 @@ def main(
     quick: bool,
     seconds: float | None,
     soak_s: float | None,
+    rag: Path | None,
     only: Sequence[str],
     work: Path | None,
 ) -> None:
@@ -67,7 +80,7 @@ def main(
     size = size._replace(seconds=seconds or size.seconds, soak_s=soak_s or size.soak_s)
     try:
         folder = runnable(model, engine, work or cache_dir() / "benchmarks")
-        value = measure(folder, engine, size, only or SECTIONS)
+        value = measure(folder, engine, size, only or SECTIONS, rag)
     except FastgenError as error:
         raise SystemExit(f"error: {error}") from None
     save(out, **value)
@@ -85,14 +98,14 @@ def runnable(model: str, engine: str, work: Path) -> Path:
     return found.folder
 
 
-def measure(folder: Path, engine: str, size: Size, sections: Sequence[str]) -> dict[str, Any]:
+def measure(folder: Path, engine: str, size: Size, sections: Sequence[str], rag: Path | None) -> dict[str, Any]:
     """{"settings", "rows", "latency", "simulation", "costs"}."""
-    local, rows, lines, simulated = Local(folder, engine), list[Row](), list[Row](), list[Row]()
+    local, rows, lines, simulated = Local(folder, engine, index=rag), list[Row](), list[Row](), list[Row]()
     one_by_one_rate = singly(local)
     costs: Costs | None = None
     with tempfile.TemporaryDirectory() as scratch:
         log = Path(scratch) / "serve.log"
-        with Server(folder, engine, log) as server:
+        with Server(folder, engine, log, ["--rag", str(rag)] if rag else []) as server:
             bench = Bench(server, local, size.seconds, singly=one_by_one_rate)
             warm(bench)
             info = {name: server.info.get(name) for name in ("engine", "dtype", "device", "slots", "exact", "sha256")}
@@ -124,6 +137,9 @@ def measure(folder: Path, engine: str, size: Size, sections: Sequence[str]) -> d
             with Server(folder, engine, log, ["--max-wait", f"{MAX_WAIT_S:g}"]) as bench.server:
                 warm(bench)
                 rows += capacity(bench, size.images) + overload(bench, MAX_WAIT_S)
+        if "neighbours" in sections:
+            with Server(folder, engine, log, [f"second={folder}"]) as bench.server:
+                rows += neighbours(bench)
         if "kills" in sections:
             with Server(folder, engine, log) as bench.server:
                 warm(bench)

@@ -26,16 +26,20 @@ from fastgen.generate.record import job_identity, manifest_line
 from fastgen.generate.requests import Request
 from fastgen.generate.run import Run
 from fastgen.generate.single import write_image
+from fastgen.generate.start import late_start
+from fastgen.retrieval.index import open_index
 from fastgen.serving.policy import Curve
 
 SETTINGS = ("scheduler", "num_inference_steps", "guidance_scale", "guidance_interval", "normalize")
+LATE = ("noise_steps", "strength", "rag_top_k")
 ROUNDS = 3
 
 
 class Local:
-    """A bundle, or model folder, on an engine, in this process."""
+    """A bundle, or model folder, on an engine, in this process. `index`: of its training images, for requests with `rag`."""
 
-    def __init__(self, model: Path, engine: str, threads: int | None = None) -> None:
+    def __init__(self, model: Path, engine: str, threads: int | None = None, index: Path | None = None) -> None:
+        self._index = None if index is None else open_index(index)
         self.pipeline = fastgen.load(model, engine, threads=threads)
         self.takes_text = self.pipeline.spec.condition.kind == "text"
         self._prompts = prompts(64) if self.takes_text else [", ".join(labels) for labels in LABELS]
@@ -65,7 +69,7 @@ class Local:
         return len(pairs), sum(found != wanted for found, wanted in pairs)
 
     def _expected(self, body: Body) -> str:
-        identity = {name: body[name] for name in ("prompt", "seed", *SETTINGS) if name in body}
+        identity = {name: body[name] for name in ("prompt", "seed", "rag", *SETTINGS, *LATE) if name in body}
         name = json.dumps(identity, sort_keys=True)
         if name not in self._digests:
             with tempfile.TemporaryDirectory() as scratch:
@@ -83,12 +87,12 @@ class Local:
 
     def _run(self, bodies: Sequence[Body]) -> Run:
         """A run of requests that differ in prompt and seed only."""
-        settings = {name: body[name] for body in bodies for name in SETTINGS if name in body}
-        return Run(
-            self.pipeline,
-            [self._request(b)[0] for b in bodies],
-            self.pipeline.settings(seed=bodies[0]["seed"], **settings),
-        )
+        given = {name: body[name] for body in bodies for name in SETTINGS if name in body}
+        late = {name: body[name] for body in bodies for name in LATE if name in body}
+        requests = [self._request(body)[0] for body in bodies]
+        settings = self.pipeline.settings(seed=bodies[0]["seed"], **given)
+        index = self._index if bodies[0].get("rag") else None
+        return Run(self.pipeline, requests, *late_start(index, self.pipeline, requests, settings, **late))
 
     def pictures(self, bodies: Sequence[Body]) -> list[bytes]:
         """The files of requests that run as one batch from the first step to the last."""

@@ -65,10 +65,10 @@ class Bench:
 
 
 def parity(bench: Bench, count: int) -> list[Row]:
-    """Requests of other solvers, steps and scales at the same time, in a closed loop."""
+    """Requests of other solvers, steps, scales and starts at the same time, in a closed loop."""
     draw = random.Random(7)
     solvers = [name for name in SOLVERS if name in bench.server.info["schedulers"]]
-    guidable = bench.server.info["guidable"]
+    guidable, rag = bench.server.info["guidable"], bench.server.info["rag"]
 
     def body(seed: int) -> Body:
         steps = draw.choice((1, 4, 8, 12, 20, 30, 50))
@@ -77,13 +77,16 @@ def parity(bench: Bench, count: int) -> list[Row]:
             more["guidance_scale"] = draw.choice((1.0, 1.5, 3.0, 5.0))
             if draw.random() < 0.3:
                 more["guidance_interval"] = sorted(draw.sample(range(steps + 1), 2))
+        if rag and draw.random() < 0.3:
+            start = draw.choice(({}, {"noise_steps": draw.randint(1, steps)}, {"strength": draw.choice((0.3, 0.7))}))
+            more |= {"rag": True, "rag_top_k": draw.randint(1, 5), **start}
         return bench.local.body(seed, steps, **more)
 
     replies = asyncio.run(closed_loop(bench.server.port, [body(seed) for seed in range(count)], 12))
     served = sum(reply.status == 200 for reply in replies)
-    return [
-        bench.row("parity: answers to mixed requests", served, f"{count}", served == count, replies, statuses(replies))
-    ]
+    late = sum("rag" in reply.body for reply in replies)
+    note = f"{statuses(replies)}; {late} start from a training image" if rag else statuses(replies)
+    return [bench.row("parity: answers to mixed requests", served, f"{count}", served == count, replies, note)]
 
 
 def lone(bench: Bench, count: int) -> list[Row]:
@@ -188,6 +191,27 @@ def fairness(bench: Bench) -> list[Row]:
         ),
         bench.row("longest wait beside and in the flood, s", waited, "<= 30", waited <= 30, flooded),
     ]
+
+
+def neighbours(bench: Bench) -> list[Row]:
+    """Two models in one server, `second` and the first: one gets ten times what the server can do, the other one a request of
+    10 steps every second."""
+    other = [Arrival(float(second), 10, "other", second % POOL) for second in range(int(bench.seconds))]
+    bodies = [(at, {**body, "model": "second"}) for at, body in bench.local.bodies(other)]
+    alone = asyncio.run(open_loop(bench.server.port, bodies))
+    load = bench.local.bodies(bench.load(10 * bench.singly))
+    name = bench.server.name
+
+    async def together() -> tuple[list[Reply], list[Reply]]:
+        flood = open_loop(bench.server.port, [(at, {**body, "model": name}) for at, body in load])
+        return await asyncio.gather(flood, open_loop(bench.server.port, bodies))
+
+    flooded, replies = asyncio.run(together())
+    p95 = [1000 * percentile([r.latency_s for r in taken if r.status == 200], 95) for taken in (alone, replies)]
+    served = sum(reply.status == 200 for reply in replies)
+    note = f"alone {p95[0]:.0f} ms; {served} of {len(other)} served; other model: {statuses(flooded)}"
+    factor, holds = p95[1] / p95[0], p95[1] <= 1.5 * p95[0] and served == len(other)
+    return [bench.row("p95 beside a model with 10x its load over p95 alone", factor, "<= 1.5", holds, replies, note)]
 
 
 def outcome(arrivals: Sequence[Arrival], replies: Sequence[Reply]) -> Outcome:

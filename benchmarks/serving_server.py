@@ -31,8 +31,8 @@ class Use(NamedTuple):
 
 
 class Server:
-    """`with Server(model, "openvino", log) as server`: serves the model for that long on `port`. `info`: what /v1/models says
-    of it. Raises FastgenError where it does not become ready."""
+    """`with Server(model, "openvino", log) as server`: serves the model for that long on `port`. `name`, `info`: what
+    /v1/models says of it, or of the first of two. Raises FastgenError where it does not become ready."""
 
     def __init__(self, model: Path, engine: str, log: Path, options: Sequence[str] = ()) -> None:
         with socket.socket() as free:
@@ -51,7 +51,9 @@ class Server:
                     raise FastgenError(f"{' '.join(self._command)}: not ready; see {self._log}")
                 time.sleep(0.05)
             self.start_s = time.monotonic() - start
-            self.info: dict[str, Any] = json.loads(self.get("/v1/models")[1])["data"][0]["fastgen"]
+            first = json.loads(self.get("/v1/models")[1])["data"][0]
+            self.name: str = first["id"]
+            self.info: dict[str, Any] = first["fastgen"]
         except BaseException:
             self._process.kill()
             self._process.wait()

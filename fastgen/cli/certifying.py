@@ -7,17 +7,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastgen.cli.common import say
-from fastgen.errors import FastgenError
+from fastgen.errors import FastgenError, Say
 
 if TYPE_CHECKING:
-    from fastgen.generate.pipeline import Pipeline
+    from fastgen.generate.runner import ModelRunner
 
 
-def ensure_certified(pipeline: Pipeline) -> None:
+def ensure_certified(pipeline: ModelRunner, say: Say = say) -> None:
     """Certify an engine whose plans run on many cards, unless this bundle has a certificate for this kind of card.
 
     The certificate goes into the bundle, or into the cache if the bundle is not writable. Raises FastgenError when the engine
-    misses its tolerance, with the table on stderr; InputError when the bundle lacks the reference.
+    misses its tolerance, after `say` got the table; InputError when the bundle lacks the reference.
     """
     engine, bundle = pipeline.engine, pipeline.source
     if engine.gpu is None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from fastgen.cli.certifying import ensure_certified
 from fastgen.cli.common import say
 from fastgen.cli.parameters import DEVICE, DTYPE, ENGINE, FOLDER, PATH_OR_NAME, THREADS, Number, Whole, argument, option
 from fastgen.errors import InputError
@@ -112,6 +113,7 @@ def serve(
             rag=rag,
             exact=exact,
             max_wait_s=max_wait,
+            check=ensure_certified,
         )
         for name, folder in named_models(models).items()
     ]

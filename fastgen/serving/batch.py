@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastgen.errors import InputError, one_line
 from fastgen.generate.run import Run
@@ -21,6 +21,7 @@ from fastgen.serving.messages import (
     Submit,
     Tick,
 )
+from fastgen.serving.opening import Opened
 from fastgen.serving.picture import Picture, preview_rows
 from fastgen.serving.policy import Curve, Work, choose
 from fastgen.serving.preparing import Preparer, Refusal
@@ -39,16 +40,26 @@ SMOOTH = 0.1  # weight of a new measurement of a step
 class Batcher:
     """All images of a model that were submitted and have not ended."""
 
-    def __init__(self, pipeline: ModelRunner, preparer: Preparer, warm: Warm, *, max_wait_s: float) -> None:
+    def __init__(
+        self,
+        pipeline: ModelRunner,
+        preparer: Preparer,
+        warm: Warm,
+        *,
+        max_wait_s: float,
+        opened: Opened | None = None,
+        say: Callable[[str], Any] = lambda line: None,
+    ) -> None:
         self._pipeline, self._preparer, self._warm, self._max_wait_s = pipeline, preparer, warm, max_wait_s
+        self._opened = opened or Opened(pipeline, warm, later=False)
+        self._say = say
         engine = pipeline.engine
         any_size = engine.batch_invariant and not engine.static_shapes and engine.buckets(False) is None
-        sizes = {True: warm.guided, False: warm.plain}
         self._slots = Slots(
             pipeline.engine,
             pipeline.spec.scheduler_config,
             capacity=max(STATES, warm.slots),
-            sizes=lambda guided: None if any_size else sizes[guided],
+            sizes=lambda guided: None if any_size else self._opened["guided" if guided else "plain"],
             graphs=pipeline.graphs,
         )
         self._curves = {
@@ -58,7 +69,7 @@ class Batcher:
         self._preparing: dict[int, Picture] = {}
         self._pictures: dict[int, Picture] = {}  # prepared
         self._room = warm.slots  # images in a step; fewer after memory ran out
-        self._delivery = Delivery(pipeline, warm.decode)
+        self._delivery = Delivery(pipeline, lambda: self._opened["decode"])
         self._fence = Fence(pipeline.engine)
         self._tick = _Report()
         self._costs = {True: dict(warm.costs.guided), False: dict(warm.costs.plain)}
@@ -71,8 +82,8 @@ class Batcher:
 
     @property
     def preparing(self) -> bool:
-        """Images wait for their solver tables."""
-        return bool(self._preparing)
+        """Images wait for their solver tables, or sizes are being opened."""
+        return bool(self._preparing) or not self._opened.complete
 
     def submit(self, submit: Submit) -> None:
         """One more image; `advance` says what became of it."""
@@ -91,6 +102,7 @@ class Batcher:
 
     def advance(self, now: float) -> Iterator[FromWorker]:
         """Prepare what is new, run one step, and decode what is finished; yields what there is to tell."""
+        self._opened.proceed(self._not_opened)
         yield from self._prepare()
         yield from self._expired(now)
         finished: list[Picture] = []
@@ -105,6 +117,9 @@ class Batcher:
         elif not before:
             self._preview(chosen)
         yield from self._delivery.outcomes(before if self._pipeline.on_gpu else len(self._delivery))
+
+    def _not_opened(self, what: str, error: BaseException) -> None:
+        self._say(f"{what} cannot be opened, and is not used: {described(error)}")
 
     def report(self) -> Tick | None:
         """What has run since the last report; None for nothing."""

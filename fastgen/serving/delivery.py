@@ -29,9 +29,10 @@ class _Decoding:
 
 
 class Delivery:
-    """Decodes and delivers. On a GPU the decoding runs beside the next step: `outcomes` then tells what was begun before."""
+    """Decodes and delivers, `sizes()` images at once. On a GPU the decoding runs beside the next step: `outcomes` then tells
+    what was begun before."""
 
-    def __init__(self, pipeline: ModelRunner, sizes: Sequence[int]) -> None:
+    def __init__(self, pipeline: ModelRunner, sizes: Callable[[], Sequence[int]]) -> None:
         self._pipeline, self._sizes = pipeline, sizes
         self._begun: list[_Decoding] = []
         self._failed: list[Failed] = []
@@ -43,7 +44,7 @@ class Delivery:
     @property
     def most(self) -> int:
         """Images that are decoded together, at most."""
-        return max(self._sizes)
+        return max(self._sizes())
 
     def begin(self, pictures: Sequence[Picture], states: Array, rows: Sequence[int | None], normalize: str) -> None:
         """Begin to decode the states (B, C, h, w) of these pictures, in parts. Where the decoder fails, each is tried alone."""
@@ -67,7 +68,7 @@ class Delivery:
                 yield self._message(picture, row, pixels, problem)
 
     def _begin(self, pictures: Sequence[Picture], states: Array, rows: Sequence[int | None], normalize: str) -> None:
-        size = min(n for n in self._sizes if n >= len(pictures))
+        size = min(n for n in self._sizes() if n >= len(pictures))
         wait = self._pipeline.decoder.start(self._pipeline.engine.padded(states, size), normalize, size)
         self._begun.append(_Decoding(pictures, rows, wait))
 

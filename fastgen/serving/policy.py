@@ -19,7 +19,7 @@ MAX_WAIT_S = 30.0
 HEADROOM = 0.7  # of the longest wait is given away; the rest is for clients that come later
 PACE_S = 10.0  # the pace of the server is that of about so many seconds
 STRETCH = 3.5  # of a step by the company in it
-GAIN = 1.1  # of images/s, for which a batch is worth doubling
+GAIN = 1.05  # of images/s, for which a larger batch is worth its longer step
 
 
 class Curve:
@@ -53,12 +53,11 @@ class Curve:
         return full * self.largest + padded
 
     def knee(self) -> int:
-        """The smallest size whose doubling gains less than 10% images/s; the largest where every doubling gains more. A step of
-        it takes at most `STRETCH` times one of the smallest size: so much slower is an image in company than alone."""
-        least = next(iter(self.points))
-        allowed = [n for n in self.points if self.points[n] <= STRETCH * self.points[least]]
-        sizes = [n for n in allowed if 2 * n <= self.largest]
-        return next((n for n in sizes if 2 * self.seconds(n) < GAIN * self.seconds(2 * n)), max(allowed))
+        """The smallest size with as many images/s as any, but for a factor of `GAIN`. A step of it takes at most `STRETCH`
+        times one of the smallest size: so much slower is an image in company than alone."""
+        allowed = [n for n, took in self.points.items() if took <= STRETCH * next(iter(self.points.values()))]
+        rates = {n: n / max(self.points[n], 1e-9) for n in allowed}
+        return next(n for n in allowed if GAIN * rates[n] >= max(rates.values()))
 
     def _one(self, images: int) -> float:
         above = next(n for n in self.points if n >= images)

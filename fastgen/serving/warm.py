@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,14 +12,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastgen.serving.messages import Costs
-from fastgen.serving.policy import Curve
+from fastgen.serving.policy import STRETCH, Curve
 
 if TYPE_CHECKING:
+    from fastgen.engines.base import Engine
     from fastgen.generate.runner import ModelRunner
 
 CPU_SIZES = (1, 2, 3, 4, 6, 8, 12, 16)
 GPU_SIZES = (1, 2, 4, 8, 16, 32, 64)
-REPEATS, ENOUGH_S, MOST_REPEATS = 3, 0.1, 20  # of a forward that is timed: until it took so long in all
+REPEATS, ENOUGH_S, MOST_REPEATS = 3, 0.2, 21  # of a forward that is timed: until it took so long in all
+LONG_S = 1.0  # after so long fewer repeats are enough
+DOUBT = 1.5  # of a first look at a size
+STEADY = 1.5  # median over fastest forward, above which something else disturbs the measurements
+TEXT_ROWS = (1, 2)  # of the text encoder: a prompt, and with the empty one
 MISSES = 2  # sizes of other bytes, after which larger ones are not tried
 
 
@@ -26,7 +32,7 @@ MISSES = 2  # sizes of other bytes, after which larger ones are not tried
 class Warm:
     """`guided`, `plain`: images per forward of the denoiser, with and without guidance; `decode`: of the VAE decoder. `slots`:
     images in a step, at most. `exact`: each size gives an image the same bytes as the smallest one. `costs`: seconds of the
-    fastest of some forwards of each size."""
+    fastest of some forwards of each size. `steady`: the others took about as long, so that these are worth remembering."""
 
     guided: tuple[int, ...]
     plain: tuple[int, ...]
@@ -34,10 +40,16 @@ class Warm:
     slots: int
     exact: bool
     costs: Costs
+    steady: bool = True
+
+
+def warm_of(costs: Costs, slots: int, exact: bool) -> Warm:
+    """What `warm_up` found before, in another process."""
+    return Warm(tuple(costs.guided), tuple(costs.plain), tuple(costs.decode), slots, exact, costs)
 
 
 def warm_up(pipeline: ModelRunner, *, guided: bool, exact: bool, say: Callable[[str], Any]) -> Warm:
-    """Run every network at every size that will be used, smaller ones first, until doubling the size gains less than 10 %.
+    """Run every network at every size that will be used, smaller ones first.
 
     `guided`: the model takes guidance. `exact`: only sizes that give an image the same bytes as a batch of one. `say` gets a
     line before each network."""
@@ -53,44 +65,32 @@ def warm_up(pipeline: ModelRunner, *, guided: bool, exact: bool, say: Callable[[
     decode, same_decoded = timer.decode(sorted({*sizes, *guided_sizes}), exact)
     if pipeline.spec.condition.text is not None:
         say("running the text encoder")
-        pipeline.engine.probe("text_encoder", 1)
-        pipeline.engine.probe("text_encoder", 2)  # with the empty prompt
+        for rows in TEXT_ROWS:
+            pipeline.engine.probe("text_encoder", rows)
     found = Costs({n: costs[n] for n in guided_sizes}, {n: plain[n] for n in sizes}, {n: decode[n] for n in decode})
-    return Warm(guided_sizes, sizes, tuple(decode), slots, same and same_plain and same_decoded, found)
-
-
-def warm_again(pipeline: ModelRunner, costs: Costs, slots: int, exact: bool) -> Warm:
-    """What `warm_up` found in a process that died, without its measurements: every size runs once."""
-    engine, timer = pipeline.engine, _Timer(pipeline)
-    for guided, sizes in ((False, costs.plain), (True, costs.guided)):
-        for size in sizes:
-            timer.forward(size, guided)()
-    for size in costs.decode if pipeline.spec.space.latent else ():
-        engine.probe("vae_decoder", size)
-    return Warm(tuple(costs.guided), tuple(costs.plain), tuple(costs.decode), slots, exact, costs)
+    same = same and same_plain and same_decoded
+    return Warm(guided_sizes, sizes, tuple(decode), slots, same, found, timer.steady)
 
 
 def _measured(timer: _Timer, guided: bool, exact: bool, most: int | None = None) -> tuple[dict[int, float], bool]:
-    """Seconds by size, up to `most` or until doubling gains too little; and whether each size used gives the bytes of a batch
-    of one."""
-    seconds: dict[int, float] = {}
+    """Seconds by size, up to `most` or until a step takes too long for a server; and whether each size used gives the bytes of
+    a batch of one. The sizes are timed in turns, so that what else the machine does slows all of them."""
+    sizes: dict[int, float] = {}
     same, others = True, 0
     for size in timer.sizes(guided):
-        if seconds and most is not None and size > most:
+        if sizes and most is not None and size > most:
             break
-        row, took = timer.step(size, guided)
-        agrees = timer.agrees(row, guided)
+        agrees = timer.agrees(size, guided)
         if exact and not agrees:
             others += 1
             if others == MISSES:
                 break
             continue
         same = same and agrees
-        seconds[size] = took
-        half = max((n for n in seconds if 2 * n <= size), default=None)
-        if most is None and half is not None and seconds[half] / half < 1.1 * took / size:
+        sizes[size] = timer.glance(size, guided)
+        if sizes[size] > DOUBT * STRETCH * min(sizes.values()):
             break
-    return seconds, same
+    return timer.times(list(sizes), guided), same
 
 
 class _Timer:
@@ -99,6 +99,7 @@ class _Timer:
     def __init__(self, pipeline: ModelRunner) -> None:
         self._pipeline, self._engine = pipeline, pipeline.engine
         self._alone: dict[bool, bytes] = {}
+        self.steady = True
 
     def sizes(self, guided: bool) -> Sequence[int]:
         built = self._engine.buckets(guided)
@@ -110,26 +111,34 @@ class _Timer:
             return [n for n in wanted if n in built]
         return [n for n in built if n <= largest] or [min(built)]
 
-    def step(self, size: int, guided: bool) -> tuple[bytes, float]:
-        """The bytes of the first image's prediction, with it also in the last place, and the seconds of a forward."""
-        prediction, seconds = self._timed(self.forward(size, guided))
-        values = self._engine.numpy(prediction)
+    def agrees(self, size: int, guided: bool) -> bool:
+        """Whether an image in a batch of this size has the bytes that it has in the smallest one that was asked for, in its
+        first place and in its last."""
+        values = self._engine.numpy(self.forward(size, guided)())
         picked = [values[i] for i in ([0, size] if guided else [0])]
         last = [values[i] for i in ([size - 1, 2 * size - 1] if guided else [size - 1])]
         first, other = (b"".join(np.ascontiguousarray(v).tobytes() for v in rows) for rows in (picked, last))
-        return first if first == other else b"", seconds
+        return first == other == self._alone.setdefault(guided, first)
 
     def forward(self, size: int, guided: bool) -> Callable[[], Any]:
         """One forward of the denoiser for so many images."""
-        engine, inputs = self._engine, self._rows(size)
-        if not guided:
-            return lambda: engine.run("unet", *inputs)[0]
-        conds = [engine.xp.concatenate([c, c]) for c in inputs[2:]]
-        return lambda: engine.run_guided(*inputs[:2], *conds)
+        return denoiser_forward(self._engine, size, guided)
 
-    def agrees(self, row: bytes, guided: bool) -> bool:
-        """Whether these are the bytes of the smallest batch."""
-        return row == self._alone.setdefault(guided, row) != b""
+    def glance(self, size: int, guided: bool) -> float:
+        """Seconds of a forward, roughly."""
+        call = self.forward(size, guided)
+        return min(self._seconds(call) for _ in range(2))
+
+    def times(self, sizes: Sequence[int], guided: bool) -> dict[int, float]:
+        """Seconds of the fastest forward of each size; they run in turns, `REPEATS` times each."""
+        calls = {size: self.forward(size, guided) for size in sizes}
+        taken: dict[int, list[float]] = {size: [] for size in sizes}
+        while not all(map(_enough, taken.values())):
+            for size, call in calls.items():
+                taken[size] += [self._seconds(call) for _ in range(REPEATS)]
+        for seconds in taken.values():
+            self.steady = self.steady and statistics.median(seconds) <= STEADY * min(seconds)
+        return {size: min(seconds) for size, seconds in taken.items()}
 
     def decode(self, sizes: Sequence[int], exact: bool) -> tuple[dict[int, float], bool]:
         """Seconds of the VAE decoder by size, up to what it decodes at once; 0 where there is none."""
@@ -141,7 +150,7 @@ class _Timer:
         seconds: dict[int, float] = {}
         same, alone = True, None
         for size in usable:
-            states = self._rows(size)[0]
+            states = _rows(engine, size)[0]
             images, took = self._timed(partial(decoder.decode, states, size))
             row = engine.numpy(images)[0].tobytes()
             alone = row if alone is None else alone
@@ -151,19 +160,37 @@ class _Timer:
             seconds[size] = took
         return seconds, same
 
-    def _rows(self, size: int) -> list[Any]:
-        """Inputs of so many images; the last one is the first again."""
-        inputs = self._engine.samples("unet", max(CPU_SIZES[-1], GPU_SIZES[-1]))
-        rows = [*range(size - 1), 0]
-        return [self._engine.array(self._engine.numpy(x)[rows]) for x in inputs]
-
     def _timed(self, call: Callable[[], Any]) -> tuple[Any, float]:
         """What it returns, and the seconds of its fastest run after the first."""
         result, taken = call(), list[float]()
-        while len(taken) < REPEATS or (sum(taken) < ENOUGH_S and len(taken) < MOST_REPEATS):
-            self._engine.synchronize()
-            start = time.perf_counter()
-            result = call()
-            self._engine.synchronize()
-            taken.append(time.perf_counter() - start)
+        while not _enough(taken):
+            taken.append(self._seconds(call))
         return result, min(taken)
+
+    def _seconds(self, call: Callable[[], Any]) -> float:
+        self._engine.synchronize()
+        start = time.perf_counter()
+        call()
+        self._engine.synchronize()
+        return time.perf_counter() - start
+
+
+def denoiser_forward(engine: Engine, size: int, guided: bool) -> Callable[[], Any]:
+    """A forward of the denoiser for so many images. The first one has the same inputs in every batch, and the last one too."""
+    inputs = _rows(engine, size)
+    if not guided:
+        return lambda: engine.run("unet", *inputs)[0]
+    conds = [engine.xp.concatenate([c, c]) for c in inputs[2:]]
+    return lambda: engine.run_guided(*inputs[:2], *conds)
+
+
+def _rows(engine: Engine, size: int) -> list[Any]:
+    """Inputs of so many images; the last one is the first again."""
+    inputs = engine.samples("unet", max(CPU_SIZES[-1], GPU_SIZES[-1]))
+    rows = [*range(size - 1), 0]
+    return [engine.array(engine.numpy(x)[rows]) for x in inputs]
+
+
+def _enough(taken: Sequence[float]) -> bool:
+    seconds = sum(taken)
+    return len(taken) >= MOST_REPEATS or (seconds >= ENOUGH_S and (len(taken) >= REPEATS or seconds >= LONG_S))

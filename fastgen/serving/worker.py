@@ -7,15 +7,20 @@ from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fastgen.errors import FastgenError, one_line
+from fastgen.errors import FastgenError, Say, one_line
 from fastgen.serving import messages
 from fastgen.serving.batch import Batcher
 from fastgen.serving.messages import Cancel, Loading, Ping, Pong, Ready, Stop, Submit, Unready
+
+if TYPE_CHECKING:
+    from fastgen.generate.runner import ModelRunner
+    from fastgen.serving.warm import Warm
 
 IDLE_S = 0.5  # between two looks at the connection while there is nothing to do
 WAITING_S = 0.002  # while a solver table is being read
@@ -25,7 +30,8 @@ REPORT_S = 0.02  # between two reports of progress
 @dataclass(frozen=True)
 class WorkerOptions:
     """What to serve and how. `model`: a bundle or model folder. `exact`: None decides by the device; see `warm.warm_up`.
-    `max_wait_s`: an image that has waited for so long goes first."""
+    `max_wait_s`: an image that has waited for so long goes first. `check`: is called with the loaded model, and with what
+    tells the user a line; it raises FastgenError for a model that must not be served."""
 
     model: Path
     name: str
@@ -39,6 +45,7 @@ class WorkerOptions:
     exact: bool | None = None
     max_wait_s: float = 30.0
     before: Ready | None = None  # what an earlier worker measured
+    check: Callable[[ModelRunner, Say], None] | None = None
     load: dict[str, Any] = field(default_factory=dict)  # more arguments of `fastgen.load`
 
 
@@ -48,7 +55,7 @@ def run_worker(connection: Connection, options: WorkerOptions) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     worker = Worker(connection)
     try:
-        batcher, ready = _load(options, lambda line: worker.send(Loading(line)))
+        batcher, ready = _load(options, worker.say)
     except FastgenError as error:
         worker.send(Unready(one_line(str(error), error.longest), error.exit_code))
         return
@@ -58,12 +65,12 @@ def run_worker(connection: Connection, options: WorkerOptions) -> None:
     worker.serve(batcher)
 
 
-def _load(options: WorkerOptions, say: Any) -> tuple[Batcher, Ready]:
+def _load(options: WorkerOptions, say: Say) -> tuple[Batcher, Ready]:
     from fastgen.generate.pipeline import load
     from fastgen.models.find import find_model
+    from fastgen.serving.opening import Opened, run_all
     from fastgen.serving.preparing import Preparer
     from fastgen.serving.ready import example_task, first_image, ready_of
-    from fastgen.serving.warm import warm_again, warm_up
 
     say("loading the model")
     found = find_model(options.model, options.checkpoint)
@@ -77,18 +84,40 @@ def _load(options: WorkerOptions, say: Any) -> tuple[Batcher, Ready]:
         allow_pickle=options.allow_pickle,
         **options.load,
     )
+    if options.check is not None:
+        options.check(pipeline, say)
     preparer = Preparer(pipeline, options.rag)
-    condition = pipeline.spec.condition
-    guided = condition.guidable and not condition.guidance_width
-    exact = not pipeline.on_gpu if options.exact is None else options.exact
-    if options.before is None:
-        warm = warm_up(pipeline, guided=guided, exact=exact, say=say)
-    else:
-        warm = warm_again(pipeline, options.before.costs, options.before.slots, options.before.exact)
-    batcher = Batcher(pipeline, preparer, warm, max_wait_s=options.max_wait_s)
+    warm, known = _warm(pipeline, options, say)
+    later = known and pipeline.engine.static_shapes and not pipeline.on_gpu
+    if known and not later:
+        run_all(pipeline, warm)
+    opened = Opened(pipeline, warm, later=later)
+    batcher = Batcher(pipeline, preparer, warm, max_wait_s=options.max_wait_s, opened=opened, say=say)
     say("making a first image")
     first_image(batcher, example_task(pipeline))
     return batcher, ready_of(pipeline, warm, preparer)
+
+
+def _warm(pipeline: ModelRunner, options: WorkerOptions, say: Say) -> tuple[Warm, bool]:
+    """The sizes to use, and whether an earlier process has measured them."""
+    from fastgen.serving.remembered import key_of, recall, remember, timed_alone
+    from fastgen.serving.warm import warm_of, warm_up
+
+    condition = pipeline.spec.condition
+    guided = condition.guidable and not condition.guidance_width
+    exact = not pipeline.on_gpu if options.exact is None else options.exact
+    if (before := options.before) is not None:
+        return warm_of(before.costs, before.slots, before.exact), True
+    key = key_of(pipeline, guided, exact, options.threads)
+    if (warm := recall(key)) is not None:
+        return warm, True
+    with timed_alone():
+        warm = warm_up(pipeline, guided=guided, exact=exact, say=say)
+    if warm.steady:
+        remember(key, warm)
+    else:
+        say("the machine is busy: the times of its steps are measured again at the next start")
+    return warm, False
 
 
 class Worker:
@@ -100,6 +129,11 @@ class Worker:
 
     def send(self, message: messages.FromWorker) -> None:
         self._connection.send_bytes(messages.encode(message))
+
+    def say(self, text: str) -> None:
+        """Tell the user a line, or a table."""
+        for line in text.splitlines():
+            self.send(Loading(line))
 
     def serve(self, batcher: Batcher) -> None:
         """Take messages and run steps until the service says stop or is gone."""

@@ -285,6 +285,19 @@ def test_the_first_generate_on_a_card_certifies_and_the_next_does_not(fastgen, b
     assert "certifying engine" in generate(fastgen, bundle, tmp_path / "d.png")[2]
 
 
+def test_a_server_certifies_at_its_first_start_on_a_card(bundle):
+    from fastgen.cli.certifying import ensure_certified
+    from fastgen.serving.worker import WorkerOptions, _load
+
+    options = WorkerOptions(bundle.folder, "m", engine="trt-rtx", dtype="fp32", check=ensure_certified)
+    first, second = [], []
+    _load(options, first.append)
+    _load(options, second.append)
+    assert any(line.startswith("certifying engine trt-rtx fp32 on NVIDIA GeForce RTX Double") for line in first)
+    assert any("certified" in line for line in first)
+    assert not any("certif" in line for line in second)
+
+
 def test_where_the_bundle_cannot_be_written_the_certificate_goes_into_the_cache(fastgen, bundle, tmp_path, monkeypatch):
     monkeypatch.setattr("fastgen.cli.certifying._writable", lambda folder: False)
     code, _, err = generate(fastgen, bundle, tmp_path / "a.png")

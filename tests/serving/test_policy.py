@@ -55,7 +55,7 @@ class TestCurve:
     @pytest.mark.parametrize(
         ("fixed_ms", "image_ms", "knee"), [(3.8, 5.3, 4), (0.0, 23.0, 1), (2.9, 2.8, 6), (40.0, 0.1, 16)]
     )
-    def test_the_knee_is_the_first_size_whose_doubling_gains_less_than_a_tenth(self, fixed_ms, image_ms, knee):
+    def test_the_knee_is_the_smallest_size_within_a_twentieth_of_the_best(self, fixed_ms, image_ms, knee):
         sizes = (1, 2, 3, 4, 6, 8, 12, 16)
         assert Curve({n: fixed_ms + image_ms * n for n in sizes}).knee() == knee
 

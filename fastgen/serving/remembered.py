@@ -59,38 +59,40 @@ def key_of(pipeline: ModelRunner, guided: bool, exact: bool, threads: int | None
     return sha256_json([FORMAT, __version__, model, settings, libraries, hardware, sizes])
 
 
-def file_of(key: str) -> Path:
-    """Where the measurements of this key are kept."""
-    return cache_folder(FOLDER) / f"{key}.json"
+class Memory:
+    """The files of what was measured. Raises InputError where the cache cannot be used."""
 
+    def __init__(self) -> None:
+        self.folder = cache_folder(FOLDER)
 
-def recall(key: str) -> Warm | None:
-    """What was remembered under this key; None where there is nothing. Raises InputError for a file that is damaged."""
-    path = file_of(key)
-    if not os.path.lexists(path):
-        return None
-    try:
-        found = read_record(path, Remembered)
-        if found.key != key:
-            raise InputError(f"{path}: key: found that of another model")
-    except InputError as error:
-        raise InputError(f"{error}; delete the file, and it is measured again") from None
-    return warm_of(Costs(dict(found.guided), dict(found.plain), dict(found.decode)), found.slots, found.exact)
+    def file(self, key: str) -> Path:
+        return self.folder / f"{key}.json"
 
+    def recall(self, key: str) -> Warm | None:
+        """What was remembered under this key; None where there is nothing. Raises InputError for a file that is damaged."""
+        path = self.file(key)
+        if not os.path.lexists(path):
+            return None
+        try:
+            found = read_record(path, Remembered)
+            if found.key != key:
+                raise InputError(f"{path}: key: found that of another model")
+        except InputError as error:
+            raise InputError(f"{error}; delete the file, and it is measured again") from None
+        return warm_of(Costs(dict(found.guided), dict(found.plain), dict(found.decode)), found.slots, found.exact)
 
-def remember(key: str, warm: Warm) -> None:
-    """Keep these measurements. Raises FastgenError where the cache cannot be written."""
-    guided, plain, decode = (
-        tuple(points.items()) for points in (warm.costs.guided, warm.costs.plain, warm.costs.decode)
-    )
-    write_json(file_of(key), builtins(Remembered(FORMAT, key, guided, plain, decode, warm.slots, warm.exact)))
+    def remember(self, key: str, warm: Warm) -> None:
+        """Keep these measurements. Raises FastgenError where the cache cannot be written."""
+        found = warm.costs
+        guided, plain, decode = (tuple(points.items()) for points in (found.guided, found.plain, found.decode))
+        record = Remembered(FORMAT, key, guided, plain, decode, warm.slots, warm.exact)
+        write_json(self.file(key), builtins(record))
 
+    def timed_alone(self) -> AbstractContextManager[Any]:
+        """Waits until no other process of this cache times a model."""
+        from filelock import FileLock
 
-def timed_alone() -> AbstractContextManager[Any]:
-    """Waits until no other process of this cache times a model."""
-    from filelock import FileLock
-
-    return FileLock(cache_folder(FOLDER) / LOCK)
+        return FileLock(self.folder / LOCK)
 
 
 def _card(device: str) -> str | None:

@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastgen.errors import FastgenError, Say, one_line
+from fastgen.errors import FastgenError, InputError, Say, one_line
 from fastgen.serving import messages
 from fastgen.serving.batch import Batcher
 from fastgen.serving.messages import Cancel, Loading, Ping, Pong, Ready, Stop, Submit, Unready
@@ -100,7 +100,7 @@ def _load(options: WorkerOptions, say: Say) -> tuple[Batcher, Ready]:
 
 def _warm(pipeline: ModelRunner, options: WorkerOptions, say: Say) -> tuple[Warm, bool]:
     """The sizes to use, and whether an earlier process has measured them."""
-    from fastgen.serving.remembered import key_of, recall, remember, timed_alone
+    from fastgen.serving.remembered import Memory, key_of
     from fastgen.serving.warm import warm_of, warm_up
 
     condition = pipeline.spec.condition
@@ -108,13 +108,18 @@ def _warm(pipeline: ModelRunner, options: WorkerOptions, say: Say) -> tuple[Warm
     exact = not pipeline.on_gpu if options.exact is None else options.exact
     if (before := options.before) is not None:
         return warm_of(before.costs, before.slots, before.exact), True
+    try:
+        memory = Memory()
+    except InputError as error:
+        say(f"{error}; the times of its steps are measured at every start")
+        return warm_up(pipeline, guided=guided, exact=exact, say=say), False
     key = key_of(pipeline, guided, exact, options.threads)
-    if (warm := recall(key)) is not None:
+    if (warm := memory.recall(key)) is not None:
         return warm, True
-    with timed_alone():
+    with memory.timed_alone():
         warm = warm_up(pipeline, guided=guided, exact=exact, say=say)
     if warm.steady:
-        remember(key, warm)
+        memory.remember(key, warm)
     else:
         say("the machine is busy: the times of its steps are measured again at the next start")
     return warm, False

@@ -17,6 +17,7 @@ from fastgen.serving.batch import Batcher
 from fastgen.serving.messages import Costs, Finished, ImageTask, Submit
 from fastgen.serving.opening import Opened, run_all
 from fastgen.serving.preparing import Preparer
+from fastgen.serving.remembered import Memory
 from fastgen.serving.warm import warm_of
 from fastgen.serving.worker import WorkerOptions
 
@@ -36,10 +37,10 @@ def pipeline(text_bundle):
 
 def test_what_was_measured_is_remembered(pipeline):
     key = remembered.key_of(pipeline, True, True, 1)
-    assert remembered.recall(key) is None
+    assert Memory().recall(key) is None
     found = warm_of(COSTS, 4, True)
-    remembered.remember(key, found)
-    assert remembered.recall(key) == found
+    Memory().remember(key, found)
+    assert Memory().recall(key) == found
 
 
 def test_another_model_engine_dtype_device_or_number_of_threads_is_measured_anew(pipeline, monkeypatch):
@@ -69,11 +70,11 @@ def test_another_model_engine_dtype_device_or_number_of_threads_is_measured_anew
 )
 def test_a_damaged_file_is_one_line(pipeline, change, said):
     key = remembered.key_of(pipeline, True, True, 1)
-    remembered.remember(key, warm_of(COSTS, 4, True))
-    path = remembered.file_of(key)
+    Memory().remember(key, warm_of(COSTS, 4, True))
+    path = Memory().file(key)
     path.write_text("{" if change is None else json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(InputError, match=said) as error:
-        remembered.recall(key)
+        Memory().recall(key)
     assert str(error.value).startswith(str(path))
     assert str(error.value).endswith("delete the file, and it is measured again")
 
@@ -92,17 +93,26 @@ def test_measurements_of_a_busy_machine_are_not_remembered(text_bundle, monkeypa
     monkeypatch.setattr(warm, "STEADY", 0.0)
     worker._load(WorkerOptions(text_bundle, "m", engine="ort", threads=1), said.append)
     assert any(line.startswith("the machine is busy") for line in said)
-    assert list(remembered.file_of("0" * 64).parent.glob("*.json")) == []
+    assert list(Memory().file("0" * 64).parent.glob("*.json")) == []
+
+
+def test_a_cache_that_cannot_be_used_is_told_and_the_model_is_served(text_bundle, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("FASTGEN_CACHE", str(tmp_path / "file"))
+    said = []
+    _, ready = worker._load(WorkerOptions(text_bundle, "m", engine="ort", threads=1), said.append)
+    assert ready.slots >= 1
+    assert any("is no folder" in line and line.endswith("measured at every start") for line in said)
 
 
 def test_only_one_process_times_a_model_at_once():
     order = []
 
     def other():
-        with remembered.timed_alone():
+        with Memory().timed_alone():
             order.append("other")
 
-    with remembered.timed_alone():
+    with Memory().timed_alone():
         thread = threading.Thread(target=other)
         thread.start()
         time.sleep(0.2)

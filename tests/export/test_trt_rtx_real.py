@@ -32,7 +32,7 @@ pytest.importorskip("torch")
 pytest.importorskip("tensorrt_rtx")
 pytest_plugins = ("trt_fixtures",)
 ROWS = Rows(1, 8, 8)
-REFERENCES = ("monsters-pndm-rag", "monsters-ddim", "monsters-dpmpp", "iclevr-class-embed", "iclevr-concat")
+REFERENCES = ("monsters-pndm-rag", "iclevr-class-embed", "iclevr-concat")  # the other networks have parts of these
 
 
 def build(graph: Path, signature: Signature, dtype: str, cards: Any = DEFAULT_CAPABILITIES) -> bytes:
@@ -111,8 +111,9 @@ def test_ctrl_c_stops_the_real_builder(half_copy, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
-@pytest.mark.parametrize("kind", ["text", "labels"])
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [("text", "fp32"), ("text", "bf16"), ("labels", "fp16"), ("labels", "bf16")]
+)
 def test_bundles_of_both_families_build_in_every_precision(kind, dtype, exports, lowered_bundle, tmp_path, capfd):
     source = exports(kind)[0] if dtype == "fp32" else lowered_bundle(kind, dtype)
     folder = shutil.copytree(source, tmp_path / "bundle")

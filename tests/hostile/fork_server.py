@@ -80,7 +80,10 @@ def _run(request: dict[str, Any]) -> dict[str, Any]:
     ended, _, _ = select.select([descriptor], [], [], request["seconds"])
     os.close(descriptor)
     if not ended:
-        os.killpg(child, signal.SIGKILL)
+        try:
+            os.killpg(child, signal.SIGKILL)
+        except ProcessLookupError:  # it has not come to its setsid
+            os.kill(child, signal.SIGKILL)
     status = os.waitpid(child, 0)[1]
     code = os.waitstatus_to_exitcode(status) if ended else None
     return {"code": code, "seconds": time.monotonic() - start}

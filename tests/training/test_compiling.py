@@ -67,8 +67,7 @@ class WithTokens(nn.Module):
         return self.unet(x, timesteps, labels[:, None], return_dict=False)[0]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize(("dropout", "precision"), [(0.0, "bf16"), (0.1, "fp32")])
 def test_gradients_that_the_compiler_loses_are_one_line(tmp_path: Path, dropout: float, precision: str) -> None:
     task = diffusion_task(dropout)
     task.module.__class__ = Detached
@@ -102,8 +101,8 @@ def test_a_network_that_compiles_rightly_passes_with_its_weights_as_they_were(tm
         torch.testing.assert_close(found[name], weight, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_every_layer_of_a_compiled_unet_learns(tmp_path: Path, precision: str) -> None:
+def test_every_layer_of_a_compiled_unet_learns(tmp_path: Path) -> None:
+    precision = "bf16"  # in which torch 2.13 loses gradients with its defaults
     rng = np.random.default_rng(0)
     images, labels = rng.integers(0, 256, (40, 8, 8, 3), np.uint8), rng.random((40, 8), np.float32)
     module = WithTokens()

@@ -36,6 +36,7 @@ from fastgen.models.find import find_model
 
 SECTIONS = ("parity", "lone", "throughput", "latency", "fairness", "soak", "overload", "neighbours", "kills")
 MAX_WAIT_S = 5.0  # of the overload
+LONGER = 5  # a simulated load than a measured one
 
 
 class Size(NamedTuple):
@@ -154,12 +155,12 @@ def warm(bench: Bench) -> None:
 
 
 def simulate(costs: Costs, size: Size, rate: float) -> list[Row]:
-    """The same loads on a virtual clock, for longer."""
+    """The same loads on a virtual clock, for longer; requests that would wait too long are refused there too."""
     lines = list[Row]()
     for load in size.loads:
-        arrivals = poisson(load * rate, 600, seed=1)
+        arrivals = poisson(load * rate, LONGER * size.seconds, seed=1)
         outcomes = {
-            "step-level": StepLevel(costs).run(arrivals),
+            "step-level": StepLevel(costs, admission=True).run(arrivals),
             "static": static(arrivals, costs.execute, costs.step.largest),
             "one by one": one_by_one(arrivals, costs.execute),
         }

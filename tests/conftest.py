@@ -34,6 +34,7 @@ LABELS = [["gray cube"], ["red cube", "blue sphere"], ["green cylinder"], ["yell
 LONG_FILES = (  # with their slow tests; in this order
     "test_scripts.py",
     "test_company.py",
+    "test_soak.py",
     "test_compiling.py",
     "test_hostile_kills.py",
     "test_trt_rtx_real.py",

@@ -19,6 +19,7 @@ from benchmarks.serving_server import Server
 from benchmarks.serving_simulation import MIX, POOL, Arrival, Outcome, Served, one_by_one, poisson, static
 
 CLIENTS = 32  # of a closed loop
+WARM = 10  # requests to a second model, that are not measured
 SOLVERS = ("ddim", "ddpm", "dpmpp-2m", "euler-ancestral", "pndm", "unipc")
 Row = dict[str, Any]
 
@@ -198,6 +199,7 @@ def neighbours(bench: Bench) -> list[Row]:
     10 steps every second."""
     other = [Arrival(float(second), 10, "other", second % POOL) for second in range(int(bench.seconds))]
     bodies = [(at, {**body, "model": "second"}) for at, body in bench.local.bodies(other)]
+    asyncio.run(open_loop(bench.server.port, bodies[:WARM]))
     alone = asyncio.run(open_loop(bench.server.port, bodies))
     load = bench.local.bodies(bench.load(10 * bench.singly))
     name = bench.server.name

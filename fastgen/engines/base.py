@@ -36,6 +36,7 @@ class Engine(abc.ABC):
     install: ClassVar[Install]  # the command that installs them, as text
     dtypes: ClassVar[Sequence[str]]  # precisions it can execute, the default first where the hardware has it
     static_shapes: ClassVar[bool] = False  # compiles per batch size: callers pad their last batch
+    threadsafe: ClassVar[bool] = False  # several threads may run it, also at the same time
     # The option of `fastgen export` that builds it beforehand; None: it is ready, or built when it is first needed.
     built_by: ClassVar[str | None] = None
     reference: ClassVar[bool] = (

@@ -26,7 +26,8 @@ class Opened:
     """The sizes of each kind that may be used now, ascending.
 
     An engine that loads a network for every size takes some tenths of a second for each. With `later`, those beside the
-    smallest are run once on a thread of their own, the largest first, while images are made already; without it all are open.
+    smallest are run once on a thread of their own, the largest first, while images are made already, which takes an engine that
+    is `threadsafe`; without it all are open.
     """
 
     def __init__(self, pipeline: ModelRunner, warm: Warm, *, later: bool) -> None:

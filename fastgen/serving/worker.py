@@ -88,7 +88,7 @@ def _load(options: WorkerOptions, say: Say) -> tuple[Batcher, Ready]:
         options.check(pipeline, say)
     preparer = Preparer(pipeline, options.rag)
     warm, known = _warm(pipeline, options, say)
-    later = known and pipeline.engine.static_shapes and not pipeline.on_gpu
+    later = known and pipeline.engine.static_shapes and pipeline.engine.threadsafe
     if known and not later:
         run_all(pipeline, warm)
     opened = Opened(pipeline, warm, later=later)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -302,3 +303,23 @@ def test_ctrl_c_works_after_another_thread_freed_the_engine(label_bundle):
         check=False,
     )
     assert (done.returncode, done.stdout) == (0, "interrupted\n"), done.stderr
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_threads_that_run_the_same_size_get_what_each_gets_alone(text_bundle, guided):
+    pipeline = load(text_bundle, "openvino", threads=2)
+    engine = pipeline.engine
+
+    def inputs(i):
+        sample, timestep, *conds = (engine.numpy(x)[i : i + 2] for x in engine.samples("unet", 8))
+        return [sample, timestep, *(np.concatenate([c, c]) for c in conds)] if guided else [sample, timestep, *conds]
+
+    def run(i):
+        return engine.run_guided(*inputs(i)) if guided else engine.run("unet", *inputs(i))[0]
+
+    alone = [run(i) for i in range(4)]
+    other = load(text_bundle, "openvino", threads=2)
+    engine = other.engine  # has opened nothing yet
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(run, [0, 1, 2, 3] * 25))
+    assert all(np.array_equal(value, alone[i % 4]) for i, value in enumerate(found))

@@ -7,10 +7,12 @@ from the bundle.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -85,6 +87,7 @@ class Engine(base.Engine):
     install = Install("cpu")
     dtypes = ("bf16", "fp32", "fp16")
     static_shapes = True
+    threadsafe = True
     batch_invariant = True
     decode_pixels = 2**17  # two halves of one image each
 
@@ -105,30 +108,29 @@ class Engine(base.Engine):
         self.signatures = source.spec.signatures
         self._bundle, self._version, self._cpu, self._threads = source, openvino.__version__, cpu(), threads
         self._lanes: dict[tuple[str, int, bool], list[Lane]] = {}
+        self._locks: dict[tuple[str, int, bool], Lock] = {}
 
     @classmethod
     def priority(cls, folder: Path, device: str | None) -> int:
         return 2
 
     def run(self, network: str, *inputs: np.ndarray) -> tuple[np.ndarray, ...]:
-        lanes = self._opened(network, self.checked_rows(network, inputs), guided=False)
-        parts = [np.split(x, len(lanes)) for x in inputs]
-        outputs = self._run_all(network, lanes, list(zip(*parts, strict=True)))
-        return tuple(np.concatenate(column) for column in zip(*outputs, strict=True))
+        with self._opened(network, self.checked_rows(network, inputs), guided=False) as lanes:
+            parts = [np.split(x, len(lanes)) for x in inputs]
+            outputs = self._run_all(network, lanes, list(zip(*parts, strict=True)))
+            return tuple(np.concatenate(column) for column in zip(*outputs, strict=True))
 
     def run_guided(self, sample: np.ndarray, timestep: np.ndarray, *conds: np.ndarray) -> np.ndarray:
         try:
-            lanes = self._opened("unet", len(sample), guided=True)
+            with self._opened("unet", len(sample), guided=True) as lanes:
+                count = len(lanes)
+                parts = [np.split(x, count) for x in (sample, timestep)]
+                parts += [_halves(cond, count) for cond in conds]
+                inputs = list(zip(*parts, strict=True))
+                predictions = np.stack([outputs[0] for outputs in self._run_all("unet", lanes, inputs)])
         except NotSharedError:
             return super().run_guided(sample, timestep, *conds)
-        count = len(lanes)
-        parts = [np.split(x, count) for x in (sample, timestep)]
-        parts += [_halves(cond, count) for cond in conds]
-        inputs = list(zip(*parts, strict=True))
-        predictions = np.stack(
-            [outputs[0] for outputs in self._run_all("unet", lanes, inputs)]
-        )  # (lanes, 2 * B / lanes, ...)
-        rows = predictions.shape[2:]
+        rows = predictions.shape[2:]  # of (lanes, 2 * B / lanes, ...)
         return predictions.reshape(count, 2, -1, *rows).swapaxes(0, 1).reshape(-1, *rows)  # (2B, ...)
 
     def recipe(self, network: str, rows: int | None) -> Recipe:
@@ -152,11 +154,14 @@ class Engine(base.Engine):
             path = self._bundle.folder / graph_name(network, "fp32")
             raise FastgenError(f"{path}: OpenVINO cannot run it: {_brief(error)}") from None
 
-    def _opened(self, network: str, batch: int, guided: bool) -> list[Lane]:
+    @contextmanager
+    def _opened(self, network: str, batch: int, guided: bool) -> Iterator[list[Lane]]:
+        """The lanes for so many rows, for the time of the block: one thread at a time runs them, and copies what they give."""
         key = (network, batch, guided)
-        if key not in self._lanes:
-            self._lanes[key] = self._open(network, batch, guided)
-        return self._lanes[key]
+        with self._locks.setdefault(key, Lock()):
+            if key not in self._lanes:
+                self._lanes[key] = self._open(network, batch, guided)
+            yield self._lanes[key]
 
     def _open(self, network: str, batch: int, guided: bool) -> list[Lane]:
         """The lanes of a network for `batch` rows, or images where it is guided; compiled when the cache has none."""

@@ -76,11 +76,11 @@ def parity(bench: Bench, count: int) -> list[Row]:
         more: Body = {"scheduler": draw.choice(solvers)}
         if guidable:
             more["guidance_scale"] = draw.choice((1.0, 1.5, 3.0, 5.0))
-            if draw.random() < 0.3:
-                more["guidance_interval"] = sorted(draw.sample(range(steps + 1), 2))
         if rag and draw.random() < 0.3:
-            start = draw.choice(({}, {"noise_steps": draw.randint(1, steps)}, {"strength": draw.choice((0.3, 0.7))}))
+            start = draw.choice(({}, {"noise_steps": draw.randint(1, steps)}, {"strength": draw.choice((0.5, 0.7))}))
             more |= {"rag": True, "rag_top_k": draw.randint(1, 5), **start}
+        elif guidable and draw.random() < 0.3:  # which may lie outside the steps of a late start
+            more["guidance_interval"] = sorted(draw.sample(range(steps + 1), 2))
         return bench.local.body(seed, steps, **more)
 
     replies = asyncio.run(closed_loop(bench.server.port, [body(seed) for seed in range(count)], 12))

@@ -94,7 +94,8 @@ def _is_importing(frame: FrameType | None) -> bool:
 
 
 def _is_handled(error: BaseException | None) -> bool:
-    """Whether an interrupt is being handled, where this is the exception that is."""
+    """`error`: the exception that is being handled, None for none. Whether it is an interrupt, or came up while one was
+    handled."""
     while error is not None:
         if isinstance(error, KeyboardInterrupt):
             return True

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 CPU_SIZES = (1, 2, 3, 4, 6, 8, 12, 16)
 GPU_SIZES = (1, 2, 4, 8, 16, 32, 64)
 REPEATS, ENOUGH_S, MOST_REPEATS = 3, 0.2, 21  # of a forward that is timed: until it took so long in all
-LONG_S = 1.0  # after so long fewer repeats are enough
 DOUBT = 1.5  # of a first look at a size
 STEADY = 1.5  # median over fastest forward, above which something else disturbs the measurements
 TEXT_ROWS = (1, 2)  # of the text encoder: a prompt, and with the empty one
@@ -192,5 +191,4 @@ def _rows(engine: Engine, size: int) -> list[Any]:
 
 
 def _enough(taken: Sequence[float]) -> bool:
-    seconds = sum(taken)
-    return len(taken) >= MOST_REPEATS or (seconds >= ENOUGH_S and (len(taken) >= REPEATS or seconds >= LONG_S))
+    return len(taken) >= REPEATS and (sum(taken) >= ENOUGH_S or len(taken) >= MOST_REPEATS)

@@ -65,7 +65,13 @@ class Memory:
     def __init__(self) -> None:
         self.folder = cache_folder(FOLDER)
 
+    @property
+    def writable(self) -> bool:
+        """Whether files can be added: not on a disk that can only be read."""
+        return os.access(self.folder, os.W_OK)
+
     def file(self, key: str) -> Path:
+        """Where the measurements of this key are."""
         return self.folder / f"{key}.json"
 
     def recall(self, key: str) -> Warm | None:

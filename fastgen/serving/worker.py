@@ -116,10 +116,16 @@ def _warm(pipeline: ModelRunner, options: WorkerOptions, say: Say) -> tuple[Warm
     key = key_of(pipeline, guided, exact, options.threads)
     if (warm := memory.recall(key)) is not None:
         return warm, True
+    if not memory.writable:
+        say(f"{memory.folder}: cannot be written; the times of its steps are measured at every start")
+        return warm_up(pipeline, guided=guided, exact=exact, say=say), False
     with memory.timed_alone():
         warm = warm_up(pipeline, guided=guided, exact=exact, say=say)
     if warm.steady:
-        memory.remember(key, warm)
+        try:
+            memory.remember(key, warm)
+        except FastgenError as error:  # such as a full disk
+            say(f"{error}; the times of its steps are measured again at the next start")
     else:
         say("the machine is busy: the times of its steps are measured again at the next start")
     return warm, False

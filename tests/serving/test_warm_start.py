@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from fastgen.errors import InputError
+from fastgen.errors import FastgenError, InputError
 from fastgen.generate.pipeline import load
 from fastgen.serving import opening, remembered, warm, worker
 from fastgen.serving.batch import Batcher
@@ -103,6 +103,24 @@ def test_a_cache_that_cannot_be_used_is_told_and_the_model_is_served(text_bundle
     _, ready = worker._load(WorkerOptions(text_bundle, "m", engine="ort", threads=1), said.append)
     assert ready.slots >= 1
     assert any("is no folder" in line and line.endswith("measured at every start") for line in said)
+
+
+@pytest.mark.parametrize("fault", ["read-only", "full"])
+def test_a_cache_that_cannot_be_written_is_told_and_the_model_is_served(text_bundle, monkeypatch, fault):
+    def full(path, value):
+        raise FastgenError(f"{path}: No space left on device")
+
+    if fault == "full":
+        monkeypatch.setattr(warm, "STEADY", 1000.0)
+        monkeypatch.setattr(remembered, "write_json", full)
+    else:
+        monkeypatch.setattr(Memory, "writable", False)
+        monkeypatch.setattr(Memory, "timed_alone", None)  # a lock is a file
+    said = []
+    _, ready = worker._load(WorkerOptions(text_bundle, "m", engine="ort", threads=1), said.append)
+    assert ready.slots >= 1
+    words = "No space left" if fault == "full" else "cannot be written"
+    assert any(words in line and "measured" in line for line in said)
 
 
 def test_only_one_process_times_a_model_at_once():

@@ -59,6 +59,11 @@ def read_json(path: str | os.PathLike[str], *, infinity: bool = False, limit: in
     return _parse(read_text(path, limit=limit), Path(path), 1, _WITH_INFINITY if infinity else _STRICT)
 
 
+def parse_json_text(text: str, place: object) -> Any:
+    """The value of the JSON file `place` that has this text. Raises InputError as `read_json` does."""
+    return _parse(text, place, 1)
+
+
 def parse_json(data: bytes, place: object) -> Any:
     """The value of JSON that lies in another file, which `place` names. Raises InputError as `read_json` does."""
     try:
@@ -69,21 +74,32 @@ def parse_json(data: bytes, place: object) -> Any:
 
 def read_jsonl(path: str | os.PathLike[str], limit: int = MAX_BYTES) -> list[tuple[int, Any]]:
     """(line number from 1, value) for every line of a JSONL file that is not blank; raises as `read_json` does."""
-    lines = enumerate(read_text(path, limit=limit).split("\n"), start=1)
-    return [(number, _parse(line, Path(path), number)) for number, line in lines if line.strip(" \t\r")]
+    return parse_jsonl_text(read_text(path, limit=limit), Path(path))
+
+
+def parse_jsonl_text(text: str, place: object) -> list[tuple[int, Any]]:
+    """As `read_jsonl`, of the file `place` that has this text."""
+    lines = enumerate(text.split("\n"), start=1)
+    return [(number, _parse(line, place, number)) for number, line in lines if line.strip(" \t\r")]
 
 
 def read_text(path: str | os.PathLike[str], expected: str = "a JSON file", limit: int = MAX_BYTES) -> str:
     """A file's text (UTF-8, byte order mark accepted), of at most `limit` bytes. InputError for a missing or unreadable file,
     for what is no file (to read a pipe would wait for its writer), and for other bytes."""
-    data, path = read_bytes(path, expected, limit), Path(path)
+    return decode(read_bytes(path, expected, limit), Path(path))
+
+
+def decode(data: bytes, place: object) -> str:
+    """The text of the file `place` (UTF-8, byte order mark accepted). InputError for other bytes."""
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         column = error.start - data.rfind(b"\n", 0, error.start)
         found = "UTF-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else f"byte 0x{data[error.start]:02x}"
-        raise InputError(f"{path}: line {line}, column {column}: not UTF-8 (found {found}); save it as UTF-8") from None
+        raise InputError(
+            f"{place}: line {line}, column {column}: not UTF-8 (found {found}); save it as UTF-8"
+        ) from None
 
 
 def read_bytes(path: str | os.PathLike[str], expected: str = "a file", limit: int = MAX_BYTES) -> bytes:
@@ -130,15 +146,16 @@ def write_json(path: str | os.PathLike[str], value: Any, indent: int | None = 2,
     `infinity`: allow infinite numbers, as `read_json` does, for files that diffusers reads.
     Raises FastgenError where the disk or the permissions refuse, ValueError for NaN, and for infinity where not allowed.
     """
-    write_bytes(path, _json_bytes(value, indent, infinity))
+    write_bytes(path, json_bytes(value, indent, infinity=infinity))
 
 
 def write_new_json(path: str | os.PathLike[str], value: Any) -> bool:
     """As `write_json`, but False, and nothing is written, where `path` is there already: of several processes one succeeds."""
-    return _write(Path(path), _json_bytes(value, 2, False), _place_new)
+    return write_new(path, json_bytes(value))
 
 
-def _json_bytes(value: Any, indent: int | None, infinity: bool) -> bytes:
+def json_bytes(value: Any, indent: int | None = 2, *, infinity: bool = False) -> bytes:
+    """What `write_json` writes."""
     text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=infinity) + "\n"
     return text.encode("utf-8", "backslashreplace")  # a lone surrogate becomes \udXXX, its JSON escape
 
@@ -146,6 +163,11 @@ def _json_bytes(value: Any, indent: int | None, infinity: bool) -> bytes:
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
     """Writes a file so that `path` holds the old content or all of the new, never a part; FastgenError if it fails."""
     _write(Path(path), data, os.replace)
+
+
+def write_new(path: str | os.PathLike[str], data: bytes) -> bool:
+    """As `write_bytes`, but False, and nothing is written, where `path` is there already: of several processes one succeeds."""
+    return _write(Path(path), data, _place_new)
 
 
 def _write(path: Path, data: bytes, place: Callable[[Path, Path], None]) -> bool:

@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
@@ -40,7 +40,11 @@ def png_bytes(pixels: np.ndarray, metadata: Mapping[str, Any]) -> bytes:
 
 def read_metadata(path: Path) -> dict[str, Any] | None:
     """The metadata that `png_bytes` stored; None for every other file. The pixels are not read."""
-    text = text_chunk(path, METADATA_KEY)
+    return parse_metadata(text_chunk(path, METADATA_KEY))
+
+
+def parse_metadata(text: str | None) -> dict[str, Any] | None:
+    """The metadata in the text chunk `fastgen`; None for no text, and for another text."""
     try:
         value = None if text is None else json.loads(text)
     except (ValueError, RecursionError):
@@ -54,19 +58,27 @@ def text_chunk(path: Path, key: str) -> str | None:
     if not path.is_file():
         return None
     with open(path, "rb") as file:
-        if file.read(8) != SIGNATURE:
+        return text_in(file, key)
+
+
+def text_in(file: BinaryIO, key: str) -> str | None:
+    """As `text_chunk`, of an open file at its beginning; None too where the file ends within the chunk."""
+    if file.read(8) != SIGNATURE:
+        return None
+    while len(head := file.read(8)) == 8:
+        size, kind = int.from_bytes(head[:4], "big"), head[4:]
+        if kind in (b"IDAT", b"IEND"):
             return None
-        while len(head := file.read(8)) == 8:
-            size, kind = int.from_bytes(head[:4], "big"), head[4:]
-            if kind in (b"IDAT", b"IEND"):
-                return None
-            if kind in (b"iTXt", b"tEXt") and size <= MAX_TEXT:
-                name, _, rest = file.read(size).partition(b"\0")
-                if name == key.encode():
-                    return _text_of(rest) if kind == b"iTXt" else rest.decode("latin-1")
-                file.seek(4, io.SEEK_CUR)
-            else:
-                file.seek(size + 4, io.SEEK_CUR)
+        if kind in (b"iTXt", b"tEXt") and size <= MAX_TEXT:
+            data = file.read(size)
+            name, _, rest = data.partition(b"\0")
+            if name == key.encode():
+                if len(data) < size:
+                    return None
+                return _text_of(rest) if kind == b"iTXt" else rest.decode("latin-1")
+            file.seek(4, io.SEEK_CUR)
+        else:
+            file.seek(size + 4, io.SEEK_CUR)
     return None
 
 
@@ -95,15 +107,20 @@ def image_grid(images: Sequence[np.ndarray], columns: int = 8, padding: int = 2)
 
 
 def save_image(path: Path, image: Image.Image, software: str) -> None:
-    """A PNG whose text chunk `Software` says what wrote it, written atomically."""
+    """Write what `image_bytes` returns, atomically."""
+    write_bytes(path, image_bytes(image, software))
+
+
+def image_bytes(image: Image.Image, software: str) -> bytes:
+    """A PNG file whose text chunk `Software` says what wrote it."""
     info = PngImagePlugin.PngInfo()
     info.add_text(SOFTWARE_KEY, software)
     buffer = io.BytesIO()
     image.save(buffer, "PNG", pnginfo=info)
-    write_bytes(path, buffer.getvalue())
+    return buffer.getvalue()
 
 
-def read_pixels(file: Path) -> np.ndarray:
+def read_pixels(file: Path | BinaryIO) -> np.ndarray:
     """(H, W, 3) uint8 of an image file that fastgen wrote."""
     with Image.open(file) as image:
         return np.asarray(image.convert("RGB"))
@@ -177,14 +194,11 @@ def fit_text(text: str, font: Any, width: int, more: bool = False) -> str:
     return text + "…" if cut else text
 
 
-def save_contact_sheet(
-    path: Path, files: Sequence[Path], captions: Sequence[str], software: str, limit: int = 256
-) -> None:
-    """A contact sheet of the first `limit` image files, written atomically."""
-    images = [Image.fromarray(read_pixels(file)) for file in files[:limit]]
+def contact_sheet(images: Sequence[np.ndarray], captions: Sequence[str]) -> Image.Image:
+    """Images (H, W, 3) uint8 with their captions, in rows."""
     columns = math.ceil(math.sqrt(len(images) * 1.6))
-    rows, texts = in_rows(images, columns), in_rows(captions[:limit], columns)
-    save_image(path, sheet(rows, texts, cell=max(96, min(192, images[0].width))), software)
+    rows = in_rows([Image.fromarray(image) for image in images], columns)
+    return sheet(rows, in_rows(captions, columns), cell=max(96, min(192, images[0].shape[1])))
 
 
 def in_rows(values: Sequence[T], columns: int) -> list[Sequence[T]]:

@@ -17,7 +17,7 @@ from fastgen.files.folders import make_folder
 from fastgen.files.jsonfiles import MAX_DATA_BYTES, read_jsonl, write_bytes, write_json, write_new_json
 from fastgen.files.names import CONTACT_SHEET, GRID, MANIFEST, SHEETS, STRIP_SHEET, check_unreserved, safe_path
 from fastgen.files.outputs import check_output, check_output_folder, software
-from fastgen.files.png import image_grid, read_metadata, read_pixels, save_contact_sheet, save_image
+from fastgen.files.png import contact_sheet, image_grid, read_metadata, read_pixels, save_image
 from fastgen.files.records import builtins
 from fastgen.files.temporary import remove_leftovers
 from fastgen.generate.job_record import JOB, JobRecord, Limits, Timing, check_same_job, read_job, without_bundle
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from fastgen.generate.requests import Request
     from fastgen.generate.run import Run
     from fastgen.generate.writer import Writer
+
+IN_CONTACT_SHEET = 256  # images, at most
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,8 @@ class JobFolder:
             files = [self.files[i] for i in written]
             captions = [requests[i].prompt or ", ".join(requests[i].labels or ()) for i in written]
             mark = software("job")
-            save_contact_sheet(out / CONTACT_SHEET, files, captions, mark)
+            shown = [read_pixels(file) for file in files[:IN_CONTACT_SHEET]]
+            save_image(out / CONTACT_SHEET, contact_sheet(shown, captions[:IN_CONTACT_SHEET]), mark)
             if self.grid is not None:
                 save_image(out / GRID, Image.fromarray(image_grid([read_pixels(f) for f in files], self.grid)), mark)
             if self.strips is not None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastgen.files.png import image_grid, png_bytes, read_metadata, save_contact_sheet, sheet, text_chunk
+from fastgen.files.png import contact_sheet, image_grid, png_bytes, read_metadata, save_image, sheet, text_chunk
 
 rng = np.random.default_rng(0)
 
@@ -40,11 +40,8 @@ def test_a_png_keeps_pixels_and_metadata_and_its_bytes_are_reproducible(tmp_path
 
 def test_a_contact_sheet_shows_every_image_in_order(tmp_path):
     colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0), (0, 255, 255)]
-    files = []
-    for i, colour in enumerate(colours):
-        files.append(tmp_path / f"{i}.png")
-        Image.new("RGB", (32, 32), colour).save(files[-1])
-    save_contact_sheet(tmp_path / "sheet.png", files, [f"image {i}" for i in range(5)], "fastgen job")
+    images = [np.full((32, 32, 3), colour, np.uint8) for colour in colours]
+    save_image(tmp_path / "sheet.png", contact_sheet(images, [f"image {i}" for i in range(5)]), "fastgen job")
     assert text_chunk(tmp_path / "sheet.png", "Software") == "fastgen job"
     drawn = np.asarray(Image.open(tmp_path / "sheet.png").convert("RGB"))
     centres = []

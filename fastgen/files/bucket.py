@@ -1,0 +1,266 @@
+"""A job's folder in a bucket (S3, Google Cloud Storage, Azure), through fsspec.
+
+An object appears whole, so there are no temporary files; folders are parts of names. fsspec reads the user's configuration:
+environment variables of the provider, `FSSPEC_S3_ENDPOINT_URL` and its like, and `~/.config/fsspec`.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import queue
+import re
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from threading import Thread
+from typing import Any, NoReturn
+
+from fastgen.errors import FastgenError, InputError, first_line, one_line
+from fastgen.files.installing import hint
+from fastgen.files.jsonfiles import MAX_BYTES, brief
+from fastgen.files.names import JOB, check_image_name
+from fastgen.files.outputs import Kind, software
+from fastgen.files.png import METADATA_KEY, SOFTWARE_KEY, text_in
+from fastgen.files.store import Store
+
+EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "az": "azure", "abfs": "azure", "abfss": "azure"}
+PROTOCOLS = (*EXTRAS, "memory")  # an object of these appears whole, and can be written only where its name is free
+DISK = ("file", "local")
+ANSWER_S = 10  # until a bucket must have answered for the first time
+HEAD = 16 * 1024  # bytes that hold the metadata of most images
+AT_ONCE = 64  # files that are read at a time
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://(.*)", re.DOTALL)
+_PASSWORD = re.compile(r"(?<=://)([^/@:]*):[^/@]*@")
+
+
+class Url(str):
+    """The checked URL of a folder or file in a bucket, without a `/` at its end."""
+
+
+def is_url(text: str) -> bool:
+    """Whether a text is a URL rather than a path."""
+    return _URL.match(text) is not None
+
+
+def without_password(text: str) -> str:
+    """A URL as it may be printed."""
+    return _PASSWORD.sub(r"\1:***@", text)
+
+
+def parse_place(text: str, option: str = "--out") -> Path | Url:
+    """Where `text` says that files go: a path, also of `file://...`, or the URL of a bucket. Raises InputError."""
+    match = _URL.match(text)
+    if match is None:
+        return Path(text)
+    protocol, rest = match[1], match[2].rstrip("/")
+    shown = f"{option} {one_line(without_password(text), 90)}"
+    if protocol in DISK:
+        if not rest:
+            raise InputError(f"{shown}: has no path, expected {protocol}:///folder")
+        return Path(rest)
+    if protocol not in PROTOCOLS:
+        choices = ", ".join((*PROTOCOLS, DISK[0]))
+        raise InputError(f"{shown}: found the protocol {brief(protocol)}, expected one of {choices}, or a path")
+    if not rest or not rest.isprintable() or re.search(r"[?#*\[\]\\]|::", rest):
+        raise InputError(
+            f"{shown}: expected {protocol}://BUCKET/FOLDER, without ? # * [ ] \\ :: and control characters"
+        )
+    if any(part in ("", ".", "..") for part in rest.split("/")):
+        raise InputError(f"{shown}: expected {protocol}://BUCKET/FOLDER, without empty parts, . and ..")
+    return Url(f"{protocol}://{rest}")
+
+
+class Bucket(Store):
+    """A folder in a bucket. `fs`: fsspec's file system; `root`: the folder's name in it; `url`: what messages show.
+
+    Methods raise FastgenError where the bucket refuses or does not answer; those that check, read and claim, InputError.
+    """
+
+    writers = 8
+
+    def __init__(self, fs: Any, root: str, url: str) -> None:
+        self._fs, self._root, self._url = fs, root.rstrip("/"), url
+
+    @classmethod
+    def open(cls, url: Url, option: str = "--out") -> Bucket:
+        """Connect, and check that the bucket answers within 10 s. Raises InputError for a package that is not installed, and as
+        `check` does."""
+        shown, protocol = without_password(url), url.partition("://")[0]
+
+        def connect() -> Bucket:
+            from fsspec.core import url_to_fs
+
+            fs, root = url_to_fs(url)
+            bucket = cls(fs, root, shown)
+            bucket.check()
+            return bucket
+
+        try:
+            return _within(ANSWER_S, connect)
+        except ImportError:
+            raise InputError(f"{option} {shown}: a package is missing: {hint(EXTRAS.get(protocol, 's3'))}") from None
+        except queue.Empty:
+            help_text = "check the network, and the endpoint in your configuration"
+            raise InputError(f"{option} {shown}: no answer within {ANSWER_S} s; {help_text}") from None
+        except FastgenError as error:
+            raise InputError(f"{option} {error}") from None
+        except Exception as error:  # every provider's library has classes of its own
+            _refuse(shown, "opened", error, InputError)
+
+    def __str__(self) -> str:
+        return self._url
+
+    def check(self) -> None:
+        bucket = self._root.partition("/")[0]
+        if "s3" in self._protocols and self._info(bucket) is None:
+            raise InputError(f"{self}: there is no bucket {bucket}; create it, or choose another --out")
+        self.exists(JOB)
+
+    def check_name(self, name: str) -> None:
+        check_image_name(name)
+        if "?versionid=" in name.lower():  # which libraries take for the version of an object
+            raise InputError(f"image_name: found {brief(name)}, expected a name without ?versionId=; rename it")
+
+    def check_output(self, name: str, kind: Kind) -> None:
+        if not self.exists(name):
+            return
+        (mark,) = self.text_chunks([name], METADATA_KEY if kind == "image" else SOFTWARE_KEY)
+        if mark is None or (kind != "image" and mark != software(kind)):
+            what = "a generated image" if kind == "image" else f"written by fastgen ({kind})"
+            raise InputError(f"--out {self.place(name)}: exists and is not {what}; choose another name")
+
+    def exists(self, name: str) -> bool:
+        info = self._info(self._path(name))
+        return info is not None and info["type"] == "file"
+
+    def present(self, names: Sequence[str]) -> set[str]:
+        there = {path[len(self._root) + 1 :] for path in self._find()}
+        return there.intersection(names)
+
+    def is_link(self, name: str) -> bool:
+        return False
+
+    def names(self, start: str) -> list[str]:
+        names = (path[len(self._root) + 1 :] for path in self._find(prefix=start))
+        return [name for name in names if name.startswith(start) and "/" not in name]
+
+    def read(self, name: str, expected: str = "a file", limit: int = MAX_BYTES) -> bytes:
+        with self._working(self.place(name), "read", InputError):
+            data = self._fs.cat_file(self._path(name))
+        if len(data) > limit:
+            found = f"has {len(data) / 2**20:,.0f} MiB, expected at most {limit / 2**20:,.0f} MiB"
+            raise InputError(f"{self.place(name)}: {found}; split it")
+        return data
+
+    def read_all(self, names: Sequence[str]) -> Iterator[bytes]:
+        for start in range(0, len(names), AT_ONCE):
+            window = names[start : start + AT_ONCE]
+            for name, data in zip(window, self._ranges(window, None), strict=True):
+                if isinstance(data, Exception):
+                    _refuse(self.place(name), "read", data, FastgenError)
+                yield data
+
+    def text_chunks(self, names: Sequence[str], key: str) -> list[str | None]:
+        texts = []
+        for start in range(0, len(names), AT_ONCE):
+            window = names[start : start + AT_ONCE]
+            for name, head in zip(window, self._ranges(window, HEAD), strict=True):
+                text = None if isinstance(head, Exception) else text_in(io.BytesIO(head), key)
+                if text is None and (isinstance(head, Exception) or len(head) == HEAD):
+                    text = text_in(io.BytesIO(self.read(name)), key)  # a long text, or a file that has no such range
+                texts.append(text)
+        return texts
+
+    def write(self, name: str, data: bytes) -> None:
+        with self._working(self.place(name), "written"):
+            self._fs.pipe_file(self._path(name), data)
+
+    def write_new(self, name: str, data: bytes) -> bool:
+        with self._working(self.place(name), "written", InputError):
+            try:
+                self._fs.pipe_file(self._path(name), data, mode="create")
+            except (PermissionError, FileNotFoundError):
+                raise
+            except OSError as error:  # a FileExistsError, or what else a store answers for a name that is taken
+                if self.exists(name):
+                    return False
+                if error.errno != errno.ENOSYS:
+                    raise
+                self._fs.pipe_file(self._path(name), data)  # a store without conditional writes; docs/scale.md says so
+        return True
+
+    def delete(self, name: str) -> None:
+        with self._working(self.place(name), "deleted"), suppress(FileNotFoundError):
+            self._fs.rm_file(self._path(name))
+
+    def clean(self, names: Collection[str]) -> None:
+        """There is nothing to do: no file has a temporary name."""
+
+    @property
+    def _protocols(self) -> tuple[str, ...]:
+        protocol = self._fs.protocol
+        return (protocol,) if isinstance(protocol, str) else tuple(protocol)
+
+    def _path(self, name: str) -> str:
+        return f"{self._root}/{name}"
+
+    def _info(self, path: str) -> dict[str, Any] | None:
+        """What the bucket says of a path, and not an earlier listing; None where there is nothing."""
+        with self._working(str(self), "read", InputError):
+            self._fs.invalidate_cache()
+            try:
+                return self._fs.info(path)
+            except FileNotFoundError:
+                return None
+
+    def _find(self, **options: Any) -> list[str]:
+        """Paths of all files below the folder: one listing, which the store sends in pages."""
+        with self._working(str(self), "listed", InputError):
+            self._fs.invalidate_cache()
+            try:
+                paths = self._fs.find(self._root, **options)
+            except FileNotFoundError:
+                return []
+        return [path for path in paths if path.startswith(f"{self._root}/") and not path.endswith("/")]
+
+    def _ranges(self, names: Sequence[str], end: int | None) -> list[Any]:
+        """The first `end` bytes of each file, or the exception that its reading raised."""
+        with self._working(str(self), "read"):
+            start = None if end is None else 0
+            return self._fs.cat_ranges([*map(self._path, names)], start, end, on_error="return")
+
+    @contextmanager
+    def _working(self, place: str, done: str, kind: type[FastgenError] = FastgenError) -> Iterator[None]:
+        """The exceptions of a provider's library, raised inside, as a line of this kind."""
+        try:
+            yield
+        except FastgenError:
+            raise
+        except FileNotFoundError as error:
+            problem = "no such file" if done == "read" else first_line(error)
+            raise kind(f"{place}: {problem}") from None
+        except Exception as error:  # every provider's library has classes of its own
+            _refuse(place, done, error, kind)
+
+
+def _refuse(place: str, done: str, error: Exception, kind: type[FastgenError]) -> NoReturn:
+    denied = "no permission: " if isinstance(error, PermissionError) else ""
+    raise kind(f"{place}: cannot be {done}: {denied}{one_line(without_password(first_line(error)), 160)}") from None
+
+
+def _within(seconds: float, call: Callable[[], Any]) -> Any:
+    """The call's result, or what it raises; `queue.Empty` when it has not ended in time."""
+    answers: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+
+    def ask() -> None:
+        try:
+            answers.put((call(), None))
+        except BaseException as error:
+            answers.put((None, error))
+
+    Thread(target=ask, daemon=True).start()
+    value, error = answers.get(timeout=seconds)
+    if error is not None:
+        raise error
+    return value

@@ -16,7 +16,8 @@ CONTACT_SHEET, GRID, STRIP_SHEET = "contact_sheet.png", "grid.png", "strips.png"
 SHEETS = (CONTACT_SHEET, GRID, STRIP_SHEET)  # written beside the images; the last two on request
 OTHER_FORMATS = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")  # of images, which fastgen does not write
 STRIP_FOLDER = "strips"  # has a strip for each image, under the image's name
-JOB, MANIFEST, MERGE_LOCK = "job.json", "manifest.jsonl", ".merge.lock"
+JOB, MANIFEST = "job.json", "manifest.jsonl"
+MERGE_LOCK = ".merge.lock"  # which older versions made
 PART_NAME = re.compile(r"shard-\d+-of-\d+\.json")
 _FORBIDDEN = re.compile(r"[\\:\x00-\x1f\x7f-\x9f]")
 _END = re.compile(r"(?<=[^/. ])[. ]+(?=/|\Z)")

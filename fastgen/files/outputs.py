@@ -94,7 +94,7 @@ def _check_parents(path: Path, option: str) -> None:
         try:
             mode = os.stat(folder).st_mode
         except FileNotFoundError:
-            if not os.path.lexists(folder):
+            if not folder.is_symlink():
                 continue
             raise InputError(f"{option} {path}: {folder} is a broken symlink; choose another name") from None
         except NotADirectoryError:

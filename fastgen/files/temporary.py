@@ -28,20 +28,33 @@ def temporary_path(target: Path) -> Path:
     return target.with_name(f".{_label(target.name)}.fastgen-{writer}.tmp")
 
 
-def remove_leftovers(folder: Path, targets: Collection[str] | None = None) -> None:
+def remove_leftovers(folder: Path, targets: Collection[str] | None = None, *, any_machine: bool = False) -> None:
     """Remove the temporary files and folders in `folder` of processes that were killed on this machine, for targets of these
-    names (None: of any). What a live process writes, what another machine wrote, and every other file stay."""
+    names (None: of any). What a live process writes, what another machine wrote, and every other file stay.
+
+    `any_machine`: what another machine wrote is removed too, whether its process lives or not.
+    """
     labels = None if targets is None else {_label(name) for name in targets}
     with suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
         for entry in list(entries):
             match = _NAME.fullmatch(entry.name)
-            if match is None or (labels is not None and match[1] not in labels) or not _is_dead(*match.group(2, 3, 4)):
+            if match is None or (labels is not None and match[1] not in labels):
+                continue
+            elsewhere = any_machine and match[2] != _machine()
+            if not (elsewhere or _is_dead(*match.group(2, 3, 4))):
                 continue
             with suppress(FileNotFoundError):  # another process removes it too
                 if entry.is_dir(follow_symlinks=False):
                     shutil.rmtree(entry.path)
                 elif entry.is_file(follow_symlinks=False):
                     os.unlink(entry.path)
+
+
+def temporary_targets(folder: Path) -> set[str]:
+    """The names of the targets of all temporary files and folders in `folder`."""
+    with suppress(FileNotFoundError, NotADirectoryError):
+        return {match[1] for name in os.listdir(folder) if (match := _NAME.fullmatch(name))}
+    return set()
 
 
 def is_temporary(name: str) -> bool:

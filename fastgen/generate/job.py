@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,15 +13,16 @@ from typing import Any
 
 from fastgen.engines.batches import Batch, halved
 from fastgen.errors import FastgenError, InputError, Say, first_line
-from fastgen.files.names import MANIFEST
 from fastgen.generate.decoder import Pictures
 from fastgen.generate.estimate import Estimate, automatic_batch_size, decode_batch_size, estimate
 from fastgen.generate.job_folder import JobFolder
+from fastgen.generate.job_parts import JobParts, new_run_id
 from fastgen.generate.job_record import Limits, Timing, recorded_limits
 from fastgen.generate.record import job_identity, manifest_line
+from fastgen.generate.requests import Request
 from fastgen.generate.run import Run
 from fastgen.generate.runner import ModelRunner
-from fastgen.generate.shards import JobParts, Shard
+from fastgen.generate.shards import Shard
 from fastgen.generate.writer import StepBar, Writer, progress_bar
 
 QUEUED = 2  # batches on a GPU at a time: one is sampled while the previous one is decoded
@@ -76,15 +77,38 @@ def run_job(
     errors = {line["image_name"]: line["error"] for line in lines if "error" in line}
     seconds = time.perf_counter() - start
     truncated = dict(run.conditions.truncated)
-    timing = Timing(count, round(seconds, 3), min(map(len, pending), default=0))
+    runs = {new_run_id(): Timing(count, round(seconds, 3), min(map(len, pending)))} if pending else {}
     if parts is None:
-        folder.finish(run.requests, lines, identity, [timing] if count else [])
+        folder.finish(run.requests, lines, identity, runs)
         return JobReport(out, len(lines), count, seconds, errors, truncated)
-    parts.save(timing if count else None)
-    with parts.whole() as whole:
-        if whole is not None:
-            folder.finish(run.requests, whole.lines, identity, whole.runs)
-    return JobReport(out, len(parts.positions), count, seconds, errors, truncated, (out / MANIFEST).exists())
+    parts.save(runs)
+    complete = merge(parts, folder, run.requests, identity, runs)
+    return JobReport(out, len(parts.positions), count, seconds, errors, truncated, complete)
+
+
+def merge(
+    parts: JobParts,
+    folder: JobFolder,
+    requests: Sequence[Request],
+    identity: dict[str, Any],
+    runs: Mapping[str, Timing],
+) -> bool:
+    """Finish the job where all its parts are there, and say whether they are. `runs`: those of this process.
+
+    Of several processes that do so at the same time, each that ends deletes the temporary files of those on other machines,
+    which therefore try again.
+    """
+    for attempt in range(parts.shard.count + 1):
+        lines = parts.whole()
+        if lines is None:
+            return False
+        try:
+            folder.finish(requests, lines, identity, runs)
+            break
+        except FastgenError:
+            if attempt == parts.shard.count:
+                raise
+    return True
 
 
 def estimate_job(run: Run, *, batch_size: int | None = None, shard: Shard | None = None) -> Estimate:

@@ -4,24 +4,32 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from msgspec import structs
 from PIL import Image
 
 from fastgen.errors import InputError
 from fastgen.files.folders import make_folder
 from fastgen.files.jsonfiles import MAX_DATA_BYTES, read_jsonl, write_bytes, write_json, write_new_json
-from fastgen.files.names import CONTACT_SHEET, GRID, MANIFEST, SHEETS, STRIP_SHEET, check_unreserved, safe_path
+from fastgen.files.names import (
+    CONTACT_SHEET,
+    GRID,
+    MANIFEST,
+    PART_NAME,
+    SHEETS,
+    STRIP_SHEET,
+    check_unreserved,
+    safe_path,
+)
 from fastgen.files.outputs import check_output, check_output_folder, software
 from fastgen.files.png import contact_sheet, image_grid, read_metadata, read_pixels, save_image
 from fastgen.files.records import builtins
-from fastgen.files.temporary import remove_leftovers
+from fastgen.files.temporary import remove_leftovers, temporary_targets
+from fastgen.generate.job_parts import all_runs, read_parts, remove_old_lock, remove_parts
 from fastgen.generate.job_record import JOB, JobRecord, Limits, Timing, check_same_job, read_job, without_bundle
-from fastgen.generate.shards import remove_parts
 from fastgen.generate.strip_files import StripFiles, save_strip_sheet
 
 if TYPE_CHECKING:
@@ -128,11 +136,18 @@ class JobFolder:
         requests: Sequence[Request],
         lines: Sequence[dict[str, Any]],
         identity: dict[str, Any],
-        runs: Sequence[Timing],
+        runs: Mapping[str, Timing],
     ) -> None:
         """Write the files of the whole job: the manifest (`lines`, one per request), the contact sheet, the grid and the strip
-        sheet if wanted, and the record with `runs` added."""
-        out = self.out
+        sheet if wanted, and the record with `runs` added (id -> timing), those of the job's parts too. Then nobody writes into
+        the folder any more: the records of parts are deleted, and temporary files that were left, whichever machine made them.
+
+        Several processes may do this at the same time, and one that was killed may do it again.
+        """
+        out, parts = (
+            self.out,
+            read_parts(self.out, identity),
+        )  # the parts before job.json, which holds those that are gone
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         write_bytes(out / MANIFEST, text.encode())
         written = [i for i, line in enumerate(lines) if "error" not in line]
@@ -148,17 +163,21 @@ class JobFolder:
                 strips = [self.strips.files[i] for i in written]
                 save_strip_sheet(out / STRIP_SHEET, strips, captions, self.strips.plan)
         record = read_job(out / JOB)
-        write_json(out / JOB, builtins(structs.replace(record, job=identity, runs=(*record.runs, *runs))))
-        remove_parts(out, identity)
-        self._clean()
+        new = record.of_job(identity, all_runs(parts.values(), runs))
+        if new != record:
+            write_json(out / JOB, builtins(new))
+        remove_parts(parts)
+        remove_old_lock(out)
+        self._clean(any_machine=True)
 
-    def _clean(self) -> None:
-        """Delete temporary files of processes that were killed."""
-        names: dict[Path, set[str]] = {self.out: {JOB, MANIFEST, *SHEETS}}
+    def _clean(self, *, any_machine: bool = False) -> None:
+        """Delete temporary files of processes that were killed on this machine, or of `any_machine`, those that live too."""
+        records = filter(PART_NAME.fullmatch, temporary_targets(self.out))
+        names: dict[Path, set[str]] = {self.out: {JOB, MANIFEST, *SHEETS, *records}}
         for file in (*self.files, *(self.strips.files if self.strips else ())):
             names.setdefault(file.parent, set()).add(file.name)
         for folder, targets in names.items():
-            remove_leftovers(folder, targets)
+            remove_leftovers(folder, targets, any_machine=any_machine)
 
 
 def is_image_of(file: Path, line: dict[str, Any]) -> bool:

@@ -17,6 +17,7 @@ from fastgen.files.records import Count, Record, read_record
 HELP = "choose another --out"
 BUNDLE = "bundle_sha256"  # field of a job and of its lines: the digest of the bundle's record, where a bundle made the images
 
+RunId = Annotated[str, Meta(pattern="^[0-9a-f]{16}$")]
 Rows = Annotated[int, Meta(ge=1, le=1_000_000)]  # images in a batch
 
 
@@ -37,11 +38,18 @@ class Timing(Record, frozen=True):
 
 
 class JobRecord(Record, frozen=True):
-    """`job`: see `record.job_identity`. `limits`: None in records of older versions."""
+    """`job`: see `record.job_identity`. `limits`: None in records of older versions. `run_ids`: of those runs that have an id;
+    a run is added once."""
 
     job: dict[str, Any]
     runs: tuple[Timing, ...]
     limits: Limits | None = None
+    run_ids: tuple[RunId, ...] = ()
+
+    def of_job(self, job: dict[str, Any], runs: Mapping[str, Timing]) -> JobRecord:
+        """This record with the identity `job`, and with those of the `runs` that it lacks."""
+        new = {run: timing for run, timing in runs.items() if run not in self.run_ids}
+        return JobRecord(job, (*self.runs, *new.values()), self.limits, (*self.run_ids, *new))
 
 
 def read_job(path: Path) -> JobRecord:

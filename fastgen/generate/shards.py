@@ -1,29 +1,21 @@
-"""A job split over several processes, GPUs or machines: every n-th batch each, and one manifest in the end."""
+"""Which part of a job a process generates, every n-th batch, and running a job's parts on several devices."""
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from fastgen.engines.machine import gpus
 from fastgen.engines.trt.platform import driver_cuda
 from fastgen.errors import FastgenError, InputError
-from fastgen.files.hashes import sha256_json
-from fastgen.files.jsonfiles import brief, write_json
-from fastgen.files.names import MERGE_LOCK, PART_NAME, check_device
-from fastgen.files.records import Count, Record, Sha256, builtins, read_record
-from fastgen.generate.job_record import BUNDLE, Timing, without_bundle
-
-if TYPE_CHECKING:
-    from fastgen.engines.batches import Batch
+from fastgen.files.jsonfiles import brief
+from fastgen.files.names import check_device
 
 ERROR = b"fastgen: error: "  # begins the last line of a command that fails
 T = TypeVar("T")
@@ -58,137 +50,6 @@ class Shard:
     def file(self, out: Path) -> Path:
         """Where this part leaves its record until all parts are there."""
         return out / f"shard-{self.index}-of-{self.count}.json"
-
-
-class Part(Record, frozen=True):
-    """A part that is finished. `job`: SHA-256 of the job's identity. `lines`: positions in the job, and manifest lines."""
-
-    job: Sha256
-    shard: str
-    lines: tuple[tuple[Count, dict[str, Any]], ...]
-    run: Timing | None
-
-
-class WholeJob(NamedTuple):
-    """All parts of a job together: its manifest in order, and the timing of each run."""
-
-    lines: list[dict[str, Any]]
-    runs: list[Timing]
-
-
-@dataclass(frozen=True)
-class JobParts:
-    """The records of a job's parts in its folder `out`. `positions`: of the images of part `shard`, whose manifest `lines` a
-    run completes."""
-
-    out: Path
-    shard: Shard
-    job: str
-    batches: Sequence[Batch]
-    lines: Sequence[dict[str, Any]]
-
-    @classmethod
-    def of(
-        cls,
-        out: Path,
-        shard: Shard,
-        identity: Mapping[str, Any],
-        batches: Sequence[Batch],
-        lines: Sequence[dict[str, Any]],
-    ) -> JobParts:
-        """Raises InputError for a part that is there already and not one of this job, and for a foreign file in the way."""
-        parts = cls(out, shard, sha256_json(without_bundle(identity)), batches, lines)
-        for index in range(1, shard.count + 1):
-            if os.path.lexists(Shard(index, shard.count).file(out)):
-                parts.read(index)
-        lock = out / MERGE_LOCK
-        if os.path.lexists(lock) and (lock.is_symlink() or not lock.is_file() or lock.stat().st_size):
-            raise InputError(f"{lock}: is no lock of fastgen; move it away, or choose another --out")
-        return parts
-
-    @property
-    def positions(self) -> list[int]:
-        return self._positions(self.shard)
-
-    def _positions(self, shard: Shard) -> list[int]:
-        return [i for batch in shard.part(self.batches) for i in range(batch.start, batch.stop)]
-
-    def save(self, run: Timing | None) -> None:
-        """Record the part that is finished, and its timing."""
-        lines = tuple((i, self.lines[i]) for i in self.positions)
-        write_json(self.shard.file(self.out), builtins(Part(self.job, str(self.shard), lines, run)))
-
-    def read(self, index: int) -> Part:
-        """The record of part `index`. Raises InputError for one that is not of this job, part or images."""
-        shard = Shard(index, self.shard.count)
-        path = shard.file(self.out)
-        help_text = f"delete it, and run --shard {shard} again"
-        if path.is_symlink():
-            raise InputError(f"{path}: is a symlink, expected a part's record; {help_text}")
-        try:
-            part = read_record(path, Part)
-        except InputError as error:
-            raise InputError(f"{error}; {help_text}") from None
-        for field, found, expected in (("job", part.job, self.job), ("shard", part.shard, str(shard))):
-            if found != expected:
-                raise InputError(f"{path}: {field}: found {brief(found)}, expected {brief(expected)}; {help_text}")
-        positions = self._positions(shard)
-        if len(part.lines) != len(positions):
-            counts = f"found {len(part.lines)} images, expected {len(positions)}"
-            raise InputError(f"{path}: lines: {counts}; {help_text}")
-        for row, ((place, line), position) in enumerate(zip(part.lines, positions, strict=True)):
-            _check_line(f"{path}: lines[{row}]", place, line, position, self.lines[position], help_text)
-        return part
-
-    @contextmanager
-    def whole(self) -> Iterator[WholeJob | None]:
-        """All parts, for the process that merges them; None while some are missing, or when another process has merged them."""
-        from filelock import FileLock
-
-        with FileLock(self.out / MERGE_LOCK):
-            numbers = range(1, self.shard.count + 1)
-            there = [Shard(index, self.shard.count).file(self.out).exists() for index in numbers]
-            if all(there):
-                parts = [self.read(index) for index in numbers]
-                lines = dict(pair for part in parts for pair in part.lines)
-                yield WholeJob([lines[i] for i in range(len(self.lines))], [part.run for part in parts if part.run])
-            else:
-                if not any(there):  # another process has merged them
-                    (self.out / MERGE_LOCK).unlink(missing_ok=True)
-                yield None
-
-
-def _check_line(
-    place: str, found: int, line: Mapping[str, Any], position: int, expected: Mapping[str, Any], help_text: str
-) -> None:
-    """InputError for a part's manifest line that is not of the image at `position`, which has the line `expected`."""
-    if found != position:
-        raise InputError(f"{place}: found position {found}, expected {position}; {help_text}")
-    for key in sorted(expected.keys() | line.keys()):
-        there, here = line.get(key), expected.get(key)
-        if key == "error":
-            there, here = (None, None) if isinstance(there, str | None) else (there, "text")
-        if there != here and key not in (BUNDLE, "similarity"):  # which another machine may round in another way
-            raise InputError(f"{place}: {key}: found {brief(there)}, expected {brief(here)}; {help_text}")
-
-
-def remove_parts(out: Path, identity: Mapping[str, Any]) -> None:
-    """Delete the records of this job's parts, once the manifest is written."""
-    job = sha256_json(without_bundle(identity))
-    for path in out.glob("shard-*-of-*.json"):
-        if PART_NAME.fullmatch(path.name) and not path.is_symlink() and _job_of(path) == job:
-            path.unlink(missing_ok=True)
-    lock = out / MERGE_LOCK
-    if lock.is_file() and not lock.is_symlink() and not lock.stat().st_size:
-        lock.unlink(missing_ok=True)
-
-
-def _job_of(path: Path) -> str | None:
-    """The job of a part's record; None for another file."""
-    try:
-        return read_record(path, Part).job
-    except InputError:
-        return None
 
 
 def parse_devices(text: str) -> list[str]:

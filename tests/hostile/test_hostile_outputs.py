@@ -137,11 +137,6 @@ def linked(name: str, to: str) -> Callable[[Path], object]:
     return edit
 
 
-def lock_folder(workspace: Path) -> None:
-    (workspace / "parts" / ".merge.lock").unlink()
-    (workspace / "parts" / ".merge.lock").mkdir()
-
-
 AGAIN, PART = [*JOB, "--out", "job"], [*JOB, "--out", "parts", "--shard", "2/2"]
 RECORD, SHARD = "job/job.json", "parts/shard-1-of-2.json"
 FOLDERS = [
@@ -164,8 +159,6 @@ FOLDERS = [
     Attack("below a file", [*JOB, "--out", "notes.txt/a/b"], "is not a folder"),
     Attack("a link to a file", [*JOB, "--out", "link.json"], "is not a folder"),
     Attack("loop", [*JOB, "--out", "loop"], "loop", lambda w: (w / "loop").symlink_to("loop")),
-    Attack("foreign lock", PART, "is no lock", lambda w: (w / "parts/.merge.lock").write_text("mine")),
-    Attack("lock folder", PART, "is no lock", lock_folder),
     Attack("linked part", PART, "is a symlink", linked("parts/shard-1-of-2.json", "../copies.json")),
     Attack("own part is foreign", PART, "malformed", lambda w: (w / "parts/shard-2-of-2.json").write_text("mine")),
     Attack("part is a folder", PART, "is a folder", lambda w: (w / "parts/shard-2-of-2.json").mkdir()),
@@ -182,6 +175,7 @@ FOLDERS = [
             *((RECORD, "runs.0.seconds", value, "runs[0].seconds") for value in (None, -1, "4", 1e300)),
             *((RECORD, "limits.batch", value, "limits.batch") for value in (0, -1, 1.5, "4", None, 10**9)),
             *((RECORD, "limits.decode", value, "limits.decode") for value in (0, -1, "4", [])),
+            *((RECORD, "run_ids", value, "run_ids") for value in (None, {}, ["x"], [3])),
             *((RECORD, "limits", value, "limits: found") for value in (3, "x", [])),
             (RECORD, "extra", 1, "unknown field"),
             (RECORD, "runs.0.imagse", 1, "did you mean 'images'"),
@@ -199,7 +193,7 @@ FOLDERS = [
         PART,
         [
             *((SHARD, "", value, "expected an object") for value in (None, 3, [], "x")),
-            *((SHARD, field, REMOVE, f"{field} is missing") for field in ("job", "shard", "lines", "run")),
+            *((SHARD, field, REMOVE, f"{field} is missing") for field in ("job", "shard", "lines", "runs")),
             (SHARD, "job", "0" * 64, "job: found"),
             (SHARD, "job", "x", "a SHA-256"),
             (SHARD, "shard", "2/2", "shard: found '2/2'"),
@@ -219,8 +213,10 @@ FOLDERS = [
             (SHARD, "lines.0.1.model_sha256", "x", "model_sha256: found"),
             (SHARD, "lines.0.1.mine", 1, "mine: found 1"),
             (SHARD, "lines.0.1.error", [1], "error: found"),
-            (SHARD, "run", 3, "run: found 3"),
-            (SHARD, "run.seconds", -1, "run.seconds"),
+            (SHARD, "run", None, "did you mean 'runs'"),
+            (SHARD, "runs", 3, "runs: found 3"),
+            (SHARD, "runs", {"x": {"images": 1, "seconds": 1}}, "runs: found a key that is refused"),
+            (SHARD, "runs", {"0" * 16: {"images": 1, "seconds": -1}}, "seconds: found -1"),
             (SHARD, "more", 3, "unknown field"),
         ],
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -25,6 +26,7 @@ from fastgen.cli.parameters import (
     NEIGHBOURS,
     NEW,
     SEED,
+    SHARDS,
     SHARE,
     STEP,
     STEPS,
@@ -96,7 +98,13 @@ if TYPE_CHECKING:
     "--graphs/--no-graphs", default=None, help="Record the loop as CUDA graphs.  [default: on a GPU, but for eager]"
 )
 @option("--devices", metavar="0,1", help="Split the job over these devices, a process each.")
-@option("--shard", metavar="I/N", help="Only part I of N; the last part writes the manifest. For several machines.")
+@option(
+    "--shard",
+    metavar="I/N|auto",
+    help="Only part I of N; the last part writes the manifest. auto: the part that a Kubernetes Indexed Job, a Slurm array or "
+    "torchrun gave this process.",
+)
+@option("--of", type=SHARDS, metavar="N", help="The number of parts, for --shard auto in Kubernetes: its completions.")
 @option("--dry-run", is_flag=True, help="Only tell how long the job will take and how much memory, measured here.")
 def generate(
     requests_file: Path | None,
@@ -117,6 +125,7 @@ def generate(
     graphs: bool | None,
     devices: str | None,
     shard: str | None,
+    of: int | None,
     dry_run: bool,
     checkpoint: str | None,
     height: int | None,
@@ -145,7 +154,7 @@ def generate(
     from fastgen.retrieval.index import open_index
 
     late: dict[str, Any] = {"noise_steps": noise_steps, "strength": strength, "rag_top_k": rag_top_k}
-    part = Shard.parse(shard) if shard is not None else None
+    part = _part(shard, of, device)
     timesteps = parse_timesteps(strip) if strip is not None else None
     names = parse_devices(devices) if devices is not None else None
     if names and (part or device):
@@ -186,6 +195,23 @@ def generate(
         click.echo(f"{job.out}: 1 image in {time.perf_counter() - begin:.1f} s")
     else:
         _report(run_job(run, job.out, batch_size=batch_size, grid=grid, shard=part, say=say), part)
+
+
+def _part(text: str | None, of: int | None, device: str | None) -> Shard | None:
+    """The part of --shard, None without it. `auto` also gives a process of torchrun its GPU, unless --device chooses one."""
+    from fastgen.generate.shard_auto import GPUS, auto_shard, gpu_of_rank
+    from fastgen.generate.shards import Shard
+
+    if text != "auto":
+        if of is not None:
+            raise InputError(f"--of: found {of}, which only --shard auto takes")
+        return None if text is None else Shard.parse(text)
+    part = auto_shard(os.environ, of, say)
+    gpu = gpu_of_rank(os.environ) if device is None else None
+    if gpu is not None:
+        say(f"{GPUS}={gpu}, by LOCAL_RANK")
+        os.environ[GPUS] = gpu
+    return part
 
 
 def _without_devices(words: Sequence[str]) -> list[str]:

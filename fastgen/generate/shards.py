@@ -18,6 +18,7 @@ from fastgen.files.jsonfiles import brief
 from fastgen.files.names import check_device
 
 ERROR = b"fastgen: error: "  # begins the last line of a command that fails
+MAX_SHARDS = 999_999
 T = TypeVar("T")
 
 
@@ -37,10 +38,10 @@ class Shard:
 
     @classmethod
     def parse(cls, text: str) -> Shard:
-        """`I/N` -> Shard. Raises InputError."""
+        """`I/N`, with numbers up to MAX_SHARDS -> Shard. Raises InputError."""
         match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text, re.ASCII)
         if not match:
-            raise InputError(f"--shard: found {brief(text)}, expected I/N, such as 1/4")
+            raise InputError(f"--shard: found {brief(text)}, expected I/N, such as 1/4, or auto")
         return cls(int(match[1]), int(match[2]))
 
     def part(self, items: Sequence[T]) -> list[T]:

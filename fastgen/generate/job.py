@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-import os
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fastgen.engines.batches import Batch, halved
-from fastgen.errors import FastgenError, InputError, Say, first_line
-from fastgen.generate.decoder import Pictures
+from fastgen.errors import FastgenError, Say
 from fastgen.generate.estimate import Estimate, automatic_batch_size, decode_batch_size, estimate
 from fastgen.generate.job_folder import JobFolder
 from fastgen.generate.job_parts import JobParts, new_run_id
-from fastgen.generate.job_record import Limits, Timing, recorded_limits
-from fastgen.generate.record import job_identity, manifest_line
+from fastgen.generate.job_record import Timing, recorded_limits
+from fastgen.generate.local_work import LocalWork
 from fastgen.generate.requests import Request
 from fastgen.generate.run import Run
-from fastgen.generate.runner import ModelRunner
 from fastgen.generate.shards import Shard
+from fastgen.generate.work import JobPlan, Work
 from fastgen.generate.writer import StepBar, Writer, progress_bar
-
-QUEUED = 2  # batches on a GPU at a time: one is sampled while the previous one is decoded
 
 
 @dataclass(frozen=True)
@@ -41,8 +34,14 @@ class JobReport:
     complete: bool = True
 
 
-def run_job(
-    run: Run,
+def run_job(run: Run, out: Path, **options: Any) -> JobReport:
+    """Generate a run's images in this process; `options`: of `run_work`. Where memory runs out, the other batches run at half
+    the size, and `say` gets a line."""
+    return run_work(LocalWork(run), out, **options)
+
+
+def run_work(
+    work: Work,
     out: Path,
     *,
     batch_size: int | None = None,
@@ -54,36 +53,32 @@ def run_job(
     """Generate every request's image below `out`; batches whose files all exist are skipped.
 
     Writes the PNGs, manifest.jsonl, job.json and contact_sheet.png. With a `shard`: only that part of the batches, and the
-    files of the whole job when the last part is done. `batch_size`: by default what suits the engine and its memory; where
-    memory runs out, the other batches run at half the size, and `say` gets a line. A run with a strip writes each image's
-    denoising to strips/<image_name>. `grid`: columns of grid.png, which shows all images.
+    files of the whole job when the last part is done. `batch_size`: by default what suits the engine and its memory. A run with
+    a strip writes each image's denoising to strips/<image_name>. `grid`: columns of grid.png, which shows all images.
     Raises InputError when `out` is the folder of another job, and FastgenError when a file cannot be written or not even one
     image fits into memory; complete files stay.
     """
     start = time.perf_counter()
-    folder = JobFolder.of(run, out, grid)
-    limits, identity = _claim(run, folder, batch_size, shard)
-    lines = [manifest_line(run, r, identity) for r in run.requests]
-    batches = run.batches(limits.batch)
+    plan, folder = _claim(work, out, grid, batch_size, shard)
+    lines, batches = plan.lines, plan.batches
     part = batches if shard is None else shard.part(batches)
-    parts = None if shard is None else JobParts.of(out, shard, identity, batches, lines)
+    parts = None if shard is None else JobParts.of(out, shard, plan.identity, batches, lines)
     pending = [batch for batch in part if not folder.is_complete(batch, lines)]
     count = sum(map(len, pending))
-    with progress_bar(count, progress, shard) as bar, Writer(_writers(run.pipeline)) as writer:
-        advance = StepBar(bar, writer, len(run.table))
-        for batch, pictures in _generated(run, pending, limits.decode, advance, say):
+    with progress_bar(count, progress, shard) as bar, Writer(work.writers) as writer:
+        advance = StepBar(bar, writer, plan.steps)
+        for batch, pictures in work.pictures(plan, pending, advance, say):
             folder.write(writer, batch, pictures, lines)
             advance.to(len(batch))
     errors = {line["image_name"]: line["error"] for line in lines if "error" in line}
     seconds = time.perf_counter() - start
-    truncated = dict(run.conditions.truncated)
     runs = {new_run_id(): Timing(count, round(seconds, 3), min(map(len, pending)))} if pending else {}
     if parts is None:
-        folder.finish(run.requests, lines, identity, runs)
-        return JobReport(out, len(lines), count, seconds, errors, truncated)
+        folder.finish(work.requests, lines, plan.identity, runs)
+        return JobReport(out, len(lines), count, seconds, errors, plan.truncated)
     parts.save(runs)
-    complete = merge(parts, folder, run.requests, identity, runs)
-    return JobReport(out, len(parts.positions), count, seconds, errors, truncated, complete)
+    complete = merge(parts, folder, work.requests, plan.identity, runs)
+    return JobReport(out, len(parts.positions), count, seconds, errors, plan.truncated, complete)
 
 
 def merge(
@@ -117,72 +112,15 @@ def estimate_job(run: Run, *, batch_size: int | None = None, shard: Shard | None
     return estimate(run, batches if shard is None else shard.part(batches), decode_batch_size(run.pipeline))
 
 
-def job_limits(run: Run, out: Path, batch_size: int | None) -> Limits:
-    """`batch_size`, else that of the job in `out`, else what suits the engine and its memory."""
-    recorded = recorded_limits(out)
-    batch = batch_size or (recorded.batch if recorded else automatic_batch_size(run.pipeline, run.settings))
-    return Limits(batch, recorded.decode if recorded and recorded.decode else decode_batch_size(run.pipeline))
-
-
-def _claim(run: Run, folder: JobFolder, batch_size: int | None, shard: Shard | None) -> tuple[Limits, dict[str, Any]]:
-    """Make the folder this job's, and return its limits and identity. If another shard does so while this one measures its
-    memory, the other one's limits count. Shards share the batches out, so all of them need the same batch size."""
-    options: dict[str, Any] = {"clean": shard is None, "extends": run.pipeline.spec.bundle_extends}
-    options["any_batch_size"] = shard is None and run.pipeline.engine.batch_invariant
+def _claim(
+    work: Work, out: Path, grid: int | None, batch_size: int | None, shard: Shard | None
+) -> tuple[JobPlan, JobFolder]:
+    """Make the folder this job's. If another shard does so while this one measures its memory, the other one's limits count.
+    Shards share the batches out, so all of them need the same batch size."""
     while True:
-        limits = job_limits(run, folder.out, batch_size)
-        run.batches(limits.batch)  # refuses a size that the engine lacks before the folder is made
-        identity = job_identity(run, limits.batch)
-        if folder.claim(identity, limits, **options):
-            return limits, identity
-
-
-def _generated(
-    run: Run,
-    pending: Sequence[Batch],
-    decode_batch_size: int | None,
-    advance: StepBar,
-    say: Say,
-) -> Iterator[tuple[Batch, Pictures]]:
-    """The pictures of all batches. On a GPU the next batch is queued before this waits for one; on a CPU `advance` is told of
-    each row of the solver table."""
-    queue: deque[tuple[Batch, Callable[[], Pictures]]] = deque()
-    todo, pipeline = deque(pending), run.pipeline
-    while todo or queue:
-        out_of_memory = None
-        try:
-            while todo and len(queue) < (QUEUED if pipeline.on_gpu else 1):
-                batch = todo[0]
-                on_row = None if pipeline.on_gpu else partial(advance.step, len(batch))
-                queue.append((batch, run.begin(batch, decode_batch_size=decode_batch_size, on_row=on_row)))
-                todo.popleft()
-        except Exception as error:
-            if not pipeline.engine.is_out_of_memory(error):
-                raise
-            out_of_memory = first_line(error)  # the error itself keeps the tensors of the failed batch alive
-        if queue:
-            batch, wait = queue.popleft()
-            yield batch, wait()
-        if out_of_memory is not None and not queue:
-            pipeline.free_memory()
-            todo = deque(_smaller(run, todo, out_of_memory, say))
-
-
-def _smaller(run: Run, todo: Iterable[Batch], error: str, say: Say) -> list[Batch]:
-    """The batches `todo` at half the size. `error`: the message when memory ran out."""
-    device, sizes = run.pipeline.engine.device, run.pipeline.buckets(run.settings)
-    first, *rest = todo
-    try:
-        parts = halved(first, sizes)
-        limit = max(part.bucket for part in parts)
-        for batch in rest:
-            parts += halved(batch, sizes) if batch.bucket > limit else [batch]
-    except InputError as reason:
-        raise FastgenError(f"{device}: out of memory with a batch of {first.bucket}, and {reason}: {error}") from None
-    say(f"{device}: out of memory with a batch of {first.bucket}; going on with {limit}")
-    return parts
-
-
-def _writers(pipeline: ModelRunner) -> int:
-    """Threads that compress PNGs: on a CPU the networks need the cores."""
-    return min(8, os.cpu_count() or 1) if pipeline.on_gpu else 1
+        plan = work.plan(batch_size, recorded_limits(out))
+        folder = JobFolder.of(work.requests, out, plan.strip, grid)
+        options: dict[str, Any] = {"clean": shard is None, "extends": plan.extends}
+        options["any_batch_size"] = shard is None and plan.any_batch_size
+        if folder.claim(plan.identity, plan.limits, **options):
+            return plan, folder

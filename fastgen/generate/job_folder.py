@@ -28,15 +28,16 @@ from fastgen.files.outputs import check_output, check_output_folder, software
 from fastgen.files.png import contact_sheet, image_grid, read_metadata, read_pixels, save_image
 from fastgen.files.records import builtins
 from fastgen.files.temporary import remove_leftovers, temporary_targets
+from fastgen.generate.decoder import Pictures
 from fastgen.generate.job_parts import all_runs, read_parts, remove_old_lock, remove_parts
 from fastgen.generate.job_record import JOB, JobRecord, Limits, Timing, check_same_job, read_job, without_bundle
 from fastgen.generate.strip_files import StripFiles, save_strip_sheet
 
 if TYPE_CHECKING:
     from fastgen.engines.batches import Batch
-    from fastgen.generate.decoder import Pictures
     from fastgen.generate.requests import Request
-    from fastgen.generate.run import Run
+    from fastgen.generate.strips import StripPlan
+    from fastgen.generate.work import Files
     from fastgen.generate.writer import Writer
 
 IN_CONTACT_SHEET = 256  # images, at most
@@ -53,12 +54,14 @@ class JobFolder:
     grid: int | None = None
 
     @classmethod
-    def of(cls, run: Run, out: Path, grid: int | None = None) -> JobFolder:
+    def of(
+        cls, requests: Sequence[Request], out: Path, strip: StripPlan | None = None, grid: int | None = None
+    ) -> JobFolder:
         """InputError for an image outside `out`, or one with the name of another file that the job writes."""
-        for request in run.requests:
+        for request in requests:
             check_unreserved(request.image_name)
-        files = [safe_path(out, r.image_name) for r in run.requests]
-        strips = None if run.strip is None else StripFiles.beside(files, out, run.strip)
+        files = [safe_path(out, r.image_name) for r in requests]
+        strips = None if strip is None else StripFiles.beside(files, out, strip)
         return cls(out, files, strips, grid)
 
     @property
@@ -119,9 +122,12 @@ class JobFolder:
         images = [is_image_of(self.files[i], lines[i]) for i in rows]
         return all(images) and (strips is None or all(strips.present(i, lines[i]) for i in rows))
 
-    def write(self, writer: Writer, batch: Batch, pictures: Pictures, lines: Sequence[dict[str, Any]]) -> None:
+    def write(self, writer: Writer, batch: Batch, pictures: Pictures | Files, lines: Sequence[dict[str, Any]]) -> None:
         """Hand a batch's images and strips to the writer, with their manifest lines. A broken image is not written; its line
         gets an "error"."""
+        if not isinstance(pictures, Pictures):
+            self._write_files(writer, batch, pictures, lines)
+            return
         rows = zip(self.files[batch.rows], pictures.pixels, pictures.problems, lines[batch.rows], strict=True)
         for file, pixels, problem, line in rows:
             if problem:
@@ -130,6 +136,21 @@ class JobFolder:
                 writer.submit(file, pixels, line)
         if self.strips is not None:
             self.strips.submit(writer, batch, pictures, lines)
+
+    def _write_files(self, writer: Writer, batch: Batch, made: Files, lines: Sequence[dict[str, Any]]) -> None:
+        """The same for pictures that are PNG files already."""
+        strips = made.strips or [None] * len(batch)
+        for row, (image, problem, strip) in enumerate(
+            zip(made.images, made.problems, strips, strict=True), batch.start
+        ):
+            if made.fields is not None:
+                lines[row].update(made.fields)
+            if image is None:
+                lines[row]["error"] = problem
+                continue
+            writer.submit_file(self.files[row], image)
+            if self.strips is not None and strip is not None:
+                writer.submit_file(self.strips.files[row], strip)
 
     def finish(
         self,

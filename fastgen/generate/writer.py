@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -31,7 +32,15 @@ class Writer:
         return self
 
     def submit(self, file: Path, pixels: np.ndarray, metadata: dict[str, Any]) -> None:
-        self._futures.append(self._pool.submit(write_png, file, pixels, metadata))
+        """Write an image, see `write_png`."""
+        self._submit(write_png, file, pixels, metadata)
+
+    def submit_file(self, file: Path, data: bytes) -> None:
+        """Write a file of this content; its folder is made."""
+        self._submit(write_file, file, data)
+
+    def _submit(self, write: Callable[..., None], *arguments: Any) -> None:
+        self._futures.append(self._pool.submit(write, *arguments))
         while len(self._futures) > UNWRITTEN:
             self._futures.popleft().result()
 
@@ -49,8 +58,13 @@ class Writer:
 
 def write_png(file: Path, pixels: np.ndarray, metadata: dict[str, Any]) -> None:
     """Write an image (H, W, 3) uint8, see `png_bytes`; its folder is made. Raises FastgenError."""
+    write_file(file, png_bytes(pixels, metadata))
+
+
+def write_file(file: Path, data: bytes) -> None:
+    """Write a file whole; its folder is made. Raises FastgenError."""
     make_folder(file.parent)
-    write_bytes(file, png_bytes(pixels, metadata))
+    write_bytes(file, data)
 
 
 class StepBar:

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 from fastgen.errors import InputError, unknown
 from fastgen.files.jsonfiles import located
 from fastgen.generate.conditions import check_requests
-from fastgen.generate.job import job_limits
-from fastgen.generate.job_record import check_same_job
+from fastgen.generate.job_record import check_same_job, recorded_limits
 from fastgen.generate.pipeline import Pipeline, load
 from fastgen.generate.record import job_identity
 from fastgen.generate.requests import Request, parse_requests
 from fastgen.generate.run import Run
 from fastgen.generate.settings import Settings
 from fastgen.generate.start import late_start
+from fastgen.generate.work import limits_of
 from fastgen.models.bundle import is_bundle, read_bundle
 from fastgen.models.checkpoint_choice import check_bundle_of, choose_checkpoint
 from fastgen.models.find import find_model
@@ -94,7 +94,7 @@ class Plan:
             for folder, seed in zip(self.folders(point), self.seeds, strict=True):
                 if point.checkpoint == checkpoint and folder.exists():
                     run = self.run(pipeline, point, seed)
-                    identity = job_identity(run, job_limits(run, folder, self.batch_size).batch)
+                    identity = job_identity(run, limits_of(run, self.batch_size, recorded_limits(folder)).batch)
                     before = pipeline.spec.bundle_extends
                     check_same_job(folder, identity, any_batch_size=pipeline.engine.batch_invariant, extends=before)
 

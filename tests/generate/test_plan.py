@@ -8,6 +8,7 @@ import math
 import os
 import weakref
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,10 +17,12 @@ from PIL import Image
 from fastgen.engines import memory
 from fastgen.engines.batches import Batch
 from fastgen.errors import FastgenError
-from fastgen.generate import estimate, job, job_folder
+from fastgen.generate import estimate, job_folder, work
 from fastgen.generate.decoder import Decoder
 from fastgen.generate.job import estimate_job, run_job
 from fastgen.generate.job_folder import JobFolder
+from fastgen.generate.job_record import Limits
+from fastgen.generate.local_work import LocalWork
 from fastgen.generate.pipeline import load
 from fastgen.generate.requests import Request
 from fastgen.generate.run import Run
@@ -93,7 +96,7 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(labels, monkeypatch, tm
 class Recorder:
     """A run on a GPU as the job sees it, and its pipeline and engine: starting a batch returns at once."""
 
-    on_gpu, settings = True, None
+    on_gpu, settings, requests = True, None, ()
 
     def __init__(self, fails_at=()):
         self.log, self.fails_at, self.engine, self.pipeline = [], list(fails_at), self, self
@@ -112,13 +115,11 @@ class Recorder:
     def free_memory(self):
         self.log.append("free")
 
-    def buckets(self, settings):
-        return None
-
 
 def generated(recorder, batches):
     said = []
-    done = [batch for batch, _ in job._generated(recorder, batches, None, None, said.append)]
+    plan = SimpleNamespace(limits=Limits(4, None), sizes=None)
+    done = [batch for batch, _ in LocalWork(recorder).pictures(plan, batches, None, said.append)]
     return done, said
 
 
@@ -335,11 +336,11 @@ def decoded(monkeypatch, pipeline):
 
 def test_a_resumed_job_decodes_as_many_together_as_it_began_with(text, monkeypatch, tmp_path):
     asked = [Request(str(i), f"{i}.png", prompt="a red dragon", seed=i) for i in range(8)]
-    monkeypatch.setattr(job, "decode_batch_size", lambda pipeline: 2)
+    monkeypatch.setattr(work, "decode_batch_size", lambda pipeline: 2)
     seen = decoded(monkeypatch, text)
     run_job(Run(text, asked, text.settings()), tmp_path, batch_size=4)
     assert seen == [2, 2, 2, 2]
-    monkeypatch.setattr(job, "decode_batch_size", lambda pipeline: 3)  # there is more memory now
+    monkeypatch.setattr(work, "decode_batch_size", lambda pipeline: 3)  # there is more memory now
     (tmp_path / "5.png").unlink()
     seen.clear()
     run_job(Run(text, asked, text.settings()), tmp_path)
@@ -382,14 +383,14 @@ def test_shards_that_begin_together_run_the_batches_of_the_one_that_was_first(la
     def late(self, *arguments, **options):
         out = self.out
         if not (out / "job.json").exists():  # the other one was a little sooner
-            monkeypatch.setattr(job, "automatic_batch_size", lambda *a: 2)
+            monkeypatch.setattr(work, "automatic_batch_size", lambda *a: 2)
             monkeypatch.setattr(JobFolder, "claim", claim)
             run_job(Run(labels, requests(7), settings), out, shard=Shard(1, 2))
             monkeypatch.setattr(job_folder, "os", MissesIt(out / "job.json"))
             self = replace(self, files=[])  # nor has it seen the other one's files
         return claim(self, *arguments, **options)
 
-    monkeypatch.setattr(job, "automatic_batch_size", lambda *a: 3)
+    monkeypatch.setattr(work, "automatic_batch_size", lambda *a: 3)
     monkeypatch.setattr(JobFolder, "claim", late)
     report = run_job(Run(labels, requests(7), settings), tmp_path / "out", shard=Shard(2, 2))
     assert report.complete

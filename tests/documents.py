@@ -20,7 +20,7 @@ from fastgen.cli.commands import cli
 REPO = Path(__file__).parents[1]
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{file.name}" for file in (REPO / "docs").glob("*.md"))]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-COMMAND = re.compile(r"(fastgen|pip|accelerate|bin/[\w-]+|python -m [\w.]+)( |$)")
+COMMAND = re.compile(r"(fastgen|pip|accelerate|torchrun|bin/[\w-]+|python -m [\w.]+)( |$)")
 
 
 RELEASING = ("build", "twine", "venv")
@@ -124,7 +124,7 @@ def check_words(words: Sequence[str], incomplete: bool = False) -> None:
     program = program.removeprefix("CLEAN/bin/")  # of the environment in which docs/releasing.md tests a wheel
     if words[:3] == ["python", "-m", "pip"]:
         program, *arguments = words[2:]
-    if program == "accelerate":
+    if program in ("accelerate", "torchrun"):
         program, arguments = "fastgen", arguments[arguments.index("fastgen") + 1 :]
     if program == "python" and arguments[:2] == ["-m", "fastgen"]:
         program, arguments = "fastgen", arguments[2:]

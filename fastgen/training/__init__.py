@@ -15,7 +15,7 @@ from fastgen.training.autocast import choose
 from fastgen.training.examples import load_examples
 from fastgen.training.logs import say
 from fastgen.training.processes import join
-from fastgen.training.run_folder import check_branch_point, check_folder, flat, open_job
+from fastgen.training.run_folder import check_branch_point, check_folder, check_shared, flat, open_job
 from fastgen.training.stages import train_evaluator, train_model
 from fastgen.training.trackers import installed_tracker, tracking
 
@@ -40,8 +40,8 @@ def train(
     `skip_bad` leaves unreadable images out. `device`: "cpu", "cuda", ...; the GPU if there is one. `tracker`: see
     `trackers.tracking`. `resume`: the checkpoint of another run, RUN/checkpoints/STAGE/step-NNNNNN, at which this one begins.
     Raises InputError, before anything is written, for data that does not suit the preset, for networks that do not fit each
-    other, for a folder with another job, and for a `resume` that is no checkpoint; FastgenError when the loss is not finite or
-    the disk is full.
+    other, for a folder with another job, and for a `resume` that is no checkpoint; and on a machine that does not see the
+    folder of the main process. FastgenError when the loss is not finite or the disk is full.
     """
     out = Path(out)
     dataset = data if isinstance(data, Dataset) else read_dataset(data)
@@ -54,6 +54,7 @@ def train(
     processes = join(target)
     with ExitStack() as stack:
         with processes.main_first():
+            check_shared(out, processes)
             if check_folder(out, preset, dataset.fingerprint):
                 say(f"{out}: already finished")
                 return out

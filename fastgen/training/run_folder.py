@@ -121,6 +121,13 @@ def check_folder(folder: Path, preset: Preset, fingerprint: str) -> bool:
     return False
 
 
+def check_shared(folder: Path, processes: Processes) -> None:
+    """InputError for a process that does not see what the main process wrote in `folder` before: it is on another machine."""
+    if not processes.is_main and not os.path.lexists(folder / RECORD):
+        missing = f"process {processes.rank} of {processes.count} does not see the {RECORD} of the main process there"
+        raise InputError(f"--out {folder}: {missing}; give a folder that all machines share")
+
+
 @contextmanager
 def open_job(folder: Path, preset: Preset, fingerprint: str, **settings: Any) -> Iterator[Job]:
     """Claim an empty folder for a job, or open the same job's folder again, for the time of the block. `settings`: further

@@ -1,9 +1,13 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
+import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,48 +15,91 @@ import torch
 from test_train import LABEL_PRESET, labelled, weights  # noqa: F401
 from torch import nn
 
+from fastgen.errors import InputError
 from fastgen.files.jsonfiles import read_jsonl
+from fastgen.models.runs import RECORD
+from fastgen.presets import load_preset
+from fastgen.training import train
 from fastgen.training.processes import Processes
+from fastgen.training.run_folder import check_shared
 
 ROOT = Path(__file__).parents[2]
 
 
-def run(command: list[str], cache: Path) -> str:
-    environment = {**os.environ, "FASTGEN_CACHE": str(cache), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def environment(cache: Path) -> dict[str, str]:
+    return {**os.environ, "FASTGEN_CACHE": str(cache), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def machines(words: list[str], cache: Path) -> list[str]:
+    """Start the training command of docs/scale.md on two machines, both of them this one, with a CPU process each, and return
+    what each prints."""
+    (line,) = re.findall(r"^accelerate launch .*$", (ROOT / "docs" / "scale.md").read_text(), re.MULTILINE)
+    shown = shlex.split(line)
+    launch = shown[2 : shown.index("-m")]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    values = {"--num_processes": "2", "--main_process_ip": "127.0.0.1", "--main_process_port": port}
+    for option, value in values.items():
+        launch[launch.index(option) + 1] = value
+    started = []
+    for rank in ("0", "1"):
+        launch[launch.index("--machine_rank") + 1] = rank
+        command = [sys.executable, "-m", "accelerate.commands.launch", *launch, *words]
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        started.append(subprocess.Popen(command, env=environment(cache / rank), **pipes))
+    ends = [process.communicate(timeout=240) for process in started]
+    assert [process.returncode for process in started] == [0, 0], ends
+    return [said for said, _ in ends]
 
 
 def rows(folder: Path) -> list[dict[str, float]]:
     return [row for _, row in read_jsonl(folder / "log.jsonl")]
 
 
-def test_two_processes_give_the_curve_and_the_weights_of_one_with_the_same_global_batch(
+@pytest.mark.slow
+def test_two_machines_give_the_curve_and_the_weights_of_one_with_the_same_global_batch(
     labelled: Path,  # noqa: F811
     tmp_path: Path,
 ) -> None:
-    preset = tmp_path / "tiny.toml"
-    preset.write_text(LABEL_PRESET.replace("batch_size = 4", "batch_size = 6\naccumulation = 2"))
-    train = ["-m", "fastgen", "train", str(preset), "--data", str(labelled), "--device", "cpu", "--out"]
-    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    run([sys.executable, *train, str(tmp_path / "one")], tmp_path / "cache")
-    said = run([sys.executable, *launch, *train, str(tmp_path / "two")], tmp_path / "cache")
-    assert said.count("model: ") == 1
-    one, two = rows(tmp_path / "one"), rows(tmp_path / "two")
-    assert [row["step"] for row in one] == [row["step"] for row in two]
-    for key in ("loss", "grad_norm", "validation_loss"):
-        curve = [row[key] for row in one if key in row]
-        assert len(curve) >= 2
-        assert [row[key] for row in two if key in row] == pytest.approx(curve, rel=1e-5)
-    first, second = weights(tmp_path / "one"), weights(tmp_path / "two")
-    assert all(torch.allclose(first[name], second[name], atol=1e-5) for name in first)
+    """And one process goes on from a checkpoint of theirs."""
+    file = tmp_path / "tiny.toml"
+    file.write_text(LABEL_PRESET.replace("batch_size = 4", "batch_size = 6\naccumulation = 2"))
+    preset = load_preset(str(file))
+    one = train(preset, labelled, tmp_path / "one", progress=False, device="cpu")
+    two = tmp_path / "two"
+    words = ["-m", "fastgen", "train", str(file), "--data", str(labelled), "--device", "cpu", "--out", str(two)]
+    said = machines(words, tmp_path / "cache")
+    assert said[0].count("model: ") == 1
+    assert "model: " not in said[1]
+    on = train(
+        preset, labelled, tmp_path / "on", progress=False, device="cpu", resume=two / "checkpoints/unet/step-000004"
+    )
+    expected, found = rows(one), [*rows(two), *rows(on)]
+    assert [row["step"] for row in rows(two)] == [row["step"] for row in expected]
+    assert rows(on)[-1]["step"] == 6
+    for row in found:
+        for key in ("loss", "grad_norm", "validation_loss"):
+            there = next(other for other in expected if other["step"] == row["step"])
+            assert row.get(key) == (pytest.approx(there[key], rel=1e-5) if key in there else None), (key, row)
+    for folder in (two, on):
+        first, second = weights(one), weights(folder)
+        assert all(torch.allclose(first[name], second[name], atol=1e-5) for name in first)
+    assert sorted(entry.name for entry in two.iterdir()) == sorted(entry.name for entry in one.iterdir())
+
+
+def test_a_machine_that_does_not_see_the_folder_of_the_main_process_stops(tmp_path: Path) -> None:
+    check_shared(tmp_path, Processes(0, 2))
+    with pytest.raises(InputError, match=r"process 1 of 2 does not see the \w+\.json of the main process"):
+        check_shared(tmp_path, Processes(1, 2))
+    (tmp_path / RECORD).touch()
+    check_shared(tmp_path, Processes(1, 2))
 
 
 def test_several_processes_without_an_output_folder_are_refused(labelled: Path, tmp_path: Path) -> None:  # noqa: F811
-    environment = {**os.environ, "WORLD_SIZE": "2", "PYTHONPATH": str(ROOT)}
+    variables = environment(tmp_path) | {"WORLD_SIZE": "2"}
     command = [sys.executable, "-m", "fastgen", "train", "iclevr-64", "--data", str(labelled)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    done = subprocess.run(command, capture_output=True, text=True, env=variables, cwd=tmp_path)
     assert done.returncode == 2
     assert "several processes need one output folder: give --out" in done.stderr
 

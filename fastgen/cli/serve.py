@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -65,22 +65,14 @@ DRAIN = Number(0, 3600)
 @option("--log/--no-log", default=True, show_default=True, help="A line on stderr for each request.")
 def serve(
     models: Sequence[str],
-    engine: str | None,
     host: str,
     port: int,
     keys: Sequence[str],
     api_key_file: Path | None,
     origins: Sequence[str],
-    max_wait: float,
     drain: float,
-    exact: bool | None,
-    rag: Path | None,
-    checkpoint: str | None,
-    allow_pickle: bool,
-    device: str | None,
-    dtype: str | None,
-    threads: int | None,
     log: bool,
+    **options: Any,
 ) -> None:
     """Serve models over HTTP: an API like OpenAI's for images, and a page to try it.
 
@@ -88,44 +80,23 @@ def serve(
     one all that come with fastgen. A model folder is exported into the cache first, unless --engine eager or compile runs it
     as it is. Requests join the running batch at any step.
     """
-    _check_packages()
+    check_packages("fastgen serve", PACKAGES, "serve")
     import asyncio
 
     from fastgen.serving.app import PAGE, create_app
     from fastgen.serving.http import address_of, create_server
     from fastgen.serving.lifetime import serve as serve_until_signalled
-    from fastgen.serving.security import content_policy
     from fastgen.serving.service import Service
-    from fastgen.serving.worker import WorkerOptions
 
-    page = PAGE.read_bytes()
-    policy = _policy(host, [*keys, *_keys_of(api_key_file)], origins, content_policy(page))
-    served = [
-        WorkerOptions(
-            folder,
-            name,
-            engine=engine,
-            device=device,
-            dtype=dtype,
-            threads=threads,
-            checkpoint=checkpoint,
-            allow_pickle=allow_pickle,
-            rag=rag,
-            exact=exact,
-            max_wait_s=max_wait,
-            check=ensure_certified,
-        )
-        for name, folder in named_models(models).items()
-    ]
-    if rag is not None and len(served) > 1:
-        raise InputError("--rag: an index belongs to one model; name that MODEL alone")
+    policy = policy_of(host, keys, api_key_file, origins)
+    served = worker_options(models, **options)
     with _listener(host, port) as listener:
-        served = [_checked(options) for options in served]
+        served = [checked(model) for model in served]
         address = address_of(listener)
 
         async def run() -> None:
             service = Service(served, say=say)
-            server = create_server(create_app(service, policy, page, say if log else None))
+            server = create_server(create_app(service, policy, PAGE.read_bytes(), say if log else None))
 
             def ready() -> None:
                 click.echo(f"fastgen serves {', '.join(service.models)} at {address}")
@@ -133,6 +104,17 @@ def serve(
             await serve_until_signalled(service, server, listener, drain_s=drain, ready=ready)
 
         asyncio.run(run())
+
+
+def worker_options(models: Sequence[str], max_wait: float, rag: Path | None, **options: Any) -> list[WorkerOptions]:
+    """What to serve of each MODEL, and how. `options`: those of the command that `WorkerOptions` calls the same."""
+    from fastgen.serving.worker import WorkerOptions
+
+    named = named_models(models)
+    if rag is not None and len(named) > 1:
+        raise InputError("--rag: an index belongs to one model; name that MODEL alone")
+    options |= {"rag": rag, "max_wait_s": max_wait, "check": ensure_certified}
+    return [WorkerOptions(folder, name, **options) for name, folder in named.items()]
 
 
 def named_models(models: Sequence[str]) -> dict[str, Path]:
@@ -157,7 +139,7 @@ def named_models(models: Sequence[str]) -> dict[str, Path]:
     return named
 
 
-def _checked(options: WorkerOptions) -> WorkerOptions:
+def checked(options: WorkerOptions) -> WorkerOptions:
     """The options, with a model folder's bundle where the engine runs bundles. InputError for what is no model, for an engine
     that does not run it, and for a bundle whose files were altered."""
     from dataclasses import replace
@@ -178,15 +160,18 @@ def _checked(options: WorkerOptions) -> WorkerOptions:
     return options
 
 
-def _policy(host: str, keys: Sequence[str], origins: Sequence[str], page_policy: str) -> Policy:
-    from fastgen.serving.security import Policy, check_key, check_origin, hosts_of, is_loopback
+def policy_of(host: str, keys: Sequence[str], key_file: Path | None, origins: Sequence[str]) -> Policy:
+    """Who may ask a server at the address `host`. Raises InputError where other machines reach it and there is no key."""
+    from fastgen.serving.app import PAGE
+    from fastgen.serving.security import Policy, check_key, check_origin, content_policy, hosts_of, is_loopback
 
+    keys = (*keys, *_keys_of(key_file))
     for key in keys:
         check_key(key, "--api-key")
     if not keys and not is_loopback(host):
         raise InputError(f"--host {brief(host)}: other machines reach this address; give --api-key-file, or --api-key")
     allowed = tuple(map(check_origin, origins))
-    return Policy(tuple(keys), hosts_of(host), allowed, page_policy)
+    return Policy(keys, hosts_of(host), allowed, content_policy(PAGE.read_bytes()))
 
 
 def _keys_of(file: Path | None) -> list[str]:
@@ -219,10 +204,11 @@ def _listener(host: str, port: int) -> socket.socket:
         raise InputError(f"--host {brief(host)}: {error.strerror}; expected an address of this machine") from None
 
 
-def _check_packages() -> None:
+def check_packages(what: str, packages: Sequence[str], extra: str) -> None:
+    """InputError, with the command that installs the extra, where `what` needs packages that are not installed."""
     from importlib.util import find_spec
 
     from fastgen.files.installing import hint
 
-    if missing := [name for name in PACKAGES if find_spec(name) is None]:
-        raise InputError(f"fastgen serve needs {', '.join(missing)}, not installed here: {hint('serve')}")
+    if missing := [name for name in packages if find_spec(name) is None]:
+        raise InputError(f"{what} needs {', '.join(missing)}, not installed here: {hint(extra)}")

@@ -167,6 +167,9 @@ class Api:
         """GET /: the page."""
         if self.page is None:
             raise HTTPException(404)
+        if not self.service.keeps_jobs:
+            text = "the page follows jobs, which needs a server of one replica; this one has several"
+            raise ApiError(404, text, kind=NOT_FOUND, code="not_found")
         return Response(self.page, 200, {"content-type": "text/html; charset=utf-8"})
 
     def _job(self, job: Job) -> dict[str, Any]:

@@ -50,6 +50,10 @@ class ServiceView(Protocol):
         """It ends: new requests are refused."""
 
     @property
+    def keeps_jobs(self) -> bool:
+        """Later requests for a job come to this service too; False for one of several replicas."""
+
+    @property
     def retry_after(self) -> int:
         """Whole seconds after which a client of a draining or unready server may try again."""
 

@@ -145,6 +145,10 @@ class Guard:
         if policy.hosts is not None and _AUTHORITY.fullmatch(host)[1].lower() not in policy.hosts:  # type: ignore[index]
             text = f"the header Host is {host[:100]!r}; this server is called {', '.join(policy.hosts)}"
             raise ApiError(403, text, kind=PERMISSION, code="host_not_allowed")
+        client = scope.get("client")
+        if policy.hosts is not None and client and not is_loopback(client[0]):
+            text = f"this server has no API key, so it answers this machine alone, not {str(client[0])[:100]}"
+            raise ApiError(403, text, kind=PERMISSION, code="host_not_allowed")
         origin = headers.get("origin")
         foreign = origin is not None and origin.lower() not in (
             f"{s}://{_authority(host, s)}" for s in ("http", "https")

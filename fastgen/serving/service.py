@@ -24,7 +24,8 @@ POLL_S = 0.05
 class Service:
     """The models of one server, each in a process of its own, and the jobs of all clients. Implements `interface.ServiceView`.
 
-    `target`: what a worker process runs. `say` gets a line about loading, and about workers that die.
+    `target`: what a worker process runs. `say` gets a line about loading, and about workers that die. `alone`: whether all
+    requests come to this service; False for one of several replicas.
     """
 
     def __init__(
@@ -33,6 +34,7 @@ class Service:
         *,
         target: Target = run_worker,
         say: Callable[[str], None] = lambda line: None,
+        alone: Callable[[], bool] = lambda: True,
     ) -> None:
         self._metrics = Metrics()
         numbers = itertools.count(1).__next__
@@ -42,6 +44,11 @@ class Service:
         }
         self._jobs: OrderedDict[str, Job] = OrderedDict()
         self.draining = False
+        self._alone = alone
+
+    @property
+    def keeps_jobs(self) -> bool:
+        return self._alone()
 
     @property
     def models(self) -> Mapping[str, ModelServer]:
@@ -77,7 +84,8 @@ class Service:
     def job(self, id: str) -> Job:
         self._forget()
         if (job := self._jobs.get(id)) is None:
-            raise ApiError(404, "no such job, or it is forgotten", kind=NOT_FOUND, code="job_not_found")
+            where = "" if self.keeps_jobs else "; this server has several replicas, and each knows its own jobs alone"
+            raise ApiError(404, f"no such job, or it is forgotten{where}", kind=NOT_FOUND, code="job_not_found")
         return job
 
     def cancel(self, id: str) -> Job:

@@ -87,6 +87,8 @@ def read_call(data: bytes, service: ServiceView, key: str = "") -> Call:
     name = body.model if body.model is not None else next(iter(service.models))
     info = _ready(name, service)
     _check_together(body)
+    if not service.keeps_jobs:
+        _check_lives_on(body)
     _check_model(body, info)
     prompt, labels = _condition(body, info.condition)
     task = ImageTask(
@@ -189,6 +191,15 @@ def _check_together(body: Body) -> None:
         raise _refuse("strength", "says the same as noise_steps; give one of them")
     if body.guidance_interval is not None and body.guidance_interval[0] >= body.guidance_interval[1]:
         raise _refuse("guidance_interval", f"found {list(body.guidance_interval)}, expected [LO, HI] with LO < HI")
+
+
+def _check_lives_on(body: Body) -> None:
+    """Refuse what is asked for in a later request, which another replica would get."""
+    for field, found in (("detached", body.detached), ("response_format", body.response_format == "url")):
+        if found:
+            raise _refuse(
+                field, "this server has several replicas, so a later request would not find the job; use stream"
+            )
 
 
 def _check_model(body: Body, info: Ready) -> None:

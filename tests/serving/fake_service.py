@@ -74,6 +74,7 @@ class FakeService:
     def __init__(self, *names: str, row_s: float = 0.0) -> None:
         self.models: Mapping[str, Any] = {name: FakeModel(name) for name in names or CONDITIONS}
         self.row_s, self.draining, self.room, self.padding = row_s, False, 1000, b""
+        self.keeps_jobs = True
         self.failing: dict[int, ApiError] = {}
         self.jobs: dict[str, Job] = {}
         self.submitted: list[GenerationRequest] = []

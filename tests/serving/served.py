@@ -6,10 +6,15 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from fastgen.generate.job_input import default_name
+from fastgen.generate.pipeline import load
+from fastgen.generate.requests import Request
+from fastgen.generate.run import Run
+from fastgen.generate.single import write_image
 from fastgen.serving.jobs import GenerationRequest, Job
 from fastgen.serving.messages import ImageTask
 from fastgen.serving.service import Service
@@ -54,6 +59,22 @@ def slow_worker(connection: Any, options: WorkerOptions) -> None:
 
     Slots._run = run  # type: ignore[method-assign]
     run_worker(connection, options)
+
+
+def expected_files(bundle: Path, engine: str, tasks: Iterable[ImageTask], folder: Path, **options: Any) -> list[bytes]:
+    """What `fastgen generate` writes for each task alone."""
+    pipeline, files = load(bundle, engine, **options), []
+    for task in tasks:
+        settings = pipeline.settings(
+            scheduler=task.scheduler, num_inference_steps=task.num_inference_steps, guidance_scale=task.guidance_scale,
+            guidance_interval=task.guidance_interval, seed=task.seed, normalize=task.normalize,
+        )  # fmt: skip
+        text = task.prompt if task.prompt is not None else ", ".join(task.labels or ())
+        name = f"{default_name(text, task.seed)}.png"
+        file = folder / str(len(files)) / name
+        write_image(Run(pipeline, [Request("0", name, task.prompt, task.labels, task.seed)], settings), file)
+        files.append(file.read_bytes())
+    return files
 
 
 @contextlib.asynccontextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 import hmac
@@ -15,6 +16,7 @@ from serving_client import Client, wait_for
 
 from fastgen.errors import InputError
 from fastgen.serving import security
+from fastgen.serving.app import create_app
 from fastgen.serving.security import Policy, check_key, check_origin, content_policy, hosts_of, is_loopback, log_line
 
 PATH = "/v1/images/generations"
@@ -320,3 +322,22 @@ def test_a_client_that_left_has_a_status_of_its_own_in_the_log():
 
 def test_an_error_of_the_server_moves_no_terminal():
     assert security.escaped("a\x1b[31m\r\u202eb\nc\xff") == "a\\x1b[31m\\r\\u202eb\nc\\xff"
+
+
+def test_a_server_without_a_key_answers_this_machine_alone(service):
+    """Behind another server's socket, such as Ray Serve's, whatever name the client gives in Host."""
+
+    def status(client, **policy):
+        sent = []
+
+        async def send(message):
+            sent.append(message)
+
+        scope = {"type": "http", "method": "GET", "path": "/health/live", "query_string": b"", "client": client}
+        scope["headers"] = [(b"host", b"localhost")]
+        asyncio.run(create_app(service, Policy(**policy))(scope, None, send))
+        return sent[0]["status"]
+
+    assert [status((address, 1)) for address in ("127.0.0.1", "::1", "192.0.2.7", "no address")] == [200, 200, 403, 403]
+    assert status(("192.0.2.7", 1), keys=("a-key-of-the-test",), hosts=None) == 200
+    assert status(None) == 200  # a socket file of this machine

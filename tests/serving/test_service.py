@@ -10,13 +10,21 @@ import signal
 import time
 
 import pytest
-from served import DIES, NOT_FINITE, RAISES, asks, ended, faulty_worker, serving, slow_worker, until, without_torch
+from served import (
+    DIES,
+    NOT_FINITE,
+    RAISES,
+    asks,
+    ended,
+    expected_files,
+    faulty_worker,
+    serving,
+    slow_worker,
+    until,
+    without_torch,
+)
 
 from fastgen.errors import InputError
-from fastgen.generate.pipeline import load
-from fastgen.generate.requests import Request
-from fastgen.generate.run import Run
-from fastgen.generate.single import write_image
 from fastgen.serving.errors import ApiError
 
 pytest.importorskip("prometheus_client")
@@ -25,21 +33,6 @@ pytest.importorskip("onnxruntime")
 SOLVERS = ("ddim", "dpmpp-2m", "ddpm", "unipc", "pndm", "euler-ancestral")
 STEPS = (1, 2, 3, 5, 10)
 NAMES = ("gray cube", "red cube", "blue sphere", "green cylinder", "cyan sphere")
-
-
-def expected_files(bundle, engine, tasks, folder):
-    """What `fastgen generate` writes for each task alone."""
-    pipeline, files = load(bundle, engine), []
-    for task in tasks:
-        settings = pipeline.settings(
-            scheduler=task.scheduler, num_inference_steps=task.num_inference_steps, guidance_scale=task.guidance_scale,
-            guidance_interval=task.guidance_interval, seed=task.seed, normalize=task.normalize,
-        )  # fmt: skip
-        name = f"{'-'.join(', '.join(task.labels).replace(',', '').split())}-{task.seed}.png"
-        file = folder / str(len(files)) / name
-        write_image(Run(pipeline, [Request("0", name, labels=task.labels, seed=task.seed)], settings), file)
-        files.append(file.read_bytes())
-    return files
 
 
 def random_requests(count, seed):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from export.certificate import Certificate, certify
+from export.triton import check_repository, write_repository
 from export.trt_build import check_settings
 from export.write import BundleOptions, write_bundle
 from fastgen.engines import bundle_engines, check_installed, create_engine, engine_class, no_engine
@@ -21,6 +22,7 @@ from fastgen.models.signatures import network_dtype
 
 if TYPE_CHECKING:
     from fastgen.engines.base import Engine
+    from fastgen.engines.cache.artifacts import Artifact
     from fastgen.models.lora import Lora
 
 BATCH_SIZES = (1, 8, 64)
@@ -42,6 +44,7 @@ def export(
     size: tuple[int, int] | None = None,
     loras: Sequence[Lora] | None = None,
     allow_pickle: bool = False,
+    triton: str | os.PathLike[str] | None = None,
     say: Say = lambda line: None,
     show: Callable[[Certificate], None] = lambda certificate: None,
 ) -> list[Certificate]:
@@ -57,6 +60,10 @@ def export(
     `engines`: what to certify, as `NAME` or `NAME:DTYPE`, by default every installed engine that runs bundles and is not built
     beforehand, in its default precision.
 
+    `triton`: a new folder, which becomes a model repository of Triton from the bundle, see `triton.write_repository`; with
+    `trt` it holds the plans instead of ONNX graphs. Where `model` is a bundle, and neither engines nor plans are asked for,
+    that is all that is done.
+
     `checkpoint`: which of a training run's weights, see `fastgen.models.checkpoint_choice`. `size` (height and width of the
     images), `loras`, `allow_pickle`: see `fastgen.models.folder.load_model`.
 
@@ -71,7 +78,10 @@ def export(
     check_settings(dtype, batch_sizes)
     if rtx:
         _check_rtx(capabilities)
-    certified = _engines(engines, model, trt or rtx)
+    if triton is not None:
+        check_repository(Path(triton), out, dtype, trt)
+    repository_only = triton is not None and is_bundle(model) and not (engines or trt or rtx)
+    certified = [] if repository_only else _engines(engines, model, trt or rtx)
     how: dict[str, Any] = {"checkpoint": checkpoint, "size": size, "loras": loras, "allow_pickle": allow_pickle}
     hindered = obstacle(TENSORRT.engine) if trt else None
     if hindered:
@@ -100,10 +110,10 @@ def export(
 
     for name, precision in certified:
         add(name, precision)
-    failure = None
+    failure, plans = None, None
     if trt:
         try:
-            _build_trt(bundle, dtype, batch_sizes, say)
+            plans = _build_trt(bundle, dtype, batch_sizes, say)
         except FastgenError as error:
             failure = _no_engines(bundle, error, hindered, _build_options(dtype, batch_sizes), rtx)
         else:
@@ -113,6 +123,9 @@ def export(
         _build_rtx(bundle, dtype, batch_sizes, capabilities, overwrite, say)
     if failure is not None:
         raise failure
+    if triton is not None:
+        options: dict[str, Any] = {"dtype": dtype, "batch_sizes": batch_sizes, "plans": plans, "overwrite": overwrite}
+        write_repository(bundle, Path(triton), **options, say=say)
     return certificates
 
 
@@ -166,14 +179,19 @@ def _open(name: str, dtype: str | None, bundle: Bundle, model: Path, how: Mappin
     return create_engine(name, load_model(model, **how), dtype=dtype)
 
 
-def _build_trt(bundle: Bundle, dtype: str, batch_sizes: Sequence[int], say: Say) -> None:
+def _build_trt(bundle: Bundle, dtype: str, batch_sizes: Sequence[int], say: Say) -> dict[str, dict[int, Artifact]]:
+    """Network -> rows -> plan in this precision."""
     check_installed(TENSORRT.engine)
     from export.trt import build_engines
 
     sizes = sorted(set(batch_sizes))
-    build_engines(bundle, dtype=dtype, batch_sizes=sizes, say=say)
+    plans: dict[str, dict[int, Artifact]] = {}
+    for artifact in build_engines(bundle, dtype=dtype, batch_sizes=sizes, say=say):
+        fields = artifact.recipe.fields
+        plans.setdefault(str(fields["network"]), {})[int(fields["batch"] or 0)] = artifact
     if dtype != "fp32" and bundle.spec.space.latent:  # NaN or flat images are decoded again in fp32
         build_engines(bundle, dtype="fp32", batch_sizes=sizes, networks=["vae_decoder"], say=say)
+    return plans
 
 
 def _no_engines(

@@ -34,7 +34,10 @@ from fastgen.errors import FastgenError, InputError
     "--batch-sizes",
     type=BATCHES,
     metavar="1,8,64",
-    help="Images per batch to build them for; with --rtx any number up to the largest.  [default: 1,8,64]",
+    help="Images per batch to build them for; with --rtx and --triton any number up to the largest.  [default: 1,8,64]",
+)
+@option(
+    "--triton", type=NEW, metavar="REPO", help="Write a model repository of Triton from the bundle, in a new folder."
 )
 @option("--solver", "solvers", multiple=True, metavar="NAME:STEPS[:NOISE_STEPS]", help="Further table to store.")
 @option(
@@ -54,6 +57,7 @@ def export(
     rtx: bool,
     capabilities: str | None,
     batch_sizes: Sequence[int] | None,
+    triton: Path | None,
     engines: Sequence[str],
     height: int | None,
     width: int | None,
@@ -69,6 +73,9 @@ def export(
     --engine trt-rtx` on a card certifies what --rtx built. Where --trt cannot work, the command says so at once, and makes the
     bundle all the same, for the same command on a machine with a GPU.
 
+    --triton with a MODEL that is a bundle exports nothing: it writes a repository with its ONNX graphs, in --dtype, or with
+    --trt its TensorRT engines, and a model that makes images.
+
     Exits with 1 when an engine misses its tolerance, and where no TensorRT engines could be built.
     """
     from export.bundle import BATCH_SIZES
@@ -78,8 +85,8 @@ def export(
     from fastgen.models.lora import parse_loras
     from fastgen.models.runs import latest_run
 
-    if batch_sizes is not None and not (trt or rtx):
-        raise InputError("--batch-sizes is what TensorRT engines are built for; give --trt or --rtx too")
+    if batch_sizes is not None and not (trt or rtx or triton):
+        raise InputError("--batch-sizes is what TensorRT engines are built for; give --trt, --rtx or --triton too")
     if capabilities is not None and not rtx:
         raise InputError("--capabilities is what plans of TensorRT for RTX are built for; give --rtx too")
     cards = None if capabilities is None else [word.strip() for word in capabilities.split(",")]
@@ -88,8 +95,11 @@ def export(
     target = out or (source if is_bundle(source) else output_folder(source, "bundle"))
     options |= {"size": image_size(height, width), "loras": parse_loras(loras)}
     options |= {"engines": engines or None, "trt": trt, "rtx": rtx, "capabilities": cards, "batch_sizes": sizes}
+    options |= {"triton": triton}
     certificates = run(source, target, say=say, show=lambda c: click.echo(c.table()), **options)
     click.echo(f"bundle: {target}")
+    if triton is not None:
+        click.echo(f"Triton model repository: {triton}")
     missed = [c.engine for c in certificates if not c.passed]
     if missed:
         raise FastgenError(f"not certified: {', '.join(missed)} (see the table above)")

@@ -50,9 +50,15 @@ class WorkerOptions:
 
 
 def run_worker(connection: Connection, options: WorkerOptions) -> None:
-    """Serve one model until the service ends, or says so. What goes wrong before it is ready is told to the service."""
+    """Serve one model until the service ends, or says so: a worker process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the service, which ends this process
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    serve_model(connection, options)
+
+
+def serve_model(connection: Connection, options: WorkerOptions) -> None:
+    """Load a model, say that it is ready, and make the images that are asked for, until the other end says stop or is gone.
+    What goes wrong before it is ready is told there."""
     worker = Worker(connection)
     try:
         batcher, ready = _load(options, worker.say)

@@ -141,6 +141,11 @@ HAND = [
     Attack("interval", [*GENERATE, "--guidance-interval", "0", "-4"], "--guidance-interval: found"),
     Attack("option", ["generate", "--" + "o" * 4000], "No such option"),
     Attack("command", ["g" * 4000], "No such command"),
+    Attack("triton", ["export", "iclevr-64", "--triton", "."], "--triton .: is not apart from the bundle"),
+    Attack(
+        "triton", ["export", "iclevr-64", "--triton", "x"], "--triton x: is not a folder", lambda w: (w / "x").touch()
+    ),
+    Attack("triton", ["export", "iclevr-64", "--triton", "r", "--dtype", "bf16"], "--triton: found --dtype bf16"),
     Attack("max-size", ["engines", "gc", "--max-size", "9" * 400 + "GB"], "--max-size"),
     Attack("max-size", ["engines", "gc", "--max-size", "nanGB"], "--max-size"),
     Attack("max-size", ["engines", "gc", "--max-size", "-1"], "--max-size"),

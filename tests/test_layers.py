@@ -10,7 +10,7 @@ REPO = Path(__file__).parents[1]
 FLOORS = (  # top to bottom; on one floor a package may import those to its right
     ("cli",),
     ("sweep", "serving", "training"),
-    ("export", "scoring", "retrieval"),
+    ("export", "scoring", "cluster", "retrieval"),
     ("generate",),
     ("engines",),
     ("models",),

@@ -35,6 +35,7 @@ from fastgen.cli.parameters import (
     argument,
     option,
 )
+from fastgen.cli.ray import RayOptions, ray_options
 from fastgen.errors import FastgenError, InputError
 
 if TYPE_CHECKING:
@@ -105,6 +106,7 @@ if TYPE_CHECKING:
     "torchrun gave this process.",
 )
 @option("--of", type=SHARDS, metavar="N", help="The number of parts, for --shard auto in Kubernetes: its completions.")
+@ray_options
 @option("--dry-run", is_flag=True, help="Only tell how long the job will take and how much memory, measured here.")
 def generate(
     requests_file: Path | None,
@@ -126,6 +128,9 @@ def generate(
     devices: str | None,
     shard: str | None,
     of: int | None,
+    ray: str | None,
+    cpus_per_worker: int | None,
+    allow_mixed: bool,
     dry_run: bool,
     checkpoint: str | None,
     height: int | None,
@@ -142,18 +147,20 @@ def generate(
 
     The same command continues a job that was interrupted.
     """
-    from fastgen.generate.job import estimate_job, run_job
+    from fastgen.generate.job import estimate_job, run_job, run_work
     from fastgen.generate.job_input import check_free, choose_model, read_input
+    from fastgen.generate.job_record import recorded_environment
     from fastgen.generate.pipeline import load
-    from fastgen.generate.run import Run
+    from fastgen.generate.recipe import Recipe
     from fastgen.generate.shards import Shard, parse_devices, run_on_devices
     from fastgen.generate.single import write_image
-    from fastgen.generate.start import late_start
     from fastgen.generate.strips import parse_timesteps
     from fastgen.models.lora import parse_loras
     from fastgen.retrieval.index import open_index
 
     late: dict[str, Any] = {"noise_steps": noise_steps, "strength": strength, "rag_top_k": rag_top_k}
+    others = {"--devices": devices, "--shard": shard, "--dry-run": dry_run}
+    on_ray = RayOptions.of(ray, cpus_per_worker, allow_mixed, others, device)
     part = _part(shard, of, device)
     timesteps = parse_timesteps(strip) if strip is not None else None
     names = parse_devices(devices) if devices is not None else None
@@ -162,9 +169,9 @@ def generate(
     job = read_input(requests_file, prompts, labels, out, seed=seed, count=count)
     for note in job.requests.notes:
         say(note)
-    job.refuse({"--strip": strip, "--grid": grid, "--shard": shard, "--devices": devices})
+    job.refuse({"--strip": strip, "--grid": grid, "--shard": shard, "--devices": devices, "--ray": ray})
     check_free(job.out, single=job.single)
-    folder, requests = choose_model(job.requests, model, engine, checkpoint)
+    folder, requests = choose_model(job.requests, model, engine, checkpoint, here=on_ray is None)
     if folder.why:
         say(f"model: {folder}")
     if names:
@@ -175,16 +182,21 @@ def generate(
             return
         device, part = names[0], Shard(1, len(names))
 
-    requests = requests[:limit]
+    recipe = Recipe(requests[:limit], {"seed": seed, **sampling}, late, timesteps)
     options: dict[str, Any] = {"device": device, "dtype": dtype, "threads": threads, "graphs": graphs}
     options |= {"size": image_size(height, width), "loras": parse_loras(loras), "allow_pickle": allow_pickle}
-    pipeline = load(folder, engine, checkpoint=checkpoint, **options)
+    options["checkpoint"] = checkpoint
+    if on_ray is not None:
+        from fastgen.cluster.work import PoolWork
+
+        with on_ray.pool(folder.folder, engine, options, rag, recorded_environment(job.out)) as pool:
+            report = run_work(PoolWork(pool, recipe), job.out, batch_size=batch_size, grid=grid, say=say)
+        _report(report, None)
+        return
+    pipeline = load(folder, engine, **options)
     if not dry_run:
         ensure_certified(pipeline)
-    settings = pipeline.settings(seed=seed, **sampling)
-    source = open_index(rag) if rag is not None else None
-    settings, start = late_start(source, pipeline, requests, settings, **late)
-    run = Run(pipeline, requests, settings, start, strip=timesteps)
+    run = recipe.run(pipeline, open_index(rag) if rag is not None else None)
     if dry_run:
         estimate = estimate_job(run, batch_size=batch_size, shard=part)
         click.echo(f"{f'shard {part}: ' if part else ''}{estimate}; nothing was written")

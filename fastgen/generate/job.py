@@ -61,6 +61,8 @@ def run_work(
     start = time.perf_counter()
     plan, folder = _claim(work, out, grid, batch_size, shard)
     lines, batches = plan.lines, plan.batches
+    if plan.mixed:
+        folder.adopt(lines)
     part = batches if shard is None else shard.part(batches)
     parts = None if shard is None else JobParts.of(out, shard, plan.identity, batches, lines)
     pending = [batch for batch in part if not folder.is_complete(batch, lines)]
@@ -120,7 +122,7 @@ def _claim(
     while True:
         plan = work.plan(batch_size, recorded_limits(out))
         folder = JobFolder.of(work.requests, out, plan.strip, grid)
-        options: dict[str, Any] = {"clean": shard is None, "extends": plan.extends}
+        options: dict[str, Any] = {"clean": shard is None, "extends": plan.extends, "environment": plan.environment}
         options["any_batch_size"] = shard is None and plan.any_batch_size
         if folder.claim(plan.identity, plan.limits, **options):
             return plan, folder

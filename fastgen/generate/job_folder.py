@@ -30,7 +30,16 @@ from fastgen.files.records import builtins
 from fastgen.files.temporary import remove_leftovers, temporary_targets
 from fastgen.generate.decoder import Pictures
 from fastgen.generate.job_parts import all_runs, read_parts, remove_old_lock, remove_parts
-from fastgen.generate.job_record import JOB, JobRecord, Limits, Timing, check_same_job, read_job, without_bundle
+from fastgen.generate.job_record import (
+    JOB,
+    NODE_FIELDS,
+    JobRecord,
+    Limits,
+    Timing,
+    check_same_job,
+    read_job,
+    without_bundle,
+)
 from fastgen.generate.strip_files import StripFiles, save_strip_sheet
 
 if TYPE_CHECKING:
@@ -78,12 +87,13 @@ class JobFolder:
         clean: bool,
         any_batch_size: bool = False,
         extends: Collection[str] = (),
+        environment: dict[str, str] | None = None,
     ) -> bool:
         """Make the folder this job's. False when another process, such as another shard's, has just done so: its limits count.
 
-        `clean`: delete temporary files of killed processes. `any_batch_size`, `extends`: see `check_same_job`. Raises
-        InputError when the folder belongs to another job, or holds files that would be overwritten: files that this job did
-        not write.
+        `clean`: delete temporary files of killed processes. `any_batch_size`, `extends`: see `check_same_job`. `environment`:
+        is recorded in a new job. Raises InputError when the folder belongs to another job, or holds files that would be
+        overwritten: files that this job did not write.
         """
         out, path = self.out, self.out / JOB
         check_output_folder(out)
@@ -96,7 +106,7 @@ class JobFolder:
                     "choose another --out"
                 )
             make_folder(out)
-            return write_new_json(path, builtins(JobRecord(identity, (), limits)))
+            return write_new_json(path, builtins(JobRecord(identity, (), limits, environment=environment)))
         check_same_job(out, identity, any_batch_size=any_batch_size, extends=extends)
         self._check_sheets()
         if clean:
@@ -113,6 +123,12 @@ class JobFolder:
             first = next((value for _, value in read_jsonl(manifest, limit=MAX_DATA_BYTES)), None)
             if manifest.is_symlink() or not isinstance(first, dict) or not {"image_name", "fastgen"} <= first.keys():
                 raise InputError(f"{manifest}: is not a job's manifest; move it away, or choose another --out")
+
+    def adopt(self, lines: Sequence[dict[str, Any]]) -> None:
+        """Note in the manifest `lines` of a mixed job which machine made those images that are there."""
+        for file, line in zip(self.files, lines, strict=True):
+            found = read_metadata(file) or {}
+            line.update({name: found[name] for name in NODE_FIELDS if name in found})
 
     def is_complete(self, batch: Batch, lines: Sequence[dict[str, Any]]) -> bool:
         """Whether all images of a batch are there, and their strips; `lines`: the job's manifest. InputError for an image that

@@ -94,11 +94,13 @@ def is_image_file(out: Path) -> bool:
 
 
 def choose_model(
-    requests: Requests, model: Path | None, engine: str | None, checkpoint: str | None = None
+    requests: Requests, model: Path | None, engine: str | None, checkpoint: str | None = None, *, here: bool = True
 ) -> tuple[ModelFolder, list[Request]]:
     """The model for these requests, not loaded yet: `model`, else that of `find.default_model`; and the checked requests.
-    Raises InputError where there is no model, for labels that it does not know, and for an engine that cannot run here."""
-    check_ready(engine, name_of(model) if model else "" if LATEST.exists() else "MODEL")
+    Raises InputError where there is no model, for labels that it does not know, and, unless other machines run it (`here` is
+    False), for an engine that cannot run on this one."""
+    if here:
+        check_ready(engine, name_of(model) if model else "" if LATEST.exists() else "MODEL")
     if model:
         folder = find_model(model, checkpoint)
     else:

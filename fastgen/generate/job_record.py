@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from msgspec import Meta
+from msgspec import Meta, structs
 
 from fastgen.errors import InputError
 from fastgen.files.jsonfiles import brief, located
@@ -15,6 +15,8 @@ from fastgen.files.names import JOB
 from fastgen.files.records import Count, Record, read_record
 
 HELP = "choose another --out"
+MIXED = "mixed"  # field of a job whose images come from machines of several kinds
+NODE_FIELDS = ("engine", "dtype", "device", "node")  # of a manifest line, which then differ from image to image
 BUNDLE = "bundle_sha256"  # field of a job and of its lines: the digest of the bundle's record, where a bundle made the images
 
 RunId = Annotated[str, Meta(pattern="^[0-9a-f]{16}$")]
@@ -39,17 +41,18 @@ class Timing(Record, frozen=True):
 
 class JobRecord(Record, frozen=True):
     """`job`: see `record.job_identity`. `limits`: None in records of older versions. `run_ids`: of those runs that have an id;
-    a run is added once."""
+    a run is added once. `environment`: of the machines of a cluster that made the images, see `cluster.environment`."""
 
     job: dict[str, Any]
     runs: tuple[Timing, ...]
     limits: Limits | None = None
     run_ids: tuple[RunId, ...] = ()
+    environment: dict[str, str] | None = None
 
     def of_job(self, job: dict[str, Any], runs: Mapping[str, Timing]) -> JobRecord:
         """This record with the identity `job`, and with those of the `runs` that it lacks."""
         new = {run: timing for run, timing in runs.items() if run not in self.run_ids}
-        return JobRecord(job, (*self.runs, *new.values()), self.limits, (*self.run_ids, *new))
+        return structs.replace(self, job=job, runs=(*self.runs, *new.values()), run_ids=(*self.run_ids, *new))
 
 
 def read_job(path: Path) -> JobRecord:
@@ -74,12 +77,21 @@ def check_same_job(
     if not os.path.lexists(out / JOB):
         return
     job = read_job(out / JOB).job
+    if job.get(MIXED) and not identity.get(MIXED):
+        raise InputError(f"{out}: machines of several kinds made its images; continue it with --ray --allow-mixed")
     for key, value in identity.items():
         if key == BUNDLE and (job.get(key) is None or job[key] in extends):
+            continue
+        if identity.get(MIXED) and key in NODE_FIELDS:
             continue
         if job.get(key) != value and not (any_batch_size and key == "batch_size"):
             difference = f"{key} is {brief(job.get(key))} there and {brief(value)} now"
             raise InputError(f"{out}: holds another job: {difference}; {HELP}")
+
+
+def recorded_environment(out: Path) -> dict[str, str] | None:
+    """The environment that the job in `out` has recorded; None without one."""
+    return read_job(out / JOB).environment if os.path.lexists(out / JOB) else None
 
 
 def recorded_runs(out: Path) -> tuple[Timing, ...]:

@@ -26,7 +26,8 @@ class JobPlan:
 
     `identity`: see `record.job_identity`. `lines`: of the manifest, one per request. `sizes`: the batch sizes that the engine
     has; None for any. `steps`: rows of the solver table. `truncated`: prompt -> its number of tokens. `extends`,
-    `any_batch_size`: see `job_record.check_same_job`.
+    `any_batch_size`: see `job_record.check_same_job`. `environment`: of the machines that make the pictures, see
+    `cluster.environment`; None: it is not recorded. `mixed`: machines of several kinds make them.
     """
 
     identity: dict[str, Any]
@@ -39,6 +40,8 @@ class JobPlan:
     truncated: dict[str, int]
     extends: tuple[str, ...]
     any_batch_size: bool
+    environment: dict[str, str] | None = None
+    mixed: bool = False
 
 
 @dataclass(frozen=True)

@@ -138,6 +138,25 @@ HAND = [
     Attack("auto", [*GENERATE, "--shard", "auto"], "add --of N", env={"JOB_COMPLETION_INDEX": "0"}),
     Attack("auto", [*GENERATE, "--shard", "auto"], "RANK: found ''", env={"RANK": "", "WORLD_SIZE": "2"}),
     Attack("of", [*GENERATE, "--shard", "1/2", "--of", "2"], "--of: found 2, which only --shard auto takes"),
+    *[
+        Attack(f"ray={value}", [*GENERATE, f"--ray={value}"], word)
+        for value, word in [
+            ("nonsense", "--ray: found 'nonsense', expected no value, auto, or HOST:PORT"),
+            ("host:", "--ray: found 'host:'"),
+            (":6379", "--ray: found ':6379'"),
+            ("host:99999", "--ray: found 'host:99999'"),
+            ("host:１", "--ray: found"),
+            ("ray://host:10001", "ray job submit"),
+        ]
+    ],
+    *[
+        Attack(f"ray+{words[0]}", [*GENERATE, *words, "--ray"], f"leave {words[0]} out")
+        for words in [("--devices", "0,1"), ("--shard", "1/2"), ("--dry-run",)]
+    ],
+    Attack("ray+device", [*GENERATE, "--device", "cuda:1", "--ray"], "give cpu or cuda"),
+    Attack("ray+single", [*GENERATE, "--ray"], "--ray belongs to a folder of images"),
+    Attack("no ray", [*GENERATE, "--cpus-per-worker", "2"], "--cpus-per-worker belongs to --ray"),
+    Attack("no ray", [*GENERATE, "--allow-mixed"], "--allow-mixed belongs to --ray"),
     Attack("interval", [*GENERATE, "--guidance-interval", "0", "-4"], "--guidance-interval: found"),
     Attack("option", ["generate", "--" + "o" * 4000], "No such option"),
     Attack("command", ["g" * 4000], "No such command"),

@@ -85,6 +85,7 @@ class Engine(base.Engine):
     source_kind = "bundle"
     packages = ("openvino",)
     install = Install("cpu")
+    cpu_only = True
     dtypes = ("bf16", "fp32", "fp16")
     static_shapes = True
     threadsafe = True

@@ -1,0 +1,149 @@
+"""Joining a Ray cluster, or starting one on this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import logging
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fastgen.errors import FastgenError, InputError, Say, first_line
+from fastgen.files.installing import hint
+from fastgen.files.quiet import verbose
+
+LOCAL = "local"  # the address of a cluster that this process starts, and ends
+VARIABLE = "RAY_ADDRESS"
+ANSWER_S = 10  # within which a cluster answers
+PREFIX, LOCK = "fastgen-ray-", "lock"  # of the folder of such a cluster; and a file that its process holds locked
+LONGEST_FOLDER = 20  # bytes of the path above it: the names of Ray's sockets below it may have 107 in all
+PROBE = """
+import logging, sys
+import ray
+print("imported", flush=True)
+try:
+    ray.init(address=sys.argv[1], log_to_driver=False, logging_level=logging.CRITICAL)
+except BaseException as error:
+    print(str(error) or type(error).__name__, flush=True)
+    raise SystemExit(1)
+print("ready", flush=True)
+"""
+
+
+def check_installed() -> None:
+    """InputError, with the command that installs it, where Ray is missing."""
+    if importlib.util.find_spec("ray") is None:
+        raise InputError(f"--ray needs the package ray; {hint('ray')}")
+
+
+def parse_address(text: str) -> str:
+    """The value of --ray: LOCAL, `auto` for the cluster that runs on this machine, or HOST:PORT of its head node. Raises
+    InputError."""
+    if text in (LOCAL, "auto"):
+        return text
+    if text.startswith("ray://"):
+        raise InputError(
+            f"--ray {text}: Ray's client protocol is not used; run this command on a machine of the cluster with --ray auto, "
+            "or with `ray job submit`"
+        )
+    host, colon, port = text.rpartition(":")
+    if not (host and colon and port.isascii() and port.isdecimal() and 0 < int(port) < 65_536):
+        where = "; write --ray behind the file, or --ray=ADDRESS" if Path(text).exists() else ""
+        raise InputError(f"--ray: found {text!r}, expected no value, auto, or HOST:PORT of the head node{where}")
+    return text
+
+
+@contextmanager
+def cluster(address: str, say: Say = lambda line: None) -> Iterator[tuple[Any, bool]]:
+    """The module `ray`, connected to the cluster at `address` (see `parse_address`) for the time of the block, and whether that
+    is a new one on this machine. Where the variable RAY_ADDRESS is set, LOCAL stands for the cluster that it names.
+
+    Raises InputError for a cluster that does not answer within 10 s, or does not fit the Ray that is installed here.
+    """
+    check_installed()
+    if address == LOCAL and (given := os.environ.get(VARIABLE)) and given != LOCAL:
+        say(f"ray: the cluster of {VARIABLE}={given}")
+        address = parse_address(given)
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent to anybody
+    import ray
+
+    options: dict[str, Any] = {
+        "log_to_driver": verbose(),
+        "logging_level": logging.INFO if verbose() else logging.ERROR,
+    }
+    with contextlib.ExitStack() as stack:
+        if address == LOCAL:
+            folder = stack.enter_context(_own_folder())
+            from fastgen.engines.machine import usable_cores
+
+            options |= {"num_cpus": usable_cores(), "include_dashboard": False, "_temp_dir": str(folder)}
+        else:
+            _check_answers(address)
+        try:
+            ray.init(address=address, **options)
+        except (Exception, SystemExit) as error:
+            raise FastgenError(f"--ray {address}: {first_line(error)}") from None
+        stack.callback(ray.shutdown)
+        yield ray, address == LOCAL
+
+
+@contextmanager
+def _own_folder() -> Iterator[Path]:
+    """A folder for the files of a cluster of our own. Those of processes that were killed are removed."""
+    from filelock import FileLock, Timeout
+
+    place = Path(tempfile.gettempdir())
+    if len(os.fsencode(place)) > LONGEST_FOLDER and os.path.isdir("/tmp"):
+        place = Path("/tmp")
+    for left in place.glob(f"{PREFIX}*"):
+        # Another user's, or one that is in use, stays.
+        with contextlib.suppress(OSError, Timeout), FileLock(left / LOCK, timeout=0):
+            shutil.rmtree(left)
+    folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=place))
+    try:
+        with FileLock(folder / LOCK):
+            yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _check_answers(address: str) -> None:
+    """InputError for a cluster that does not answer, in a process of its own: Ray itself waits for over a minute, and then ends
+    the process."""
+    if address != "auto":
+        host, _, port = address.rpartition(":")
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), ANSWER_S).close()
+        except OSError as error:
+            reason = "no answer" if isinstance(error, TimeoutError) else error.strerror or first_line(error)
+            raise InputError(
+                f"--ray {address}: {reason}; is the head node (`ray start --head`) running there?"
+            ) from None
+    environment = os.environ | {"RAY_LOG_TO_STDERR": "0"}
+    command = [sys.executable, "-c", PROBE, address]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment, start_new_session=True
+    ) as probe:
+        assert probe.stdout is not None
+        try:
+            probe.stdout.readline()  # imported: from here on it is the cluster that takes time
+            timer = threading.Timer(ANSWER_S, probe.kill)
+            timer.start()
+            said = probe.stdout.read().split("\n")
+            timer.cancel()
+        except BaseException:
+            probe.kill()
+            raise
+    if probe.returncode == 0:
+        return
+    reason = f"no answer within {ANSWER_S} s" if probe.returncode < 0 else said[0]
+    raise InputError(f"--ray {address}: {reason}")

@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from PIL import Image
@@ -83,7 +83,7 @@ class Local:
         texts, labels = ([body["prompt"]], []) if self.takes_text else ([], [body["prompt"]])
         job = read_input(None, texts, labels, None, seed=body["seed"])
         (request,) = job.requests.requests
-        return request, job.out.name
+        return request, PurePosixPath(job.out).name
 
     def _run(self, bodies: Sequence[Body]) -> Run:
         """A run of requests that differ in prompt and seed only."""

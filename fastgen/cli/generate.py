@@ -24,7 +24,7 @@ from fastgen.cli.parameters import (
     IMAGES,
     MODEL,
     NEIGHBOURS,
-    NEW,
+    PLACE,
     SEED,
     SHARDS,
     SHARE,
@@ -39,6 +39,7 @@ from fastgen.cli.ray import RayOptions, ray_options
 from fastgen.errors import FastgenError, InputError
 
 if TYPE_CHECKING:
+    from fastgen.files.places import Url
     from fastgen.generate.job import JobReport
     from fastgen.generate.shards import Shard
 
@@ -59,7 +60,11 @@ if TYPE_CHECKING:
     type=ENGINE,
     help="eager, compile, ort, openvino, trt or trt-rtx.  [default: what is installed and fits]",
 )
-@option("--out", type=NEW, help="Output folder, or x.png for a single image.  [default: in generated/]")
+@option(
+    "--out",
+    type=PLACE,
+    help="Output folder, or x.png for a single image; also in a bucket, such as s3://bucket/folder.  [default: in generated/]",
+)
 @option("--scheduler", help="Solver, such as ddpm, ddim, pndm, dpmpp-2m, unipc.  [default: the model's]")
 @option("--num-inference-steps", type=STEPS, help="Denoising steps.  [default: the model's]")
 @option("--guidance-scale", type=GUIDANCE, help="1 turns guidance off.  [default: the model's]")
@@ -115,7 +120,7 @@ def generate(
     count: int | None,
     model: Path | None,
     engine: str | None,
-    out: Path | None,
+    out: Path | Url | None,
     seed: int,
     batch_size: int | None,
     limit: int | None,
@@ -147,6 +152,7 @@ def generate(
 
     The same command continues a job that was interrupted.
     """
+    from fastgen.files.bucket import store_of
     from fastgen.generate.job import estimate_job, run_job, run_work
     from fastgen.generate.job_input import check_free, choose_model, read_input
     from fastgen.generate.job_record import recorded_environment
@@ -189,7 +195,7 @@ def generate(
     if on_ray is not None:
         from fastgen.cluster.work import PoolWork
 
-        with on_ray.pool(folder.folder, engine, options, rag, recorded_environment(job.out)) as pool:
+        with on_ray.pool(folder.folder, engine, options, rag, recorded_environment(store_of(job.out))) as pool:
             report = run_work(PoolWork(pool, recipe), job.out, batch_size=batch_size, grid=grid, say=say)
         _report(report, None)
         return

@@ -18,6 +18,7 @@ import click
 from fastgen.errors import InputError, one_line, unknown
 from fastgen.files.jsonfiles import brief
 from fastgen.files.names import check_device
+from fastgen.files.places import Url, is_url, parse_place, without_secrets
 from fastgen.files.records import MAX_EDGE, MAX_SEED, MAX_STEPS
 
 MAX_TEXT = 100_000  # characters of one value; Linux itself takes 131,071 bytes
@@ -162,10 +163,20 @@ class Location(Typed):
 
 
 class FilePath(Location):
-    """A Path."""
+    """A Path on this machine."""
 
     def converted(self, value: Any, param: click.Parameter | None) -> Path:
+        if is_url(value):
+            help_text = "a path on this machine; `fastgen generate --out` alone takes a bucket"
+            refuse(param, brief(without_secrets(value)), help_text)
         return Path(super().converted(value, param))
+
+
+class Place(Location):
+    """A Path on this machine, or the Url of a bucket."""
+
+    def converted(self, value: Any, param: click.Parameter | None) -> Path | Url:
+        return parse_place(super().converted(value, param), spelling(param))
 
 
 class ModelPath(FilePath):
@@ -199,6 +210,7 @@ def _encodable(text: str) -> bool:
 TEXT = Typed()
 FOLDER = FilePath()
 NEW = FilePath(new=True)
+PLACE = Place(new=True)
 PATH_OR_NAME = Location()
 MODEL = ModelPath()
 DEVICE = Device()

@@ -21,60 +21,20 @@ from fastgen.files.installing import hint
 from fastgen.files.jsonfiles import MAX_BYTES, brief
 from fastgen.files.names import JOB, check_image_name
 from fastgen.files.outputs import Kind, software
+from fastgen.files.places import EXTRAS, Url
 from fastgen.files.png import METADATA_KEY, SOFTWARE_KEY, text_in
-from fastgen.files.store import Store
+from fastgen.files.store import Folder, Store
 
-EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "az": "azure", "abfs": "azure", "abfss": "azure"}
-PROTOCOLS = (*EXTRAS, "memory")  # an object of these appears whole, and can be written only where its name is free
-DISK = ("file", "local")
 ANSWER_S = 10  # until a bucket must have answered for the first time
 HEAD = 16 * 1024  # bytes that hold the metadata of most images
 AT_ONCE = 64  # files that are read at a time
-_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://(.*)", re.DOTALL)
-_PASSWORD = re.compile(r"(?<=://)([^/@:]*):[^/@]*@")
-
-
-class Url(str):
-    """The checked URL of a folder or file in a bucket, without a `/` at its end."""
-
-
-def is_url(text: str) -> bool:
-    """Whether a text is a URL rather than a path."""
-    return _URL.match(text) is not None
-
-
-def without_password(text: str) -> str:
-    """A URL as it may be printed."""
-    return _PASSWORD.sub(r"\1:***@", text)
-
-
-def parse_place(text: str, option: str = "--out") -> Path | Url:
-    """Where `text` says that files go: a path, also of `file://...`, or the URL of a bucket. Raises InputError."""
-    match = _URL.match(text)
-    if match is None:
-        return Path(text)
-    protocol, rest = match[1], match[2].rstrip("/")
-    shown = f"{option} {one_line(without_password(text), 90)}"
-    if protocol in DISK:
-        if not rest:
-            raise InputError(f"{shown}: has no path, expected {protocol}:///folder")
-        return Path(rest)
-    if protocol not in PROTOCOLS:
-        choices = ", ".join((*PROTOCOLS, DISK[0]))
-        raise InputError(f"{shown}: found the protocol {brief(protocol)}, expected one of {choices}, or a path")
-    if not rest or not rest.isprintable() or re.search(r"[?#*\[\]\\]|::", rest):
-        raise InputError(
-            f"{shown}: expected {protocol}://BUCKET/FOLDER, without ? # * [ ] \\ :: and control characters"
-        )
-    if any(part in ("", ".", "..") for part in rest.split("/")):
-        raise InputError(f"{shown}: expected {protocol}://BUCKET/FOLDER, without empty parts, . and ..")
-    return Url(f"{protocol}://{rest}")
 
 
 class Bucket(Store):
     """A folder in a bucket. `fs`: fsspec's file system; `root`: the folder's name in it; `url`: what messages show.
 
-    Methods raise FastgenError where the bucket refuses or does not answer; those that check, read and claim, InputError.
+    Methods raise FastgenError where the bucket refuses or does not answer; `open` and `write_new`, which begin a job,
+    InputError.
     """
 
     writers = 8
@@ -86,27 +46,27 @@ class Bucket(Store):
     def open(cls, url: Url, option: str = "--out") -> Bucket:
         """Connect, and check that the bucket answers within 10 s. Raises InputError for a package that is not installed, and as
         `check` does."""
-        shown, protocol = without_password(url), url.partition("://")[0]
+        protocol = url.partition("://")[0]
 
         def connect() -> Bucket:
             from fsspec.core import url_to_fs
 
             fs, root = url_to_fs(url)
-            bucket = cls(fs, root, shown)
+            bucket = cls(fs, root, url)
             bucket.check()
             return bucket
 
         try:
             return _within(ANSWER_S, connect)
         except ImportError:
-            raise InputError(f"{option} {shown}: a package is missing: {hint(EXTRAS.get(protocol, 's3'))}") from None
+            raise InputError(f"{option} {url}: a package is missing: {hint(EXTRAS.get(protocol, 's3'))}") from None
         except queue.Empty:
             help_text = "check the network, and the endpoint in your configuration"
-            raise InputError(f"{option} {shown}: no answer within {ANSWER_S} s; {help_text}") from None
+            raise InputError(f"{option} {url}: no answer within {ANSWER_S} s; {help_text}") from None
         except FastgenError as error:
             raise InputError(f"{option} {error}") from None
         except Exception as error:  # every provider's library has classes of its own
-            _refuse(shown, "opened", error, InputError)
+            _refuse(url, "opened", error, InputError)
 
     def __str__(self) -> str:
         return self._url
@@ -146,8 +106,11 @@ class Bucket(Store):
         return [name for name in names if name.startswith(start) and "/" not in name]
 
     def read(self, name: str, expected: str = "a file", limit: int = MAX_BYTES) -> bytes:
-        with self._working(self.place(name), "read", InputError):
-            data = self._fs.cat_file(self._path(name))
+        with self._working(self.place(name), "read"):
+            try:
+                data = self._fs.cat_file(self._path(name))
+            except FileNotFoundError:
+                raise InputError(f"{self.place(name)}: no such file") from None
         if len(data) > limit:
             found = f"has {len(data) / 2**20:,.0f} MiB, expected at most {limit / 2**20:,.0f} MiB"
             raise InputError(f"{self.place(name)}: {found}; split it")
@@ -161,16 +124,14 @@ class Bucket(Store):
                     _refuse(self.place(name), "read", data, FastgenError)
                 yield data
 
-    def text_chunks(self, names: Sequence[str], key: str) -> list[str | None]:
-        texts = []
+    def text_chunks(self, names: Sequence[str], key: str) -> Iterator[str | None]:
         for start in range(0, len(names), AT_ONCE):
             window = names[start : start + AT_ONCE]
             for name, head in zip(window, self._ranges(window, HEAD), strict=True):
                 text = None if isinstance(head, Exception) else text_in(io.BytesIO(head), key)
                 if text is None and (isinstance(head, Exception) or len(head) == HEAD):
                     text = text_in(io.BytesIO(self.read(name)), key)  # a long text, or a file that has no such range
-                texts.append(text)
-        return texts
+                yield text
 
     def write(self, name: str, data: bytes) -> None:
         with self._working(self.place(name), "written"):
@@ -194,7 +155,12 @@ class Bucket(Store):
         with self._working(self.place(name), "deleted"), suppress(FileNotFoundError):
             self._fs.rm_file(self._path(name))
 
-    def clean(self, names: Collection[str]) -> None:
+    def delete_empty(self, name: str) -> None:
+        info = self._info(self._path(name))
+        if info is not None and info["type"] == "file" and not info["size"]:
+            self.delete(name)
+
+    def clean(self, names: Collection[str], records: re.Pattern[str], *, any_machine: bool = False) -> None:
         """There is nothing to do: no file has a temporary name."""
 
     @property
@@ -207,7 +173,7 @@ class Bucket(Store):
 
     def _info(self, path: str) -> dict[str, Any] | None:
         """What the bucket says of a path, and not an earlier listing; None where there is nothing."""
-        with self._working(str(self), "read", InputError):
+        with self._working(str(self), "read"):
             self._fs.invalidate_cache()
             try:
                 return self._fs.info(path)
@@ -216,7 +182,7 @@ class Bucket(Store):
 
     def _find(self, **options: Any) -> list[str]:
         """Paths of all files below the folder: one listing, which the store sends in pages."""
-        with self._working(str(self), "listed", InputError):
+        with self._working(str(self), "listed"):
             self._fs.invalidate_cache()
             try:
                 paths = self._fs.find(self._root, **options)
@@ -237,16 +203,28 @@ class Bucket(Store):
             yield
         except FastgenError:
             raise
-        except FileNotFoundError as error:
-            problem = "no such file" if done == "read" else first_line(error)
-            raise kind(f"{place}: {problem}") from None
         except Exception as error:  # every provider's library has classes of its own
             _refuse(place, done, error, kind)
 
 
+def store_of(out: Path | Url) -> Store:
+    """The folder at a place. Raises InputError as `Bucket.open` does."""
+    return Bucket.open(out) if isinstance(out, Url) else Folder(out)
+
+
+def store_of_file(file: Path | Url) -> tuple[Store, str]:
+    """A folder, and a file's name in it: of a file in a bucket the whole bucket, so that the folders above can be looked at."""
+    if isinstance(file, Path):
+        return Folder(file.parent), file.name
+    bucket, _, name = file.partition("://")[2].partition("/")
+    if not name:
+        raise InputError(f"--out {file}: has no file's name, expected {file}/x.png")
+    return Bucket.open(Url(f"{file.partition('://')[0]}://{bucket}")), name
+
+
 def _refuse(place: str, done: str, error: Exception, kind: type[FastgenError]) -> NoReturn:
     denied = "no permission: " if isinstance(error, PermissionError) else ""
-    raise kind(f"{place}: cannot be {done}: {denied}{one_line(without_password(first_line(error)), 160)}") from None
+    raise kind(f"{place}: cannot be {done}: {denied}{one_line(first_line(error), 160)}") from None
 
 
 def _within(seconds: float, call: Callable[[], Any]) -> Any:

@@ -6,6 +6,7 @@ A file has a name relative to the folder, with `/` between its parts.
 from __future__ import annotations
 
 import os
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
@@ -26,7 +27,7 @@ from fastgen.files.names import safe_path
 from fastgen.files.outputs import Kind, check_output, check_output_folder
 from fastgen.files.png import text_chunk
 from fastgen.files.records import to_record
-from fastgen.files.temporary import remove_leftovers
+from fastgen.files.temporary import remove_leftovers, temporary_targets
 
 T = TypeVar("T")
 
@@ -80,8 +81,8 @@ class Store(ABC):
         """The content of each file, in order."""
 
     @abstractmethod
-    def text_chunks(self, names: Sequence[str], key: str) -> list[str | None]:
-        """For each file what `png.text_chunk` returns: a PNG's text before its pixels, which are not read."""
+    def text_chunks(self, names: Sequence[str], key: str) -> Iterator[str | None]:
+        """For each file, in order, what `png.text_chunk` returns: a PNG's text before its pixels, which are not read."""
 
     @abstractmethod
     def write(self, name: str, data: bytes) -> None:
@@ -96,8 +97,13 @@ class Store(ABC):
         """Delete a file; one that is not there is no error."""
 
     @abstractmethod
-    def clean(self, names: Collection[str]) -> None:
-        """Delete the temporary files that killed processes of this machine left when they wrote files of these names."""
+    def delete_empty(self, name: str) -> None:
+        """Delete a file that has no content; another one stays."""
+
+    @abstractmethod
+    def clean(self, names: Collection[str], records: re.Pattern[str], *, any_machine: bool = False) -> None:
+        """Delete the temporary files that killed processes of this machine left when they wrote files of these names, or files
+        directly in the folder whose names match `records`. `any_machine`: see `remove_leftovers`."""
 
     def read_record(self, name: str, kind: type[T]) -> T:
         """The record in a JSON file. Raises InputError as `records.read_record` does."""
@@ -159,8 +165,8 @@ class Folder(Store):
     def read_all(self, names: Sequence[str]) -> Iterator[bytes]:
         return ((self.path / name).read_bytes() for name in names)
 
-    def text_chunks(self, names: Sequence[str], key: str) -> list[str | None]:
-        return [text_chunk(self.path / name, key) for name in names]
+    def text_chunks(self, names: Sequence[str], key: str) -> Iterator[str | None]:
+        return (text_chunk(self.path / name, key) for name in names)
 
     def write(self, name: str, data: bytes) -> None:
         make_folder((self.path / name).parent)
@@ -173,14 +179,14 @@ class Folder(Store):
     def delete(self, name: str) -> None:
         (self.path / name).unlink(missing_ok=True)
 
-    def clean(self, names: Collection[str]) -> None:
-        targets: dict[Path, set[str]] = {}
+    def delete_empty(self, name: str) -> None:
+        file = self.path / name
+        if file.is_file() and not file.is_symlink() and not file.stat().st_size:
+            file.unlink(missing_ok=True)
+
+    def clean(self, names: Collection[str], records: re.Pattern[str], *, any_machine: bool = False) -> None:
+        targets = {self.path: set(filter(records.fullmatch, temporary_targets(self.path)))}
         for file in map(self.path.joinpath, names):
             targets.setdefault(file.parent, set()).add(file.name)
         for folder, labels in targets.items():
-            remove_leftovers(folder, labels)
-
-
-def as_store(out: Path | Store) -> Store:
-    """The store of a path on the disk; a store as it is."""
-    return Folder(out) if isinstance(out, Path) else out
+            remove_leftovers(folder, labels, any_machine=any_machine)

@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from fastgen.errors import FastgenError, Say
+from fastgen.files.bucket import store_of
+from fastgen.files.places import Url
+from fastgen.files.store import Store
 from fastgen.generate.estimate import Estimate, automatic_batch_size, decode_batch_size, estimate
 from fastgen.generate.job_folder import JobFolder
 from fastgen.generate.job_parts import JobParts, new_run_id
@@ -25,7 +28,7 @@ from fastgen.generate.writer import StepBar, Writer, progress_bar
 class JobReport:
     """What a job did. `errors`: image_name -> why there is no file. `complete`: False while other shards are missing."""
 
-    folder: Path
+    folder: Path | Url
     images: int
     generated: int  # in this run; the others were there already
     seconds: float
@@ -34,7 +37,7 @@ class JobReport:
     complete: bool = True
 
 
-def run_job(run: Run, out: Path, **options: Any) -> JobReport:
+def run_job(run: Run, out: Path | Url, **options: Any) -> JobReport:
     """Generate a run's images in this process; `options`: of `run_work`. Where memory runs out, the other batches run at half
     the size, and `say` gets a line."""
     return run_work(LocalWork(run), out, **options)
@@ -42,7 +45,7 @@ def run_job(run: Run, out: Path, **options: Any) -> JobReport:
 
 def run_work(
     work: Work,
-    out: Path,
+    out: Path | Url,
     *,
     batch_size: int | None = None,
     grid: int | None = None,
@@ -59,15 +62,13 @@ def run_work(
     image fits into memory; complete files stay.
     """
     start = time.perf_counter()
-    plan, folder = _claim(work, out, grid, batch_size, shard)
+    plan, folder = _claim(work, store_of(out), grid, batch_size, shard)
     lines, batches = plan.lines, plan.batches
-    if plan.mixed:
-        folder.adopt(lines)
     part = batches if shard is None else shard.part(batches)
-    parts = None if shard is None else JobParts.of(out, shard, plan.identity, batches, lines)
-    pending = [batch for batch in part if not folder.is_complete(batch, lines)]
+    parts = None if shard is None else JobParts.of(folder.store, shard, plan.identity, batches, lines)
+    pending = folder.pending(part, lines, mixed=plan.mixed)
     count = sum(map(len, pending))
-    with progress_bar(count, progress, shard) as bar, Writer(work.writers) as writer:
+    with progress_bar(count, progress, shard) as bar, Writer(folder.store, work.writers) as writer:
         advance = StepBar(bar, writer, plan.steps)
         for batch, pictures in work.pictures(plan, pending, advance, say):
             folder.write(writer, batch, pictures, lines)
@@ -115,13 +116,13 @@ def estimate_job(run: Run, *, batch_size: int | None = None, shard: Shard | None
 
 
 def _claim(
-    work: Work, out: Path, grid: int | None, batch_size: int | None, shard: Shard | None
+    work: Work, store: Store, grid: int | None, batch_size: int | None, shard: Shard | None
 ) -> tuple[JobPlan, JobFolder]:
     """Make the folder this job's. If another shard does so while this one measures its memory, the other one's limits count.
     Shards share the batches out, so all of them need the same batch size."""
     while True:
-        plan = work.plan(batch_size, recorded_limits(out))
-        folder = JobFolder.of(work.requests, out, plan.strip, grid)
+        plan = work.plan(batch_size, recorded_limits(store))
+        folder = JobFolder.of(work.requests, store, plan.strip, grid)
         options: dict[str, Any] = {"clean": shard is None, "extends": plan.extends, "environment": plan.environment}
         options["any_batch_size"] = shard is None and plan.any_batch_size
         if folder.claim(plan.identity, plan.limits, **options):

@@ -2,34 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import json
-import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from PIL import Image
 
 from fastgen.errors import InputError
-from fastgen.files.folders import make_folder
-from fastgen.files.jsonfiles import MAX_DATA_BYTES, read_jsonl, write_bytes, write_json, write_new_json
-from fastgen.files.names import (
-    CONTACT_SHEET,
-    GRID,
-    MANIFEST,
-    PART_NAME,
-    SHEETS,
-    STRIP_SHEET,
-    check_unreserved,
-    safe_path,
-)
-from fastgen.files.outputs import check_output, check_output_folder, software
-from fastgen.files.png import contact_sheet, image_grid, read_metadata, read_pixels, save_image
+from fastgen.files.jsonfiles import MAX_DATA_BYTES
+from fastgen.files.names import CONTACT_SHEET, GRID, MANIFEST, PART_NAME, SHEETS, STRIP_SHEET, check_unreserved
+from fastgen.files.outputs import software
+from fastgen.files.png import METADATA_KEY, contact_sheet, image_bytes, image_grid, parse_metadata, read_pixels
 from fastgen.files.records import builtins
-from fastgen.files.temporary import remove_leftovers, temporary_targets
+from fastgen.files.store import Store
 from fastgen.generate.decoder import Pictures
-from fastgen.generate.job_parts import all_runs, read_parts, remove_old_lock, remove_parts
+from fastgen.generate.job_parts import all_runs, read_parts, remove_parts
 from fastgen.generate.job_record import (
     JOB,
     NODE_FIELDS,
@@ -40,7 +31,7 @@ from fastgen.generate.job_record import (
     read_job,
     without_bundle,
 )
-from fastgen.generate.strip_files import StripFiles, save_strip_sheet
+from fastgen.generate.strip_files import IN_STRIP_SHEET, StripFiles, strip_sheet
 
 if TYPE_CHECKING:
     from fastgen.engines.batches import Batch
@@ -54,30 +45,30 @@ IN_CONTACT_SHEET = 256  # images, at most
 
 @dataclass(frozen=True)
 class JobFolder:
-    """The output folder of a job: the image `files` in request order, and if wanted their `strips` and the columns of a `grid`
-    of all images."""
+    """The output folder of a job: the names of the image `files` in request order, and if wanted their `strips` and the columns
+    of a `grid` of all images."""
 
-    out: Path
-    files: Sequence[Path]
+    store: Store
+    files: Sequence[str]
     strips: StripFiles | None = None
     grid: int | None = None
 
     @classmethod
     def of(
-        cls, requests: Sequence[Request], out: Path, strip: StripPlan | None = None, grid: int | None = None
+        cls, requests: Sequence[Request], store: Store, strip: StripPlan | None = None, grid: int | None = None
     ) -> JobFolder:
-        """InputError for an image outside `out`, or one with the name of another file that the job writes."""
-        for request in requests:
-            check_unreserved(request.image_name)
-        files = [safe_path(out, r.image_name) for r in requests]
-        strips = None if strip is None else StripFiles.beside(files, out, strip)
-        return cls(out, files, strips, grid)
+        """InputError for an image outside the folder, or one with the name of another file that the job writes."""
+        files = [request.image_name for request in requests]
+        for file in files:
+            check_unreserved(file)
+            store.check_name(file)
+        strips = None if strip is None else StripFiles.beside(files, strip)
+        return cls(store, files, strips, grid)
 
     @property
-    def _extra(self) -> list[Path]:
-        """The files of --grid and --strip."""
-        extra = [] if self.grid is None else [self.out / GRID]
-        return extra if self.strips is None else [*extra, *self.strips.files, self.out / STRIP_SHEET]
+    def _sheets(self) -> list[str]:
+        grid = [] if self.grid is None else [GRID]
+        return [CONTACT_SHEET, *grid, *([] if self.strips is None else [STRIP_SHEET])]
 
     def claim(
         self,
@@ -95,19 +86,19 @@ class JobFolder:
         is recorded in a new job. Raises InputError when the folder belongs to another job, or holds files that would be
         overwritten: files that this job did not write.
         """
-        out, path = self.out, self.out / JOB
-        check_output_folder(out)
-        if not os.path.lexists(path):
-            written = (*self.files, *self._extra, out / MANIFEST, out / CONTACT_SHEET)
-            there = [file for file in written if os.path.lexists(file)]
-            if there and not os.path.lexists(path):  # another shard may have written it by now
+        store = self.store
+        store.check()
+        if not store.exists(JOB):
+            written = [*self.files, *(self.strips.files if self.strips else ()), *self._sheets, MANIFEST]
+            present = store.present(written)
+            if present and not store.exists(JOB):  # another shard may have written it by now
+                first = next(PurePosixPath(file).name for file in written if file in present)
                 raise InputError(
-                    f"{out}: {len(there)} of the files to write exist already, such as {there[0].name}, but no {JOB}; "
+                    f"{store}: {len(present)} of the files to write exist already, such as {first}, but no {JOB}; "
                     "choose another --out"
                 )
-            make_folder(out)
-            return write_new_json(path, builtins(JobRecord(identity, (), limits, environment=environment)))
-        check_same_job(out, identity, any_batch_size=any_batch_size, extends=extends)
+            return store.write_new_json(JOB, builtins(JobRecord(identity, (), limits, environment=environment)))
+        check_same_job(store, identity, any_batch_size=any_batch_size, extends=extends)
         self._check_sheets()
         if clean:
             self._clean()
@@ -115,28 +106,34 @@ class JobFolder:
 
     def _check_sheets(self) -> None:
         """InputError for a file of another program under a name that `finish` writes."""
-        sheets = [self.out / CONTACT_SHEET, *([self.out / GRID] if self.grid is not None else [])]
-        for sheet in (*sheets, *([self.out / STRIP_SHEET] if self.strips is not None else [])):
-            check_output(sheet, "job", "--out")
-        manifest = self.out / MANIFEST
-        if os.path.lexists(manifest):
-            first = next((value for _, value in read_jsonl(manifest, limit=MAX_DATA_BYTES)), None)
-            if manifest.is_symlink() or not isinstance(first, dict) or not {"image_name", "fastgen"} <= first.keys():
-                raise InputError(f"{manifest}: is not a job's manifest; move it away, or choose another --out")
+        store = self.store
+        for sheet in self._sheets:
+            store.check_output(sheet, "job")
+        if store.exists(MANIFEST):
+            first = next((value for _, value in store.read_jsonl(MANIFEST, limit=MAX_DATA_BYTES)), None)
+            if store.is_link(MANIFEST) or not isinstance(first, dict) or not {"image_name", "fastgen"} <= first.keys():
+                place = store.place(MANIFEST)
+                raise InputError(f"{place}: is not a job's manifest; move it away, or choose another --out")
 
-    def adopt(self, lines: Sequence[dict[str, Any]]) -> None:
-        """Note in the manifest `lines` of a mixed job which machine made those images that are there."""
-        for file, line in zip(self.files, lines, strict=True):
-            found = read_metadata(file) or {}
-            line.update({name: found[name] for name in NODE_FIELDS if name in found})
-
-    def is_complete(self, batch: Batch, lines: Sequence[dict[str, Any]]) -> bool:
-        """Whether all images of a batch are there, and their strips; `lines`: the job's manifest. InputError for an image that
-        this job did not write."""
-        strips = self.strips
-        rows = range(*batch[:2])
-        images = [is_image_of(self.files[i], lines[i]) for i in rows]
-        return all(images) and (strips is None or all(strips.present(i, lines[i]) for i in rows))
+    def pending(self, batches: Sequence[Batch], lines: Sequence[dict[str, Any]], *, mixed: bool = False) -> list[Batch]:
+        """The batches of which an image or a strip is missing; `lines`: the job's manifest. `mixed`: note in them which machine
+        made each image that is there. InputError for an image or a strip that this job did not write."""
+        store, strips = self.store, self.strips
+        rows = [i for batch in batches for i in range(*batch[:2])]
+        kinds = [(self.files, is_image_of), *([(strips.files, strips.is_strip_of)] if strips else [])]
+        there = store.present([files[i] for files, _ in kinds for i in rows])
+        complete = set(rows)
+        for files, check in kinds:
+            found = [i for i in rows if files[i] in there]
+            texts = store.text_chunks([files[i] for i in found], METADATA_KEY)
+            checked = set()
+            for i, fields in zip(found, map(parse_metadata, texts), strict=True):
+                if mixed and fields and files is self.files:
+                    lines[i].update({name: fields[name] for name in NODE_FIELDS if name in fields})
+                if check(store, files[i], fields or {}, lines[i]):
+                    checked.add(i)
+            complete &= checked
+        return [batch for batch in batches if not complete.issuperset(range(*batch[:2]))]
 
     def write(self, writer: Writer, batch: Batch, pictures: Pictures | Files, lines: Sequence[dict[str, Any]]) -> None:
         """Hand a batch's images and strips to the writer, with their manifest lines. A broken image is not written; its line
@@ -175,53 +172,53 @@ class JobFolder:
         identity: dict[str, Any],
         runs: Mapping[str, Timing],
     ) -> None:
-        """Write the files of the whole job: the manifest (`lines`, one per request), the contact sheet, the grid and the strip
-        sheet if wanted, and the record with `runs` added (id -> timing), those of the job's parts too. Then nobody writes into
-        the folder any more: the records of parts are deleted, and temporary files that were left, whichever machine made them.
+        """Write the files of the whole job: the contact sheet, the grid and the strip sheet if wanted, the record with `runs`
+        added (id -> timing), those of the job's parts too, and last the manifest (`lines`, one per request). Then nobody writes
+        into the folder any more: the records of parts are deleted, and temporary files that were left, whichever machine made
+        them.
 
         Several processes may do this at the same time, and one that was killed may do it again.
         """
-        out, parts = (
-            self.out,
-            read_parts(self.out, identity),
-        )  # the parts before job.json, which holds those that are gone
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        write_bytes(out / MANIFEST, text.encode())
+        store = self.store
+        parts = read_parts(store, identity)  # before job.json, which holds those that are gone
         written = [i for i, line in enumerate(lines) if "error" not in line]
         if written:
-            files = [self.files[i] for i in written]
-            captions = [requests[i].prompt or ", ".join(requests[i].labels or ()) for i in written]
-            mark = software("job")
-            shown = [read_pixels(file) for file in files[:IN_CONTACT_SHEET]]
-            save_image(out / CONTACT_SHEET, contact_sheet(shown, captions[:IN_CONTACT_SHEET]), mark)
-            if self.grid is not None:
-                save_image(out / GRID, Image.fromarray(image_grid([read_pixels(f) for f in files], self.grid)), mark)
-            if self.strips is not None:
-                strips = [self.strips.files[i] for i in written]
-                save_strip_sheet(out / STRIP_SHEET, strips, captions, self.strips.plan)
-        record = read_job(out / JOB)
+            self._write_sheets(written, [requests[i].prompt or ", ".join(requests[i].labels or ()) for i in written])
+        record = read_job(store)
         new = record.of_job(identity, all_runs(parts.values(), runs))
         if new != record:
-            write_json(out / JOB, builtins(new))
-        remove_parts(parts)
-        remove_old_lock(out)
+            store.write_json(JOB, builtins(new))
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        store.write(MANIFEST, text.encode())
+        remove_parts(store, parts)
         self._clean(any_machine=True)
+
+    def _write_sheets(self, rows: Sequence[int], captions: Sequence[str]) -> None:
+        """The contact sheet of the images `rows`, and if wanted the grid and the strip sheet."""
+        mark = software("job")
+        shown = rows if self.grid is not None else rows[:IN_CONTACT_SHEET]
+        images = list(self._pixels([self.files[i] for i in shown]))
+        overview = contact_sheet(images[:IN_CONTACT_SHEET], captions[:IN_CONTACT_SHEET])
+        self.store.write(CONTACT_SHEET, image_bytes(overview, mark))
+        if self.grid is not None:
+            self.store.write(GRID, image_bytes(Image.fromarray(image_grid(images, self.grid)), mark))
+        if self.strips is not None:
+            strips = list(self._pixels([self.strips.files[i] for i in rows[:IN_STRIP_SHEET]]))
+            overview = strip_sheet(strips, captions, self.strips.plan)
+            self.store.write(STRIP_SHEET, image_bytes(overview, mark))
+
+    def _pixels(self, files: Sequence[str]) -> Iterator[np.ndarray]:
+        return (read_pixels(io.BytesIO(data)) for data in self.store.read_all(files))
 
     def _clean(self, *, any_machine: bool = False) -> None:
         """Delete temporary files of processes that were killed on this machine, or of `any_machine`, those that live too."""
-        records = filter(PART_NAME.fullmatch, temporary_targets(self.out))
-        names: dict[Path, set[str]] = {self.out: {JOB, MANIFEST, *SHEETS, *records}}
-        for file in (*self.files, *(self.strips.files if self.strips else ())):
-            names.setdefault(file.parent, set()).add(file.name)
-        for folder, targets in names.items():
-            remove_leftovers(folder, targets, any_machine=any_machine)
+        names = (JOB, MANIFEST, *SHEETS, *self.files, *(self.strips.files if self.strips else ()))
+        self.store.clean(names, PART_NAME, any_machine=any_machine)
 
 
-def is_image_of(file: Path, line: dict[str, Any]) -> bool:
-    """Whether the image of this manifest line is there. InputError for another file in its place: it would be taken for it."""
-    if not os.path.lexists(file):
-        return False
+def is_image_of(store: Store, file: str, metadata: Mapping[str, Any], line: Mapping[str, Any]) -> bool:
+    """True for the image of this manifest line. InputError for another file in its place: it would be taken for it."""
     expected = {key: value for key, value in without_bundle(line).items() if key != "error"}
-    if file.is_symlink() or without_bundle(read_metadata(file) or {}) != expected:
-        raise InputError(f"{file}: is no image of this job; move it away, or choose another --out")
+    if store.is_link(file) or without_bundle(metadata) != expected:
+        raise InputError(f"{store.place(file)}: is no image of this job; move it away, or choose another --out")
     return True

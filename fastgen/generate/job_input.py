@@ -5,14 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from fastgen.engines import built_by, source_kind
 from fastgen.engines.unready import check_ready
 from fastgen.errors import InputError
+from fastgen.files.bucket import store_of, store_of_file
 from fastgen.files.names import JOB, OTHER_FORMATS
-from fastgen.files.outputs import check_output, check_output_folder
-from fastgen.files.png import read_metadata
+from fastgen.files.outputs import check_output
+from fastgen.files.places import Url
+from fastgen.files.png import METADATA_KEY, parse_metadata, read_metadata
 from fastgen.generate.requests import Request, Requests, parse_requests, typed_requests
 from fastgen.models.find import ModelFolder, default_model, find_model, name_of
 from fastgen.models.runs import LATEST
@@ -26,7 +28,7 @@ class JobInput:
     """Requests and their output: the folder `out`, or with `single` the file `out` for one image."""
 
     requests: Requests
-    out: Path
+    out: Path | Url
     single: bool = False
 
     def refuse(self, options: Mapping[str, object]) -> None:
@@ -40,7 +42,7 @@ def read_input(
     file: Path | None,
     prompts: Sequence[str],
     labels: Sequence[str],
-    out: Path | None,
+    out: Path | Url | None,
     *,
     seed: int = 0,
     count: int | None = None,
@@ -73,24 +75,42 @@ def default_name(text: str, seed: int) -> str:
     return f"{name or 'image'}-{seed}"
 
 
-def check_free(out: Path, *, single: bool) -> None:
+def check_free(out: Path | Url, *, single: bool) -> None:
     """InputError unless `out` can be written: for one image a file that is free, or an earlier image that is no job's; else a
-    folder, or the name of one."""
+    folder, or the name of one. A bucket must answer."""
     if not single:
-        check_output_folder(out)
-        return
-    check_output(out, "image")
-    name = (read_metadata(out) or {}).get("image_name")
-    depth = len(Path(name).parts) if isinstance(name, str) else 1
-    if out.exists() and any((folder / JOB).is_file() for folder in list(out.absolute().parents)[:depth]):
+        store_of(out).check()
+    elif isinstance(out, Url):
+        store, name = store_of_file(out)
+        store.check_output(name, "image")
+        if store.exists(name):
+            metadata = parse_metadata(*store.text_chunks([name], METADATA_KEY))
+            jobs = [(folder / JOB).as_posix() for folder in PurePosixPath(name).parents]
+            _check_no_job(out, any(map(store.exists, jobs[: _depth(metadata)])))
+    else:
+        check_output(out, "image")
+        records = [folder / JOB for folder in out.absolute().parents]
+        _check_no_job(out, out.exists() and any(file.is_file() for file in records[: _depth(read_metadata(out))]))
+
+
+def _depth(metadata: Mapping[str, object] | None) -> int:
+    """How many folders above an image may be its job's."""
+    name = (metadata or {}).get("image_name")
+    return len(Path(name).parts) if isinstance(name, str) else 1
+
+
+def _check_no_job(out: Path | Url, found: bool) -> None:
+    if found:
         raise InputError(f"--out {out}: is the image of a job; choose another name")
 
 
-def is_image_file(out: Path) -> bool:
+def is_image_file(out: Path | Url) -> bool:
     """Whether `out` names an image file rather than a folder. InputError for another format than PNG."""
-    if out.suffix.lower() in OTHER_FORMATS:
-        raise InputError(f"--out {out}: images are PNG files; give {out.with_suffix('.png')}, or a folder")
-    return out.suffix.lower() == ".png"
+    suffix = PurePosixPath(out).suffix
+    if suffix.lower() in OTHER_FORMATS:
+        right = f"{str(out).removesuffix(suffix)}.png"
+        raise InputError(f"--out {out}: images are PNG files; give {right}, or a folder")
+    return suffix.lower() == ".png"
 
 
 def choose_model(

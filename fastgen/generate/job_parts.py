@@ -8,18 +8,17 @@ in the manifest, which is written before a record is removed.
 
 from __future__ import annotations
 
-import os
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastgen.errors import InputError
 from fastgen.files.hashes import sha256_json
-from fastgen.files.jsonfiles import MAX_DATA_BYTES, brief, read_jsonl, write_json, write_new_json
+from fastgen.files.jsonfiles import MAX_DATA_BYTES, brief
 from fastgen.files.names import MANIFEST, MERGE_LOCK, PART_NAME
-from fastgen.files.records import Count, Record, Sha256, builtins, read_record
+from fastgen.files.records import Count, Record, Sha256, builtins
+from fastgen.files.store import Store
 from fastgen.generate.job_record import BUNDLE, RunId, Timing, without_bundle
 from fastgen.generate.shards import Shard
 
@@ -41,10 +40,10 @@ class Part(Record, frozen=True):
 
 @dataclass(frozen=True)
 class JobParts:
-    """The records of a job's parts in its folder `out`, for the process that generates part `shard`, and completes the
+    """The records of a job's parts in its folder `store`, for the process that generates part `shard`, and completes the
     manifest `lines` of its images."""
 
-    out: Path
+    store: Store
     shard: Shard
     job: str
     batches: Sequence[Batch]
@@ -52,10 +51,10 @@ class JobParts:
 
     @classmethod
     def of(
-        cls, out: Path, shard: Shard, identity: Mapping[str, Any], batches: Sequence[Batch], lines: Lines
+        cls, store: Store, shard: Shard, identity: Mapping[str, Any], batches: Sequence[Batch], lines: Lines
     ) -> JobParts:
         """Raises InputError for a part or a manifest that is there already and not of this job."""
-        parts = cls(out, shard, _digest(identity), batches, lines)
+        parts = cls(store, shard, _digest(identity), batches, lines)
         parts.whole()
         return parts
 
@@ -70,14 +69,13 @@ class JobParts:
     def save(self, runs: Mapping[str, Timing]) -> None:
         """Record that this part is finished, and the `runs` that generated images. Without such a run, a record that is there
         stays as it is, and where the job is merged none is made."""
-        path = self.shard.file(self.out)
         lines = tuple((i, self.lines[i]) for i in self.positions)
         if runs:
             earlier = self._read(self.shard)
             runs = {**(earlier.runs if earlier else {}), **runs}
-            write_json(path, builtins(Part(self.job, str(self.shard), lines, dict(runs))))
-        elif not (self.out / MANIFEST).exists():
-            write_new_json(path, builtins(Part(self.job, str(self.shard), lines, {})))
+            self.store.write_json(self.shard.record, builtins(Part(self.job, str(self.shard), lines, dict(runs))))
+        elif not self.store.exists(MANIFEST):
+            self.store.write_new_json(self.shard.record, builtins(Part(self.job, str(self.shard), lines, {})))
 
     def whole(self) -> Lines | None:
         """The manifest of the whole job; None while parts are missing. Raises InputError for a record that is not of this job,
@@ -94,23 +92,25 @@ class JobParts:
             merged = self._merged()  # read after the records: it is written before the first of them is removed
             if merged is None:
                 return None
-            for position in (i for shard in missing for i in self._positions(shard)):
-                lines[position] = line = merged[position]
-                if "error" not in line and not (self.out / line["image_name"]).exists():
-                    return None
+            for position in (positions := [i for shard in missing for i in self._positions(shard)]):
+                lines[position] = merged[position]
+            images = [lines[i]["image_name"] for i in positions if "error" not in lines[i]]
+            if len(self.store.present(images)) < len(images):
+                return None
         return lines
 
     def _read(self, shard: Shard) -> Part | None:
         """The record of a part; None where it is not there, or is removed at this moment."""
-        path, help_text = shard.file(self.out), f"delete it, and run --shard {shard} again"
-        if path.is_symlink():
+        store, name, help_text = self.store, shard.record, f"delete it, and run --shard {shard} again"
+        path = store.place(name)
+        if store.is_link(name):
             raise InputError(f"{path}: is a symlink, expected a part's record; {help_text}")
-        if not path.exists():
+        if not store.exists(name):
             return None
         try:
-            part = read_record(path, Part)
+            part = store.read_record(name, Part)
         except InputError as error:
-            if not path.exists():  # another process has merged the parts meanwhile
+            if not store.exists(name):  # another process has merged the parts meanwhile
                 return None
             raise InputError(f"{error}; {help_text}") from None
         for field, found, expected in (("job", part.job, self.job), ("shard", part.shard, str(shard))):
@@ -128,10 +128,10 @@ class JobParts:
 
     def _merged(self) -> list[dict[str, Any]] | None:
         """The lines of the manifest, where the job is merged already."""
-        path, help_text = self.out / MANIFEST, "delete it, and run all shards again"
-        if not os.path.lexists(path):
+        path, help_text = self.store.place(MANIFEST), "delete it, and run all shards again"
+        if not self.store.exists(MANIFEST):
             return None
-        lines = read_jsonl(path, limit=MAX_DATA_BYTES)
+        lines = self.store.read_jsonl(MANIFEST, limit=MAX_DATA_BYTES)
         if len(lines) != len(self.lines):
             raise InputError(f"{path}: found {len(lines)} images, expected {len(self.lines)}; {help_text}")
         for (number, line), expected in zip(lines, self.lines, strict=True):
@@ -147,24 +147,19 @@ def new_run_id() -> str:
     return secrets.token_hex(8)
 
 
-def read_parts(out: Path, identity: Mapping[str, Any]) -> dict[Path, Part]:
-    """File -> record of this job's parts that are there, of any number of parts. Other files are left out."""
-    parts = {path: _part(path) for path in sorted(out.glob("shard-*-of-*.json")) if PART_NAME.fullmatch(path.name)}
-    return {path: part for path, part in parts.items() if part is not None and part.job == _digest(identity)}
+def read_parts(store: Store, identity: Mapping[str, Any]) -> dict[str, Part]:
+    """File name -> record of this job's parts that are there, of any number of parts. Other files are left out."""
+    parts = {name: _part(store, name) for name in sorted(store.names("shard-")) if PART_NAME.fullmatch(name)}
+    return {name: part for name, part in parts.items() if part is not None and part.job == _digest(identity)}
 
 
-def remove_parts(parts: Mapping[Path, Part]) -> None:
-    """Delete these records, but for one that its process has written anew since."""
-    for path, part in parts.items():
-        if _part(path) == part:
-            path.unlink(missing_ok=True)
-
-
-def remove_old_lock(out: Path) -> None:
-    """Delete the lock that older versions made for the merge."""
-    lock = out / MERGE_LOCK
-    if lock.is_file() and not lock.is_symlink() and not lock.stat().st_size:
-        lock.unlink(missing_ok=True)
+def remove_parts(store: Store, parts: Mapping[str, Part]) -> None:
+    """Delete these records, but for one that its process has written anew since; and the lock that older versions made for the
+    merge."""
+    for name, part in parts.items():
+        if _part(store, name) == part:
+            store.delete(name)
+    store.delete_empty(MERGE_LOCK)
 
 
 def all_runs(parts: Iterable[Part], runs: Mapping[str, Timing]) -> dict[str, Timing]:
@@ -176,10 +171,10 @@ def _digest(identity: Mapping[str, Any]) -> str:
     return sha256_json(without_bundle(identity))
 
 
-def _part(path: Path) -> Part | None:
+def _part(store: Store, name: str) -> Part | None:
     """The record of a part; None for another file."""
     try:
-        return None if path.is_symlink() else read_record(path, Part)
+        return None if store.is_link(name) else store.read_record(name, Part)
     except InputError:
         return None
 

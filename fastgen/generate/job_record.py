@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Mapping
-from pathlib import Path
 from typing import Annotated, Any
 
 from msgspec import Meta, structs
@@ -12,7 +10,8 @@ from msgspec import Meta, structs
 from fastgen.errors import InputError
 from fastgen.files.jsonfiles import brief, located
 from fastgen.files.names import JOB
-from fastgen.files.records import Count, Record, read_record
+from fastgen.files.records import Count, Record
+from fastgen.files.store import Store
 
 HELP = "choose another --out"
 MIXED = "mixed"  # field of a job whose images come from machines of several kinds
@@ -55,10 +54,10 @@ class JobRecord(Record, frozen=True):
         return structs.replace(self, job=job, runs=(*self.runs, *new.values()), run_ids=(*self.run_ids, *new))
 
 
-def read_job(path: Path) -> JobRecord:
+def read_job(store: Store) -> JobRecord:
     """The record of a job. Raises InputError for another file."""
     try:
-        return read_record(path, JobRecord)
+        return store.read_record(JOB, JobRecord)
     except InputError as error:
         raise InputError(f"{error}; is it the record of a fastgen job? else {HELP}") from None
 
@@ -70,15 +69,15 @@ def without_bundle(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_same_job(
-    out: Path, identity: Mapping[str, Any], *, any_batch_size: bool = False, extends: Collection[str] = ()
+    store: Store, identity: Mapping[str, Any], *, any_batch_size: bool = False, extends: Collection[str] = ()
 ) -> None:
-    """InputError when the job that `out` holds, if any, is another one. `any_batch_size`: it may run in other batches.
+    """InputError when the job that `store` holds, if any, is another one. `any_batch_size`: it may run in other batches.
     `extends`: digests of the bundle before files were added to it."""
-    if not os.path.lexists(out / JOB):
+    if not store.exists(JOB):
         return
-    job = read_job(out / JOB).job
+    job = read_job(store).job
     if job.get(MIXED) and not identity.get(MIXED):
-        raise InputError(f"{out}: machines of several kinds made its images; continue it with --ray --allow-mixed")
+        raise InputError(f"{store}: machines of several kinds made its images; continue it with --ray --allow-mixed")
     for key, value in identity.items():
         if key == BUNDLE and (job.get(key) is None or job[key] in extends):
             continue
@@ -86,28 +85,27 @@ def check_same_job(
             continue
         if job.get(key) != value and not (any_batch_size and key == "batch_size"):
             difference = f"{key} is {brief(job.get(key))} there and {brief(value)} now"
-            raise InputError(f"{out}: holds another job: {difference}; {HELP}")
+            raise InputError(f"{store}: holds another job: {difference}; {HELP}")
 
 
-def recorded_environment(out: Path) -> dict[str, str] | None:
-    """The environment that the job in `out` has recorded; None without one."""
-    return read_job(out / JOB).environment if os.path.lexists(out / JOB) else None
+def recorded_environment(store: Store) -> dict[str, str] | None:
+    """The environment that the job in `store` has recorded; None without one."""
+    return read_job(store).environment if store.exists(JOB) else None
 
 
-def recorded_runs(out: Path) -> tuple[Timing, ...]:
-    """The finished runs of the job in `out`."""
-    return read_job(out / JOB).runs
+def recorded_runs(store: Store) -> tuple[Timing, ...]:
+    """The finished runs of the job in `store`."""
+    return read_job(store).runs
 
 
-def recorded_limits(out: Path) -> Limits | None:
-    """The limits of the job in `out`, so that a resumed one cuts its requests into the same batches; None without a job."""
-    path = out / JOB
-    if not os.path.lexists(path):
+def recorded_limits(store: Store) -> Limits | None:
+    """The limits of the job in `store`, so that a resumed one cuts its requests into the same batches; None without a job."""
+    if not store.exists(JOB):
         return None
-    record = read_job(path)
+    record = read_job(store)
     if record.limits is not None or "batch_size" not in record.job:
         return record.limits
-    with located(f"{path}: job.batch_size"):  # an older version recorded the batch size alone
+    with located(f"{store.place(JOB)}: job.batch_size"):  # an older version recorded the batch size alone
         batch = record.job["batch_size"]
         if type(batch) is not int or batch < 1:
             raise InputError(f"found {brief(batch)}, expected a whole number from 1")

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 from fastgen.engines.machine import gpus
@@ -48,9 +47,10 @@ class Shard:
         """Every count-th item: all parts together are all items, once each."""
         return list(items[self.index - 1 :: self.count])
 
-    def file(self, out: Path) -> Path:
-        """Where this part leaves its record until all parts are there."""
-        return out / f"shard-{self.index}-of-{self.count}.json"
+    @property
+    def record(self) -> str:
+        """The name of the file in which this part leaves its record until all parts are there."""
+        return f"shard-{self.index}-of-{self.count}.json"
 
 
 def parse_devices(text: str) -> list[str]:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,8 +12,8 @@ from PIL import Image
 
 from fastgen.errors import InputError
 from fastgen.files.names import STRIP_FOLDER
-from fastgen.files.outputs import software
-from fastgen.files.png import read_metadata, read_pixels, save_image, sheet
+from fastgen.files.png import sheet
+from fastgen.files.store import Store
 from fastgen.generate.job_record import without_bundle
 from fastgen.generate.strips import PADDING, StripPlan
 
@@ -24,7 +22,7 @@ if TYPE_CHECKING:
     from fastgen.generate.decoder import Pictures
     from fastgen.generate.writer import Writer
 
-SHEET = 16  # strips in the overview
+IN_STRIP_SHEET = 16  # strips in the overview, at most
 
 
 @dataclass(frozen=True)
@@ -32,23 +30,20 @@ class StripFiles:
     """The strips of a job: one file for each image."""
 
     plan: StripPlan
-    files: list[Path]
+    files: Sequence[str]
 
     @classmethod
-    def beside(cls, files: Sequence[Path], out: Path, plan: StripPlan) -> StripFiles:
-        """Strips of the images `files` below `out`."""
-        return cls(plan, [out / STRIP_FOLDER / file.relative_to(out) for file in files])
+    def beside(cls, files: Sequence[str], plan: StripPlan) -> StripFiles:
+        """Strips of the images `files`."""
+        return cls(plan, [f"{STRIP_FOLDER}/{file}" for file in files])
 
-    def present(self, index: int, line: Mapping[str, Any]) -> bool:
-        """Whether the strip of image `index`, which has this manifest line, exists and shows these timesteps. InputError for a
-        file that is no strip of this image."""
-        file = self.files[index]
-        if not os.path.lexists(file):
-            return False
-        metadata = without_bundle(read_metadata(file) or {})
-        strip = metadata.pop("strip", None)
-        if file.is_symlink() or strip is None or metadata != without_bundle(line):
-            raise InputError(f"{file}: is no strip of this job; move it away, or choose another --out")
+    def is_strip_of(self, store: Store, file: str, metadata: Mapping[str, Any], line: Mapping[str, Any]) -> bool:
+        """Whether a strip that is there shows these timesteps. InputError for a file that is no strip of the image with this
+        manifest line."""
+        fields = dict(without_bundle(metadata))
+        strip = fields.pop("strip", None)
+        if store.is_link(file) or strip is None or fields != without_bundle(line):
+            raise InputError(f"{store.place(file)}: is no strip of this job; move it away, or choose another --out")
         return strip == self.plan.to_json()
 
     def submit(self, writer: Writer, batch: Batch, pictures: Pictures, lines: Sequence[dict[str, Any]]) -> None:
@@ -59,15 +54,15 @@ class StripFiles:
                 writer.submit(file, strip, {**line, "strip": self.plan.to_json()})
 
 
-def save_strip_sheet(path: Path, files: Sequence[Path], captions: Sequence[str], plan: StripPlan) -> None:
-    """The first 16 strips below one another: timesteps above the columns, a caption above each row."""
-    rows = [_frames(read_pixels(file), len(plan.timesteps)) for file in files[:SHEET]]
+def strip_sheet(strips: Sequence[np.ndarray], captions: Sequence[str], plan: StripPlan) -> Image.Image:
+    """Strips (H, W, 3) uint8 below one another: timesteps above the columns, a caption above each row."""
+    rows = [_frames(strip, len(plan.timesteps)) for strip in strips]
     size = rows[0][0].width
     heads = [
         "final" if not t else f"t={t}" if nearest == t else f"t={t} ({nearest:g})"
         for t, nearest in zip(plan.timesteps, plan.nearest, strict=True)
     ]
-    save_image(path, sheet(rows, cell=size * math.ceil(96 / size), heads=heads, titles=captions), software("job"))
+    return sheet(rows, cell=size * math.ceil(96 / size), heads=heads, titles=captions)
 
 
 def _frames(strip: np.ndarray, count: int) -> list[Image.Image]:

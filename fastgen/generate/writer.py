@@ -7,37 +7,36 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fastgen.files.folders import make_folder
-from fastgen.files.jsonfiles import write_bytes
 from fastgen.files.png import png_bytes
+from fastgen.files.store import Store
 from fastgen.generate.shards import Shard
 
 UNWRITTEN = 512  # images that may wait for the writers
 
 
 class Writer:
-    """Writes PNGs in the background while others are generated; an error surfaces at the next step, or at the end."""
+    """Writes PNGs into a folder in the background while others are generated; an error surfaces at the next step, or at the
+    end."""
 
-    def __init__(self, threads: int) -> None:
-        self._threads = threads
+    def __init__(self, store: Store, threads: int) -> None:
+        self._store, self._threads = store, max(threads, store.writers)
 
     def __enter__(self) -> Writer:
         self._pool = ThreadPoolExecutor(max_workers=self._threads)
         self._futures: deque[Future[None]] = deque()
         return self
 
-    def submit(self, file: Path, pixels: np.ndarray, metadata: dict[str, Any]) -> None:
-        """Write an image, see `write_png`."""
-        self._submit(write_png, file, pixels, metadata)
+    def submit(self, file: str, pixels: np.ndarray, metadata: dict[str, Any]) -> None:
+        """Write an image (H, W, 3) uint8, see `png_bytes`."""
+        self._submit(self._write, file, pixels, metadata)
 
-    def submit_file(self, file: Path, data: bytes) -> None:
-        """Write a file of this content; its folder is made."""
-        self._submit(write_file, file, data)
+    def submit_file(self, file: str, data: bytes) -> None:
+        """Write a file of this content."""
+        self._submit(self._store.write, file, data)
 
     def _submit(self, write: Callable[..., None], *arguments: Any) -> None:
         self._futures.append(self._pool.submit(write, *arguments))
@@ -55,16 +54,8 @@ class Writer:
             for future in self._futures:
                 future.result()
 
-
-def write_png(file: Path, pixels: np.ndarray, metadata: dict[str, Any]) -> None:
-    """Write an image (H, W, 3) uint8, see `png_bytes`; its folder is made. Raises FastgenError."""
-    write_file(file, png_bytes(pixels, metadata))
-
-
-def write_file(file: Path, data: bytes) -> None:
-    """Write a file whole; its folder is made. Raises FastgenError."""
-    make_folder(file.parent)
-    write_bytes(file, data)
+    def _write(self, file: str, pixels: np.ndarray, metadata: dict[str, Any]) -> None:
+        self._store.write(file, png_bytes(pixels, metadata))
 
 
 class StepBar:

@@ -24,6 +24,7 @@ from fastgen.files.jsonfiles import write_bytes, write_json, write_new_json
 from fastgen.files.names import JOB, MANIFEST
 from fastgen.files.outputs import check_output, write_report
 from fastgen.files.records import Name, Record, Sha256, read_record, to_record
+from fastgen.files.store import Folder
 from fastgen.generate.job import run_job
 from fastgen.generate.job_record import recorded_runs
 from fastgen.generate.pipeline import Pipeline
@@ -217,7 +218,7 @@ def _row(
     plan: Plan, point: Point, figures: Mapping[str, Figure], warnings: Sequence[str], errors: Mapping[str, str]
 ) -> ScoredPoint:
     folders = plan.folders(point)
-    runs = [run for folder in folders for run in recorded_runs(folder)]
+    runs = [run for folder in folders for run in recorded_runs(Folder(folder))]
     images = sum(run.images for run in runs)
     seconds = sum(run.seconds for run in runs) / images if images else None
     error = None

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastgen.errors import InputError, unknown
 from fastgen.files.jsonfiles import located
+from fastgen.files.store import Folder
 from fastgen.generate.conditions import check_requests
 from fastgen.generate.job_record import check_same_job, recorded_limits
 from fastgen.generate.pipeline import Pipeline, load
@@ -94,9 +95,12 @@ class Plan:
             for folder, seed in zip(self.folders(point), self.seeds, strict=True):
                 if point.checkpoint == checkpoint and folder.exists():
                     run = self.run(pipeline, point, seed)
-                    identity = job_identity(run, limits_of(run, self.batch_size, recorded_limits(folder)).batch)
+                    limits = limits_of(run, self.batch_size, recorded_limits(Folder(folder)))
+                    identity = job_identity(run, limits.batch)
                     before = pipeline.spec.bundle_extends
-                    check_same_job(folder, identity, any_batch_size=pipeline.engine.batch_invariant, extends=before)
+                    check_same_job(
+                        Folder(folder), identity, any_batch_size=pipeline.engine.batch_invariant, extends=before
+                    )
 
 
 def prepare(

@@ -18,6 +18,7 @@ from fastgen.cluster.pool import Pool, Slot
 from fastgen.cluster.work import PoolWork
 from fastgen.cluster.worker import Opened, OutOfMemory, Refused, Worker, WorkerOptions
 from fastgen.errors import FastgenError, InputError
+from fastgen.files.store import Folder
 from fastgen.generate.job import run_job, run_work
 from fastgen.generate.job_record import recorded_environment
 from fastgen.generate.pipeline import load
@@ -91,7 +92,7 @@ def test_two_workers_make_the_folder_of_one_process(label_bundle, local, tmp_pat
     assert not report.errors
     assert used == {"one", "two"}
     assert contents(tmp_path / "out") == local
-    assert recorded_environment(tmp_path / "out")["engine"] == "ort"
+    assert recorded_environment(Folder(tmp_path / "out"))["engine"] == "ort"
     again, _ = run(label_bundle, tmp_path / "out")
     assert again.generated == 0
     assert contents(tmp_path / "out") == local
@@ -204,7 +205,7 @@ def test_a_machine_of_another_kind_is_left_out_and_the_field_is_named(label_bund
 
 def test_a_job_goes_on_only_with_the_kind_of_machine_that_began_it(label_bundle, tmp_path):
     run(label_bundle, tmp_path / "out")
-    found = recorded_environment(tmp_path / "out")
+    found = recorded_environment(Folder(tmp_path / "out"))
     with pytest.raises(InputError, match=r"numpy is \S+ in this job and 9 there"):
         run(label_bundle, tmp_path / "out", expected=found, change=other("numpy", "9", TWO))
 

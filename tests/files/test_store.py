@@ -14,7 +14,8 @@ from PIL import Image
 from s3_server import s3  # noqa: F401
 
 from fastgen.errors import FastgenError, InputError
-from fastgen.files.bucket import HEAD, Bucket, Url, is_url, parse_place, without_password
+from fastgen.files.bucket import HEAD, Bucket
+from fastgen.files.places import Url, is_url, parse_place, without_secrets
 from fastgen.files.png import image_bytes, png_bytes
 from fastgen.files.records import Record
 from fastgen.files.store import Folder, Store
@@ -76,6 +77,11 @@ def test_a_file_that_another_process_writes_is_seen(make):
     other.delete("shard-1-of-2.json")
     assert not mine.exists("shard-1-of-2.json")
     mine.delete("shard-1-of-2.json")
+    for name, data in ((".lock", b""), ("full", b"x")):
+        other.write(name, data)
+        mine.delete_empty(name)
+    mine.delete_empty("missing")
+    assert mine.present([".lock", "full"]) == {"full"}
 
 
 @each
@@ -102,9 +108,9 @@ def test_the_metadata_of_images_is_read_without_their_pixels(make):
     }
     for name, data in files.items():
         store.write(name, data)
-    texts = store.text_chunks([*files], "fastgen")
+    texts = list(store.text_chunks([*files], "fastgen"))
     assert texts == ['{"seed": 1}', '{"prompt": "' + "x" * 2 * HEAD + '"}', None, None, None, None, None]
-    assert store.text_chunks(["sheet.png"], "Software") == ["fastgen job"]
+    assert list(store.text_chunks(["sheet.png"], "Software")) == ["fastgen job"]
     for name, kind in (("a.png", "image"), ("sheet.png", "job"), ("free.png", "job")):
         store.check_output(name, kind)
     for name, kind in (("a.png", "job"), ("sheet.png", "image"), ("text.png", "image"), ("empty.png", "job")):
@@ -194,17 +200,17 @@ def test_a_bucket_that_refuses_says_so_in_one_line(s3):  # noqa: F811
     with pytest.raises(FastgenError, match=f"s3://{bucket}/out/1.png: {refused.format('read')}"):
         list(store.read_all(["1.png"]))
     with pytest.raises(FastgenError, match=f"s3://{bucket}/out/1.png: {refused.format('read')}"):
-        store.text_chunks(["1.png"], "fastgen")
+        list(store.text_chunks(["1.png"], "fastgen"))
 
 
 def test_a_place_is_a_path_or_the_url_of_a_bucket():
     assert parse_place("out/x") == Path("out/x")
     assert parse_place("file:///tmp/x/") == Path("/tmp/x")
-    assert parse_place("s3://bucket/a b/c/") == "s3://bucket/a b/c"
+    assert parse_place("s3://bucket/a b/é#[1]*/") == "s3://bucket/a b/é#[1]*"
     assert isinstance(parse_place("gs://bucket"), Url)
     assert [*map(is_url, ("s3://b", "a://", "C://x", "s3:/b", "out/s3://b"))] == [True, False, False, False, False]
-    assert without_password("sftp://me:secret@host/x") == "sftp://me:***@host/x"
-    assert without_password("abfs://box@account/x") == "abfs://box@account/x"
+    assert without_secrets("sftp://me:secret@host/x?token=1") == "sftp://me:***@host/x?..."
+    assert without_secrets("abfs://box@account/x") == "abfs://box@account/x" == parse_place("abfs://box@account/x")
 
 
 @pytest.mark.parametrize(
@@ -218,8 +224,9 @@ def test_a_place_is_a_path_or_the_url_of_a_bucket():
         ("s3:///x", "without empty parts"),
         ("s3://b//x", "without empty parts"),
         ("s3://b/../x", r"without empty parts, \. and \.\."),
-        ("s3://b/x?token=1", r"without \?"),
-        ("s3://b/x*", r"without \?"),
+        ("s3://b/x?token=1", r"--out s3://b/x\?\.\.\.: expected s3://BUCKET/FOLDER, without \?"),
+        ("s3://key:secret@b/x", r"--out s3://key:\*\*\*@b/x: found a password"),
+        ("s3://b/x\\y", r"without \?"),
         ("zip://x::s3://b/x", "found the protocol 'zip'"),
         ("s3://b/x::y", r"without \?"),
         ("s3://b/\nx", "control characters"),

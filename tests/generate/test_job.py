@@ -330,7 +330,7 @@ def test_a_file_that_cannot_be_written_stops_the_job_at_the_next_step(pipelines,
         raise FastgenError(f"{path}: cannot be written: No space left on device")
 
     monkeypatch.setattr(pipelines["labels"].engine, "run", counted)
-    monkeypatch.setattr("fastgen.generate.writer.write_bytes", full)
+    monkeypatch.setattr("fastgen.files.store.write_bytes", full)
     with pytest.raises(FastgenError, match=r"0\.png: cannot be written: No space left"):
         start(pipelines["labels"], read_requests(requests_files["labels"]), tmp_path, num_inference_steps=150)
     assert 150 <= len(steps) < 300

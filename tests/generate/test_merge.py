@@ -19,8 +19,8 @@ import pytest
 from fastgen.engines.batches import Batch
 from fastgen.errors import InputError
 from fastgen.files import temporary
-from fastgen.files.jsonfiles import write_bytes
 from fastgen.files.png import png_bytes
+from fastgen.files.store import Folder
 from fastgen.generate.job import merge
 from fastgen.generate.job_folder import JobFolder
 from fastgen.generate.job_parts import JobParts, new_run_id
@@ -45,20 +45,20 @@ class Process:
 
     @property
     def folder(self) -> JobFolder:
-        return JobFolder(self.out, [self.out / request.image_name for request in REQUESTS])
+        return JobFolder(Folder(self.out), [request.image_name for request in REQUESTS])
 
     def run(self, *, broken: bool = False, before_save=lambda: None) -> bool:
         """Whether the job is complete. The timing says which shard this was, so that it can be told."""
         folder = self.folder
         folder.claim(IDENTITY, Limits(2, None), clean=False)
         lines = [{"image_name": r.image_name, "fastgen": "0", "prompt": "ü", "similarity": 0.1} for r in REQUESTS]
-        parts = JobParts.of(self.out, self.shard, IDENTITY, BATCHES, lines)
-        missing = [i for i in parts.positions if not folder.files[i].exists()]
+        parts = JobParts.of(folder.store, self.shard, IDENTITY, BATCHES, lines)
+        missing = [i for i in parts.positions if not folder.store.exists(folder.files[i])]
         for i in missing:
             if broken and i == BROKEN:
                 lines[i]["error"] = "NaN"
             else:
-                write_bytes(folder.files[i], png_bytes(np.full((2, 2, 3), i, np.uint8), lines[i]))
+                folder.store.write(folder.files[i], png_bytes(np.full((2, 2, 3), i, np.uint8), lines[i]))
         runs = {new_run_id(): Timing(len(missing), float(self.shard.index), 1)} if missing else {}
         before_save()
         parts.save(runs)
@@ -170,7 +170,7 @@ def test_a_merge_that_is_killed_before_any_file_operation_is_completed(whole, tm
         out = tmp_path / str(operation)
         shutil.copytree(start, out)
         was_killed = killed(out, operation)
-        saved = (out / "manifest.jsonl").exists() or Shard(SHARDS, SHARDS).file(out).exists()
+        saved = (out / "manifest.jsonl").exists() or (out / Shard(SHARDS, SHARDS).record).exists()
         assert process(out, 1 + operation % (SHARDS - 1)).run() == saved  # another shard's process, run again
         if not saved:
             unsaved += 1
@@ -223,7 +223,7 @@ def test_images_that_were_deleted_after_the_merge_are_waited_for(whole, tmp_path
 
 def test_leftovers_of_every_machine_go_once_the_job_is_merged(whole, tmp_path, monkeypatch):
     targets = [tmp_path / name for name in ("0.png", "job.json", "manifest.jsonl", "contact_sheet.png")]
-    targets += [Shard(1, SHARDS).file(tmp_path), tmp_path / "notes.txt"]
+    targets += [tmp_path / Shard(1, SHARDS).record, tmp_path / "notes.txt"]
     with monkeypatch.context() as patch:
         patch.setattr(temporary, "_machine", lambda: "0" * 8)
         left = [temporary.temporary_path(target) for target in targets]

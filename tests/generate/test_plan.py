@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import json
 import math
-import os
 import weakref
 from dataclasses import replace
 from types import SimpleNamespace
@@ -17,7 +16,8 @@ from PIL import Image
 from fastgen.engines import memory
 from fastgen.engines.batches import Batch
 from fastgen.errors import FastgenError
-from fastgen.generate import estimate, job_folder, work
+from fastgen.files.store import Folder
+from fastgen.generate import estimate, work
 from fastgen.generate.decoder import Decoder
 from fastgen.generate.job import estimate_job, run_job
 from fastgen.generate.job_folder import JobFolder
@@ -363,16 +363,14 @@ def test_a_resumed_job_of_an_engine_with_sizes_of_its_own_runs_the_same_batches(
     assert seen == [128, 128]
 
 
-class MissesIt:
-    """The module `os` for a process that looks for a file just before another one writes it."""
+class MissesIt(Folder):
+    """The folder of a process that looks for job.json just before another one writes it."""
 
-    def __init__(self, file):
-        self._file, self._looked = file, 0
-        self.path = self
+    looked = 0
 
-    def lexists(self, path):
-        self._looked += path == self._file
-        return os.path.lexists(path) and not (path == self._file and self._looked <= 2)
+    def exists(self, name):
+        self.looked += name == "job.json"
+        return super().exists(name) and not (name == "job.json" and self.looked <= 2)
 
 
 def test_shards_that_begin_together_run_the_batches_of_the_one_that_was_first(labels, monkeypatch, tmp_path):
@@ -381,13 +379,12 @@ def test_shards_that_begin_together_run_the_batches_of_the_one_that_was_first(la
     run_job(Run(labels, requests(7), settings), tmp_path / "whole", batch_size=2)
 
     def late(self, *arguments, **options):
-        out = self.out
+        out = self.store.path
         if not (out / "job.json").exists():  # the other one was a little sooner
             monkeypatch.setattr(work, "automatic_batch_size", lambda *a: 2)
             monkeypatch.setattr(JobFolder, "claim", claim)
             run_job(Run(labels, requests(7), settings), out, shard=Shard(1, 2))
-            monkeypatch.setattr(job_folder, "os", MissesIt(out / "job.json"))
-            self = replace(self, files=[])  # nor has it seen the other one's files
+            self = replace(self, store=MissesIt(out), files=[])  # nor has it seen the other one's files
         return claim(self, *arguments, **options)
 
     monkeypatch.setattr(work, "automatic_batch_size", lambda *a: 3)

@@ -10,9 +10,10 @@ from attacks import Attack
 
 from fastgen.cli import parameters
 from fastgen.cli.commands import cli
-from fastgen.cli.parameters import Choice, Device, Location, Number, Whole, spelling
+from fastgen.cli.parameters import Choice, Device, FilePath, Location, Number, Whole, spelling
 
 LONG = "n" * 300
+URL = "s3://bucket/x"
 DEVICES = ["nope", "cpu:7", "cuda:-1", "cuda:", "CUDA:0:1", "meta", "mps", "gpu", " ", "0", "cuda:1e3", "é"]
 
 
@@ -54,6 +55,8 @@ def rows() -> Iterator[tuple[str, tuple[str, ...], click.Parameter, str]]:
             yield "nope", path, param, f"unknown {name.lstrip('-')} 'nope'"
         elif isinstance(kind, Location):
             yield LONG, path, param, f"{name}: found a path with a name of 300 bytes"
+            if isinstance(kind, FilePath):
+                yield URL, path, param, f"{name}: found '{URL}', expected a path on this machine"
         elif not isinstance(kind, Device):
             yield "a\0b", path, param, f"{name}: found 'a\\x00b'"
 
@@ -123,6 +126,17 @@ HAND = [
             "cpu,",
             "99999",
             "0;1",
+        ]
+    ],
+    *[
+        Attack(f"out={url}", [*GENERATE, "--out", url], word)
+        for url, word in [
+            ("nope://bucket/x", "--out nope://bucket/x: found the protocol 'nope', expected one of s3, "),
+            ("https://example.org/x?token=secret", "--out https://example.org/x?...: found the protocol 'https'"),
+            ("s3://key:secret@bucket/x", "--out s3://key:***@bucket/x: found a password"),
+            ("s3://", "expected s3://BUCKET/FOLDER"),
+            ("s3://bucket/../x", "without empty parts, . and .."),
+            ("s3://bucket/x.jpg", "give s3://bucket/x.png, or a folder"),
         ]
     ],
     Attack("grid", [*GENERATE, "--grid=1001"], "--grid: found '1001'"),

@@ -38,6 +38,7 @@ NOT_RUN = {  # pattern of a command -> why it is parsed only
     r"^fastgen import OLD": "needs the checkpoint of somebody's full-size network; see tests/models/test_importing.py",
     r"--features inception\.pth": "needs the weights of FID's Inception; see tests/scoring/test_inception.py",
     r"^fastgen serve": "does not end; tests/serving/test_serving_examples.py starts a server",
+    r"import tritonclient": "needs Triton; tests/serving/test_triton_model.py has a server that speaks its protocol",
     r"OpenAI\(|client\.images": "needs a server; tests/serving/test_serving_examples.py has one",
     r"--checkpoint 500,1000,best,last": "needs a run of 1000 steps; see tests/sweep/test_sweep.py",
 }

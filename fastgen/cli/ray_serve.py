@@ -22,18 +22,23 @@ RAYS = {"host": "http_options", "port": "http_options"}  # what Ray Serve's own 
 CLOSE_S = 10.0  # after `drain`, for the processes to end
 
 
+class Refused(click.ClickException):
+    """An error that Ray's command shows as one line."""
+
+    exit_code = 2
+
+
 def app(args: dict[str, Any]) -> Application:
     """The application: `fastgen serve` with these arguments, which are called as its options are, in `replicas` replicas.
 
     Besides: `models`, a text with commas or a list; `replicas` (1), and `gpus` (0), the GPUs of each one. Raises
-    click.UsageError, which Ray's command shows as one line, for arguments that are wrong or unknown, and for models that
-    cannot be served.
+    Refused for arguments that are wrong or unknown, and for models that cannot be served.
     """
     try:
         return _application(dict(args))
     except (FastgenError, click.UsageError) as error:
         text = error.format_message() if isinstance(error, click.UsageError) else str(error)
-        raise click.UsageError(one_line(text)) from None
+        raise Refused(one_line(text)) from None
 
 
 def _application(args: dict[str, Any]) -> Application:

@@ -57,7 +57,7 @@ def main() -> None:
         export,
     ):  # all of their modules: a command would spend more on importing them than on its work
         for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
-            if not module.name.endswith("__main__"):
+            if not module.name.endswith(("__main__", ".ray_app")):  # Ray takes seconds
                 with contextlib.suppress(ImportError):
                     importlib.import_module(module.name)
     gc.collect()

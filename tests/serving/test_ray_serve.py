@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import base64
-import json
 import os
+import re
 import signal
 import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import click
 import httpx
@@ -22,9 +23,11 @@ from fastgen.serving.messages import ImageTask
 
 ray = pytest.importorskip("ray")
 pytest.importorskip("fastapi")
+yaml = pytest.importorskip("yaml")
 psutil = pytest.importorskip("psutil")
 pytest.importorskip("onnxruntime")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Ray's own configuration
+REPO = Path(__file__).parents[2]
 PATH = "/v1/images/generations"
 KEY = "a-key-of-the-test"
 LONG = {"num_inference_steps": 900, "scheduler": "ddim", "guidance_scale": 1.0}
@@ -51,7 +54,7 @@ LONG = {"num_inference_steps": 900, "scheduler": "ddim", "guidance_scale": 1.0}
 def test_wrong_arguments_are_one_line_before_ray_starts(label_bundle, tmp_path, monkeypatch, arguments, words):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "B").symlink_to(label_bundle)
-    with pytest.raises(click.UsageError) as caught:
+    with pytest.raises(click.ClickException) as caught:
         app(arguments)
     text = caught.value.format_message()
     assert words in text
@@ -75,6 +78,28 @@ def test_the_arguments_reach_the_replicas(label_bundle, tmp_path):
     assert (policy.keys, policy.hosts, policy.origins) == ((KEY,), None, ("https://a.example", "https://b.example"))
     assert (drain, log) == (3.0, False)
     assert app({"models": str(label_bundle)})._bound_deployment.init_args[1].hosts is not None
+
+
+def test_the_page_shows_commands_and_a_configuration_that_ray_and_fastgen_take(label_bundle, tmp_path, monkeypatch):
+    from ray.serve.schema import ServeDeploySchema
+
+    monkeypatch.chdir(tmp_path)
+    for name in ("BUNDLE", "OTHER"):
+        (tmp_path / name).symlink_to(label_bundle)
+    monkeypatch.setattr("fastgen.cli.ray_serve.checked", lambda model: model)  # there is no GPU here
+    page = (REPO / "docs/scale.md").read_text()
+    commands = re.findall(r"^serve run fastgen\.cli\.ray_serve:app (.*)$", page, re.MULTILINE)
+    shown = [dict(word.split("=", 1) for word in command.split()) for command in commands]
+    assert len(shown) == 2
+    [text] = [t for t in re.findall(r"^```yaml\n(.*?)^```$", page, re.MULTILINE | re.DOTALL) if "ray_serve" in t]
+    (tmp_path / "keys").write_text(KEY)
+    config = ServeDeploySchema.model_validate(yaml.safe_load(text.replace("/shared", str(tmp_path))))
+    [application] = config.applications
+    assert application.import_path == "fastgen.cli.ray_serve:app"
+    built = [app(arguments)._bound_deployment for arguments in (*shown, application.args)]
+    assert [deployment.num_replicas for deployment in built] == [2, 8, 8]
+    assert [deployment.ray_actor_options["num_gpus"] for deployment in built] == [0, 1, 1]
+    assert [model.name for model in built[1].init_args[0]] == ["a", "b"]
 
 
 class Cluster:
@@ -217,6 +242,18 @@ def test_more_than_the_replicas_can_do_is_429_with_the_time_to_come_again(cluste
 
 
 @pytest.mark.slow
+def test_the_metrics_of_both_replicas_are_among_rays_own(cluster):
+    port = ray.nodes()[0]["MetricsExportPort"]
+
+    def made():
+        text = httpx.get(f"http://127.0.0.1:{port}/metrics", trust_env=False).text
+        lines = re.findall(r'^ray_fastgen_images_total\{.*model="m".*replica="(\w+)".* ([\d.]+)$', text, re.MULTILINE)
+        return {replica: float(count) for replica, count in lines}
+
+    wait_for(lambda: len(made()) == 2 and all(made().values()), 40)
+
+
+@pytest.mark.slow
 def test_a_replica_that_is_killed_under_load_loses_no_client_and_is_replaced(cluster, expected):
     before = {process.pid for process in cluster.replicas()}
     assert len(before) == 2
@@ -265,5 +302,4 @@ def test_a_new_version_waits_for_running_images_and_one_replica_keeps_jobs(clust
     assert answer.status_code == 202
     wait_for(lambda: cluster.client.get(job, headers=key).json()["status"] == "done", 30)
     assert cluster.client.get(f"{job}/images/0.png").content == expected(3)
-    cluster.ask(headers=key, detached=True, n=5, **LONG)  # goes on until the end of the test: no process may be left
-    assert json.loads(cluster.client.get("/health/ready").text)["status"] == "ready"
+    assert cluster.client.get("/health/ready").json()["status"] == "ready"

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import random
+import re
+import subprocess
 import sys
-import threading
 import time
+from pathlib import Path
 
 import pytest
 import triton_double as double
@@ -36,18 +39,32 @@ def backend():
         sys.modules.pop(name, None)
 
 
-@pytest.fixture(scope="module")
-def load_model(backend, label_bundle, tmp_path_factory):
-    """Parameters -> the model of a repository's folder, initialised as Triton does it."""
-    repository = tmp_path_factory.mktemp("triton") / "repository"
-    write_repository(read_bundle(label_bundle), repository, batch_sizes=(1,))
-    folder = repository / "fastgen"
-    spec = importlib.util.spec_from_file_location("model", folder / "1/model.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+def config_of(folder):
+    return text_format.Parse((folder / "config.pbtxt").read_text(), ModelConfig())
 
-    def load(kind="CPU", **parameters):
-        config = text_format.Parse((folder / "config.pbtxt").read_text(), ModelConfig())
+
+@pytest.fixture(scope="module")
+def repository_of(tmp_path_factory):
+    """Bundle -> the folder of the model that makes images, in a repository."""
+
+    def write(bundle):
+        repository = tmp_path_factory.mktemp("triton") / "repository"
+        write_repository(read_bundle(bundle), repository, batch_sizes=(1,))
+        return repository / "fastgen"
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def load_model(backend, label_bundle, repository_of):
+    """Parameters -> the model of a repository's folder, initialised as Triton does it."""
+    of_labels = repository_of(label_bundle)
+
+    def load(kind="CPU", folder=of_labels, **parameters):
+        spec = importlib.util.spec_from_file_location("model", folder / "1/model.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        config = config_of(folder)
         for name, value in {"engine": "ort", "threads": "1", **parameters}.items():
             config.parameters[name].string_value = value
         args = {"model_config": json_format.MessageToJson(config, preserving_proto_field_name=True)}
@@ -63,11 +80,9 @@ def load_model(backend, label_bundle, tmp_path_factory):
 @pytest.fixture(scope="module")
 def model(load_model):
     model = load_model()
-    before = threading.active_count()
     yield model
     model.finalize()
     assert not any(thread.is_alive() for thread in (model._worker, *model._threads))
-    assert threading.active_count() < before
 
 
 def ask(model, **fields):
@@ -104,6 +119,34 @@ def test_images_that_join_at_any_step_have_the_bytes_of_generate(model, label_bu
         assert response.tensors["seed"].tolist() == [task.seed]
         about = json.loads(response.tensors["metadata"].item())
         assert (about["seed"], about["exact"], about["run_s"] >= 0) == (task.seed, True, True)
+
+
+def test_the_client_that_the_page_shows_gets_its_picture(load_model, repository_of, text_bundle, tmp_path, monkeypatch):
+    """Over Triton's protocol, with the real client package, in front of the model."""
+    triton_server = pytest.importorskip("triton_server")
+    folder = repository_of(text_bundle)
+    page = (Path(__file__).parents[2] / "docs/scale.md").read_text()
+    [code] = [text for text in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "tritonclient" in text]
+    monkeypatch.chdir(tmp_path)
+    model = load_model(folder=folder)
+    try:
+        with triton_server.serving(model, config_of(folder)) as port:
+            exec(code.replace("8001", str(port)), {})
+            wrong = code.replace("Path(", "raise AssertionError  # ").replace('b"a red dragon with wings"', 'b"\\xff"')
+            with pytest.raises(Exception, match="prompt: is not UTF-8"):
+                exec(wrong.replace("8001", str(port)), {})
+    finally:
+        model.finalize()
+    task = ImageTask(7, prompt="a red dragon with wings")
+    assert [(tmp_path / "dragon.png").read_bytes()] == expected_files(text_bundle, "ort", [task], tmp_path, threads=1)
+
+
+def test_the_model_needs_no_web_server(load_model):
+    code = "import sys, triton_double; sys.modules['triton_python_backend_utils'] = triton_double.make_module()\n"
+    code += "import fastgen.serving.triton_model, fastgen.cli.certifying\n"
+    code += "assert not {'starlette', 'uvicorn', 'prometheus_client', 'torch'} & sys.modules.keys()"
+    path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[2])])
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": path})
 
 
 def test_n_images_are_n_responses_and_the_last_is_final(model):

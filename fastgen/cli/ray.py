@@ -14,8 +14,8 @@ from fastgen.cli.parameters import THREADS, option
 from fastgen.errors import InputError
 
 if TYPE_CHECKING:
-    from fastgen.cluster.environment import Environment
     from fastgen.cluster.pool import Pool
+    from fastgen.generate.job_record import Environment
 
 
 def ray_options(command: Callable[..., Any]) -> Callable[..., Any]:

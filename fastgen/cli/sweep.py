@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -25,8 +26,12 @@ from fastgen.cli.parameters import (
     argument,
     option,
 )
+from fastgen.cli.ray import RayOptions, ray_options
 from fastgen.cli.score import scoring_options
 from fastgen.errors import FastgenError
+
+if TYPE_CHECKING:
+    from fastgen.cluster.pool import Pool
 
 SOME = Number(0, 1e6, above=True)
 SCORING = ("evaluator", "attributes", "reference", "features", "clip", "download", "allow_pickle")
@@ -83,6 +88,7 @@ SCORING = ("evaluator", "attributes", "reference", "features", "clip", "download
 @option("--device", type=DEVICE, help="cpu, cuda, cuda:1, ...")
 @option("--dtype", type=DTYPE, help="fp32, bf16 or fp16.  [default: what suits the engine and the hardware]")
 @option("--threads", type=THREADS, help="CPU threads.  [default: the engine's]")
+@ray_options
 def sweep(
     requests_file: Path,
     out: Path,
@@ -100,6 +106,9 @@ def sweep(
     dtype: str | None,
     threads: int | None,
     rag: Path | None,
+    ray: str | None,
+    cpus_per_worker: int | None,
+    allow_mixed: bool,
     **lists: Any,
 ) -> None:
     """Generate REQUESTS.json at every point of a grid of settings, score each, and name the best under a rule.
@@ -114,6 +123,7 @@ def sweep(
     from fastgen.sweep.grid import Problems, integer, parse_grid, parse_list
 
     problems = Problems()  # of all options, before anything is loaded
+    on_ray = problems.attempt(lambda: RayOptions.of(ray, cpus_per_worker, allow_mixed, {}, device))
     scoring = {name: lists.pop(name) for name in SCORING} | {"device": device}
     grid = problems.attempt(lambda: parse_grid(**lists))
     base_seeds = parse_list("--seeds", seeds, integer, "integers such as 0,1,2", problems)
@@ -132,7 +142,15 @@ def sweep(
     scorer = need("fastgen.scoring.scorer").Scorer(**scoring)
     from fastgen.sweep import sweep as run
 
-    options: dict[str, Any] = {"engine": engine, "device": device, "dtype": dtype, "threads": threads, "rag": rag}
+    engine_options: dict[str, Any] = {"device": device, "dtype": dtype, "threads": threads}
+    options: dict[str, Any] = {"engine": engine, "rag": rag, **engine_options}
+    if on_ray is not None:
+        from fastgen.sweep.models import PoolLoader
+
+        def workers(checkpoint: str | None) -> AbstractContextManager[Pool]:
+            return on_ray.pool(folder, engine, {**engine_options, "checkpoint": checkpoint}, rag, None)
+
+        options["loader"] = PoolLoader(folder, workers)
     options |= {"limit": limit, "batch_size": batch_size, "metric": metric, "minutes": minutes}
     options |= {"rule": selection, "seeds": base_seeds, "say": say, "check": ensure_certified}
     result = run(folder, requests_file, out, grid, scorer=scorer, **options)

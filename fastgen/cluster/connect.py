@@ -7,6 +7,7 @@ import importlib.util
 import logging
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -88,11 +89,14 @@ def cluster(address: str, say: Say = lambda line: None) -> Iterator[tuple[Any, b
             options |= {"num_cpus": usable_cores(), "include_dashboard": False, "_temp_dir": str(folder)}
         else:
             _check_answers(address)
+        on_sigterm = signal.getsignal(signal.SIGTERM)
         try:
             ray.init(address=address, **options)
         except (Exception, SystemExit) as error:
             raise FastgenError(f"--ray {address}: {first_line(error)}") from None
         stack.callback(ray.shutdown)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own prints the stack
         yield ray, address == LOCAL
 
 

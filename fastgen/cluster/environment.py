@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from fastgen import __version__
 from fastgen.engines.machine import cpu
-from fastgen.generate.job_record import NODE_FIELDS
+from fastgen.generate.job_record import NODE_FIELDS, Environment
 
 if TYPE_CHECKING:
     from fastgen.generate.runner import ModelRunner
 
-Environment = Mapping[str, str]  # field -> its value
 LIBRARIES = ("numpy", "pillow")
 
 
@@ -47,14 +46,6 @@ def _version(name: str) -> str:
         except PackageNotFoundError:
             found = "none"
     return str(found)
-
-
-def difference(there: Environment, here: Environment) -> str | None:
-    """The first field that differs, as `onnxruntime is 1.22 there and 1.20 here`; None where all are equal."""
-    for field in [*here, *(name for name in there if name not in here)]:
-        if there.get(field) != here.get(field):
-            return f"{field} is {there.get(field, 'none')} there and {here.get(field, 'none')} here"
-    return None
 
 
 def most_common(environments: Sequence[Environment]) -> Environment:

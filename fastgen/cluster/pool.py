@@ -14,9 +14,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastgen.cluster.environment import Environment, difference, most_common
+from fastgen.cluster.environment import most_common
 from fastgen.cluster.worker import Opened, Refused, Worker, WorkerOptions
 from fastgen.errors import FastgenError, InputError, Say, first_line
+from fastgen.generate.job_record import Environment, difference
 
 IN_FLIGHT = 2  # calls of a worker at a time
 DEATHS = 3  # of workers, after which a call is given up
@@ -251,8 +252,10 @@ class Pool:
             self._expected = most_common(found)
         for member in list(self._members):
             self._compare(member)
-        if self._members or opening:
+        if self._members:
             self._ready.set()
+            for name, refused in self._left_out.items():
+                self._say(f"ray: {self._name(name)} is left out: {refused.text}")
 
     def _compare(self, member: _Member) -> None:
         """Leave a machine of another kind out."""
@@ -267,9 +270,7 @@ class Pool:
         self._kill(member)
         self._calls.extendleft(reversed(member.calls.values()))
         if member.node not in self._left_out:
-            self._left_out[member.node] = refused
-            if self._ready.is_set() or any(other.node != member.node for other in self._members):
-                self._say(f"ray: {self._name(member.node)} is left out: {refused.text}")
+            self._leave_out_node(member.node, refused)
 
     def _assign(self) -> None:
         """Give calls to the workers that have the fewest. A call during which a worker died is alone on its worker."""

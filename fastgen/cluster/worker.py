@@ -9,13 +9,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastgen.cluster.environment import Environment, environment_of, node_fields
+from fastgen.cluster.environment import environment_of, node_fields
 from fastgen.cluster.shipping import Shipment, unpack
 from fastgen.engines.batches import Batch
 from fastgen.errors import FastgenError, Say, first_line
 from fastgen.files.png import png_bytes
 from fastgen.generate.decoder import Pictures
-from fastgen.generate.job_record import Limits
+from fastgen.generate.job_record import Environment, Limits
 from fastgen.generate.recipe import Recipe
 from fastgen.generate.record import job_identity, manifest_line
 from fastgen.generate.run import Run

@@ -27,6 +27,7 @@ from fastgen.generate.job_record import (
     JobRecord,
     Limits,
     Timing,
+    check_same_environment,
     check_same_job,
     read_job,
     without_bundle,
@@ -83,8 +84,8 @@ class JobFolder:
         """Make the folder this job's. False when another process, such as another shard's, has just done so: its limits count.
 
         `clean`: delete temporary files of killed processes. `any_batch_size`, `extends`: see `check_same_job`. `environment`:
-        is recorded in a new job. Raises InputError when the folder belongs to another job, or holds files that would be
-        overwritten: files that this job did not write.
+        is recorded in a new job, and must be that of an old one. Raises InputError when the folder belongs to another job, or
+        holds files that would be overwritten: files that this job did not write.
         """
         store = self.store
         store.check()
@@ -99,6 +100,8 @@ class JobFolder:
                 )
             return store.write_new_json(JOB, builtins(JobRecord(identity, (), limits, environment=environment)))
         check_same_job(store, identity, any_batch_size=any_batch_size, extends=extends)
+        if environment is not None:
+            check_same_environment(store, environment)
         self._check_sheets()
         if clean:
             self._clean()

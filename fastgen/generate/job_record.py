@@ -19,6 +19,7 @@ NODE_FIELDS = ("engine", "dtype", "device", "node")  # of a manifest line, which
 BUNDLE = "bundle_sha256"  # field of a job and of its lines: the digest of the bundle's record, where a bundle made the images
 
 RunId = Annotated[str, Meta(pattern="^[0-9a-f]{16}$")]
+Environment = Mapping[str, str]  # of a machine of a cluster: field -> its value, see `cluster.environment`
 Rows = Annotated[int, Meta(ge=1, le=1_000_000)]  # images in a batch
 
 
@@ -86,6 +87,21 @@ def check_same_job(
         if job.get(key) != value and not (any_batch_size and key == "batch_size"):
             difference = f"{key} is {brief(job.get(key))} there and {brief(value)} now"
             raise InputError(f"{store}: holds another job: {difference}; {HELP}")
+
+
+def difference(there: Environment, here: Environment) -> str | None:
+    """The first field that differs, as `onnxruntime is 1.22 there and 1.20 here`; None where all are equal."""
+    for field in [*here, *(name for name in there if name not in here)]:
+        if there.get(field) != here.get(field):
+            return f"{field} is {there.get(field, 'none')} there and {here.get(field, 'none')} here"
+    return None
+
+
+def check_same_environment(store: Store, environment: Environment) -> None:
+    """InputError when another kind of machine made the images that the job in `store` has."""
+    before = recorded_environment(store)
+    if before is not None and (found := difference(before, environment)) is not None:
+        raise InputError(f"{store}: {found}; the same kind of machine must continue the job, or choose another --out")
 
 
 def recorded_environment(store: Store) -> dict[str, str] | None:

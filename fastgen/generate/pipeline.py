@@ -121,17 +121,9 @@ def load(
     is no model or bundle, is damaged, or does not suit the engine."""
     model = path if isinstance(path, ModelFolder) else find_model(path, checkpoint)
     name = choose_engine(model, engine, device)
-    if model.bundle is not None:
-        _check_bundle(model.bundle, size, loras)
 
     def open_source() -> Source:
-        if model.bundle is None:
-            from fastgen.models.folder import load_model
-
-            return load_model(model.folder, checkpoint, size=size, loras=loras, allow_pickle=allow_pickle)
-        check_bundle_of(model.folder, model.bundle.spec.checkpoint, checkpoint)
-        model.bundle.verify()
-        return model.bundle
+        return load_source(model, checkpoint, size=size, loras=loras, allow_pickle=allow_pickle)
 
     source = open_source()
     source.spec.space.check_writable()
@@ -146,6 +138,26 @@ def load(
         found = obstacle(name)
         raise found.refusal(name_of(model.folder)) if found else error from None
     return Pipeline(source, opened, graphs=graphs, open_exact=open_exact)
+
+
+def load_source(
+    path: str | os.PathLike[str] | ModelFolder,
+    checkpoint: str | None = None,
+    *,
+    size: tuple[int, int] | None = None,
+    loras: Sequence[Lora] | None = None,
+    allow_pickle: bool = False,
+) -> Source:
+    """The model of `load` before it is on an engine: its spec, and its solver tables. Raises InputError as `load` does."""
+    model = path if isinstance(path, ModelFolder) else find_model(path, checkpoint)
+    if model.bundle is None:
+        from fastgen.models.folder import load_model
+
+        return load_model(model.folder, checkpoint, size=size, loras=loras, allow_pickle=allow_pickle)
+    _check_bundle(model.bundle, size, loras)
+    check_bundle_of(model.folder, model.bundle.spec.checkpoint, checkpoint)
+    model.bundle.verify()
+    return model.bundle
 
 
 def choose_engine(model: ModelFolder, engine: str | None = None, device: str | None = None) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastgen.errors import InputError
 from fastgen.generate.decoder import Decoder
@@ -43,26 +43,9 @@ class ModelRunner:
         self._loops: dict[tuple[str, int], DeviceLoop] = {}
         self.memory: dict[str, Memory] = {}  # of each network on a GPU, once a job has measured it
 
-    def settings(
-        self,
-        *,
-        scheduler: str | None = None,
-        num_inference_steps: int | None = None,
-        guidance_scale: float | None = None,
-        guidance_interval: tuple[int, int] | None = None,
-        seed: int = 0,
-        normalize: str = "clamp",
-    ) -> Settings:
-        """Settings of a run that starts from noise; None: the model's default."""
-        default = self.spec.sampling
-        return Settings(
-            scheduler or default.scheduler,
-            default.num_inference_steps if num_inference_steps is None else num_inference_steps,
-            default.guidance_scale if guidance_scale is None else guidance_scale,
-            guidance_interval,
-            seed,
-            normalize=normalize,
-        )
+    def settings(self, **given: Any) -> Settings:
+        """Settings of a run that starts from noise, see `Settings.of`."""
+        return Settings.of(self.spec.sampling, **given)
 
     def loop(self, table: SolverTable, x: Array, cond: Sequence[Array]) -> DeviceLoop:
         """The loop on a GPU for this table and batch size; loops of other tables are dropped with their memory."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from fastgen.errors import InputError, unknown
 from fastgen.generate.quantise import NORMALIZE
+from fastgen.sampling.defaults import Sampling
 from fastgen.sampling.tables import format_key
 
 # The default share of the steps that a late start runs: the 60 of 70 at which a sweep of 20 to 60 was best.
@@ -41,6 +42,28 @@ class Settings:
         if self.noise_steps is not None and not 1 <= self.noise_steps <= self.num_inference_steps:
             expected = f"expected 1 to {self.num_inference_steps}, the number of inference steps"
             raise InputError(f"noise_steps is {self.noise_steps}, {expected}")
+
+    @classmethod
+    def of(
+        cls,
+        default: Sampling,
+        *,
+        scheduler: str | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        guidance_interval: tuple[int, int] | None = None,
+        seed: int = 0,
+        normalize: str = "clamp",
+    ) -> Settings:
+        """Settings of a run that starts from noise; for None the model's `default`."""
+        return cls(
+            scheduler or default.scheduler,
+            default.num_inference_steps if num_inference_steps is None else num_inference_steps,
+            default.guidance_scale if guidance_scale is None else guidance_scale,
+            guidance_interval,
+            seed,
+            normalize=normalize,
+        )
 
     @property
     def solver(self) -> str:

@@ -7,12 +7,14 @@ changed grid keeps the points that it shares with the old one.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from msgspec import field
 
@@ -25,7 +27,7 @@ from fastgen.files.names import JOB, MANIFEST
 from fastgen.files.outputs import check_output, write_report
 from fastgen.files.records import Name, Record, Sha256, read_record, to_record
 from fastgen.files.store import Folder
-from fastgen.generate.job import run_job
+from fastgen.generate.job import run_work
 from fastgen.generate.job_record import recorded_runs
 from fastgen.generate.pipeline import Pipeline
 from fastgen.generate.requests import Request
@@ -33,8 +35,9 @@ from fastgen.scoring.options import PathLike
 from fastgen.scoring.result import Figure, FigureRecord
 from fastgen.sweep.choice import Rule
 from fastgen.sweep.grid import Grid, Point, Points
+from fastgen.sweep.models import Loader, LocalLoader, SweptModel
 from fastgen.sweep.overview import save_pictures
-from fastgen.sweep.plan import POINTS, ModelLoader, Plan, network_evaluations, prepare
+from fastgen.sweep.plan import POINTS, Plan, network_evaluations, prepare
 from fastgen.sweep.report import CSV, JSON, PLOT, SHEET, ScoredPoint, Sweep
 
 if TYPE_CHECKING:
@@ -84,6 +87,7 @@ def sweep(
     progress: bool = True,
     say: Say = lambda line: None,
     check: Callable[[Pipeline], None] = lambda pipeline: None,
+    loader: Loader | None = None,
     **options: Any,
 ) -> Sweep:
     """Generate the requests (the first `limit`) at every point of `grid`, once per seed, and score them.
@@ -93,20 +97,21 @@ def sweep(
     again. A checkpoint's networks are loaded once. `metric`: the metric of `rule`, by default the first that is measured;
     `rag`: an index, see `fastgen.retrieval.index`; `options`: further arguments of `fastgen.load`. After `minutes` no seed of
     any point begins: points that lack some are `unfinished`, and the same call continues. `check(pipeline)` is called before
-    a pipeline generates, and may raise. `say` gets a line of progress per point.
+    a pipeline generates, and may raise. `loader`: loads `model` elsewhere than in this process, such as a `PoolLoader`; then
+    `engine`, `options` and `check` are its own. `say` gets a line of progress per point.
 
     Raises RefusedError (an InputError), before the first image, with every problem of the arguments, and InputError for an
     `out` that holds something else. A point with failed images has an `error` and no score.
     """
     until = None if minutes is None else time.monotonic() + 60 * minutes
-    loader = ModelLoader(Path(model), engine, options, check)
     index = None if rag is None else Path(rag)
+    used = loader or LocalLoader(Path(model), engine, options, check)
     settings: dict[str, Any] = {"metric": metric, "seeds": tuple(seeds), "limit": limit, "batch_size": batch_size}
     rule = rule or Rule()
-    plan, pipeline = prepare(loader, Path(requests), Path(out), grid, scorer, rule=rule, rag=index, **settings)
+    plan, loaded = prepare(used, Path(requests), Path(out), grid, scorer, rule=rule, rag=index, **settings)
     _claim(plan, Path(requests))
     result = Sweep(plan.out, str(model), plan.metric, plan.metrics, rule, [])
-    for point, row, seconds in _rows(plan, pipeline, scorer, progress, say, until):
+    for point, row, seconds in _rows(plan, loaded, scorer, progress, say, until):
         if row is None:
             result.unfinished.append(point)
             continue
@@ -159,41 +164,73 @@ def _hash(requests: Sequence[Request]) -> str:
 
 
 def _rows(
-    plan: Plan, pipeline: Pipeline, scorer: Scorer, progress: bool, say: Say, until: float | None
+    plan: Plan, model: SweptModel, scorer: Scorer, progress: bool, say: Say, until: float | None
 ) -> Iterator[tuple[Point, ScoredPoint | None, float | None]]:
     """Each point, its row (None: unfinished), and the seconds it took (None: nothing was generated or scored)."""
     identity, checkpoint = scorer.identity, plan.points[0].checkpoint
-    for point in plan.points:
-        if point.checkpoint != checkpoint:
-            pipeline.free_memory()
-            del pipeline
-            pipeline, checkpoint = plan.model.load(point.checkpoint), point.checkpoint
-            plan.check_folders(pipeline, checkpoint)
-        start = time.perf_counter()
-        errors, generated, complete = _generate(plan, pipeline, point, progress, say, until)
-        if not complete:
-            yield point, None, None
-            continue
-        figures, warnings, is_new = ({}, [], False) if errors else _score(plan, point, scorer, identity)
-        elapsed = time.perf_counter() - start if generated or is_new else None
-        yield point, _row(plan, point, figures, warnings, errors), elapsed
+    try:
+        for name, group in itertools.groupby(plan.points, lambda point: point.checkpoint):
+            points = list(group)
+            if name != checkpoint:
+                model.close()
+                model, checkpoint = plan.loader.load(name, plan.index), name
+                plan.check_folders(model, checkpoint)
+            for point, made in zip(points, _made(plan, model, points, progress, say, until), strict=True):
+                if not made.complete:
+                    yield point, None, None
+                    continue
+                start = time.perf_counter()
+                figures, warnings, is_new = ({}, [], False) if made.errors else _score(plan, point, scorer, identity)
+                seconds = made.seconds + time.perf_counter() - start
+                row = _row(plan, point, figures, warnings, made.errors)
+                yield point, row, seconds if made.generated or is_new else None
+    finally:
+        model.close()
 
 
-def _generate(
-    plan: Plan, pipeline: Pipeline, point: Point, progress: bool, say: Say, until: float | None
-) -> tuple[dict[str, str], int, bool]:
-    """Generate the images of all seeds: (image -> why it failed, the number of new images, whether every seed began before
-    `until`)."""
+class _Made(NamedTuple):
+    """A point's images. `errors`: image -> why it failed; `generated`: the number of new images; `complete`: whether every seed
+    began in time."""
+
+    errors: dict[str, str]
+    generated: int
+    complete: bool
+    seconds: float
+
+
+def _made(
+    plan: Plan, model: SweptModel, points: Sequence[Point], progress: bool, say: Say, until: float | None
+) -> Iterator[_Made]:
+    """What was made of each point, in order. On a cluster some are made at the same time, also while others are scored."""
+    if model.together == 1:
+        for point in points:
+            yield _generate(plan, model, point, progress, say, until)
+        return
+    with ThreadPoolExecutor(model.together) as pool:
+        futures = [pool.submit(_generate, plan, model, point, False, say, until) for point in points]
+        try:
+            for future in futures:
+                yield future.result()
+        except BaseException:
+            for future in futures:
+                future.cancel()
+            model.close()  # which ends the points that have begun
+            raise
+
+
+def _generate(plan: Plan, model: SweptModel, point: Point, progress: bool, say: Say, until: float | None) -> _Made:
+    """Generate the images of all seeds that begin before `until`."""
+    start = time.perf_counter()
     errors: dict[str, str] = {}
     generated = 0
     for folder, seed in zip(plan.folders(point), plan.seeds, strict=True):
         if until is not None and time.monotonic() >= until and not (folder / MANIFEST).is_file():
-            return errors, generated, False
-        run = plan.run(pipeline, point, seed)
-        report = run_job(run, folder, batch_size=plan.batch_size, progress=progress, say=say)
+            return _Made(errors, generated, False, time.perf_counter() - start)
+        work = model.work(plan.recipe(point, seed))
+        report = run_work(work, folder, batch_size=plan.batch_size, progress=progress, say=say)
         errors |= {f"{folder.name}/{name}": why for name, why in report.errors.items()}
         generated += report.generated
-    return errors, generated, True
+    return _Made(errors, generated, True, time.perf_counter() - start)
 
 
 def _score(

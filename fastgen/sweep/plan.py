@@ -2,71 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fastgen.errors import InputError, unknown
 from fastgen.files.jsonfiles import located
-from fastgen.files.store import Folder
 from fastgen.generate.conditions import check_requests
-from fastgen.generate.job_record import check_same_job, recorded_limits
-from fastgen.generate.pipeline import Pipeline, load
-from fastgen.generate.record import job_identity
+from fastgen.generate.recipe import Recipe
 from fastgen.generate.requests import Request, parse_requests
-from fastgen.generate.run import Run
 from fastgen.generate.settings import Settings
-from fastgen.generate.start import late_start
-from fastgen.generate.work import limits_of
-from fastgen.models.bundle import is_bundle, read_bundle
-from fastgen.models.checkpoint_choice import check_bundle_of, choose_checkpoint
 from fastgen.models.find import find_model
 from fastgen.retrieval.index import Index, open_index
 from fastgen.sampling.loop import guided_rows
 from fastgen.sampling.tables import SolverTable
 from fastgen.sweep.choice import BEST, Rule
 from fastgen.sweep.grid import Grid, Point, Points, Problems
+from fastgen.sweep.models import Loader, SweptModel, weights_of
 
 if TYPE_CHECKING:
+    from fastgen.models.spec import Source
     from fastgen.scoring import Scorer
 
 POINTS = "points"
 
 
 @dataclass(frozen=True)
-class ModelLoader:
-    """A bundle or a model folder, its engine, and the other options of `fastgen.load`; `check` sees every pipeline once."""
-
-    folder: Path
-    engine: str | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
-    check: Callable[[Pipeline], None] = lambda pipeline: None
-
-    def load(self, checkpoint: str | None) -> Pipeline:
-        """The pipeline of a checkpoint. Raises what `fastgen.load` and `check` raise."""
-        pipeline = load(self.folder, self.engine, checkpoint=checkpoint, **self.options)
-        self.check(pipeline)
-        return pipeline
-
-    def weights(self, checkpoint: str | None) -> str | None:
-        """The label of a checkpoint, such as best@115, without loading it. Raises InputError when there is none."""
-        if checkpoint is None:
-            return None
-        with located(f"--checkpoint {checkpoint}"):
-            if not is_bundle(self.folder):
-                return choose_checkpoint(self.folder, checkpoint).label
-            label = read_bundle(self.folder).spec.checkpoint
-            check_bundle_of(self.folder, label, checkpoint)
-            return label
-
-
-@dataclass(frozen=True)
 class Plan:
     """The valid settings of a sweep. `evaluations`: point -> network evaluations per image."""
 
-    model: ModelLoader
+    loader: Loader
     out: Path
     requests: Sequence[Request]
     points: Sequence[Point]
@@ -81,30 +48,21 @@ class Plan:
         """The point's jobs, one per seed."""
         return [self.out / POINTS / point.name / f"seed-{seed}" for seed in self.seeds]
 
-    def run(self, pipeline: Pipeline, point: Point, seed: int) -> Run:
-        """A run of this point, from the index's images where the point starts late."""
-        settings = pipeline.settings(**point.settings(), seed=seed)
-        if point.noise_steps is None:
-            return Run(pipeline, self.requests, settings)
-        late = {"noise_steps": point.noise_steps}
-        return Run(pipeline, self.requests, *late_start(self.index, pipeline, self.requests, settings, **late))
+    def recipe(self, point: Point, seed: int) -> Recipe:
+        """The run of this point, from the index's images where the point starts late."""
+        late = {} if point.noise_steps is None else {"noise_steps": point.noise_steps}
+        return Recipe(self.requests, {**point.settings(), "seed": seed}, late, from_noise=point.noise_steps is None)
 
-    def check_folders(self, pipeline: Pipeline, checkpoint: str | None) -> None:
+    def check_folders(self, model: SweptModel, checkpoint: str | None) -> None:
         """InputError when a folder of this checkpoint's points holds images of another model, engine or index."""
         for point in self.points:
             for folder, seed in zip(self.folders(point), self.seeds, strict=True):
                 if point.checkpoint == checkpoint and folder.exists():
-                    run = self.run(pipeline, point, seed)
-                    limits = limits_of(run, self.batch_size, recorded_limits(Folder(folder)))
-                    identity = job_identity(run, limits.batch)
-                    before = pipeline.spec.bundle_extends
-                    check_same_job(
-                        Folder(folder), identity, any_batch_size=pipeline.engine.batch_invariant, extends=before
-                    )
+                    model.check_folder(self.recipe(point, seed), folder, self.batch_size)
 
 
 def prepare(
-    model: ModelLoader,
+    loader: Loader,
     path: Path,
     out: Path,
     grid: Grid | Points,
@@ -116,32 +74,33 @@ def prepare(
     limit: int | None,
     rag: Path | None,
     batch_size: int | None,
-) -> tuple[Plan, Pipeline]:
-    """The plan, and the pipeline of its first point. RefusedError with every problem."""
+) -> tuple[Plan, SweptModel]:
+    """The plan, and the model of its first point. RefusedError with every problem."""
     problems = Problems()
-    weights = {name: problems.attempt(partial(model.weights, name)) for name in grid.checkpoints}
+    weights = {name: problems.attempt(partial(weights_of, loader.folder, name)) for name in grid.checkpoints}
     problems.check()
     first = grid.checkpoints[0]
-    requests = parse_requests(path).known(find_model(model.folder, first).objects)[:limit]
+    requests = parse_requests(path).known(find_model(loader.folder, first).objects)[:limit]
     problems.attempt(lambda: _check_seeds(seeds, requests))
     metrics = problems.attempt(lambda: scorer.planned(path, limit)) or ()
     metric_name = problems.attempt(lambda: _metric(metric, metrics)) if metrics else None
     index = None if rag is None else problems.attempt(lambda: open_index(rag))
-    pipeline = model.load(first)
-    problems.attempt(lambda: check_requests(requests, pipeline.spec.condition))
+    model = loader.load(first, index)
+    spec = model.source.spec
+    problems.attempt(lambda: check_requests(requests, spec.condition))
     if index is not None:
-        problems.attempt(lambda: index.check(pipeline.spec))
-    points = problems.attempt(lambda: grid.points(pipeline.spec.sampling, rag=rag is not None, weights=weights)) or []
+        problems.attempt(lambda: index.check(spec))
+    points = problems.attempt(lambda: grid.points(spec.sampling, rag=rag is not None, weights=weights)) or []
     if points:
         problems.attempt(lambda: _check_against(rule, points))
     # Where late starts or checkpoints are wrong, the solvers and the guidance interval are checked without them.
-    plain = grid.plain.points(pipeline.spec.sampling)
-    evaluations = problems.attempt(partial(_evaluations, pipeline, points or plain)) or {}
+    plain = grid.plain.points(spec.sampling)
+    evaluations = problems.attempt(partial(_evaluations, model.source, points or plain)) or {}
     problems.check()
     assert metric_name is not None
-    plan = Plan(model, out, requests, points, evaluations, metrics, metric_name, index, seeds, batch_size)
-    plan.check_folders(pipeline, first)
-    return plan, pipeline
+    plan = Plan(loader, out, requests, points, evaluations, metrics, metric_name, index, seeds, batch_size)
+    plan.check_folders(model, first)
+    return plan, model
 
 
 def network_evaluations(table: SolverTable, settings: Settings) -> int:
@@ -172,13 +131,13 @@ def _metric(name: str | None, measured: Sequence[str]) -> str:
     return name or measured[0]
 
 
-def _evaluations(pipeline: Pipeline, points: Sequence[Point]) -> dict[Point, int]:
+def _evaluations(source: Source, points: Sequence[Point]) -> dict[Point, int]:
     """Point -> network evaluations per image. RefusedError, with an item for each, for solvers that this model does not have
     and for guidance intervals outside their rows."""
     problems, out = Problems(), {}
-    table_of = cache(pipeline.source.table)
+    table_of = cache(source.table)
     for point in points:
-        settings = replace(pipeline.settings(**point.settings()), noise_steps=point.noise_steps)
+        settings = replace(Settings.of(source.spec.sampling, **point.settings()), noise_steps=point.noise_steps)
         try:
             with located(f"--scheduler {point.scheduler}"):
                 table = table_of(settings.solver)

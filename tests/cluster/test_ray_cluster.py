@@ -1,0 +1,254 @@
+"""`generate --ray` on a real cluster of two raylets: workers, a raylet and the driver are killed, and the folder is that of one
+process."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+ray = pytest.importorskip("ray")
+
+NAMES = ["red cube", "blue sphere", "gray cylinder"]
+IMAGES = 60
+STEPS = "40"  # so that a job takes longer than a worker's start
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory) -> Iterator[Cluster]:
+    made = Cluster(tmp_path_factory.mktemp("cache"))
+    yield made
+    made.close()
+
+
+class Cluster:
+    """A head without CPUs, and raylets with one CPU each, all on this machine."""
+
+    def __init__(self, cache: Path) -> None:
+        from ray.cluster_utils import Cluster as Raylets
+
+        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+        os.environ["FASTGEN_CACHE"] = str(cache)
+        self.cache = cache
+        self._raylets = Raylets(
+            initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False}, shutdown_at_exit=False
+        )
+        self.address = self._raylets.address
+        self.nodes = [self.add(), self.add()]
+
+    def add(self):
+        return self._raylets.add_node(num_cpus=1)
+
+    def lose(self, node) -> None:
+        """kill -9 of a raylet: its workers end with it."""
+        self._raylets.remove_node(node, allow_graceful=False)
+
+    def close(self) -> None:
+        self._raylets.shutdown()
+
+
+def processes(word: str) -> list[int]:
+    """The ids of processes whose title or command line begins with a word."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if folder.joinpath("cmdline").read_bytes().startswith(word.encode()):
+                found.append(int(folder.name))
+        except OSError:
+            continue
+    return found
+
+
+WORKER = "ray::Worker"  # the title of our workers' processes
+
+
+@pytest.fixture(scope="module")
+def job(label_bundle, tmp_path_factory) -> tuple[list[str], dict[str, bytes]]:
+    """A command without its output and place, and the folder that one process makes."""
+    folder = tmp_path_factory.mktemp("job")
+    requests = folder / "requests.json"
+    requests.write_text(json.dumps([[NAMES[i % 3]] for i in range(IMAGES)]))
+    words = ["generate", str(requests), "--model", str(label_bundle), "--engine", "ort", "--batch-size", "2"]
+    words += ["--num-inference-steps", STEPS]
+    subprocess.run([sys.executable, "-m", "fastgen", *words, "--out", str(folder / "out")], check=True)
+    return words, contents(folder / "out")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        p.relative_to(folder).as_posix(): p.read_bytes()
+        for p in folder.rglob("*")
+        if p.is_file() and p.name != "job.json"
+    }
+
+
+def start(words: list[str], out: Path, *more: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "fastgen", *words, "--out", str(out), *more]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[str, str]:
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return out, err
+
+
+@contextmanager
+def every(seconds: float, act) -> Iterator[list[int]]:
+    """Call `act` in a thread again and again; its results are collected."""
+    stop, done = threading.Event(), []
+
+    def loop() -> None:
+        while not stop.wait(seconds):
+            done.extend(act())
+
+    thread = threading.Thread(target=loop)
+    thread.start()
+    try:
+        yield done
+    finally:
+        stop.set()
+        thread.join()
+
+
+def ended(name: str, seconds: float = 20) -> bool:
+    """Whether no such process is left, after a while at the latest."""
+    until = time.monotonic() + seconds
+    while processes(name) and time.monotonic() < until:
+        time.sleep(0.2)
+    return not processes(name)
+
+
+def kill_a_worker() -> list[int]:
+    found = processes(WORKER)
+    if not found:
+        return []
+    victim = random.choice(found)
+    os.kill(victim, signal.SIGKILL)
+    return [victim]
+
+
+def test_the_bundle_travels_and_two_machines_make_the_folder_of_one_process(cluster, job, tmp_path):
+    words, expected = job
+    out, _ = finish(start(words, tmp_path / "out", f"--ray={cluster.address}"))
+    assert contents(tmp_path / "out") == expected
+    assert f"{IMAGES} generated" in out
+    (shipped,) = [p for p in (cluster.cache / "cluster").iterdir() if p.is_dir()]
+    assert (shipped / Path(words[3]).name / "bundle.json").is_file()
+    assert ended(WORKER)
+
+
+def test_workers_killed_again_and_again_change_no_byte(cluster, job, tmp_path):
+    words, expected = job
+    with every(5, kill_a_worker) as killed:
+        finish(start(words, tmp_path / "out", f"--ray={cluster.address}"))
+    assert killed
+    assert contents(tmp_path / "out") == expected
+    assert ended(WORKER)
+
+
+def test_a_raylet_that_is_killed_changes_no_byte(cluster, job, tmp_path):
+    words, expected = job
+    process = start(words, tmp_path / "out", f"--ray={cluster.address}")
+    while len(list((tmp_path / "out").glob("*.png"))) < 4:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    cluster.lose(cluster.nodes.pop())
+    finish(process)
+    assert contents(tmp_path / "out") == expected
+    cluster.nodes.append(cluster.add())
+    assert ended(WORKER)
+
+
+def test_a_driver_that_is_killed_leaves_no_worker_and_the_same_command_continues(cluster, job, tmp_path):
+    words, expected = job
+    process = start(words, tmp_path / "out", f"--ray={cluster.address}")
+    while len(list((tmp_path / "out").glob("*.png"))) < 4:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    process.kill()
+    process.communicate()
+    assert ended(WORKER, 60)
+    made = len(list((tmp_path / "out").glob("*.png")))
+    assert 4 <= made < IMAGES
+    out, _ = finish(start(words, tmp_path / "out", f"--ray={cluster.address}"))
+    assert contents(tmp_path / "out") == expected
+    assert int(out.partition(" images, ")[2].split()[0]) <= IMAGES - made + 2
+
+
+def test_a_cluster_that_does_not_answer_is_refused_within_seconds(job, tmp_path):
+    words, _ = job
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        silent_port = silent.getsockname()[1]
+        begin = time.monotonic()
+        process = start(words, tmp_path / "out", f"--ray=127.0.0.1:{silent_port}")
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 2
+        assert err.strip() == f"fastgen: error: --ray 127.0.0.1:{silent_port}: no answer within 10 s"
+        assert time.monotonic() - begin < 40
+    process = start(words, tmp_path / "out", f"--ray=127.0.0.1:{silent_port}")
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert err.startswith(f"fastgen: error: --ray 127.0.0.1:{silent_port}: Connection refused")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_engine_that_no_machine_has_is_one_line(cluster, job, tmp_path):
+    words, _ = job
+    words = [*words[:5], "trt", *words[6:]]
+    assert words[4] == "--engine"
+    process = start(words, tmp_path / "out", f"--ray={cluster.address}")
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 2
+    (line,) = err.strip().splitlines()
+    assert line.startswith("fastgen: error: --ray: ")
+    assert "trt" in line
+    assert not (tmp_path / "out").exists()
+    assert ended(WORKER)
+
+
+def test_a_new_cluster_on_this_machine_leaves_no_process_and_no_file(job, tmp_path):
+    words, expected = job
+    before = set(processes("")), set(Path("/tmp").glob("fastgen-ray-*"))
+    process = start(words, tmp_path / "out", "--cpus-per-worker", "1", "--ray")
+    while len(list((tmp_path / "out").glob("*.png"))) < 4:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err.strip().splitlines()[-1].endswith("the same command continues")
+    finish(start(words, tmp_path / "out", "--cpus-per-worker", "1", "--ray"))
+    assert contents(tmp_path / "out") == expected
+    assert set(Path("/tmp").glob("fastgen-ray-*")) == before[1]
+    until = time.monotonic() + 20
+    while (left := own(set(processes("")) - before[0])) and time.monotonic() < until:
+        time.sleep(0.2)
+    assert not left
+
+
+def own(numbers: set[int]) -> list[str]:
+    """The command lines of those processes that belong to Ray or fastgen."""
+    lines = []
+    for number in numbers:
+        try:
+            line = Path(f"/proc/{number}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:
+            continue
+        if "fastgen-ray-" in line or line.startswith("ray::Worker"):
+            lines.append(line)
+    return lines

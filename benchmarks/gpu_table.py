@@ -15,7 +15,7 @@ from typing import Any
 import click
 
 from benchmarks.first import report
-from benchmarks.report import RESULTS, cell
+from benchmarks.report import RESULTS, cell, replaced
 
 README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- from benchmarks/results/gpu: python -m benchmarks.gpu_table -->\n\n", "\n<!-- end -->\n"
@@ -80,11 +80,7 @@ def held(folder: Path) -> list[dict[str, Any]]:
 
 def written(text: str, new: str) -> str:
     """A README with these lines between its two marks. ValueError where it has not both."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise ValueError(f"no lines between {BEGIN.strip()} and {END.strip()}")
-    return before + begin + new + end + after
+    return replaced(text, BEGIN, END, new)
 
 
 def read(file: Path) -> dict[str, Any]:

@@ -69,3 +69,12 @@ def cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.3g}"
     return str(value)
+
+
+def replaced(text: str, begin: str, end: str, new: str) -> str:
+    """A text with `new` between its marks `begin` and `end`. ValueError where it has not both."""
+    before, found, rest = text.partition(begin)
+    _, last, after = rest.partition(end)
+    if not (found and last):
+        raise ValueError(f"no lines between {begin.strip()} and {end.strip()}")
+    return before + begin + new + end + after

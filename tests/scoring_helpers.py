@@ -33,7 +33,7 @@ def make_evaluator(folder: Path, seed: int = 0) -> Path:
     from fastgen.models import evaluator
 
     torch.manual_seed(seed)
-    evaluator.save(evaluator.ResNet18().eval(), folder, ICLEVR_OBJECTS, {})
+    evaluator.save(evaluator.ResNet18(width=8).eval(), folder, ICLEVR_OBJECTS, {})
     return folder
 
 

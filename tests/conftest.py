@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -225,19 +224,13 @@ def export_few() -> Callable[..., Any]:
 
 @pytest.fixture(scope="session")
 def graph_once(once) -> Callable[..., None]:
-    """`export_onnx` that traces the same weights once in a session: torch takes seconds, and a copy is the same bytes."""
+    """`export_onnx` that traces the same network once in a session, and copies its graph from then on, see traces.py."""
     pytest.importorskip("onnxscript")
+    from traces import copying
+
     from export.onnx import export_onnx
 
-    def run(module: Any, signature: Any, path: Path, dtype: str = "fp32") -> None:
-        digest = hashlib.sha256(f"{module}{signature}{dtype}{path.name}".encode())
-        for name, tensor in module.state_dict().items():
-            digest.update(name.encode() + tensor.numpy().tobytes())
-        name = f"graphs/{digest.hexdigest()}"
-        folder = once(name, lambda folder: export_onnx(module, signature, folder / path.name, dtype))
-        shutil.copytree(folder, path.parent, dirs_exist_ok=True)
-
-    return run
+    return copying(export_onnx, lambda name, fill: once(f"graphs/{name}", fill))
 
 
 @pytest.fixture

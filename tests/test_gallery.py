@@ -193,16 +193,12 @@ def test_lora_weights_are_fused_when_asked_and_only_then(fastgen, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ENTRIES)
-def test_its_bundle_gives_them_on_every_engine(name, fastgen, export_few, graph_once, tmp_path, monkeypatch):
+@pytest.mark.usefixtures("_graphs_once")  # entries share networks
+def test_its_bundle_gives_them_on_every_engine(name, fastgen, export_few, tmp_path):
     pytest.importorskip("onnxruntime")
     pytest.importorskip("openvino")
     from export.certificate import MIN_CODEBOOK_PSNR_DB
-    from export.onnx import export_onnx
 
-    def export(module, signature, path, dtype="fp32"):  # entries share text encoders and autoencoders
-        (export_onnx if path.parent.name == "unet" else graph_once)(module, signature, path, dtype)
-
-    monkeypatch.setattr("export.onnx.export_onnx", export)
     piece, options = ENTRIES[name](tmp_path / name), {}
     if piece.options:
         options["size"] = (piece.options[1], piece.options[3])

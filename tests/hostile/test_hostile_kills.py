@@ -71,32 +71,27 @@ def made(label_model, text_model, tmp_path_factory) -> Path:
 
 
 SERVER = """
-import hashlib
 import os
-import shutil
 from pathlib import Path
 
 import export.onnx
 import fastgen.sampling.compile
 import fork_server
+from traces import copying
 
 fastgen.sampling.compile.COMMON_STEPS = (2, 3)
 trace = export.onnx.export_onnx
 
 
-def export_onnx(module, signature, path, dtype="fp32"):
-    if "GRAPHS" not in os.environ:
-        return trace(module, signature, path, dtype)
-    digest = hashlib.sha256(f"{module}{signature}{dtype}{path.name}".encode())
-    for name, tensor in module.state_dict().items():
-        digest.update(name.encode() + tensor.numpy().tobytes())
-    kept = Path(os.environ["GRAPHS"], digest.hexdigest())
-    if not kept.exists():
-        trace(module, signature, kept / path.name, dtype)
-    shutil.copytree(kept, path.parent, dirs_exist_ok=True)
+def kept(name, fill):
+    folder = Path(os.environ["GRAPHS"], name)
+    if not folder.exists():
+        fill(folder)
+    return folder
 
 
-export.onnx.export_onnx = export_onnx
+copied = copying(trace, kept)
+export.onnx.export_onnx = lambda *arguments: (copied if "GRAPHS" in os.environ else trace)(*arguments)
 fork_server.main()
 """
 

@@ -299,6 +299,7 @@ def judge(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("_graphs_once")  # the text presets have one text encoder and one autoencoder
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_a_preset_at_small_size_trains_resumes_exports_generates_and_scores(
     name: str, fastgen: Any, request: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from fastgen import __version__
 from fastgen.cluster.environment import most_common
 from fastgen.cluster.worker import Opened, Refused, Worker, WorkerOptions
 from fastgen.errors import FastgenError, InputError, Say, first_line
@@ -121,14 +122,11 @@ class Pool:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    @property
-    def environment(self) -> Environment:
-        """The kind of machine whose pictures the pool makes; waits until it is known."""
+    def wait(self) -> None:
+        """Wait until the kind of machine is chosen, and a worker is ready."""
         while not self._ready.wait(LOOK_S):
             self._check()
         self._check()
-        assert self._expected is not None
-        return self._expected
 
     def put(self, value: Any) -> Any:
         """A reference to a value that calls can carry: it travels to each machine once."""
@@ -313,6 +311,10 @@ class Pool:
             self._leave_out(member, result)
             return
         assert isinstance(result, Opened)
+        if (there := result.environment["fastgen"]) != __version__:
+            text = f"fastgen is {there} there and {__version__} here; install one version on all machines"
+            self._leave_out(member, Refused(text, InputError.exit_code))
+            return
         for line in result.said:
             self._say(f"ray: {self._name(member.node)}: {line}")
         member.environment = result.environment

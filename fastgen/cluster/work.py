@@ -32,7 +32,7 @@ class PoolWork:
 
     def plan(self, batch_size: int | None, recorded: Limits | None) -> JobPlan:
         """See `Work.plan`; a worker makes it."""
-        self._pool.environment  # noqa: B018  # waits until the kind of machine is chosen
+        self._pool.wait()
         replies: queue.SimpleQueue[tuple[Call, Any]] = queue.SimpleQueue()
         self._pool.submit(Call("plan", (self._key, self._recipe, batch_size, recorded), replies))
         _, plan = self._pool.reply(replies)

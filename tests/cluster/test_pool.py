@@ -12,6 +12,7 @@ from fake_ray import DieError, FakeRay
 
 pytest.importorskip("ray")
 
+import fastgen
 from fastgen.cluster import pool as pools
 from fastgen.cluster.environment import most_common
 from fastgen.cluster.pool import Pool, Slot
@@ -186,7 +187,7 @@ def other(field, value, nodes=("two",)):
     return change
 
 
-FIELDS = ["engine", "dtype", "processor", "onnxruntime", "fastgen", "zlib"]
+FIELDS = ["engine", "dtype", "processor", "onnxruntime", "zlib"]
 
 
 @pytest.mark.parametrize("field", FIELDS)
@@ -201,6 +202,14 @@ def test_a_machine_of_another_kind_is_left_out_and_the_field_is_named(label_bund
     (line,) = said
     assert line.startswith(f"ray: two is left out: {field} is ")
     assert line.endswith(" in this job and xyz there; --allow-mixed takes it")
+
+
+def test_a_machine_with_another_version_of_fastgen_is_left_out_also_of_a_mixed_job(label_bundle, tmp_path):
+    said = []
+    run(label_bundle, tmp_path / "out", change=other("fastgen", "0.0.9"), mixed=True, said=said)
+    assert said == [
+        f"ray: two is left out: fastgen is 0.0.9 there and {fastgen.__version__} here; install one version on all machines"
+    ]
 
 
 def test_a_job_goes_on_only_with_the_kind_of_machine_that_began_it(label_bundle, tmp_path):

@@ -21,7 +21,8 @@ from fastgen.errors import FastgenError, InputError, Say, first_line
 from fastgen.generate.job_record import Environment, difference
 
 IN_FLIGHT = 2  # calls of a worker at a time
-DEATHS = 3  # of workers, after which a call is given up
+DEATHS = 3  # of workers during a call, after which it is given up
+DEATHS_AT_START = 5  # of a machine's workers while they load the model, one after the other, after which it is left out
 UNREAD = 64  # replies that a job has not taken yet, after which it gets no more workers
 LOOK_S = 0.1  # between two looks at new calls
 NODES_S = 2.0  # between two looks at the machines of the cluster
@@ -55,12 +56,15 @@ class Slot:
 
 @dataclass
 class Call:
-    """A call of a worker's method. `replies`: where its result goes, as (call, result or Died or error)."""
+    """A call of a worker's method. `replies`: where its result goes, as (call, result or Died or error). `most_deaths`: of
+    workers during the call, after which it is given up. `first`: before calls that wait already."""
 
     method: str
     arguments: tuple[Any, ...]
     replies: queue.SimpleQueue[tuple[Call, Any]]
     tag: Any = None
+    most_deaths: int = DEATHS
+    first: bool = False
     deaths: int = 0
 
 
@@ -198,7 +202,7 @@ class Pool:
             call = self._new.get(timeout=wait) if wait else self._new.get_nowait()
             while True:
                 if call is not None:
-                    self._calls.append(call)
+                    (self._calls.appendleft if call.first else self._calls.append)(call)
                 call = self._new.get_nowait()
         except queue.Empty:
             return
@@ -323,21 +327,22 @@ class Pool:
             self._compare(member)
 
     def _buried(self, member: _Member, why: str) -> None:
-        """A worker has died: its calls are made again."""
+        """A worker has died: its calls are made again, after all others: what kills at random then rarely strikes the same call
+        again and again."""
         self._members.remove(member)
         self._kill(member)
         if member.opening is not None:
             alive = any(node["NodeID"] == member.node and node["Alive"] for node in self._ray.nodes())
             self._deaths_at_start[member.node] += alive
-            if self._deaths_at_start[member.node] >= DEATHS:
-                text = f"the worker died {DEATHS} times while it loaded the model: {why}"
+            if self._deaths_at_start[member.node] >= DEATHS_AT_START:
+                text = f"the worker died {DEATHS_AT_START} times while it loaded the model: {why}"
                 self._leave_out_node(member.node, Refused(text, FastgenError.exit_code))
-        for call in reversed(member.calls.values()):
+        for call in member.calls.values():
             call.deaths += 1
-            if call.deaths >= DEATHS:
+            if call.deaths >= call.most_deaths:
                 call.replies.put((call, Died(call.deaths, why)))
             else:
-                self._calls.appendleft(call)
+                self._calls.append(call)
 
     def _leave_out_node(self, node: str, refused: Refused) -> None:
         self._left_out[node] = refused

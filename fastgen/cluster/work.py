@@ -18,6 +18,7 @@ from fastgen.generate.work import Files, JobPlan
 if TYPE_CHECKING:
     from fastgen.generate.writer import StepBar
 
+PLANNING_DEATHS = 10  # of workers: a plan is quick, and seldom what kills one
 WRITERS = 4  # threads that write files: they come compressed
 
 
@@ -34,7 +35,8 @@ class PoolWork:
         """See `Work.plan`; a worker makes it."""
         self._pool.wait()
         replies: queue.SimpleQueue[tuple[Call, Any]] = queue.SimpleQueue()
-        self._pool.submit(Call("plan", (self._key, self._recipe, batch_size, recorded), replies))
+        arguments = self._key, self._recipe, batch_size, recorded
+        self._pool.submit(Call("plan", arguments, replies, most_deaths=PLANNING_DEATHS, first=True))
         _, plan = self._pool.reply(replies)
         if isinstance(plan, Died):
             raise FastgenError(f"--ray: {plan.count} workers died while they planned the job: {plan.why}")

@@ -73,9 +73,16 @@ class Bucket(Store):
 
     def check(self) -> None:
         bucket = self._root.partition("/")[0]
-        if "s3" in self._protocols and self._info(bucket) is None:
-            raise InputError(f"{self}: there is no bucket {bucket}; create it, or choose another --out")
-        self.exists(JOB)
+        with self._working(str(self), "read"):
+            if "s3" in self._protocols:  # elsewhere, to look at a bucket itself takes a permission of its own
+                try:
+                    self._fs.info(bucket)
+                except FileNotFoundError:
+                    help_text = "create it, or choose another --out"
+                    raise InputError(f"{self}: there is no bucket {bucket}; {help_text}") from None
+                except PermissionError:
+                    pass  # a policy may allow this folder alone
+            self.exists(JOB)
 
     def check_name(self, name: str) -> None:
         check_image_name(name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -38,7 +39,7 @@ def png_bytes(pixels: np.ndarray, metadata: Mapping[str, Any]) -> bytes:
     return buffer.getvalue()
 
 
-def read_metadata(path: Path) -> dict[str, Any] | None:
+def read_metadata(path: str | Path) -> dict[str, Any] | None:
     """The metadata that `png_bytes` stored; None for every other file. The pixels are not read."""
     return parse_metadata(text_chunk(path, METADATA_KEY))
 
@@ -52,10 +53,10 @@ def parse_metadata(text: str | None) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def text_chunk(path: Path, key: str) -> str | None:
+def text_chunk(path: str | Path, key: str) -> str | None:
     """The text of an uncompressed text chunk (iTXt in UTF-8, tEXt in Latin 1) before a PNG's pixels; None without one, and for
     what is no PNG file."""
-    if not path.is_file():
+    if not os.path.isfile(path):
         return None
     with open(path, "rb") as file:
         return text_in(file, key)

@@ -133,7 +133,7 @@ class Folder(Store):
         return str(self.path)
 
     def place(self, name: str) -> str:
-        return str(self.path / name)
+        return os.path.join(self.path, name)  # joining Paths takes a third of the time to look at an image
 
     def check(self) -> None:
         check_output_folder(self.path)
@@ -145,13 +145,13 @@ class Folder(Store):
         check_output(self.path / name, kind)
 
     def exists(self, name: str) -> bool:
-        return os.path.lexists(self.path / name)
+        return os.path.lexists(self.place(name))
 
     def present(self, names: Sequence[str]) -> set[str]:
         return {name for name in names if self.exists(name)}
 
     def is_link(self, name: str) -> bool:
-        return (self.path / name).is_symlink()
+        return os.path.islink(self.place(name))
 
     def names(self, start: str) -> list[str]:
         if not self.path.is_dir():
@@ -166,7 +166,7 @@ class Folder(Store):
         return ((self.path / name).read_bytes() for name in names)
 
     def text_chunks(self, names: Sequence[str], key: str) -> Iterator[str | None]:
-        return (text_chunk(self.path / name, key) for name in names)
+        return (text_chunk(self.place(name), key) for name in names)
 
     def write(self, name: str, data: bytes) -> None:
         make_folder((self.path / name).parent)

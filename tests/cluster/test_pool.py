@@ -7,6 +7,7 @@ import threading
 import time
 from dataclasses import replace
 
+import fsspec
 import pytest
 from fake_ray import DieError, FakeRay
 
@@ -19,6 +20,7 @@ from fastgen.cluster.pool import Pool, Slot
 from fastgen.cluster.work import PoolWork
 from fastgen.cluster.worker import Opened, OutOfMemory, Refused, Worker, WorkerOptions
 from fastgen.errors import FastgenError, InputError
+from fastgen.files.places import Url
 from fastgen.files.store import Folder
 from fastgen.generate.job import run_job, run_work
 from fastgen.generate.job_record import difference, recorded_environment
@@ -97,6 +99,14 @@ def test_two_workers_make_the_folder_of_one_process(label_bundle, local, tmp_pat
     again, _ = run(label_bundle, tmp_path / "out")
     assert again.generated == 0
     assert contents(tmp_path / "out") == local
+
+
+def test_pictures_of_workers_go_into_a_bucket(label_bundle, local):
+    fs, url = fsspec.filesystem("memory"), Url(f"memory://{id(local)}/out")
+    assert run(label_bundle, url)[0].generated == 16
+    found = {path.partition("/out/")[2]: fs.cat_file(path) for path in fs.find(url[8:])}
+    assert {name: data for name, data in found.items() if name != "job.json"} == local
+    assert run(label_bundle, url)[0].generated == 0
 
 
 def test_batches_of_workers_and_machines_that_die_are_made_elsewhere(label_bundle, local, tmp_path):

@@ -9,10 +9,13 @@ import signal
 import socket
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import fsspec
 import pytest
+import s3fs
 from moto.server import ThreadedMotoServer
 from s3_server import s3  # noqa: F401
 
@@ -159,6 +162,21 @@ def test_shards_in_a_bucket_make_the_whole_job(place, job, whole):
     assert files() == whole
 
 
+def test_shards_that_end_at_the_same_time_merge_in_a_bucket(place, job, whole):
+    """Each in a thread of its own; a record that is gone stands in the manifest."""
+    url, files = place
+    job(url, strip=(500, 0), grid=3)
+    for _ in range(3):
+        job_of = partial(job, url, strip=(500, 0), grid=3)
+        store = Bucket.open(url)
+        for name in ("manifest.jsonl", "deep 0/é#0.png", "deep 0/é#2.png", "deep 0/é#4.png"):
+            store.delete(name)
+        with ThreadPoolExecutor(3) as pool:
+            reports = list(pool.map(lambda i, run=job_of: run(shard=Shard(i, 3)), (1, 2, 3)))
+        assert any(report.complete for report in reports)
+        assert files() == whole
+
+
 def test_a_permission_that_is_lost_ends_the_job_and_the_same_command_continues(s3, place, job, whole, writes):  # noqa: F811
     url, files = place
     bucket = url.split("/")[2]
@@ -175,10 +193,12 @@ def test_a_permission_that_is_lost_ends_the_job_and_the_same_command_continues(s
     assert files() == whole
 
 
+def refuse(path: str) -> None:
+    raise PermissionError("Forbidden")
+
+
 def fresh() -> None:
     """fsspec keeps a connection for each set of arguments, and the endpoint is none of them."""
-    import s3fs
-
     s3fs.S3FileSystem.clear_instance_cache()
 
 
@@ -220,6 +240,7 @@ def test_a_killed_process_leaves_whole_images_and_the_same_command_continues(
     url, files = place
     words = ["generate", requests_file, "--model", label_bundle, "--engine", "ort", "--batch-size", 2]
     line, environment = command(*words, "--strip", "500,0", "--grid=3", "--out", url)
+    environment["FSSPEC_S3_ENDPOINT_URL"] = environment.pop("AWS_ENDPOINT_URL")  # the user's fsspec settings count
     with subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         wait_for(files)
         os.kill(process.pid, signal.SIGKILL)
@@ -284,7 +305,10 @@ def test_a_bucket_that_cannot_be_opened_is_one_line(s3, place, single, monkeypat
     refused(url, "cannot be read: no permission: ")
     s3.allow(bucket)
     s3.deny(bucket, "PutObject")
-    code, _, error = single(url)
+    with monkeypatch.context() as patch:  # a policy for a folder alone forbids to look at the bucket
+        info = s3fs.S3FileSystem.info
+        patch.setattr(s3fs.S3FileSystem, "info", lambda fs, path: info(fs, path) if "/" in path else refuse(path))
+        code, _, error = single(url)
     assert (code, error.count("\n")) == (2, 1)
     assert f"{url}/job.json: cannot be written: no permission: " in error
     with monkeypatch.context() as patch:

@@ -49,7 +49,11 @@ from fastgen.errors import FastgenError, InputError
 )
 @option("--checkpoint", help="A run's weights: best, last, ema or a step.  [default: the finished model's]")
 @model_options
-@option("--overwrite", is_flag=True, help="Replace another bundle at --out; build what --rtx builds again.")
+@option(
+    "--overwrite",
+    is_flag=True,
+    help="Replace another bundle at --out and another repository at --triton; build what --rtx builds again.",
+)
 def export(
     model: Path | None,
     out: Path | None,

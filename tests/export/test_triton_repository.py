@@ -123,6 +123,23 @@ def test_tensorrt_plans_have_a_folder_for_each_number_of_rows(card, labels, tmp_
     assert (tmp_path / "r/unet-8/1/model.plan").read_bytes() == plans["unet"][8].file(PLAN).read_bytes()
 
 
+def test_one_command_builds_certifies_and_writes_the_repository(card, label_bundle, export_few, tmp_path):
+    options = {"trt": True, "dtype": "fp32", "batch_sizes": [1, 2], "engines": ["ort"], "triton": tmp_path / "r"}
+    bundle = shutil.copytree(label_bundle, tmp_path / "bundle")
+    certificates = export_few(bundle, bundle, **options)
+    assert [certificate.engine for certificate in certificates] == ["ort", "trt"]
+    assert {f.name for f in (tmp_path / "r").iterdir()} == {"unet-1", "unet-2", "unet-4", "fastgen"}
+    assert read_bundle(tmp_path / "r/fastgen/1/bundle").sha256 == read_bundle(tmp_path / "bundle").sha256
+
+
+def test_where_no_engine_can_be_built_no_repository_is_written(fastgen, label_bundle, tmp_path):
+    code, _, err = fastgen(
+        "export", label_bundle, "--engine", "ort", "--trt", "--dtype", "fp32", "--triton", tmp_path / "r"
+    )
+    assert (code, "no TensorRT engines were built" in err) == (1, True), err
+    assert not (tmp_path / "r").exists()
+
+
 def test_a_name_with_every_dtype_parses():
     signature = Signature((TensorSpec("a", "int64", ("batch", 7), 9), TensorSpec("b", "float32", ("batch",))), ())
     config = text_format.Parse(plan_config(signature, 3), ModelConfig())

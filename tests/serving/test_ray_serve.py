@@ -257,6 +257,8 @@ def test_the_metrics_of_both_replicas_are_among_rays_own(cluster):
 def test_a_replica_that_is_killed_under_load_loses_no_client_and_is_replaced(cluster, expected):
     before = {process.pid for process in cluster.replicas()}
     assert len(before) == 2
+    orphans = psutil.Process(min(before)).children(recursive=True)
+    assert any("spawn_main" in name_of(process) for process in orphans)
     answers, end, killed = [], time.monotonic() + 60, threading.Event()
 
     def ask(client_number):
@@ -278,6 +280,7 @@ def test_a_replica_that_is_killed_under_load_loses_no_client_and_is_replaced(clu
         for client in clients:
             client.result(120)
     assert time.monotonic() < end
+    assert not psutil.wait_procs(orphans, 20)[1]
     statuses = {answer.status_code for _, answer in answers}
     assert statuses <= {200, 429, 500, 502, 503, 504}
     good = [(seed, answer) for seed, answer in answers if answer.status_code == 200]

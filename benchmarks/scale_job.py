@@ -14,6 +14,7 @@ from benchmarks.report import timed
 from fastgen.cluster.pool import Pool, Slot
 from fastgen.cluster.work import PoolWork
 from fastgen.cluster.worker import WorkerOptions
+from fastgen.errors import FastgenError
 from fastgen.files.hashes import sha256_file
 from fastgen.generate.job import run_job, run_work
 from fastgen.generate.pipeline import Pipeline, load
@@ -112,11 +113,14 @@ class Cluster:
 
     @contextmanager
     def pool(self, threads: int) -> Iterator[Pool]:
-        """Workers of so many CPUs and threads, as many as the machine has room for, all ready."""
+        """Workers of so many CPUs and threads, as many as the machine has room for, all ready. Raises FastgenError at the end
+        where one has died: its work was done again, so that times are not comparable."""
         options = WorkerOptions(self.model, self.engine, {"device": "cpu", "threads": threads})
         with Pool(self._ray, Slot(threads, gpu=False), options) as pool:
-            pool.environment  # noqa: B018  # waits for all of them
+            pool.wait()
             yield pool
+            if pool.deaths:
+                raise FastgenError(f"{pool.deaths} workers died while they were timed; measure again")
 
     def pipeline(self, threads: int) -> Pipeline:
         """The same model in this process."""

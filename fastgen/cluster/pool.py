@@ -92,7 +92,7 @@ class Pool:
 
     `expected`: the kind of machine to use, None for the most common. Machines of another kind are left out, and `say` gets a
     line, unless `options.mixed`. `close` ends all workers. The methods raise FastgenError, and InputError where every machine
-    refuses the model.
+    refuses the model. `deaths`: of workers, so far.
     """
 
     def __init__(
@@ -107,6 +107,7 @@ class Pool:
         self._ray, self._slot, self._options, self._say = ray, slot, options, say
         self._expected = expected
         self._sent = ray.put(options)
+        self.deaths = 0
         self._members: list[_Member] = []
         self._left_out: dict[str, Refused] = {}
         self._deaths_at_start: Counter[str] = Counter()
@@ -329,6 +330,7 @@ class Pool:
     def _buried(self, member: _Member, why: str) -> None:
         """A worker has died: its calls are made again, after all others: what kills at random then rarely strikes the same call
         again and again."""
+        self.deaths += 1
         self._members.remove(member)
         self._kill(member)
         if member.opening is not None:

@@ -6,6 +6,8 @@ import json
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
@@ -14,11 +16,12 @@ pytest.importorskip("torch")
 pytest.importorskip("onnxruntime")
 pytest.importorskip("ray")
 
-from benchmarks import scale, scale_arithmetic, scale_sections, scale_table
+from benchmarks import scale, scale_arithmetic, scale_job, scale_sections, scale_table
 from benchmarks.floor import count
 from benchmarks.scale_job import Costs, Job, different, on_this, take
 from fastgen.errors import FastgenError, InputError
 from fastgen.generate.pipeline import load
+from fastgen.models.bundle import read_bundle
 from fastgen.models.find import find_model
 
 TINY = scale.Size(((0.02, 3),), 2, (0.02, 2), 1, 1, 0.02, 0.2)
@@ -61,6 +64,15 @@ def test_other_bytes_end_the_measurement(label_bundle, tmp_path):
     assert set(digests) == {"0.png", "1.png", "2.png", "3.png", "manifest.jsonl", "contact_sheet.png"}
     assert different(digests, {**digests, "0.png": "", "more": ""}) == 2
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("deaths", [0, 1])
+def test_a_worker_that_died_makes_the_times_worthless(deaths, label_bundle, monkeypatch):
+    pool = SimpleNamespace(deaths=deaths, wait=lambda: None)
+    monkeypatch.setattr(scale_job, "Pool", lambda *arguments: nullcontext(pool))
+    opened = scale_job.Cluster(None, read_bundle(label_bundle), "ort").pool(1)
+    with pytest.raises(FastgenError, match="1 workers died") if deaths else nullcontext(), opened as found:
+        assert found is pool
 
 
 def test_the_largest_batch_size_with_enough_steps_is_taken(monkeypatch, label_bundle):

@@ -84,15 +84,17 @@ def run(label_bundle, out, machines=TWO, *, before=None, change=None, mixed=Fals
     say = (said if said is not None else []).append
     with Pool(ray, Slot(1, False), options, expected=expected, say=say) as pool:
         report = run_work(PoolWork(pool, RECIPE), out, batch_size=4, progress=False, say=say)
+    ray.deaths = pool.deaths
     assert not any(actor.alive for actor in ray.actors)
     return report, ray
 
 
 def test_two_workers_make_the_folder_of_one_process(label_bundle, local, tmp_path):
     used = set()
-    report, _ = run(label_bundle, tmp_path / "out", before=lambda node, batch: used.add(node) or time.sleep(0.05))
+    report, ray = run(label_bundle, tmp_path / "out", before=lambda node, batch: used.add(node) or time.sleep(0.05))
     assert report.generated == 16
     assert not report.errors
+    assert ray.deaths == 0
     assert used == {"one", "two"}
     assert contents(tmp_path / "out") == local
     assert recorded_environment(Folder(tmp_path / "out"))["engine"] == "ort"
@@ -123,6 +125,7 @@ def test_batches_of_workers_and_machines_that_die_are_made_elsewhere(label_bundl
 
     report, ray = run(label_bundle, tmp_path / "out", before=before, meet=met.append)
     assert len(deaths) == 2
+    assert ray.deaths >= 2  # and those of the machine that was lost
     assert not report.errors
     assert contents(tmp_path / "out") == local
     assert {actor.node for actor in ray.actors} >= {"two", "three"}

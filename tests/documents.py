@@ -20,7 +20,7 @@ from fastgen.cli.commands import cli
 REPO = Path(__file__).parents[1]
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{file.name}" for file in (REPO / "docs").glob("*.md"))]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-COMMAND = re.compile(r"(fastgen|pip|accelerate|torchrun|bin/[\w-]+|python -m [\w.]+)( |$)")
+COMMAND = re.compile(r"(fastgen|pip|accelerate|torchrun|ray|bin/[\w-]+|python -m [\w.]+)( |$)")
 
 
 RELEASING = ("build", "twine", "venv")
@@ -134,6 +134,10 @@ def check_words(words: Sequence[str], incomplete: bool = False) -> None:
         _check_click(importlib.import_module(arguments[1]).main, arguments[2:], incomplete)
     elif program == "pip" and arguments[:1] == ["install"]:
         _check_extras(arguments[1:])
+    elif program == "ray":
+        from ray.scripts.scripts import cli as ray
+
+        _check_click(ray, arguments, incomplete)
     elif program == "git" or (program == "python" and arguments[:1] == ["-m"] and arguments[1] in RELEASING):
         pass  # programs of others, which a release needs
     elif program.startswith("bin/"):

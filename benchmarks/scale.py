@@ -43,7 +43,7 @@ class Size(NamedTuple):
     idle_s: float  # for which an idle cluster is watched
 
 
-FULL = Size(((0.1, 30), (1.0, 8), (3.0, 4)), 5, (0.5, 8), 3, 5, 1.5, 5)
+FULL = Size(((0.1, 20), (1.0, 6), (3.0, 3)), 5, (0.5, 8), 3, 5, 1.5, 5)
 QUICK = Size(((0.05, 6), (0.2, 3)), 2, (0.1, 4), 1, 1, 0.3, 1)
 
 

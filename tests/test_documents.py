@@ -30,6 +30,7 @@ NOT_RUN = {  # pattern of a command -> why it is parsed only
     r"--trt|--engine trt|--devices": "needs an NVIDIA GPU, or two",
     r"^accelerate ": "needs several GPUs; tests/training/test_processes.py starts several processes",
     r"^torchrun ": "needs several machines; tests/generate/test_scale_document.py runs its processes",
+    r"--shard auto": "needs the variables of a cluster; tests/generate/test_scale_document.py sets them",
     r"^ray start|--ray( |$)": "starts a cluster of Ray, or needs one; tests/cluster/test_ray_cluster.py has one",
     r"(s3|gs|abfs)://": "needs a bucket; tests/generate/test_buckets.py starts an S3 server",
     r"^pip install": "would change the environment that the tests run in; tests/test_packaging.py installs the wheel",

@@ -93,8 +93,10 @@ def _arithmetic(value: Value) -> str:
         f"**Estimated, not measured**: {value['images']:,} pictures of 64 px on {value['gpus']} x {value['gpu']}, from the "
         f"operations of the networks\nand the data sheet ({rates['flop_per_s'] / 1e12:.0f} TFLOP/s in {value['dtype']}, "
         f"{rates['bytes_per_s'] / 1e12:.1f} TB/s, batches of {value['batch']}). "
-        "Nothing reaches\nthe floor; a tenth of it is a guess.\n"
+        "Nothing reaches\nthe floor; a tenth of it is a guess."
     )
+    price = value["price_per_gpu_hour"]
+    head += "\n" if price is None else f" The cost is that of the GPUs, at {price:g} an hour for each.\n"
     table = _markdown(
         {
             "model": f"`{row['model']}`",

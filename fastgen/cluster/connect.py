@@ -89,6 +89,8 @@ def cluster(address: str, say: Say = lambda line: None) -> Iterator[tuple[Any, b
             options |= {"num_cpus": usable_cores(), "include_dashboard": False, "_temp_dir": str(folder)}
         else:
             _check_answers(address)
+        if not verbose():
+            _silence(ray)
         on_sigterm = signal.getsignal(signal.SIGTERM)
         try:
             ray.init(address=address, **options)
@@ -98,6 +100,14 @@ def cluster(address: str, say: Say = lambda line: None) -> Iterator[tuple[Any, b
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own prints the stack
         yield ray, address == LOCAL
+
+
+def _silence(ray: Any) -> None:
+    """Keep off stdout what Ray prints there of each worker that dies, in many lines: the pool says it in one. Ray has no
+    setting for it; where its function has another name, the lines are printed."""
+    printer = "print_to_stdstream"
+    if hasattr(ray._private.worker, printer):
+        setattr(ray._private.worker, printer, lambda *lines, **options: None)
 
 
 @contextmanager

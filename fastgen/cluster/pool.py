@@ -333,6 +333,9 @@ class Pool:
         self.deaths += 1
         self._members.remove(member)
         self._kill(member)
+        if not self._closing:
+            again = "; what it had begun is made again" if member.calls else ""
+            self._say(f"ray: {self._name(member.node)}: a worker is lost: {why.rstrip('.')}{again}")
         if member.opening is not None:
             alive = any(node["NodeID"] == member.node and node["Alive"] for node in self._ray.nodes())
             self._deaths_at_start[member.node] += alive

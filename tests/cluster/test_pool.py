@@ -305,3 +305,11 @@ def test_environments():
     assert most_common([b, a, a]) == a
     assert most_common([b, a]) == b
     assert Opened(a, ()).environment == a
+
+
+def test_without_ray_the_line_has_the_command_that_installs_it(fastgen_process, tmp_path):
+    words = ["generate", "--labels", "red cube", "--count", "2", "--out", tmp_path / "out", "--ray"]
+    done = fastgen_process(*words, blocked=["ray"])
+    assert done.returncode == 2
+    assert done.stderr == 'fastgen: error: --ray needs the package ray; pip install "ray>=2.40"\n'
+    assert not (tmp_path / "out").exists()

@@ -80,9 +80,9 @@ def main(
         if not engines:
             raise InputError(f"none of {', '.join(ENGINES)} is installed; give --engine")
         value = measure(_checked(bundle, engines), engines, size, sections)
-        driver_ms = min((row["driver_cpu_ms_per_image"] for row in value["rows"]), default=None)
         if "arithmetic" in sections:
-            value["arithmetic"] = arithmetic(MODELS, images=images, gpus=gpus, price=price, driver_ms=driver_ms)
+            driver = value["driver_cpu_ms_per_image"]
+            value["arithmetic"] = arithmetic(MODELS, images=images, gpus=gpus, price=price, driver_ms=driver)
     except FastgenError as error:
         raise SystemExit(f"error: {error}") from None
     save(out, **value)
@@ -104,7 +104,8 @@ def _checked(path: Path, engines: Sequence[str]) -> Bundle:
 
 
 def measure(bundle: Bundle, engines: Sequence[str], size: Size, sections: Sequence[str]) -> dict[str, Any]:
-    """{"settings", "rows" and "idle_cores": of the overhead, "workers", "start"}; sections that are left out are empty."""
+    """{"settings"; "rows", "idle_cores" and "driver_cpu_ms_per_image": of the overhead; "workers"; "start"}. Sections that are
+    left out are empty."""
     import ray
 
     settings = {
@@ -115,6 +116,7 @@ def measure(bundle: Bundle, engines: Sequence[str], size: Size, sections: Sequen
         "cpu": cores(size.products_s),
     }
     value: dict[str, Any] = {"settings": settings, "rows": [], "workers": [], "start": []}
+    value["driver_cpu_ms_per_image"] = None
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         if {"overhead", "workers"} & set(sections):
@@ -122,7 +124,7 @@ def measure(bundle: Bundle, engines: Sequence[str], size: Size, sections: Sequen
                 local = [Cluster(ray, bundle, engine) for engine in engines]
                 if "overhead" in sections:
                     found = overhead(local[0], size.levels, size.rounds, size.idle_s, scratch)
-                    value["rows"], value["idle_cores"] = found
+                    value["rows"], value["idle_cores"], value["driver_cpu_ms_per_image"] = found
                 if "workers" in sections:
                     value["workers"] = [
                         row for one in local for row in workers(one, size.job, size.job_rounds, scratch)

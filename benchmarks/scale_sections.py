@@ -21,6 +21,7 @@ from fastgen.errors import FastgenError
 
 FIRST = "first.png"
 PROCESSES = Path("/proc")
+DRIVER_IMAGES = 320, 1600  # of two jobs, whose difference is what a picture costs this process
 LOOK_S = 0.005  # between two looks at the first picture
 SIBLINGS = Path("/sys/devices/system/cpu/cpu0/topology/thread_siblings_list")
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
@@ -59,9 +60,10 @@ def cores(seconds: float, rounds: int = 3) -> Row:
 
 def overhead(
     cluster: Cluster, levels: Sequence[tuple[float, int]], rounds: int, idle_s: float, scratch: Path
-) -> tuple[list[Row], float | None]:
-    """A row for each level (seconds of a batch, batches): one worker with all CPUs against this process, in turns. And how many
-    CPU seconds the idle cluster takes in a second, beside both of them; of the mean over `idle_s`, None where /proc is missing.
+) -> tuple[list[Row], float | None, float]:
+    """A row for each level (seconds of a batch, batches): one worker with all CPUs against this process, in turns. How many CPU
+    seconds the idle cluster takes in a second, beside both of them; of the mean over `idle_s`, None where /proc is missing. And
+    the CPU milliseconds of this process for each picture that a worker makes, see `driver_ms`.
 
     Raises FastgenError where the two folders differ in more than job.json.
     """
@@ -72,7 +74,18 @@ def overhead(
     with cluster.pool(threads) as pool:
         sides = {"local": on_this(pipeline), "ray": on_pool(pool)}
         rows = [_overhead(target, job, sides, rounds, scratch) for (target, _), job in zip(levels, jobs, strict=True)]
-        return rows, idle(idle_s)
+        return rows, idle(idle_s), driver_ms(sides["ray"], jobs[0], scratch)
+
+
+def driver_ms(side: Side, job: Job, scratch: Path) -> float:
+    """CPU milliseconds of this process for one picture more, the median of three: of the difference between a job of
+    `DRIVER_IMAGES[1]` images and one of `DRIVER_IMAGES[0]`, as the start and the end of a job are not of each picture."""
+    few, many = (job._replace(batch_size=16, steps=1, batches=images // 16) for images in DRIVER_IMAGES)
+    found = []
+    for _ in range(3):
+        less, more = (take(side, one, scratch / "driver").cpu_s for one in (few, many))
+        found.append(1000 * max(0.0, more - less) / (many.images - few.images))
+    return statistics.median(found)
 
 
 def idle(seconds: float) -> float | None:
@@ -124,7 +137,6 @@ def _overhead(target_s: float, job: Job, sides: Mapping[str, Side], rounds: int,
         "overhead_percent": percent,
         "spread_percent": spread(shares),
         "holds": percent <= MOST_PERCENT if target_s >= 1 else None,
-        "driver_cpu_ms_per_image": 1000 * statistics.median(one.cpu_s for one in taken["ray"]) / job.images,
         "files": len(expected),
         "different_files": wrong,
     }

@@ -111,8 +111,8 @@ def _arithmetic(value: Value) -> str:
     if value["driver_hours"] is None:
         return f"{head}\n{table}"
     driver = (
-        f"The one process that writes the files takes {value['driver_cpu_ms_per_image']:.2g} ms of CPU per picture (measured "
-        f"here,\nwith the start and end of a job of few pictures): {_duration(value['driver_hours'])} for all on one core.\n"
+        f"The one process that writes the files takes {value['driver_cpu_ms_per_image']:.2g} ms of CPU for each picture "
+        f"(measured\nhere): {_duration(value['driver_hours'])} for all on one core.\n"
     )
     return f"{head}\n{table}\n{driver}"
 

@@ -39,7 +39,8 @@ def test_a_whole_run_measures_both_sides_of_equal_folders_and_prints_its_tables(
     (row,) = value["rows"]
     assert row["files"] == row["batches"] * row["batch_size"] + 2  # the manifest, the contact sheet
     assert row["different_files"] == 0
-    assert min(row["batch_s"], row["local_s"], row["ray_s"], row["driver_cpu_ms_per_image"]) > 0
+    assert min(row["batch_s"], row["local_s"], row["ray_s"]) > 0
+    assert 0 <= value["driver_cpu_ms_per_image"] < 100
     assert value["idle_cores"] > 0
     threads = {(line["where"], line["workers"], line["threads"]) for line in value["workers"]}
     cores = value["settings"]["cpu"]["cores"]
@@ -161,7 +162,7 @@ def test_the_page_says_what_the_result_says(tmp_path):
     assert "| `--ray` | 6 (5 to 7) | 8 |" in told
     assert "**Estimated, not measured**: 1,000,000 pictures" in told
     assert "| `monsters-64` | 4 | 10% of it | 40 us | 5 s |" in told
-    assert "0.5 ms of CPU per picture" in told
+    assert "0.5 ms of CPU for each picture" in told
 
 
 LEVEL = {"target_s": 1.0, "batch_s": 1.05, "batch_size": 16, "steps": 20, "batches": 8, "local_s": 8.4, "ray_s": 8.6}

@@ -230,9 +230,15 @@ def test_an_engine_that_no_machine_has_is_one_line(cluster, job, tmp_path):
     assert ended(WORKER)
 
 
-def test_a_new_cluster_on_this_machine_leaves_no_process_and_no_file(job, tmp_path, monkeypatch):
+@pytest.fixture
+def short() -> Iterator[Path]:
+    """A folder for Ray's sockets, whose paths may not be long."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        yield Path(folder)
+
+
+def test_a_new_cluster_on_this_machine_leaves_no_process_and_no_file(job, short, tmp_path, monkeypatch):
     words, expected = job
-    short = Path(tempfile.mkdtemp(dir="/tmp"))  # holds the folder of Ray's sockets: their paths may not be long
     monkeypatch.setenv("TMPDIR", str(short))
     monkeypatch.setenv(MARK, MARKED)
     before = set(processes(""))

@@ -11,6 +11,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -219,6 +220,9 @@ class Pool:
             if self._members or self._ready.is_set():
                 return  # machines were lost; others may join
             raise InputError(f"--ray: no machine of the cluster has {self._slot}; found {found}")
+        if self._ready.is_set() and not self._members and all(name in self._left_out for name in room if room[name]):
+            name, refused = list(self._left_out.items())[-1]
+            raise FastgenError(f"--ray: no machine is left; {self._name(name)}: {refused.text}")
         here = Counter(member.node for member in self._members)
         actor = self._ray.remote(Worker)
         for name, count in room.items():
@@ -293,21 +297,21 @@ class Pool:
 
     def _finish(self, reference: Any) -> None:
         """Take the result of a call, or what a worker says of itself."""
-        member = next((m for m in self._members if reference is m.opening or reference in m.calls), None)
+        member = next((m for m in self._members if reference == m.opening or reference in m.calls), None)
         if member is None:
             return  # its worker has died, and its call is made again
         errors = self._ray.exceptions
         try:
             result = self._ray.get(reference)
-        except (errors.RayActorError, errors.ObjectLostError, errors.WorkerCrashedError, errors.NodeDiedError) as error:
-            self._buried(member, _reason(error))
-            return
         except errors.RayTaskError as error:
             cause = getattr(error, "cause", None) or error
             result = FastgenError(f"--ray: {self._name(member.node)}: {type(cause).__name__}: {first_line(cause)}")
-            if reference is member.opening:
+            if reference == member.opening:
                 raise result from None
-        if reference is not member.opening:
+        except errors.RayError as error:  # the worker is lost, or its machine, or what it returned
+            self._buried(member, _reason(error))
+            return
+        if reference != member.opening:
             call = member.calls.pop(reference)
             call.replies.put((call, result))
             return
@@ -355,10 +359,8 @@ class Pool:
             self._say(f"ray: {self._name(node)} is left out: {refused.text}")
 
     def _kill(self, member: _Member) -> None:
-        try:
+        with suppress(self._ray.exceptions.RayError, ConnectionError, RuntimeError):  # it is dead, or so is the cluster
             self._ray.kill(member.handle, no_restart=True)
-        except Exception as error:  # it is dead, or so is the cluster
-            del error
 
     def _name(self, node: str) -> str:
         """The address of a machine."""

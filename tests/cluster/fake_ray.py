@@ -19,18 +19,6 @@ class RayActorError(RayError):
     pass
 
 
-class ObjectLostError(RayError):
-    pass
-
-
-class NodeDiedError(RayError):
-    pass
-
-
-class WorkerCrashedError(RayError):
-    pass
-
-
 class RayTaskError(RayError):
     def __init__(self, cause: BaseException) -> None:
         super().__init__(str(cause))
@@ -92,10 +80,7 @@ class FakeRay:
     """The parts of the module `ray` that a pool uses. `nodes_`: name -> resources; `worker(get, node)` makes a worker."""
 
     exceptions = SimpleNamespace(
-        RayActorError=RayActorError,
-        ObjectLostError=ObjectLostError,
-        NodeDiedError=NodeDiedError,
-        WorkerCrashedError=WorkerCrashedError,
+        RayError=RayError,
         RayTaskError=RayTaskError,
     )
 

@@ -268,6 +268,26 @@ def test_workers_that_die_while_they_load_are_given_up(label_bundle, tmp_path):
     assert 5 <= len(tries) <= 10
 
 
+def test_a_job_ends_where_no_machine_is_left_that_can_load_the_model(label_bundle, tmp_path):
+    """Both worked at first; after the first batch every worker dies, and none can load the model again."""
+    began = []
+
+    def before(node, batch):
+        began.append(batch)
+        if len(began) > 2:
+            raise DieError
+
+    def change(node, opened):
+        if len(began) > 2:
+            raise DieError
+        return opened
+
+    said = []
+    with pytest.raises(FastgenError, match=r"no machine is left; (one|two): the worker died 5 times"):
+        run(label_bundle, tmp_path / "out", before=before, change=change, said=said)
+    assert sum("is left out: the worker died 5 times while it loaded the model" in line for line in said) == 2
+
+
 def test_an_error_of_a_worker_that_nobody_expects_ends_the_job_in_one_line(label_bundle, tmp_path):
     def before(node, batch):
         raise ZeroDivisionError("a bug")

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 from benchmarks.prompts import conditions
 from benchmarks.report import timed
-from fastgen.cluster.pool import Pool, Slot
+from fastgen.cluster.machines import Slot
+from fastgen.cluster.pool import Pool
 from fastgen.cluster.work import PoolWork
 from fastgen.cluster.worker import WorkerOptions
 from fastgen.errors import FastgenError

@@ -83,7 +83,8 @@ class RayOptions:
         """Workers of the cluster with this model. `load`: arguments of `fastgen.load`; `rag`: an index;
         `expected`: the kind of machine, None for the most common. Raises InputError and FastgenError."""
         from fastgen.cluster.connect import cluster
-        from fastgen.cluster.pool import Pool, Slot
+        from fastgen.cluster.machines import Slot
+        from fastgen.cluster.pool import Pool
         from fastgen.cluster.shipping import Shipment, ship
         from fastgen.cluster.worker import WorkerOptions
         from fastgen.engines import engine_class

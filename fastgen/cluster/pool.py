@@ -10,49 +10,22 @@ import queue
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastgen import __version__
-from fastgen.cluster.environment import most_common
+from fastgen.cluster.machines import Machines, Slot
 from fastgen.cluster.worker import Opened, Refused, Worker, WorkerOptions
-from fastgen.errors import FastgenError, InputError, Say, first_line
-from fastgen.generate.job_record import Environment, difference
+from fastgen.errors import FastgenError, Say, first_line
+from fastgen.generate.job_record import Environment
 
 IN_FLIGHT = 2  # calls of a worker at a time
 DEATHS = 3  # of workers during a call, after which it is given up
-DEATHS_AT_START = 5  # of a machine's workers while they load the model, one after the other, after which it is left out
 UNREAD = 64  # replies that a job has not taken yet, after which it gets no more workers
 LOOK_S = 0.1  # between two looks at new calls
 NODES_S = 2.0  # between two looks at the machines of the cluster
 SETTLE_S = 60.0  # after the first worker is ready, how long the others may take before the kind of machine is chosen
 WAIT_SAY_S = 30.0  # without any worker, before the user is told
-
-
-@dataclass(frozen=True)
-class Slot:
-    """What a worker takes of a machine. `cpus`: None for one beside a GPU, and else for all that the machine has."""
-
-    cpus: int | None
-    gpu: bool
-
-    def __str__(self) -> str:
-        cpus = "a CPU" if self.cpus in (None, 1) else f"{self.cpus} CPUs"
-        return f"a GPU and {cpus}" if self.gpu else cpus
-
-    def takes(self, resources: Mapping[str, float]) -> dict[str, int]:
-        """For Ray: the CPUs and GPUs of a worker on a machine with these resources."""
-        return {
-            "num_cpus": self.cpus or (1 if self.gpu else int(resources.get("CPU", 0)) or 1),
-            "num_gpus": int(self.gpu),
-        }
-
-    def workers(self, resources: Mapping[str, float]) -> int:
-        """How many workers fit on a machine with these resources."""
-        by_cpus = int(resources.get("CPU", 0)) // self.takes(resources)["num_cpus"]
-        return min(by_cpus, int(resources.get("GPU", 0))) if self.gpu else by_cpus
 
 
 @dataclass
@@ -105,13 +78,11 @@ class Pool:
         expected: Environment | None = None,
         say: Say = lambda line: None,
     ) -> None:
-        self._ray, self._slot, self._options, self._say = ray, slot, options, say
-        self._expected = expected
+        self._ray, self._slot, self._say = ray, slot, say
+        self._machines = Machines(ray, slot, expected, options.mixed, say)
         self._sent = ray.put(options)
         self.deaths = 0
         self._members: list[_Member] = []
-        self._left_out: dict[str, Refused] = {}
-        self._deaths_at_start: Counter[str] = Counter()
         self._calls: deque[Call] = deque()
         self._new: queue.SimpleQueue[Call | None] = queue.SimpleQueue()
         self._ready = threading.Event()
@@ -210,28 +181,25 @@ class Pool:
             return
 
     def _start_workers(self) -> None:
-        """Start a worker wherever one fits, on machines that have not refused."""
+        """Start a worker wherever one fits."""
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        nodes = {node["NodeID"]: node for node in self._ray.nodes() if node["Alive"]}
-        room = {name: self._slot.workers(node["Resources"]) for name, node in nodes.items()}
-        if not sum(room.values()):
-            found = ", ".join(_shown(node["Resources"]) for node in nodes.values()) or "none"
-            if self._members or self._ready.is_set():
-                return  # machines were lost; others may join
-            raise InputError(f"--ray: no machine of the cluster has {self._slot}; found {found}")
-        if self._ready.is_set() and not self._members and all(name in self._left_out for name in room if room[name]):
-            name, refused = list(self._left_out.items())[-1]
-            raise FastgenError(f"--ray: no machine is left; {self._name(name)}: {refused.text}")
+        room = self._machines.room()
         here = Counter(member.node for member in self._members)
         actor = self._ray.remote(Worker)
-        for name, count in room.items():
-            for _ in range(count - here[name] if name not in self._left_out else 0):
-                options: dict[str, Any] = {**self._slot.takes(nodes[name]["Resources"])}
-                options |= {"max_concurrency": IN_FLIGHT, "max_restarts": 0, "max_task_retries": 0}
+        for name, (count, takes) in room.items():
+            for _ in range(count - here[name]):
+                options: dict[str, Any] = {
+                    **takes,
+                    "max_concurrency": IN_FLIGHT,
+                    "max_restarts": 0,
+                    "max_task_retries": 0,
+                }
                 options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(name, soft=False)
                 handle = actor.options(**options).remote(self._ray.get)
                 self._members.append(_Member(handle, name, handle.open.remote(self._sent)))
+        if not self._members:
+            self._machines.check_left()
 
     def _tell(self, now: float) -> None:
         """Tell the user where nothing goes on."""
@@ -242,42 +210,31 @@ class Pool:
             self._say(f"ray: waiting for a worker: {self._slot} of a machine must be free, and the model be loaded")
 
     def _choose(self, now: float) -> None:
-        """Choose the kind of machine, once all workers are there or time is up. Where all have refused, raises the error of the
-        first."""
+        """Choose the kind of machine, once all workers are there or time is up."""
         opening = [member for member in self._members if member.opening is not None]
         found = [member.environment for member in self._members if member.environment is not None]
         if not found:
-            if not opening and self._left_out:
-                name, refused = next(iter(self._left_out.items()))
-                kind = InputError if refused.exit_code == InputError.exit_code else FastgenError
-                raise kind(f"--ray: {self._name(name)}: {refused.text}")
             return
         self._first_ready = self._first_ready or now
         if opening and now - self._first_ready < SETTLE_S:
             return
-        if self._expected is None or self._options.mixed:
-            self._expected = most_common(found)
+        self._machines.choose(found)
         for member in list(self._members):
             self._compare(member)
         if self._members:
+            self._machines.begin()
             self._ready.set()
-            for name, refused in self._left_out.items():
-                self._say(f"ray: {self._name(name)} is left out: {refused.text}")
 
     def _compare(self, member: _Member) -> None:
         """Leave a machine of another kind out."""
-        if member.environment is None or self._options.mixed or self._expected is None:
-            return
-        if (found := difference(self._expected, member.environment)) is not None:
-            words = found.replace(" there ", " in this job ").replace(" here", " there")
-            self._leave_out(member, Refused(f"{words}; --allow-mixed takes it", InputError.exit_code))
+        if member.environment is not None and (refused := self._machines.refusal(member.environment)) is not None:
+            self._leave_out(member, refused)
 
     def _leave_out(self, member: _Member, refused: Refused) -> None:
         self._members.remove(member)
         self._kill(member)
         self._calls.extendleft(reversed(member.calls.values()))
-        if member.node not in self._left_out:
-            self._leave_out_node(member.node, refused)
+        self._machines.leave_out(member.node, refused)
 
     def _assign(self) -> None:
         """Give calls to the workers that have the fewest. A call during which a worker died is alone on its worker."""
@@ -305,7 +262,9 @@ class Pool:
             result = self._ray.get(reference)
         except errors.RayTaskError as error:
             cause = getattr(error, "cause", None) or error
-            result = FastgenError(f"--ray: {self._name(member.node)}: {type(cause).__name__}: {first_line(cause)}")
+            result = FastgenError(
+                f"--ray: {self._machines.name(member.node)}: {type(cause).__name__}: {first_line(cause)}"
+            )
             if reference == member.opening:
                 raise result from None
         except errors.RayError as error:  # the worker is lost, or its machine, or what it returned
@@ -320,16 +279,11 @@ class Pool:
             self._leave_out(member, result)
             return
         assert isinstance(result, Opened)
-        if (there := result.environment["fastgen"]) != __version__:
-            text = f"fastgen is {there} there and {__version__} here; install one version on all machines"
-            self._leave_out(member, Refused(text, InputError.exit_code))
-            return
         for line in result.said:
-            self._say(f"ray: {self._name(member.node)}: {line}")
+            self._say(f"ray: {self._machines.name(member.node)}: {line}")
         member.environment = result.environment
-        self._deaths_at_start.clear()
-        if self._ready.is_set():
-            self._compare(member)
+        self._machines.started()
+        self._compare(member)
 
     def _buried(self, member: _Member, why: str) -> None:
         """A worker has died: its calls are made again, after all others: what kills at random then rarely strikes the same call
@@ -339,13 +293,9 @@ class Pool:
         self._kill(member)
         if not self._closing:
             again = "; what it had begun is made again" if member.calls else ""
-            self._say(f"ray: {self._name(member.node)}: a worker is lost: {why.rstrip('.')}{again}")
+            self._say(f"ray: {self._machines.name(member.node)}: a worker is lost: {why.rstrip('.')}{again}")
         if member.opening is not None:
-            alive = any(node["NodeID"] == member.node and node["Alive"] for node in self._ray.nodes())
-            self._deaths_at_start[member.node] += alive
-            if self._deaths_at_start[member.node] >= DEATHS_AT_START:
-                text = f"the worker died {DEATHS_AT_START} times while it loaded the model: {why}"
-                self._leave_out_node(member.node, Refused(text, FastgenError.exit_code))
+            self._machines.died_at_start(member.node, why)
         for call in member.calls.values():
             call.deaths += 1
             if call.deaths >= call.most_deaths:
@@ -353,19 +303,9 @@ class Pool:
             else:
                 self._calls.append(call)
 
-    def _leave_out_node(self, node: str, refused: Refused) -> None:
-        self._left_out[node] = refused
-        if self._ready.is_set():
-            self._say(f"ray: {self._name(node)} is left out: {refused.text}")
-
     def _kill(self, member: _Member) -> None:
         with suppress(self._ray.exceptions.RayError, ConnectionError, RuntimeError):  # it is dead, or so is the cluster
             self._ray.kill(member.handle, no_restart=True)
-
-    def _name(self, node: str) -> str:
-        """The address of a machine."""
-        found = next((n for n in self._ray.nodes() if n["NodeID"] == node), None)
-        return found["NodeManagerAddress"] if found else node[:8]
 
 
 def _reason(error: Exception) -> str:
@@ -376,7 +316,3 @@ def _reason(error: Exception) -> str:
             f"{text[text.index('No module named') :].splitlines()[0]}; install fastgen with its engine on every machine"
         )
     return first_line(error)
-
-
-def _shown(resources: Mapping[str, float]) -> str:
-    return f"{resources.get('CPU', 0):g} CPUs, {resources.get('GPU', 0):g} GPUs"

@@ -16,7 +16,8 @@ pytest.importorskip("ray")
 import fastgen
 from fastgen.cluster import pool as pools
 from fastgen.cluster.environment import most_common
-from fastgen.cluster.pool import Pool, Slot
+from fastgen.cluster.machines import Slot
+from fastgen.cluster.pool import Pool
 from fastgen.cluster.work import PoolWork
 from fastgen.cluster.worker import Opened, OutOfMemory, Refused, Worker, WorkerOptions
 from fastgen.errors import FastgenError, InputError
@@ -283,7 +284,7 @@ def test_a_job_ends_where_no_machine_is_left_that_can_load_the_model(label_bundl
         return opened
 
     said = []
-    with pytest.raises(FastgenError, match=r"no machine is left; (one|two): the worker died 5 times"):
+    with pytest.raises(FastgenError, match=r"--ray: (one|two): the worker died 5 times"):
         run(label_bundle, tmp_path / "out", before=before, change=change, said=said)
     assert sum("is left out: the worker died 5 times while it loaded the model" in line for line in said) == 2
 

@@ -13,7 +13,8 @@ pytest.importorskip("ray")
 pytest.importorskip("torchmetrics")
 
 from fastgen.cluster import pool as pools
-from fastgen.cluster.pool import Pool, Slot
+from fastgen.cluster.machines import Slot
+from fastgen.cluster.pool import Pool
 from fastgen.cluster.worker import Worker, WorkerOptions
 from fastgen.errors import InputError
 from fastgen.scoring.scorer import Scorer

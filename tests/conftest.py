@@ -37,6 +37,8 @@ LONG_FILES = (  # with their slow tests; in this order
     "test_soak.py",
     "test_compiling.py",
     "test_hostile_kills.py",
+    "test_ray_cluster.py",
+    "test_ray_serve.py",
     "test_trt_rtx_real.py",
     "test_compile.py",
     "test_presets.py",

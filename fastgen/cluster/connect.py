@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import logging
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -24,10 +25,24 @@ from fastgen.files.quiet import verbose
 
 LOCAL = "local"  # the address of a cluster that this process starts, and ends
 VARIABLE = "RAY_ADDRESS"
-ANSWER_S = 10  # within which a cluster answers
+ANSWER_S = 10  # within which a head node answers
+CONNECT_S = 60  # within which this process is connected to the cluster of this machine
 PREFIX, LOCK = "fastgen-ray-", "lock"  # of the folder of such a cluster; and a file that its process holds locked
 LONGEST_FOLDER = 20  # bytes of the path above it: the names of Ray's sockets below it may have 107 in all
-PROBE = """
+TOKEN = "RAY_AUTH_TOKEN"
+# Processes that say whether a cluster answers: Ray itself waits for over a minute, and then ends its process. The first asks
+# the head node, the second connects to whatever cluster runs on this machine.
+ASK = """
+import sys
+import ray
+print("imported", flush=True)
+try:
+    getattr(ray._raylet, "GcsClient", lambda address: None)(address=sys.argv[1])
+except Exception as error:
+    print("token" if type(error).__name__ == "AuthenticationError" else str(error) or type(error).__name__, flush=True)
+    raise SystemExit(1)
+"""
+CONNECT = """
 import logging, sys
 import ray
 print("imported", flush=True)
@@ -36,7 +51,6 @@ try:
 except BaseException as error:
     print(str(error) or type(error).__name__, flush=True)
     raise SystemExit(1)
-print("ready", flush=True)
 """
 
 
@@ -84,6 +98,7 @@ def cluster(address: str, say: Say = lambda line: None) -> Iterator[tuple[Any, b
     with contextlib.ExitStack() as stack:
         if address == LOCAL:
             folder = stack.enter_context(_own_folder())
+            stack.enter_context(_own_token())
             from fastgen.engines.machine import usable_cores
 
             options |= {"num_cpus": usable_cores(), "include_dashboard": False, "_temp_dir": str(folder)}
@@ -100,6 +115,18 @@ def cluster(address: str, say: Say = lambda line: None) -> Iterator[tuple[Any, b
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own prints the stack
         yield ray, address == LOCAL
+
+
+@contextmanager
+def _own_token() -> Iterator[None]:
+    """A password for a cluster of our own, where Ray asks for one: without it, it writes one into the home folder."""
+    given = os.environ.get(TOKEN)
+    os.environ.setdefault(TOKEN, secrets.token_hex(32))
+    try:
+        yield
+    finally:
+        if given is None:
+            os.environ.pop(TOKEN, None)
 
 
 def _silence(ray: Any) -> None:
@@ -131,33 +158,38 @@ def _own_folder() -> Iterator[Path]:
 
 
 def _check_answers(address: str) -> None:
-    """InputError for a cluster that does not answer, in a process of its own: Ray itself waits for over a minute, and then ends
-    the process."""
-    if address != "auto":
-        host, _, port = address.rpartition(":")
-        try:
-            socket.create_connection((host.strip("[]"), int(port)), ANSWER_S).close()
-        except OSError as error:
-            reason = "no answer" if isinstance(error, TimeoutError) else error.strerror or first_line(error)
-            raise InputError(
-                f"--ray {address}: {reason}; is the head node (`ray start --head`) running there?"
-            ) from None
-    environment = os.environ | {"RAY_LOG_TO_STDERR": "0"}
-    command = [sys.executable, "-c", PROBE, address]
+    """InputError for a cluster that does not answer."""
+    if address == "auto":
+        _ask(CONNECT, address, CONNECT_S)
+        return
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), ANSWER_S).close()
+    except OSError as error:
+        reason = "no answer" if isinstance(error, TimeoutError) else error.strerror or first_line(error)
+        raise InputError(f"--ray {address}: {reason}; is the head node (`ray start --head`) running there?") from None
+    _ask(ASK, address, ANSWER_S)
+
+
+def _ask(script: str, address: str, seconds: float) -> None:
+    """Run a script that connects to a cluster. Raises InputError with what it says, or where it takes longer."""
+    command = [sys.executable, "-c", script, address]
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment, start_new_session=True
-    ) as probe:
-        assert probe.stdout is not None
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True
+    ) as asking:
+        assert asking.stdout is not None
         try:
-            probe.stdout.readline()  # imported: from here on it is the cluster that takes time
-            timer = threading.Timer(ANSWER_S, probe.kill)
+            asking.stdout.readline()  # imported: from here on it is the cluster that takes time
+            timer = threading.Timer(seconds, asking.kill)
             timer.start()
-            said = probe.stdout.read().split("\n")
+            said = asking.stdout.read().split("\n")
             timer.cancel()
         except BaseException:
-            probe.kill()
+            asking.kill()
             raise
-    if probe.returncode == 0:
+    if asking.returncode == 0:
         return
-    reason = f"no answer within {ANSWER_S} s" if probe.returncode < 0 else said[0]
+    reason = f"no answer within {seconds} s" if asking.returncode < 0 else said[0]
+    if reason == "token":
+        reason = "asks for a token; set RAY_AUTH_MODE=token, and copy ~/.ray/auth_token from the head node"
     raise InputError(f"--ray {address}: {reason}")

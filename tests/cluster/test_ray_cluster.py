@@ -216,6 +216,34 @@ def test_a_cluster_that_does_not_answer_is_refused_within_seconds(job, tmp_path)
     assert not (tmp_path / "out").exists()
 
 
+def test_a_cluster_that_asks_for_a_token_says_so_and_takes_it(job, short, tmp_path, monkeypatch):
+    words, expected = job
+    monkeypatch.setenv(MARK, MARKED)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a" * 64}
+    command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--port", port]
+    command += ["--num-cpus", "1", "--temp-dir", str(short), "--include-dashboard", "false", "--disable-usage-stats"]
+    with subprocess.Popen(
+        command, env=os.environ | token, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as head:
+        try:
+            until = time.monotonic() + 60
+            while not list(short.glob("session_*/sockets/raylet")) and time.monotonic() < until:
+                time.sleep(0.2)
+            place = f"--ray=127.0.0.1:{port}"
+            _, err = start(words, tmp_path / "out", place).communicate(timeout=60)
+            assert err.startswith(f"fastgen: error: --ray 127.0.0.1:{port}: asks for a token; set RAY_AUTH_MODE=token")
+            assert not (tmp_path / "out").exists()
+            for name, value in token.items():
+                monkeypatch.setenv(name, value)
+            finish(start(words, tmp_path / "out", place))
+            assert contents(tmp_path / "out") == expected
+        finally:
+            head.terminate()
+
+
 def test_an_engine_that_no_machine_has_is_one_line(cluster, job, tmp_path):
     words, _ = job
     words = [*words[:5], "trt", *words[6:]]

@@ -16,6 +16,7 @@ from fastgen.errors import InputError
 from fastgen.files.folders import make_folder
 from fastgen.files.jsonfiles import read_json, write_json
 from fastgen.files.png import METADATA_KEY, SOFTWARE_KEY, text_chunk
+from fastgen.files.temporary import remove_leftovers
 
 Kind = Literal["image", "job", "score", "compare", "copies", "sweep"]
 MARK = "written_by"
@@ -83,9 +84,11 @@ def kind_of(path: Path) -> Kind | None:
 
 
 def write_report(path: Path, kind: Kind, value: Mapping[str, Any]) -> None:
-    """Write a JSON report with its mark; its folder is made. Raises as `check_output` and `write_json` do."""
+    """Write a JSON report with its mark; its folder is made, and what a killed process left when it wrote this file is removed.
+    Raises as `check_output` and `write_json` do."""
     check_output(path, kind)
     make_folder(path.parent)
+    remove_leftovers(path.parent, [path.name])
     write_json(path, {MARK: software(kind), **value})
 
 

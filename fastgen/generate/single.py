@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path, PurePosixPath
 
 from fastgen.errors import FastgenError
@@ -10,6 +11,8 @@ from fastgen.files.places import Url
 from fastgen.files.png import png_bytes
 from fastgen.generate.record import job_identity, manifest_line
 from fastgen.generate.run import Run
+
+NO_RECORD = re.compile("(?!)")  # matches no name
 
 
 def write_image(run: Run, file: Path | Url) -> None:
@@ -22,4 +25,5 @@ def write_image(run: Run, file: Path | Url) -> None:
     pictures = run.begin(batch)()
     if pictures.problems[0]:
         raise FastgenError(f"{file}: not written: {pictures.problems[0]}")
+    store.clean([name], NO_RECORD)
     store.write(name, png_bytes(pictures.pixels[0], line | {"image_name": PurePosixPath(name).name}))

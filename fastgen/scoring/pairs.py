@@ -17,6 +17,7 @@ from fastgen.files.folders import make_folder
 from fastgen.files.names import SHEETS, STRIP_FOLDER
 from fastgen.files.outputs import check_output, software, write_report
 from fastgen.files.png import in_rows, save_image, sheet
+from fastgen.files.temporary import remove_leftovers
 from fastgen.scoring.generated_images import metadata_of, read_image
 
 PICTURED, COLUMNS = 16, 8
@@ -110,6 +111,7 @@ def compare(a: Path, b: Path, out: Path, limit: int | None = None) -> FolderComp
     comparison = FolderComparison(a, b, tuple(pairs), _differences(metadata), tuple(warnings))
     rows = list(dict.fromkeys([*names[:PICTURED], *([comparison.worst.name] if comparison.worst else [])]))
     make_folder(out.parent)
+    remove_leftovers(out.parent, [out.name])
     save_image(out, _picture(a, b, rows), software("compare"))
     write_report(out.with_suffix(".json"), "compare", comparison.to_json())
     return comparison

@@ -16,6 +16,7 @@ from fastgen.files.cachedir import cache_folder
 from fastgen.files.hashes import sha256_json
 from fastgen.files.jsonfiles import write_json
 from fastgen.files.records import Record, builtins, read_record
+from fastgen.files.temporary import remove_leftovers
 from fastgen.serving.messages import Costs
 from fastgen.serving.warm import CPU_SIZES, GPU_SIZES, Warm, warm_of
 
@@ -92,6 +93,7 @@ class Memory:
         found = warm.costs
         guided, plain, decode = (tuple(points.items()) for points in (found.guided, found.plain, found.decode))
         record = Remembered(FORMAT, key, guided, plain, decode, warm.slots, warm.exact)
+        remove_leftovers(self.folder)
         write_json(self.file(key), builtins(record))
 
     def timed_alone(self) -> AbstractContextManager[Any]:

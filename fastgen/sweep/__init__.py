@@ -27,6 +27,7 @@ from fastgen.files.names import JOB, MANIFEST
 from fastgen.files.outputs import check_output, write_report
 from fastgen.files.records import Name, Record, Sha256, read_record, to_record
 from fastgen.files.store import Folder
+from fastgen.files.temporary import remove_leftovers
 from fastgen.generate.job import run_work
 from fastgen.generate.job_record import recorded_runs
 from fastgen.generate.pipeline import Pipeline
@@ -144,6 +145,7 @@ def _claim(plan: Plan, requests: Path) -> None:
             raise InputError(f"{plan.out}: another process has just begun there; choose another --out")
     for sheet in (SHEET, PLOT):
         check_output(plan.out / sheet, "sweep")
+    remove_leftovers(plan.out, (JSON, REQUESTS, OBJECTS, ATTRIBUTES, CSV, PLOT, SHEET))
     write_json(plan.out / REQUESTS, requests_json(plan.requests))
     for name in (OBJECTS, ATTRIBUTES):  # which a scorer looks for beside the requests
         if (beside := requests.parent / name).is_file():

@@ -12,6 +12,7 @@ import time
 
 import numpy as np
 import pytest
+from killed import leftover
 from PIL import Image
 from scoring_helpers import make_attribute_evaluator, make_clip, make_evaluator
 
@@ -19,6 +20,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("onnxruntime")
 pytest.importorskip("torchmetrics")
 
+from fastgen.files.temporary import is_temporary, temporary_path  # noqa: E402
 from fastgen.generate.pipeline import load  # noqa: E402
 from fastgen.models.bundle_record import sealed  # noqa: E402
 from fastgen.scoring import score  # noqa: E402
@@ -102,6 +104,23 @@ def test_the_table_as_csv_and_the_pictures(fastgen, arguments, tmp_path):
         assert np.array_equal(shown, tile)
     if (out / "plot.png").exists():
         assert Image.open(out / "plot.png").width > 500
+
+
+def test_temporary_files_of_a_killed_sweep_go_and_others_stay(fastgen, arguments, tmp_path):
+    out, grid = tmp_path / "out", ["--scheduler", "ddim", "--num-inference-steps", "2"]
+    assert fastgen(*arguments(out, *grid))[0] == 0
+    score = next((out / "points").iterdir()) / "score.json"
+    score.unlink()  # so that it is written again
+    left = [
+        leftover(out / name) for name in ("sweep.json", "sweep.csv", "plot.png", "contact_sheet.png", "requests.json")
+    ]
+    kept = [leftover(out / "mine.json"), out / "sweep.json.tmp", temporary_path(out / "sweep.json")]
+    for file in (*left, *kept, leftover(score)):
+        file.write_text("x")
+    code, _, err = fastgen(*arguments(out, *grid))
+    assert code == 0, err
+    assert {file for file in out.iterdir() if file in left or file in kept} == set(kept)
+    assert not [file for file in score.parent.iterdir() if is_temporary(file.name)]
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ NOT_RUN = {  # pattern of a command -> why it is parsed only
     r"^torchrun ": "needs several machines; tests/generate/test_scale_document.py runs its processes",
     r"--shard auto": "needs the variables of a cluster; tests/generate/test_scale_document.py sets them",
     r"^ray start|--ray( |$)": "starts a cluster of Ray, or needs one; tests/cluster/test_ray_cluster.py has one",
-    r"(s3|gs|abfs)://": "needs a bucket; tests/generate/test_buckets.py starts an S3 server",
+    r"(s3|gs|abfs)://": "needs a bucket; tests/generate/test_bucket_jobs.py starts an S3 server",
     r"^pip install": "would change the environment that the tests run in; tests/test_packaging.py installs the wheel",
     r"^(git|python -m (pip|build|twine|venv))( |$)|^CLEAN/bin/": "is done by hand; tests/test_packaging.py runs the wheel",
     r"^bin/(test|setup)": "is what started these tests",

@@ -230,6 +230,7 @@ def test_trt_engines_are_built_and_then_certified(
 
     def build(bundle, *, dtype, batch_sizes, networks=None, device="cuda", say):
         calls.append((bundle.folder, dtype, batch_sizes))
+        return []
 
     monkeypatch.setattr("export.bundle.check_installed", lambda name: None)
     monkeypatch.setitem(sys.modules, "export.trt", type(sys)("export.trt"))
@@ -280,7 +281,7 @@ def test_batch_sizes_that_are_none_are_one_line(fastgen, label_model, tmp_path, 
 def test_batch_sizes_without_trt_are_refused(fastgen, label_model, tmp_path):
     code, _, err = fastgen("export", label_model, "--out", tmp_path / "out", "--batch-sizes", "8")
     assert (code, err.count("\n")) == (2, 1)
-    assert "give --trt or --rtx too" in err
+    assert "give --trt, --rtx or --triton too" in err
 
 
 def test_an_engine_is_certified_in_the_precision_asked_for(fastgen, label_model, bundle):

@@ -119,7 +119,8 @@ def racer(folder: Path, index: int, barrier, failures) -> None:
 
 
 def test_a_hundred_merge_races_lose_nothing(whole, tmp_path):
-    context = multiprocessing.get_context("fork")
+    # Forks of a new process: those of this one might wait for locks that threads of other tests hold.
+    context = multiprocessing.get_context("forkserver")
     barrier, failures = context.Barrier(SHARDS), context.Queue()
     racers = [
         context.Process(target=racer, args=(tmp_path, i, barrier, failures), daemon=True) for i in range(1, SHARDS + 1)

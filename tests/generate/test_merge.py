@@ -137,28 +137,28 @@ def test_a_hundred_merge_races_lose_nothing(whole, tmp_path):
 
 
 def killed(out: Path, operation: int) -> bool:
-    """Run the last shard in a fork, which dies before this of its file operations in the folder, counted from its record on.
+    """Run the last shard in a process that dies before this of its file operations in the folder, counted from its record on.
     False when it ended sooner."""
-    child = os.fork()
-    if child == 0:
-        temporary._machine = lambda: "0" * 8  # this one is on another machine
-        left = [sys.maxsize]
+    child = multiprocessing.get_context("forkserver").Process(target=dying, args=(out, operation))
+    child.start()
+    child.join()
+    assert child.exitcode in (0, 9)
+    return child.exitcode == 9
 
-        def hook(event: str, arguments: tuple) -> None:
-            if event in ("open", "os.rename", "os.remove", "os.link") and str(arguments[0]).startswith(str(out)):
-                left[0] -= 1
-                if left[0] == 0:
-                    os._exit(9)
 
-        sys.addaudithook(hook)
-        try:
-            process(out, SHARDS).run(before_save=lambda: left.__setitem__(0, operation))
-            os._exit(0)
-        finally:
-            os._exit(1)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert code in (0, 9)
-    return code == 9
+def dying(out: Path, operation: int) -> None:
+    """The process of `killed`."""
+    temporary._machine = lambda: "0" * 8  # this one is on another machine
+    left = [sys.maxsize]
+
+    def hook(event: str, arguments: tuple) -> None:
+        if event in ("open", "os.rename", "os.remove", "os.link") and str(arguments[0]).startswith(str(out)):
+            left[0] -= 1
+            if left[0] == 0:
+                os._exit(9)
+
+    sys.addaudithook(hook)
+    process(out, SHARDS).run(before_save=lambda: left.__setitem__(0, operation))
 
 
 def test_a_merge_that_is_killed_before_any_file_operation_is_completed(whole, tmp_path):

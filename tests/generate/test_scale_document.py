@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import re
 import shlex
 import signal
 import sys
 from collections.abc import Iterator, Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -28,11 +30,17 @@ def block(language: str, word: str) -> str:
     return text
 
 
-def start(words: Sequence[str], variables: dict[str, str], said: Path, kill_after: int | None) -> int:
-    """Run `fastgen WORDS` in a fork with these variables. `kill_after`: it is killed when it has renamed so many images."""
-    child = os.fork()
-    if child:
-        return child
+def start(words: Sequence[str], variables: dict[str, str], said: Path, kill_after: int | None) -> BaseProcess:
+    """Run `fastgen WORDS` with these variables, in a fork of a process without threads, as a fork of this one might wait for
+    locks that they hold. `kill_after`: it is killed when it has renamed so many images."""
+    context = multiprocessing.get_context("forkserver")
+    child = context.Process(target=command, args=(words, variables, said, kill_after))
+    child.start()
+    return child
+
+
+def command(words: Sequence[str], variables: dict[str, str], said: Path, kill_after: int | None) -> None:
+    """The process of `start`."""
     images = [0]
 
     def hook(event: str, arguments: tuple) -> None:
@@ -57,8 +65,9 @@ def start(words: Sequence[str], variables: dict[str, str], said: Path, kill_afte
         os._exit(code)
 
 
-def code_of(child: int) -> int:
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+def code_of(child: BaseProcess) -> int | None:
+    child.join()
+    return child.exitcode
 
 
 @pytest.fixture(scope="module")

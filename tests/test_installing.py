@@ -45,8 +45,9 @@ def _index():
 
 
 def test_the_source_asks_for_extras_that_there_are():
-    assert {"cpu", "cuda", "train", "export", "score", "bench", "parquet", "trt", "rtx", "serve"} == set(EXTRAS)
-    assert set(EXTRAS) <= set(PROJECT["optional-dependencies"])
+    assert {"cpu", "cuda", "train", "export", "score", "bench", "parquet", "ray", "trt", "rtx"} == set(EXTRAS)
+    by_variables = {"serve", "ray-serve", "s3", "gcs", "azure"}
+    assert {*EXTRAS, *by_variables} <= set(PROJECT["optional-dependencies"])
 
 
 @pytest.mark.slow

@@ -312,7 +312,5 @@ def _reason(error: Exception) -> str:
     """Why a worker died, of the many lines that Ray says."""
     text = str(error)
     if "No module named" in text:
-        return (
-            f"{text[text.index('No module named') :].splitlines()[0]}; install fastgen with its engine on every machine"
-        )
+        return f"{text[text.index('No module named') :].splitlines()[0]}; every machine needs fastgen and its engine"
     return first_line(error)

@@ -36,7 +36,7 @@ class ShippedFile:
 
 @dataclass(frozen=True)
 class Shipment:
-    """A folder, or a single file, on its way. `digest`: SHA-256 over the names and hashes of its files."""
+    """A folder, or a single file, on its way. `digest`: SHA-256 over its name, and the names and hashes of its files."""
 
     name: str
     digest: str
@@ -45,23 +45,29 @@ class Shipment:
 
 
 def ship(path: Path, put: Put) -> Shipment:
-    """Give every file of `path`, a folder or a file, to `put`. Links to files travel as the files. Raises InputError for what
+    """Give every file of `path`, a folder or a file, to `put`. Links travel as what they point to. Raises InputError for what
     cannot be read."""
     single = path.is_file()
+    path = path.absolute() if single else path.resolve()  # a linked file keeps the link's name, `..` is a folder's own
     files = [path] if single else sorted(_files(path))
     if not files:
         raise InputError(f"{path}: is an empty folder, or none")
-    shipped = []
-    for file in files:
-        name = file.name if single else file.relative_to(path).as_posix()
-        try:
-            blocks = tuple(put(block) for block in _blocks(file))
-            shipped.append(ShippedFile(name, sha256_file(file), blocks))
-        except OSError as error:
-            raise InputError(f"{file}: cannot be read: {error.strerror}") from None
-    return Shipment(
-        path.absolute().name, sha256_names({file.name: file.sha256 for file in shipped}), tuple(shipped), single
-    )
+    shipped = [_shipped(file, file.name if single else file.relative_to(path).as_posix(), put) for file in files]
+    hashes = {f"{path.name}/{file.name}": file.sha256 for file in shipped}
+    return Shipment(path.name, sha256_names(hashes), tuple(shipped), single)
+
+
+def _shipped(file: Path, name: str, put: Put) -> ShippedFile:
+    """A file under this name, given to `put` block by block."""
+    digest, blocks = hashlib.sha256(), []
+    try:
+        with open(file, "rb") as stream:
+            while block := stream.read(BLOCK):
+                digest.update(block)
+                blocks.append(put(block))
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read: {error.strerror}") from None
+    return ShippedFile(name, digest.hexdigest(), tuple(blocks))
 
 
 def _files(folder: Path) -> Iterator[Path]:
@@ -69,12 +75,6 @@ def _files(folder: Path) -> Iterator[Path]:
     for parent, folders, names in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
         yield from (Path(parent, name) for name in names if not name.startswith("."))
-
-
-def _blocks(file: Path) -> Iterator[bytes]:
-    with open(file, "rb") as stream:
-        while block := stream.read(BLOCK):
-            yield block
 
 
 def unpack(shipment: Shipment, get: Get) -> Path:

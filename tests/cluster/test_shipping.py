@@ -62,10 +62,19 @@ def test_a_folder_arrives_as_it_was_and_a_second_worker_uses_it(model):
     assert objects.gets == gets
 
 
+def test_the_same_files_under_another_name_arrive_under_that_name(model):
+    objects = Objects()
+    unpack(ship(model, objects.put), objects.get)
+    other = model.rename(model.with_name("other"))
+    assert unpack(ship(other, objects.put), objects.get).name == "other"
+    assert unpack(ship(other / "unet" / "..", objects.put), objects.get).name == "other"
+
+
 def test_a_single_file_keeps_its_name(model):
     objects = Objects()
     file = unpack(ship(model / "unet" / "weights.safetensors", objects.put), objects.get)
     assert file.name == "weights.safetensors"
+    assert unpack(ship(model / "link.json", objects.put), objects.get).name == "link.json"
     assert file.read_bytes() == (model / "unet" / "weights.safetensors").read_bytes()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,32 +18,31 @@ if TYPE_CHECKING:
     from fastgen.generate.job_record import Environment
 
 
-def ray_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """--ray, --cpus-per-worker and --allow-mixed, see `RayOptions.of`."""
-    for decorate in reversed(
-        (
-            option(
-                "--ray",
-                is_flag=False,
-                flag_value="local",
-                metavar="[ADDRESS]",
-                help="Make the images on a Ray cluster: a new one on this machine, auto (the one that runs here), or "
-                "HOST:PORT of its head node. Write it last, or as --ray=ADDRESS.",
-            ),
-            option(
-                "--cpus-per-worker",
-                type=THREADS,
-                metavar="K",
-                help="With --ray: CPUs, and threads, of each worker.  [default: all of a machine; 1 beside a GPU]",
-            ),
-            option(
-                "--allow-mixed",
-                is_flag=True,
-                help="With --ray: also use machines with other cards or versions; each image's line says which.",
-            ),
-        )
-    ):
-        command = decorate(command)
+def ray_options(command: Any) -> Any:
+    """--ray, --cpus-per-worker and --allow-mixed, in the order of the help; see `RayOptions.of`."""
+    options = [
+        option(
+            "--ray",
+            is_flag=False,
+            flag_value="local",
+            metavar="[ADDRESS]",
+            help="Make the images on a Ray cluster: a new one on this machine, auto (the one that runs here), or "
+            "HOST:PORT of its head node. Write it last, or as --ray=ADDRESS.",
+        ),
+        option(
+            "--cpus-per-worker",
+            type=THREADS,
+            metavar="K",
+            help="With --ray: CPUs, and threads, of each worker.  [default: all of a machine; 1 beside a GPU]",
+        ),
+        option(
+            "--allow-mixed",
+            is_flag=True,
+            help="With --ray: also use machines with other cards or versions; each image's line says which.",
+        ),
+    ]
+    for add in reversed(options):
+        command = add(command)
     return command
 
 

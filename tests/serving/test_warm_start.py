@@ -9,6 +9,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
+from killed import leftover
 
 from fastgen.errors import FastgenError, InputError
 from fastgen.generate.pipeline import load
@@ -39,8 +40,11 @@ def test_what_was_measured_is_remembered(pipeline):
     key = remembered.key_of(pipeline, True, True, 1)
     assert Memory().recall(key) is None
     found = warm_of(COSTS, 4, True)
+    left = leftover(Memory().file(key))
+    left.write_text("half of a file, whose process was killed")
     Memory().remember(key, found)
     assert Memory().recall(key) == found
+    assert not left.exists()
 
 
 def test_another_model_engine_dtype_device_or_number_of_threads_is_measured_anew(pipeline, monkeypatch):

@@ -130,8 +130,8 @@ def _own_token() -> Iterator[None]:
 
 
 def _silence(ray: Any) -> None:
-    """Keep off stdout what Ray prints there of each worker that dies, in many lines: the pool says it in one. Ray has no
-    setting for it; where its function has another name, the lines are printed."""
+    """Hide the many lines that Ray prints on stdout when a worker dies: the pool says it in one. Ray has no setting for this.
+    In a version of Ray whose function has another name, the lines are printed."""
     printer = "print_to_stdstream"
     if hasattr(ray._private.worker, printer):
         setattr(ray._private.worker, printer, lambda *lines, **options: None)
@@ -139,7 +139,7 @@ def _silence(ray: Any) -> None:
 
 @contextmanager
 def _own_folder() -> Iterator[Path]:
-    """A folder for the files of a cluster of our own. Those of processes that were killed are removed."""
+    """A folder for the files of a cluster that this process starts. It removes the folders that killed processes left."""
     from filelock import FileLock, Timeout
 
     place = Path(tempfile.gettempdir())

@@ -1,7 +1,7 @@
 """Workers on the machines of a Ray cluster, and the calls that wait for them. Any number of jobs share one pool.
 
-A worker has two calls at a time, so that it never waits for the driver. A worker that dies gives its calls back: they are made
-again elsewhere, and as one of them may be what kills workers, each alone.
+A worker has two calls at a time, so that it never waits for the driver. When a worker dies, its calls are made again on other
+workers. One of them may be the cause, so from then on each of them runs alone.
 """
 
 from __future__ import annotations
@@ -286,8 +286,7 @@ class Pool:
         self._compare(member)
 
     def _buried(self, member: _Member, why: str) -> None:
-        """A worker has died: its calls are made again, after all others: what kills at random then rarely strikes the same call
-        again and again."""
+        """A worker has died. Its calls are made again, after all others: then a random kill seldom strikes the same call twice."""
         self.deaths += 1
         self._members.remove(member)
         self._kill(member)

@@ -286,7 +286,7 @@ class Pool:
         self._compare(member)
 
     def _buried(self, member: _Member, why: str) -> None:
-        """A worker has died. Its calls are made again, after all others: then a random kill seldom strikes the same call twice."""
+        """A worker died. Its calls are made again, after all others: a random kill then seldom strikes the same call twice."""
         self.deaths += 1
         self._members.remove(member)
         self._kill(member)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -55,7 +54,7 @@ def write_repository(
 
     For each network a folder with its ONNX graph in `dtype`, which takes as many rows as batches of `batch_sizes` images have;
     or with `plans` a folder NETWORK-ROWS for each TensorRT plan. And the folder `fastgen`, whose model makes images with the
-    bundle, which lies in it. Files are hard links to the bundle's where the file system has them, else copies.
+    bundle, which lies in it. All files are copies.
 
     Raises InputError where `repository` holds anything else, or without `overwrite` another repository; for a damaged bundle,
     and for graphs that it lacks.
@@ -132,9 +131,9 @@ def _write_graphs(bundle: Bundle, folder: Path, dtype: str, batch_sizes: Sequenc
     for name, signature in bundle.spec.signatures.items():
         graph = bundle.network(name, network_dtype(name, dtype))
         version = folder / name / VERSION
-        _link(graph, version / "model.onnx")
+        _copy(graph, version / "model.onnx")
         for data in read_graph(graph).data:  # the graph knows it by this name
-            _link(graph.parent / data, version / data)
+            _copy(graph.parent / data, version / data)
         rows = max(network_rows(name, batch_sizes, bundle.spec.space.pixels))
         (folder / name / "config.pbtxt").write_text(graph_config(signature, rows), encoding="utf-8")
 
@@ -143,30 +142,22 @@ def _write_plans(bundle: Bundle, folder: Path, plans: Plans) -> None:
     for name, by_rows in plans.items():
         for rows, artifact in by_rows.items():
             model = folder / f"{name}-{rows}"
-            _link(artifact.file(PLAN), model / VERSION / "model.plan")
+            _copy(artifact.file(PLAN), model / VERSION / "model.plan")
             config = plan_config(bundle.spec.signatures[name], rows)
             (model / "config.pbtxt").write_text(config, encoding="utf-8")
 
 
 def _write_model(bundle: Bundle, folder: Path) -> None:
     for name in bundle.files:
-        _link(bundle.file(name), folder / BUNDLE / name)
+        _copy(bundle.file(name), folder / BUNDLE / name)
     certificates = sorted((bundle.folder / CERTIFICATES).glob("*.json"))
-    for file in (bundle.folder / MANIFEST, *certificates):  # these change where the bundle gets more
-        copy = folder / BUNDLE / file.relative_to(bundle.folder)
-        make_folder(copy.parent)
-        shutil.copyfile(file, copy)
+    for file in (bundle.folder / MANIFEST, *certificates):
+        _copy(file, folder / BUNDLE / file.relative_to(bundle.folder))
     (folder / MODEL / VERSION / "model.py").write_text(MODEL_PY, encoding="utf-8")
     (folder / MODEL / "config.pbtxt").write_text(model_config(bundle.spec.condition, {}), encoding="utf-8")
 
 
-def _link(source: Path, target: Path) -> None:
-    """A hard link to a file, or a copy: on another file system, of a symlink's file, and of one that only others may write."""
+def _copy(source: Path, target: Path) -> None:
+    """A copy, and no link: the onnx library takes no weights of a file with several hard links, also not of the bundle's."""
     make_folder(target.parent)
-    if os.access(source, os.W_OK) and not source.is_symlink():
-        try:
-            os.link(source, target)
-            return
-        except OSError:
-            target.unlink(missing_ok=True)
     shutil.copyfile(source, target)

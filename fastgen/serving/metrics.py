@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from typing import Protocol
 
@@ -58,11 +59,13 @@ class Metrics:
         self._waiting = gauge("fastgen_requests_waiting", "Images that wait for their first step")
         self._running = gauge("fastgen_requests_running", "Images between their first and last step")
         self._slots = gauge("fastgen_slots", "Images that a step takes, at most")
+        self._started = gauge("fastgen_start_time_seconds", "Unix time at which the server began with the model")
         self._up = gauge("fastgen_engine_up", "1 while the model is ready")
         self._info = gauge("fastgen_model_info", "What a model is", "sha256", "engine", "dtype", "exact")
 
     def declare(self, model: str) -> None:
-        """Let all counters of a model begin at 0."""
+        """Let all counters of a model begin at 0, now."""
+        self._started.labels(model).set(time.time())
         for outcome in OUTCOMES:
             self.requests.labels(model, outcome)
         for kind in ("used", "padding"):

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
 from export.triton import write_repository
@@ -49,9 +50,9 @@ def test_there_is_a_folder_for_each_network_and_one_that_makes_images(repository
     networks = {"text_encoder", "unet", "vae_decoder", "vae_encoder"}
     assert {folder.name for folder in repository.iterdir()} == {*networks, "fastgen"}
     assert all((repository / name / "1/model.onnx").is_file() for name in networks)
-    graph, copy = text_bundle / "unet/model.onnx", repository / "unet/1/model.onnx"
-    assert copy.read_bytes() == graph.read_bytes()
-    assert copy.stat().st_ino == graph.stat().st_ino  # nothing is there twice
+    for name in networks:  # the onnx library refuses weights with several hard links, in the copy and in the bundle
+        original = onnx.load(text_bundle / name / "model.onnx")
+        assert onnx.load(repository / name / "1/model.onnx") == original
     held = read_bundle(repository / "fastgen/1/bundle")
     held.verify()
     assert held.sha256 == read_bundle(text_bundle).sha256

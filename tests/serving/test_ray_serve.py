@@ -117,13 +117,22 @@ class Cluster:
         body = {"labels": "red cube", "seed": seed, **fields}
         return (client or self.client).post(PATH, json=body, headers=headers)
 
-    def counts(self, sample):
-        """A counter of every replica, as far as a few requests meet them."""
-        found = set()
-        for _ in range(20):
-            text = self.client.get("/metrics").text
-            found.add(next(float(line.split()[-1]) for line in text.splitlines() if line.startswith(sample)))
-        return found
+    def counts(self, sample, patience_s=10):
+        """A counter of both replicas, or of those that requests have met when the time is over: Ray Serve may send one after
+        the other to the same. A replica is known by the time of its start."""
+        found, end = {}, time.monotonic() + patience_s
+        with ThreadPoolExecutor(8) as pool:
+            while len(found) < 2:
+                for answer in pool.map(lambda _: self.client.get("/metrics"), range(8)):
+                    lines = answer.text.splitlines()
+                    begin, value = (
+                        next(float(line.split()[-1]) for line in lines if line.startswith(name))
+                        for name in ("fastgen_start_time_seconds", sample)
+                    )
+                    found[begin] = value
+                if time.monotonic() > end:
+                    break
+        return list(found.values())
 
     def replicas(self):
         return [p for p in family() if "ServeReplica" in name_of(p)]
@@ -227,7 +236,7 @@ def test_events_come_while_the_image_is_made_and_a_client_that_leaves_cancels(cl
     with cluster.client.stream("POST", PATH, json=body) as answer:
         next(line for line in answer.iter_lines() if line.startswith("event:"))
     wait_for(lambda: 1.0 in cluster.counts('fastgen_requests_total{model="m",outcome="cancelled"'), 20)
-    wait_for(lambda: cluster.counts("fastgen_requests_running") == {0.0}, 20)
+    wait_for(lambda: cluster.counts("fastgen_requests_running") == [0, 0], 20)
 
 
 @pytest.mark.slow
@@ -266,11 +275,13 @@ def test_a_replica_that_is_killed_under_load_loses_no_client_and_is_replaced(clu
             seed = client_number
             while not (killed.is_set() and recovered()) and time.monotonic() < end:
                 answers.append((seed % 6, cluster.ask(seed % 6, client)))
+                if answers[-1][1].status_code != 200:
+                    time.sleep(0.2)  # as a client does
                 seed += 1
 
     def recovered():
         now = {process.pid for process in cluster.replicas()}
-        return len(now) == 2 and now != before and len(cluster.counts("fastgen_images_total")) == 2
+        return len(now) == 2 and now != before and len(cluster.counts("fastgen_images_total", 0.5)) == 2
 
     with ThreadPoolExecutor(6) as pool:
         clients = [pool.submit(ask, number) for number in range(6)]

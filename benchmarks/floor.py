@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}
 
 
 @dataclass(frozen=True)
@@ -83,20 +83,30 @@ def measure(device: str, dtype: str, *, threads: int | None = None, seconds: flo
     """The best of repeated matrix products and copies of random data; sizes that fill the device."""
     import torch
 
-    from fastgen.models.precision import TORCH_DTYPES
-
     if threads:
         torch.set_num_threads(threads)
     cuda = device.startswith("cuda")
     size, elements = (8192, 2**30) if cuda else (2048, 2**25)
-    kind = TORCH_DTYPES[dtype]
-    a, b = (torch.randn(size, size, device=device).to(kind) for _ in range(2))
-    product = torch.empty_like(a)
-    flop_per_s = 2 * size**3 / _best(lambda: torch.mm(a, b, out=product), device, seconds)
+    flop_per_s = 2 * size**3 / _best(_product(device, dtype, size), device, seconds)
     source = torch.randn(elements, device=device)
     target = torch.empty_like(source)
     bytes_per_s = 2 * source.nbytes / _best(lambda: target.copy_(source), device, seconds)
     return Rates(flop_per_s, bytes_per_s)
+
+
+def _product(device: str, dtype: str, size: int) -> Callable[[], Any]:
+    """A matrix product of random data; of int8 with sums in int32."""
+    import torch
+
+    from fastgen.models.precision import TORCH_DTYPES
+
+    if dtype == "int8":
+        x, y = (torch.randint(-128, 128, (size, size), dtype=torch.int8, device=device) for _ in range(2))
+        sums = torch.empty(size, size, dtype=torch.int32, device=device)
+        return lambda: torch._int_mm(x, y, out=sums)
+    a, b = (torch.randn(size, size, device=device).to(TORCH_DTYPES[dtype]) for _ in range(2))
+    product = torch.empty_like(a)
+    return lambda: torch.mm(a, b, out=product)
 
 
 def best(one: Rates, other: Rates) -> Rates:

@@ -60,7 +60,12 @@ def line(row: dict[str, Any]) -> str:
 )
 @click.option("--bundle", type=FOLDER, help="Its bundle.  [default: exported into the work folder]")
 @click.option("--device", default=None, help="[default: cuda where there is one, else cpu]")
-@click.option("--side", "sides", multiple=True, help="NAME[:DTYPE][:graphs|:nographs][@BATCH].  [default: all]")
+@click.option(
+    "--side",
+    "sides",
+    multiple=True,
+    help="Like openvino:int8 or diffusers:bf16:channels_last, see benchmarks/sides.py.  [default: all]",
+)
 @click.option("--batch", "batches", multiple=True, type=click.IntRange(1), default=(4,), show_default=True)
 @click.option("--steps", multiple=True, type=click.IntRange(1), help="[default: the model's]")
 @click.option("--images", default=1, show_default=True, type=click.IntRange(1), help="Per round, at least a batch.")

@@ -21,7 +21,7 @@ from benchmarks.environments import interpreter
 from benchmarks.models import bundled, export_seconds
 from benchmarks.prompts import conditions
 from benchmarks.rows import Case, Taken, shorter
-from benchmarks.sides import FOREIGN, REFERENCE, Side, missing
+from benchmarks.sides import FOREIGN, INFORMED, REFERENCE, Side, missing
 from benchmarks.worker import Local, Process
 from fastgen.errors import FastgenError, first_line
 from fastgen.models.spec import Spec
@@ -50,7 +50,7 @@ class Plan:
     )  # no further round, batch size or number of steps begins later; each side is measured once
     strict: bool = False  # this process is ended after `seconds`: not even a side's first batch begins later
     threads: int | None = None
-    together: int = 5  # sides that are in memory at the same time, the first side among them
+    together: int = 5  # sides that are in memory at the same time, the first and the informed user's among them
     processes: bool = True
     requests: Path | None = None
     bundle: Path | None = None  # [default: exported from the model]
@@ -103,13 +103,14 @@ class Matrix:
     def rows(self) -> Iterator[dict[str, Any]]:
         """A row for every side and case; what failed, and what the time did not allow, says so in its note."""
         first, *others = self.sides
-        size = max(1, self.plan.together - 1)
+        always = [first, *(side for side in others if str(side) == INFORMED)]  # the sides that ratios are to
+        others = [side for side in others if side not in always]
+        size = max(1, self.plan.together - len(always))
         with self._inputs():
             self._reference_images()
             for start in range(0, max(1, len(others)), size):
-                with_first = [first, *others[start : start + size]]
-                for row in self._group(with_first):
-                    if start == 0 or row["side"] != str(first):
+                for row in self._group([*always, *others[start : start + size]]):
+                    if start == 0 or row["side"] not in map(str, always):
                         yield row
 
     def references(self) -> dict[int, np.ndarray]:
@@ -164,14 +165,17 @@ class Matrix:
                 self.expected[steps] = taken.pixels
 
     def _group(self, sides: Sequence[Side]) -> Iterator[dict[str, Any]]:
-        """Sides that are in memory together, in turns; ratios are to the first."""
+        """Sides that are in memory together, in turns; ratios are to the first and to the informed user's."""
         self._measure_rates({side.dtype for side in sides})
         with _Sides(self, sides) as opened:
             for case, (batch, steps) in enumerate(itertools.product(sorted(self.plan.batches), self.steps)):
                 here = [o for o in opened if o.side.batch is None or batch == min(self.plan.batches)]
-                taken = [Taken(o.side, self._case(o.side.batch or batch, steps), o.facts) for o in here]
+                taken = [
+                    Taken(o.side, self._case(o.side.batch or batch, steps), o.facts, o.facts.get("note")) for o in here
+                ]
                 self._measure(here, taken, first_case=case == 0)
-                yield from (self._row(one, taken[0]) for one in taken)
+                informed = next((one for one in taken[1:] if str(one.side) == INFORMED), None)
+                yield from (self._row(one, taken[0], informed) for one in taken)
 
     def _case(self, batch: int, steps: int) -> Case:
         return Case(batch, steps, max(self.plan.images, batch))
@@ -183,8 +187,9 @@ class Matrix:
             self._first_batch(side, one, first_case)
         for done in range(self.plan.rounds):
             if done and self._is_late():
-                for _, one in pairs:
-                    one.note = one.note or f"{done} of {self.plan.rounds} rounds: the time was used up"
+                for one in taken:
+                    if not one.failed:
+                        one.add_note(f"{done} of {self.plan.rounds} rounds: the time was used up")
                 break
             for side, one in pairs:
                 self._round(side, one)
@@ -231,8 +236,10 @@ class Matrix:
         given = {kind: values[:count] for kind, values in self._given.items()}
         return side.worker.call({**request, **given, "latents": str(self._scratch / "latents.npy")})
 
-    def _row(self, one: Taken, reference: Taken) -> dict[str, Any]:
-        row = one.row(reference, self.plan.job)
+    def _row(self, one: Taken, reference: Taken, informed: Taken | None) -> dict[str, Any]:
+        if not one.failed and one.side.is_peer and self._is_random(one.case.steps):
+            one.add_note("draws its own noise: images not comparable")
+        row = one.row(reference, self.plan.job, informed)
         if one.failed:
             return row
         steps = one.case.steps
@@ -240,10 +247,13 @@ class Matrix:
             evaluations = len(self.tables[steps]) - len(self.tables[shorter(steps)])
             row["step_ms"] = 1000 * (one.batch_s - one.short_s) / evaluations
         row["floor_percent"] = 100 * self._floor_s(one.case, row["dtype"]) / (one.case.images / row["images_per_s"])
-        if one.side.is_peer and bool(np.any(self.tables[steps].c)):
-            row["note"] = "; ".join(filter(None, [one.note, "draws its own noise: images not comparable"]))
+        if one.side.is_peer and self._is_random(steps):
             return row
         return row | one.parity(self.expected[steps])
+
+    def _is_random(self, steps: int) -> bool:
+        """Whether the solver draws noise in its steps."""
+        return bool(np.any(self.tables[steps].c))
 
     def _floor_s(self, case: Case, dtype: str) -> float:
         if dtype not in self.rates:
@@ -270,7 +280,7 @@ class Matrix:
             and (own := default_name(self.spec.scheduler_config)) != self.sampling.scheduler
         ):
             return Opened(side, error=f"samples with the folder's scheduler, {own}, not with {self.sampling.scheduler}")
-        bundle = self._bundle() if side.needs_bundle else None
+        bundle = self._bundle(side) if side.needs_bundle else None
         if isinstance(bundle, str):
             return Opened(side, error=bundle)
         python = interpreter(side.name) if foreign else sys.executable
@@ -280,6 +290,7 @@ class Matrix:
                 "do": "open",
                 "name": side.name,
                 "dtype": side.dtype,
+                "channels_last": side.channels_last,
                 "graphs": side.graphs,
                 "device": plan.device,
                 "threads": plan.threads,
@@ -297,9 +308,10 @@ class Matrix:
             self.versions[side.name] = facts["versions"]
         return Opened(side, worker, facts, facts.get("error"))
 
-    def _bundle(self) -> Path | str:
+    def _bundle(self, side: Side) -> Path | str:
         try:
-            return self.plan.bundle or bundled(self.plan.model, self.plan.work)
+            dtype = "int8" if side.dtype == "int8" else None  # of the other precisions fp32 graphs are enough
+            return self.plan.bundle or bundled(self.plan.model, self.plan.work, dtype)
         except Exception as error:  # a model that cannot be exported is the failure of the sides that need it
             return f"export failed: {type(error).__name__}: {first_line(error)}"
 

@@ -140,17 +140,18 @@ def prepared(name_or_file: str | Path, work: Path) -> tuple[Path, Path]:
     return model, bundled(model, work)
 
 
-def bundled(model: Path, work: Path) -> Path:
-    """The bundle of a model folder below `work`, exported once."""
+def bundled(model: Path, work: Path, dtype: str | None = None) -> Path:
+    """The bundle of a model folder below `work`, exported once; one with int8 graphs too is a bundle of its own."""
     from export import export
     from fastgen.models.bundle import is_bundle
 
-    bundle = work / f"{model.name}-bundle"
+    name = model.name if dtype is None else f"{model.name}-{dtype}"
+    bundle = work / f"{name}-bundle"
     if not is_bundle(bundle):
-        print(f"exporting {model}", flush=True)
+        print(f"exporting {name}", flush=True)
         start = time.perf_counter()
-        export(model, bundle)
-        write_json(work / f"{model.name}-export.json", {"seconds": time.perf_counter() - start})
+        export(model, bundle, dtype=dtype)
+        write_json(work / f"{name}-export.json", {"seconds": time.perf_counter() - start})
     return bundle
 
 

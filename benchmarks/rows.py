@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.report import parity, spread
-from benchmarks.sides import Side
+from benchmarks.sides import INFORMED, Side
 
 UNITS = {
     "side": "NAME:DTYPE, see benchmarks/sides.py; @N where it has a batch size of its own",
@@ -20,7 +20,8 @@ UNITS = {
     "steps": "of the solver",
     "images_per_s": "end to end, from prompts to pixels in host memory; medians",
     "spread": "of images_per_s, over the rounds",
-    "ratio": "images_per_s over the first side's, median over the rounds",
+    "ratio": "images_per_s over the first side's, median over the rounds in which both took turns",
+    "ratio_informed": f"the same over {INFORMED}, where that is one of the sides",
     "step_ms": "one network evaluation, guided where the model is; from runs of two lengths",
     "load_s": "imports, weights, and what the side compiles when it is opened",
     "first_s": "load and the first batch",
@@ -62,29 +63,41 @@ class Taken:
     seconds: list[float] = field(default_factory=list)
     short_s: float | None = None  # one batch with `shorter` steps
 
+    def add_note(self, note: str) -> None:
+        self.note = "; ".join(filter(None, [self.note, note]))
+
     def fail(self, note: str) -> None:
         self.note, self.failed = note, True
 
-    def row(self, reference: Taken, job: int) -> dict[str, Any]:
-        """Speed and memory; parity, step and floor columns are None yet."""
+    def row(self, reference: Taken, job: int, informed: Taken | None = None) -> dict[str, Any]:
+        """Speed and memory, against `reference` and `informed`, which took turns with this side; parity, step and floor columns
+        are None yet."""
         row: dict[str, Any] = dict.fromkeys(UNITS)
         row |= {"side": str(self.side), "dtype": self.opened.get("dtype", self.side.dtype), "note": self.note}
         row |= {"batch": self.case.batch, "steps": self.case.steps}
         if self.failed:
             return row
-        rates = [self.case.images / s for s in self.seconds]
-        speed = statistics.median(rates)
-        row |= {"images_per_s": speed, "spread": spread(rates), "rounds": len(rates), **self.memory}
+        speed = statistics.median(self.rates)
+        row |= {"images_per_s": speed, "spread": spread(self.rates), "rounds": len(self.rates), **self.memory}
         row |= {"load_s": self.opened["load_s"], "first_s": self.opened["load_s"] + self.first_s}
         row |= {"build_s": self.build_s, "job_s": self.opened["load_s"] + job / speed}
         if job > self.case.images:
             row["extrapolated_from"] = self.case.images
         if not reference.failed:
-            theirs = [reference.case.images / s for s in reference.seconds]
-            row["ratio"] = statistics.median(own / other for own, other in zip(rates, theirs, strict=False))
-            saved = 1 / statistics.median(theirs) - 1 / speed  # seconds per image
+            row["ratio"] = self._ratio(reference)
+            saved = 1 / statistics.median(reference.rates) - 1 / speed  # seconds per image
             row["repaid_after"] = math.ceil(self.build_s / saved) if saved > 0 else None
+        if informed is not None and not informed.failed:
+            row["ratio_informed"] = self._ratio(informed)
         return row
+
+    @property
+    def rates(self) -> list[float]:
+        """Images per second of each round."""
+        return [self.case.images / s for s in self.seconds]
+
+    def _ratio(self, other: Taken) -> float:
+        return statistics.median(own / theirs for own, theirs in zip(self.rates, other.rates, strict=True))
 
     @property
     def batch_s(self) -> float:

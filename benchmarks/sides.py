@@ -1,4 +1,4 @@
-"""The sides of a comparison, written `NAME[:DTYPE][:graphs|:nographs][@BATCH]`:
+"""The sides of a comparison, written `NAME[:DTYPE][:channels_last|:graphs|:nographs][@BATCH]`:
 this package's engines, and what people use today."""
 
 from __future__ import annotations
@@ -9,16 +9,17 @@ from dataclasses import dataclass
 from fastgen.engines import engine_class, engine_names, missing_packages
 from fastgen.errors import InputError, unknown
 
-DTYPES = ("fp32", "bf16", "fp16")
+DTYPES = ("fp32", "bf16", "fp16", "int8")
 PEERS = {
-    "diffusers": "diffusers' own pipeline, one UNet call for both halves of guidance",
-    "diffusers-compile": "the same with torch.compile on its UNet and channels_last",
+    "diffusers": "diffusers' own pipeline, one UNet call for both halves of guidance; `channels_last` is its networks' layout",
+    "diffusers-compile": "the same with torch.compile on its UNet, in channels_last",
     "two-calls": "a loop written by hand: a prompt at a time, conditional and unconditional UNet calls apart",
     "optimum-onnx": "ORTStableDiffusionPipeline, exported by optimum, in an environment of its own",
-    "optimum-intel": "OVStableDiffusionPipeline, exported by optimum, in an environment of its own",
+    "optimum-intel": "OVStableDiffusionPipeline, exported, and for int8 quantised, by optimum, in an environment of its own",
 }
 FOREIGN = ("optimum-onnx", "optimum-intel")
 REFERENCE = "eager:fp32"  # of parity
+INFORMED = "diffusers:bf16:channels_last"  # what an informed user writes: diffusers and two lines more
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Side:
 
     name: str  # an engine, or one of PEERS
     dtype: str | None = None  # None: the side's own default
+    channels_last: bool = False  # memory format of diffusers' UNet and VAE
     graphs: bool | None = None  # whole-loop CUDA graphs; None: the engine's default
     batch: int | None = None  # its own batch size, whatever the others have
 
@@ -39,23 +41,23 @@ class Side:
         name, *rest = spelled.split(":")
         if name not in (*engine_names(), *PEERS):
             raise unknown("side", name, [*engine_names(), *PEERS])
-        dtype, graphs = None, None
+        dtype, channels_last, graphs = None, False, None
         for part in rest:
+            if part not in _options(name):
+                raise InputError(f"side {text!r}: {part!r} is none of {', '.join(_options(name))}")
             if part in DTYPES:
                 dtype = part
-            elif part in ("graphs", "nographs") and name not in PEERS:
-                graphs = part == "graphs"
+            elif part == "channels_last":
+                channels_last = True
             else:
-                raise InputError(
-                    f"side {text!r}: {part!r} is none of {', '.join(DTYPES)}, graphs, nographs (engines only)"
-                )
-        return Side(name, dtype, graphs, int(batch) if at else None)
+                graphs = part == "graphs"
+        return Side(name, dtype, channels_last, graphs, int(batch) if at else None)
 
     def __str__(self) -> str:
-        flags = {None: (), True: ("graphs",), False: ("nographs",)}[self.graphs]
-        return ":".join([self.name, *((self.dtype,) if self.dtype else ()), *flags]) + (
-            f"@{self.batch}" if self.batch else ""
-        )
+        flags = {None: [], True: ["graphs"], False: ["nographs"]}[self.graphs]
+        layout = ["channels_last"] if self.channels_last else []
+        dtype = [self.dtype] if self.dtype else []
+        return ":".join([self.name, *dtype, *layout, *flags]) + (f"@{self.batch}" if self.batch else "")
 
     @property
     def is_peer(self) -> bool:
@@ -66,6 +68,14 @@ class Side:
         return self.name not in PEERS and engine_class(self.name).source_kind == "bundle"
 
 
+def _options(name: str) -> tuple[str, ...]:
+    """What may follow the colons of a side."""
+    if name not in PEERS:
+        return (*DTYPES, "graphs", "nographs")
+    more = {"diffusers": ("channels_last",), "optimum-intel": ("int8",)}
+    return (*(dtype for dtype in DTYPES if dtype != "int8"), *more.get(name, ()))
+
+
 def default_sides(device: str) -> list[str]:
     """Every side that makes sense on this device; the first is what the others' speed is compared with."""
     if device.startswith("cuda"):
@@ -73,8 +83,8 @@ def default_sides(device: str) -> list[str]:
         own += ["compile:fp16:graphs", "ort:fp16", "trt:fp16"]
         return ["diffusers:fp16", *own, "diffusers:fp32", "diffusers-compile:fp16", "two-calls:fp32@1", "optimum-onnx"]
     own = ["openvino:bf16", "ort:fp32", "compile:bf16", "eager:fp32"]
-    peers = ["optimum-intel", "optimum-onnx", "diffusers-compile:bf16", "diffusers:bf16", "two-calls:fp32@1"]
-    return ["diffusers:fp32", *own, *peers]
+    peers = ["optimum-intel:int8", "optimum-intel", "diffusers-compile:bf16", "two-calls:fp32@1", "optimum-onnx"]
+    return ["diffusers:fp32", INFORMED, *own, *peers]
 
 
 def missing(side: Side, device: str) -> str | None:

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from benchmarks.report import cell
+from benchmarks.sides import INFORMED
 
 Row = Mapping[str, Any]
 COLUMNS: dict[str, Callable[[Row], Any]] = {
@@ -17,7 +18,8 @@ COLUMNS: dict[str, Callable[[Row], Any]] = {
     "batch": lambda r: r["batch"],
     "steps": lambda r: r["steps"],
     "images/s": lambda r: r["images_per_s"],
-    "against the first": lambda r: None if r["ratio"] is None else f"{r['ratio']:.2f} x",
+    "ratio": lambda r: _times(r["ratio"]),
+    "ratio_informed": lambda r: _times(r.get("ratio_informed")),  # older files have none
     "ms per step": lambda r: r["step_ms"],
     "first image, s": lambda r: r["first_s"],
     "build, s": lambda r: r["build_s"],
@@ -32,11 +34,15 @@ CONSTANT = ("batch", "steps")  # left out where all rows agree
 
 
 def cells(rows: Sequence[Row]) -> list[dict[str, str]]:
-    """Column -> text, of the rows that have figures; columns without any, or where nothing differs, are left out."""
+    """Column -> text, of the rows that have figures; columns without any, or where nothing differs, are left out. The first row
+    is of the first side, which `ratio` is to."""
     full = [row for row in rows if row["images_per_s"] is not None]
     names = [n for n in COLUMNS if n not in CONSTANT or len({row[n] for row in rows}) > 1]
     names = [n for n in names if any(COLUMNS[n](row) is not None for row in full)]
-    return [{n: "" if (value := COLUMNS[n](row)) is None else cell(value) for n in names} for row in full]
+    against = {"ratio": f"against {_side(rows[0])}", "ratio_informed": f"against {INFORMED.replace(':', ' ')}"}
+    return [
+        {against.get(n, n): "" if (value := COLUMNS[n](row)) is None else cell(value) for n in names} for row in full
+    ]
 
 
 def notes(rows: Sequence[Row]) -> list[str]:
@@ -63,6 +69,10 @@ def _side(row: Row) -> str:
     return " ".join([name, row["dtype"] or "", *flags]).strip() + (
         f", batch {row['batch']}" if "@" in row["side"] else ""
     )
+
+
+def _times(ratio: float | None) -> str | None:
+    return None if ratio is None else f"{ratio:.2f} x"
 
 
 def _job(row: Row) -> str | None:

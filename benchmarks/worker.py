@@ -35,8 +35,8 @@ RUNNERS = {
 class Local:
     """A side in this process. `call` takes and returns what travels as JSON between processes.
 
-    {"do": "open", "name", "dtype", "graphs", "device", "threads", "model", "bundle", "work"}
-        -> {"load_s", "build_s", "dtype", "versions"}; build_s, what exporting took when it was done, is not part of load_s
+    {"do": "open", "name", "dtype", "channels_last", "graphs", "device", "threads", "model", "bundle", "work", ...}
+        -> {"load_s", "build_s", "dtype", "versions", "note"}; build_s, what exporting took, is not part of load_s
     {"do": "generate", "batch", "steps", "count", "prompts" | "labels", "latents": file, "out": file or None}
         -> {"seconds", "peak_mib", "driver_mib"}; images (count, H, W, 3) uint8 go to `out`
     Either may answer {"error": one line}.
@@ -66,7 +66,8 @@ class Local:
         load_s = time.perf_counter() - start
         self._meter.end()
         load_s -= getattr(runner, "exported_now_s", 0.0)
-        return {"load_s": load_s, "build_s": runner.build_s, "dtype": runner.dtype, "versions": runner.versions}
+        facts = {name: getattr(runner, name) for name in ("build_s", "dtype", "versions", "note")}
+        return {"load_s": load_s, **facts}
 
     def _generate(self, request: Mapping[str, Any]) -> dict[str, Any]:
         assert self._runner is not None

@@ -15,6 +15,7 @@ class Engine:
     """One engine. Image i comes from seed i, whatever the batch."""
 
     build_s = 0.0
+    note: str | None = None
 
     def __init__(self, opening: Mapping[str, Any]) -> None:
         name = opening["name"]

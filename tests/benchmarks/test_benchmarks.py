@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import json
 import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +25,7 @@ from benchmarks.profiler import kernel_profile, kind
 from benchmarks.prompts import prompts
 from benchmarks.report import parity
 from benchmarks.rows import UNITS, Case, Taken
-from benchmarks.sides import DTYPES, Side, default_sides
+from benchmarks.sides import DTYPES, INFORMED, Side, default_sides
 from benchmarks.table import markdown
 from benchmarks.worker import Process
 from fastgen.errors import InputError
@@ -53,9 +57,17 @@ def rows(text_model, text_bundle, tmp_path_factory):
         processes=False,
         bundle=text_bundle,
     )
-    sides = ["diffusers:fp32", "eager:fp32", "ort:fp32", "two-calls:fp32@1", "optimum-onnx", "eager:fp32:graphs"]
+    sides = [
+        "diffusers:fp32",
+        "eager:fp32",
+        "ort:fp32",
+        "two-calls:fp32@1",
+        INFORMED,
+        "optimum-onnx",
+        "eager:fp32:graphs",
+    ]
     found = list(Matrix(plan, [Side.parse(side) for side in sides]).rows())
-    assert [row["side"] for row in found] == sides
+    assert sorted(row["side"] for row in found) == sorted(sides)
     return {row["side"]: row for row in found}
 
 
@@ -73,13 +85,17 @@ def test_a_side_that_cannot_run_has_a_row_with_the_reason(rows):
 
 
 def test_every_measured_row_has_speed_memory_and_its_share_of_the_floor(rows):
-    for side in ("diffusers:fp32", "eager:fp32", "ort:fp32", "two-calls:fp32@1"):
+    positive = ("images_per_s", "ratio", "ratio_informed", "step_ms", "load_s", "first_s", "job_s", "peak_mib")
+    for side in ("diffusers:fp32", INFORMED, "eager:fp32", "ort:fp32", "two-calls:fp32@1"):
         row = rows[side]
         assert list(row) == list(UNITS)
-        for name in ("images_per_s", "ratio", "step_ms", "load_s", "first_s", "job_s", "peak_mib", "floor_percent"):
+        for name in (*positive, "floor_percent"):
             assert row[name] > 0, (side, name)
         assert row["extrapolated_from"] == 2
     assert rows["diffusers:fp32"]["ratio"] == 1
+    assert rows[INFORMED]["ratio_informed"] == 1
+    assert rows[INFORMED]["dtype"] == "bf16"
+    assert rows[INFORMED]["psnr_db"] > 25
     assert rows["two-calls:fp32@1"]["batch"] == 1
 
 
@@ -117,6 +133,90 @@ def test_peers_are_given_the_solver_that_the_model_samples_with(text_model, tmp_
     assert [row["max_abs_255"] is not None and row["max_abs_255"] <= 1 for row in rows] == [True, True, False]
 
 
+@pytest.mark.parametrize("side", [INFORMED, "diffusers-compile:bf16"])
+def test_informed_users_networks_are_in_bf16_and_channels_last(side, text_model, label_model, monkeypatch):
+    import torch
+
+    from benchmarks.runners import diffusion
+
+    monkeypatch.setattr(torch, "compile", lambda network, **options: network)
+    parsed = Side.parse(side)
+    opening = {"name": parsed.name, "dtype": parsed.dtype, "channels_last": parsed.channels_last, "threads": 1}
+    opening |= {"device": "cpu", "guidance_scale": 2.0, "scheduler": "ddim"}
+    text = diffusion.open_runner(opening | {"model": text_model})._pipeline
+    label = diffusion.open_runner(opening | {"model": label_model})._unet
+    for network in (text.unet, text.vae, label):
+        kernels = [p for p in network.parameters() if p.ndim == 4 and p.shape[-1] > 1]  # 1 x 1 has no order
+        assert len(kernels) > 4
+        assert all(p.is_contiguous(memory_format=torch.channels_last) and not p.is_contiguous() for p in kernels)
+        assert {p.dtype for p in network.parameters()} == {torch.bfloat16}
+
+
+def test_what_a_runner_has_to_say_of_itself_stands_in_its_row(label_model, tmp_path, monkeypatch):
+    from benchmarks.runners import diffusion
+
+    monkeypatch.setattr(diffusion.Labels, "note", "calibrated on 4 prompts")
+    plan = Plan(label_model, tmp_path, steps=(2,), rounds=1, threads=1, processes=False)
+    (row,) = Matrix(plan, [Side("diffusers", "fp32")]).rows()
+    assert row["note"] == "calibrated on 4 prompts; draws its own noise: images not comparable"
+
+
+def test_the_informed_user_takes_turns_with_every_side_and_has_one_row(label_model, tmp_path, monkeypatch):
+    turns = []
+    generate = Matrix._generate
+    monkeypatch.setattr(
+        Matrix, "_round", lambda self, side, one: (turns.append(str(side.side)), timed(self, side, one))
+    )
+
+    def timed(self, side, one):
+        one.seconds.append(generate(self, side, 1, 1, one.case.steps)["seconds"])
+
+    sides = ["diffusers:fp32", "eager:fp32", "eager:bf16", INFORMED]
+    plan = Plan(label_model, tmp_path, steps=(2,), rounds=2, threads=1, processes=False, together=3)
+    rows = list(Matrix(plan, list(map(Side.parse, sides))).rows())
+    assert turns == 2 * ["diffusers:fp32", INFORMED, "eager:fp32"] + 2 * ["diffusers:fp32", INFORMED, "eager:bf16"]
+    assert sorted(row["side"] for row in rows) == sorted(sides)
+
+
+def test_optimum_s_int8_is_its_own_calibrated_on_prompts_that_are_not_measured(text_model, tmp_path, monkeypatch):
+    pytest.importorskip("openvino")
+    from benchmarks.runners import optimum
+
+    calls = []
+
+    class Pipeline:
+        @classmethod
+        def from_pretrained(cls, folder, **options):
+            calls.append((Path(folder), options))
+            return cls()
+
+        def save_pretrained(self, folder):
+            folder.mkdir()
+
+        def set_progress_bar_config(self, disable):
+            assert disable
+
+    intel = SimpleNamespace(OVStableDiffusionPipeline=Pipeline, OVQuantizationConfig=SimpleNamespace)
+    monkeypatch.setitem(sys.modules, "optimum", SimpleNamespace(intel=intel))
+    monkeypatch.setitem(sys.modules, "optimum.intel", intel)
+    monkeypatch.setattr(importlib.metadata, "version", lambda package: "1.0")
+    opening = {"name": "optimum-intel", "model": str(text_model), "work": str(tmp_path), "device": "cpu", "threads": 1}
+    opening |= {"guidance_scale": 2.0, "image_size": 32}
+    for dtype in ("int8", "int8", "fp32"):
+        runner = optimum.open_runner(opening | {"dtype": dtype})
+        assert runner.dtype == dtype
+        assert ("calibrated" in (runner.note or "")) == (dtype == "int8")
+    int8, fp32 = (tmp_path / f"{text_model.name}-optimum-intel{suffix}" for suffix in ("-int8", ""))
+    assert [folder for folder, _ in calls] == [text_model, int8, int8, text_model, fp32]  # quantised once
+    config = calls[0][1]["quantization_config"]
+    assert config.bits == 8
+    assert len(config.dataset) * 50 == config.num_samples
+    assert set(prompts(64)).isdisjoint(config.dataset)
+    assert calls[1][1]["ov_config"]["INFERENCE_PRECISION_HINT"] in ("bf16", "f32")  # of what is not in int8
+    assert "quantization_config" not in calls[3][1]
+    assert calls[4][1]["ov_config"]["INFERENCE_PRECISION_HINT"] == "f32"
+
+
 def test_a_side_in_its_own_process_answers_with_images_memory_and_errors(text_bundle, tmp_path):
     np.save(tmp_path / "latents.npy", np.zeros((1, 4, 8, 8), np.float32))
     opening = {"do": "open", "name": "ort", "dtype": "fp32", "graphs": None, "device": "cpu", "threads": 1}
@@ -143,19 +243,35 @@ def test_figures_are_what_the_timings_say():
     row = taken.row(reference, job=100)
     assert row["images_per_s"] == pytest.approx(1.5)  # median of 2 and 1
     assert row["ratio"] == 4
+    assert row["ratio_informed"] is None
+    informed = Taken(Side.parse(INFORMED), Case(4, 10, 4), opened, seconds=[1.0, 3.0])
+    assert taken.row(reference, 100, informed)["ratio_informed"] == pytest.approx(0.625)  # median of 1/2 and 3/4
     assert row["build_s"] == 10 + 7 - 3
     assert row["repaid_after"] == np.ceil(14 / (1 / 0.375 - 1 / 1.5))
     assert (row["first_s"], row["job_s"], row["extrapolated_from"]) == (9, pytest.approx(2 + 100 / 1.5), 4)
 
 
 @pytest.mark.parametrize(
-    "text", ["eager", "ort:fp32", "eager:fp16:nographs", "compile:bf16:graphs", "two-calls:fp32@1"]
+    "text",
+    [
+        "eager",
+        "ort:fp32",
+        "eager:fp16:nographs",
+        "compile:bf16:graphs",
+        "two-calls:fp32@1",
+        INFORMED,
+        "openvino:int8",
+        "optimum-intel:int8@2",
+    ],
 )
 def test_a_side_is_written_as_it_is_read(text):
     assert str(Side.parse(text)) == text
 
 
-@pytest.mark.parametrize("text", ["eagre", "eager:fp64", "diffusers:fp16:graphs", "eager@0", "eager@x"])
+@pytest.mark.parametrize(
+    "text",
+    ["eagre", "eager:fp64", "diffusers:fp16:graphs", "eager@0", "eager@x", "eager:channels_last", "diffusers:int8"],
+)
 def test_a_side_that_does_not_exist_is_an_input_error(text):
     with pytest.raises(InputError):
         Side.parse(text)
@@ -270,6 +386,14 @@ def test_the_engines_of_a_bundle_are_measured_in_processes_of_their_own(text_mod
     assert rows["ort"]["peak_mib"] < rows["eager:fp32"]["peak_mib"]  # no torch in its process
     assert "ort fp32" in result.output
     assert report["environment"]["cores"] >= 1
+
+
+def test_the_table_names_the_sides_that_ratios_are_to(rows):
+    header, _, first, *_ = markdown(list(rows.values())).splitlines()
+    assert "| against diffusers fp32 | against diffusers bf16 channels_last |" in header
+    assert first.startswith("| diffusers fp32 |")
+    older = [{k: v for k, v in row.items() if k != "ratio_informed"} for row in rows.values()]
+    assert "| against diffusers fp32 | ms per step |" in markdown(older).splitlines()[0]
 
 
 def test_an_unknown_architecture_or_side_is_one_line(tmp_path):

@@ -16,7 +16,7 @@ from fastgen.errors import FastgenError, InputError
 from fastgen.files.jsonfiles import read_json
 from fastgen.models.bundle import CERTIFICATES, read_bundle
 
-IMAGES = "images"
+IMAGES, LATENTS = "images", "latents"
 COLUMNS: tuple[str, ...] = ("model", "engine", "device", "networks", "furthest off", "relative error", "cosine")
 COLUMNS += ("PSNR of images", "largest difference", "certified")
 
@@ -39,7 +39,7 @@ def certificates(bundle: Path) -> list[dict[str, Any]]:
 
 def line(model: str, certificate: Mapping[str, Any]) -> dict[str, str]:
     """A certificate as a line of the table."""
-    networks = [row for row in certificate["rows"] if row["what"] != IMAGES]
+    networks = [row for row in certificate["rows"] if row["what"] not in (IMAGES, LATENTS)]
     images = next(row for row in certificate["rows"] if row["what"] == IMAGES)
     worst = max(networks, key=lambda row: row["relative_l2"])
     levels = 127.5 * images["max_abs"]  # of images in [-1, 1]

@@ -17,12 +17,15 @@ import numpy as np
 
 from export.reference import (
     bundle_reference,
+    check_finite,
     check_images,
+    decode_images,
     flat,
-    generate_images,
     read_distances,
     relative_l2,
     run_network,
+    sample_latents,
+    whole_runs,
 )
 from fastgen.engines.base import Engine
 from fastgen.errors import FastgenError, InputError
@@ -135,9 +138,15 @@ def certify(
         if not np.isfinite(outputs).all():
             raise FastgenError(f"engine {engine.name} {engine.dtype}: {name} produced values that are not finite")
         rows.append(_network_row(bundle, name, expected, outputs, engine.executed(name)))
-    images = generate_images(Pipeline(bundle, engine))
-    check_images(f"engine {engine.name} {engine.dtype}", images)
-    rows.append(_image_row(reference["images"], images, engine.dtype, codebook=_has_codebook(bundle)))
+    pipeline, whole = Pipeline(bundle, engine), whole_runs(bundle.spec, reference)
+    whose = f"engine {engine.name} {engine.dtype}"
+    latents = sample_latents(pipeline, whole.steps)
+    check_finite(whose, latents)
+    images = decode_images(pipeline, latents[: len(whole.images)])
+    check_images(whose, images)
+    if bundle.spec.space.latent and whole.latents is not None:
+        rows.append(_latents_row(whole.latents, latents, engine.dtype))
+    rows.append(_image_row(whole.images, images, engine.dtype, codebook=_has_codebook(bundle)))
     which = engine.name, engine.dtype, engine.device, engine.gpu
     certificate = Certificate(bundle.sha256, *which, _versions(engine), rows)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -168,18 +177,31 @@ def _has_codebook(bundle: Bundle) -> bool:
     return isinstance(config, dict) and config.get("_class_name") == "VQModel"
 
 
+def _latents_row(expected: np.ndarray, latents: np.ndarray, dtype: str) -> ParityRow:
+    """Final latents, held to what images are held to: two standard deviations of them count as an image's 1."""
+    peak = 2 * max(float(expected.std()), 1e-6)
+    return _whole_row("latents", expected, latents, dtype, peak=peak)
+
+
 def _image_row(expected: np.ndarray, images: np.ndarray, dtype: str, *, codebook: bool = False) -> ParityRow:
-    expected, images = np.clip(expected, -1, 1), np.clip(images, -1, 1)
-    levels = float(np.abs(expected - images).max()) * 127.5
-    psnr = 10 * math.log10(4 / max(float(np.mean((expected - images) ** 2)), 1e-20))
+    return _whole_row("images", np.clip(expected, -1, 1), np.clip(images, -1, 1), dtype, codebook=codebook)
+
+
+def _whole_row(
+    what: str, expected: np.ndarray, values: np.ndarray, dtype: str, *, peak: float = 1.0, codebook: bool = False
+) -> ParityRow:
+    """What whole runs come to against the reference; most values are in [-peak, peak]."""
+    max_abs = float(np.abs(expected - values).max())
+    psnr = 10 * math.log10(4 / max(float(np.mean(((expected - values) / peak) ** 2)), 1e-20))
     if dtype == "fp32" and codebook:
         allowed, passed = f"PSNR >= {MIN_CODEBOOK_PSNR_DB:g} dB, as a codebook rounds", psnr >= MIN_CODEBOOK_PSNR_DB
     elif dtype == "fp32":
-        allowed, passed = f"{MAX_GREY_LEVELS:g}/255", levels <= MAX_GREY_LEVELS
+        allowed, passed = f"{MAX_GREY_LEVELS:g}/255", max_abs / peak * 127.5 <= MAX_GREY_LEVELS
+        allowed += "" if peak == 1.0 else f" of {2 * peak:.3g}, four standard deviations"
     else:
         allowed, passed = f"PSNR >= {MIN_PSNR_DB:g} dB", psnr >= MIN_PSNR_DB
-    pair = expected.reshape(-1), images.reshape(-1)
-    return ParityRow("images", levels / 127.5, relative_l2(*pair), _cosine(*pair), psnr, allowed, passed)
+    pair = expected.reshape(-1), values.reshape(-1)
+    return ParityRow(what, max_abs, relative_l2(*pair), _cosine(*pair), psnr, allowed, passed)
 
 
 def _cosine(a: np.ndarray, b: np.ndarray) -> float:

@@ -15,7 +15,7 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
-from export.rewrite import attention, fuse_attention, subpixel_upsampling
+from export.rewrite import attention, fuse_attention, quick_slices, subpixel_upsampling
 from export.shapes import fix_shapes
 from fastgen.engines.ort.session import fused_name
 from fastgen.errors import FastgenError
@@ -37,7 +37,7 @@ def export_onnx(module: nn.Module, signature: Signature, path: Path, dtype: str 
     inputs = signature.sample_inputs(TRACED_BATCH, np.random.default_rng(0))
     tensors = tuple(torch.from_numpy(inputs[t.name]) for t in signature.inputs)
     try:
-        with _quiet(), subpixel_upsampling(module):
+        with _quiet(), quick_slices(), subpixel_upsampling(module):
             traced = in_precision(module, dtype)  # after the rewrite, so that its sums of weights are rounded once
             program = torch.onnx.export(
                 traced,

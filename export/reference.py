@@ -1,15 +1,16 @@
-"""The reference of certificates: inputs for every network, eager's fp32 outputs for them, whole images, and the distance from
-fp32 of eager itself in fp16 and bf16."""
+"""The reference of certificates: inputs for every network, eager's fp32 outputs for them, whole runs of the sampling loop, and
+the distance from fp32 of eager itself in fp16 and bf16."""
 
 from __future__ import annotations
 
 import copy
 import importlib.metadata
+import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 from msgspec import Meta
@@ -33,10 +34,16 @@ from fastgen.sampling.tables import format_key
 if TYPE_CHECKING:
     from fastgen.engines.base import Engine
     from fastgen.models.folder import Model
+    from fastgen.models.spec import Source, Spec
 
-TIMESTEPS, SEEDS = 8, 4  # network inputs: every timestep with every seed
-IMAGES, IMAGE_STEPS = 8, 20
+TIMESTEPS, SEEDS = 8, 2  # network inputs: every timestep with every seed
+IMAGES = 8  # requests that are sampled
+IMAGE_STEPS = (5, 10, 20)  # they take the first of these numbers of steps that the model's solver can do
+DECODED_PIXELS = 2**17  # of the pictures that are decoded, which are two at least
+LATENTS = "latents"  # the final states, stored as `latents.STEPS`
+OLD_IMAGES, OLD_STEPS = "images", 20  # what versions of fastgen without `latents` stored instead: decoded pictures
 MAX_REFERENCE_BYTES = 2**33  # images of 2048 px in float32 take a tenth of it
+_STEPS = re.compile(rf"{LATENTS}\.([1-9]\d{{0,3}})")
 PROMPTS = (
     "A small purple monster with one big eye.",
     "Red dragon with wings, horns and a long tail, holding an axe.",
@@ -47,6 +54,16 @@ PROMPTS = (
     "A skeleton knight in black armor. The monster is dying.",
     "Brown tree monster with a face and twisted branches.",
 )
+
+
+class WholeRuns(NamedTuple):
+    """What the certificate's requests come to after `steps` steps. `latents`: the final states (8, C, h, w) of all requests;
+    None in a reference that an older fastgen stored. `images`: the pictures (N, channels, H, W) of the first N requests,
+    nominally in [-1, 1]; of a model without a latent space the states themselves. All are float32."""
+
+    steps: int
+    latents: np.ndarray | None
+    images: np.ndarray
 
 
 class Distances(Record, frozen=True):
@@ -76,13 +93,17 @@ def write_reference(model: Model, path: Path) -> None:
         if not all(np.isfinite(y).all() for y in outputs):
             raise FastgenError(f"{model.folder}: {name} itself (eager, fp32) produces values that are not finite")
         tensors |= {f"{name}.{t.name}": y for t, y in zip(signature.outputs, outputs, strict=True)}
-    tensors["images"] = generate_images(pipeline)
-    check_images(f"{model.folder} itself (eager, fp32)", tensors["images"])
+        if name == "unet":
+            steps = image_steps(model)
+            tensors[f"{LATENTS}.{steps}"] = sample_latents(pipeline, steps)
+            check_finite(f"{model.folder} itself (eager, fp32)", tensors[f"{LATENTS}.{steps}"])
+    check_images(f"{model.folder} itself (eager, fp32)", whole_runs(model.spec, tensors).images)
     write_bytes(path, save({key: np.ascontiguousarray(value) for key, value in tensors.items()}))
 
 
 def read_reference(path: Path) -> dict[str, np.ndarray]:
-    """`NETWORK.TENSOR` and `images` -> the inputs and fp32 outputs that `write_reference` stored. Raises InputError."""
+    """`NETWORK.TENSOR` and `latents.STEPS` -> the inputs, fp32 outputs and final states that `write_reference` stored. Raises
+    InputError."""
     from safetensors import SafetensorError
     from safetensors.numpy import load
 
@@ -106,8 +127,22 @@ def bundle_reference(bundle: Bundle) -> dict[str, np.ndarray]:
             ids = tensors[f"{name}.{tensor.name}"]
             if tensor.dtype == "int64" and not ((ids >= 0) & (ids < tensor.high)).all():
                 raise InputError(f"{path}: {name}.{tensor.name}: found an id out of 0 to {tensor.high - 1}; {AGAIN}")
-    _check_tensor(path, tensors, "images", (IMAGES, *bundle.spec.space.image), "float32")
+    if OLD_IMAGES in tensors:
+        _check_tensor(path, tensors, OLD_IMAGES, (IMAGES, *bundle.spec.space.image), "float32")
+    else:
+        name = next((name for name in tensors if _STEPS.fullmatch(name)), f"{LATENTS}.{IMAGE_STEPS[0]}")
+        _check_tensor(path, tensors, name, (IMAGES, *bundle.spec.space.shape), "float32")
     return tensors
+
+
+def whole_runs(spec: Spec, tensors: Mapping[str, np.ndarray]) -> WholeRuns:
+    """The whole runs of a reference, also of one that an older fastgen stored. The decoder's inputs in it are the final states
+    of the first requests, so its outputs are their pictures."""
+    if OLD_IMAGES in tensors:
+        return WholeRuns(OLD_STEPS, None, tensors[OLD_IMAGES])
+    name, steps = next((name, int(match[1])) for name in tensors if (match := _STEPS.fullmatch(name)))
+    images = tensors[f"vae_decoder.{spec.signatures['vae_decoder'].outputs[0].name}"] if spec.space.latent else None
+    return WholeRuns(steps, tensors[name], tensors[name] if images is None else images)
 
 
 def _check_tensor(path: Path, tensors: Mapping[str, np.ndarray], name: str, shape: tuple[int, ...], dtype: str) -> None:
@@ -185,14 +220,37 @@ def _run_in_threads(
     return [np.concatenate(column) for column in zip(*outputs, strict=True)]
 
 
-def generate_images(pipeline: Pipeline) -> np.ndarray:
-    """(8, channels, H, W): the certificate's requests with the model's default solver at 20 steps."""
+def image_steps(source: Source) -> int:
+    """The number of steps of the certificate's requests, see IMAGE_STEPS. Raises InputError where the solver can do none."""
+    for steps in IMAGE_STEPS[:-1]:
+        try:
+            source.table(format_key(source.spec.sampling.scheduler, steps))
+        except InputError:  # too coarse for the model's noise schedule
+            continue
+        return steps
+    return IMAGE_STEPS[-1]
+
+
+def sample_latents(pipeline: Pipeline, steps: int) -> np.ndarray:
+    """(8, C, h, w) float32: the final states of the certificate's requests with the model's default solver."""
     spec = pipeline.spec
-    requests = _requests(spec.condition)
-    settings = Settings(spec.sampling.scheduler, IMAGE_STEPS, spec.sampling.guidance_scale)
-    run = Run(pipeline, requests, settings)
+    settings = Settings(spec.sampling.scheduler, steps, spec.sampling.guidance_scale)
+    run = Run(pipeline, _requests(spec.condition), settings)
     batches = run.batches(max(IMAGES, min(pipeline.buckets(settings) or [1])))
-    return np.concatenate([run.images(batch) for batch in batches])
+    return np.concatenate([pipeline.engine.numpy(run.latents(batch)) for batch in batches])
+
+
+def decode_images(pipeline: Pipeline, latents: np.ndarray) -> np.ndarray:
+    """(N, channels, H, W) float32, nominally in [-1, 1], of final states (N, C, h, w)."""
+    engine = pipeline.engine
+    return engine.numpy(pipeline.decoder.decode(engine.array(latents)))
+
+
+def check_finite(whose: str, latents: np.ndarray) -> None:
+    """FastgenError for final states with values that are not finite."""
+    for i, state in enumerate(latents):
+        if not np.isfinite(state).all():
+            raise FastgenError(f"{whose}: whole image {i}: values that are not finite")
 
 
 def check_images(whose: str, images: np.ndarray) -> None:
@@ -227,11 +285,16 @@ def _inputs(
     pipeline: Pipeline, name: str, signature: Signature, tensors: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
     """Inputs of one network: for the text encoder PROMPTS and the empty prompt; for a UNet timesteps over the whole schedule,
-    with the text encoder's states out of `tensors`, multi-hot labels, or classes; else noise."""
+    with the text encoder's states out of `tensors`, multi-hot labels, or classes; for the decoder final states out of
+    `tensors`; else noise."""
     rng, batch = np.random.default_rng(0), TIMESTEPS * SEEDS
     if name == "text_encoder":
         ids = token_ids(pipeline.tokenizers, [*PROMPTS, ""])[0]
         return {tensor.name: rows for tensor, rows in zip(signature.inputs, ids, strict=True)}
+    if name == "vae_decoder":
+        latents = next(value for key, value in tensors.items() if _STEPS.fullmatch(key))
+        count = max(2, DECODED_PIXELS // pipeline.spec.space.pixels)
+        return {signature.inputs[0].name: pipeline.spec.space.to_vae(latents[:count])}
     if name != "unet":
         return signature.sample_inputs(SEEDS, rng)
     inputs = signature.sample_inputs(batch, rng)
@@ -254,7 +317,7 @@ def _timesteps(pipeline: Pipeline) -> np.ndarray:
     spec = pipeline.spec
     model: Any = pipeline.source
     logarithmic = model.unet.config.get("time_embedding_type") == "fourier"  # of 0 it has none
-    table = pipeline.source.table(format_key(spec.sampling.scheduler, IMAGE_STEPS))
+    table = pipeline.source.table(format_key(spec.sampling.scheduler, IMAGE_STEPS[-1]))
     last = int(spec.scheduler_config.get("num_train_timesteps", 1000)) - 1
     spread = np.linspace(0, last, TIMESTEPS).round()
     if (table.timesteps % 1).any() or logarithmic:

@@ -6,6 +6,7 @@ import contextlib
 import math
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import onnx_ir as ir
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from onnxscript import opset20 as op
 from onnxscript.optimizer import remove_unused_nodes
 from onnxscript.rewriter import RewriteRuleClassBase, RewriteRuleSet
+from onnxscript.rewriter.rules.common import slice_split_rule
 from torch import Tensor, nn
 
 MIN_CHANNELS = 128  # with fewer, interleaving costs more than the products it saves
@@ -87,6 +89,22 @@ def _is_upsample_conv(module: nn.Module) -> bool:
     conv: Any = getattr(module, "conv", None)
     plain = isinstance(conv, nn.Conv2d) and conv.kernel_size == (3, 3) and conv.padding == (1, 1) and conv.groups == 1
     return bool(module.interpolate and plain and conv.in_channels >= MIN_CHANNELS)
+
+
+@contextlib.contextmanager
+def quick_slices() -> Iterator[None]:
+    """Within the context, onnxscript's rule for two slices that are a split is tried on slices alone.
+
+    Its pattern begins with a slice, but its matcher walks the whole graph before it looks at the node: for every node that
+    takes a third of the time in which a large network is exported.
+    """
+    rewrite = slice_split_rule.try_rewrite
+
+    def on_slices(model: Any, graph: Any, node: ir.Node, **options: Any) -> Any:
+        return rewrite(model, graph, node, **options) if node.op_type == "Slice" else None
+
+    with mock.patch.object(slice_split_rule, "try_rewrite", on_slices):
+        yield
 
 
 def attention(

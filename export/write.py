@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from export.extend import add_files, check_replaceable, sweep
-from export.reference import IMAGE_STEPS, distances_name, write_distances, write_reference
+from export.reference import distances_name, image_steps, write_distances, write_reference
 from fastgen import __version__
 from fastgen.errors import InputError, Say
 from fastgen.files.folders import new_folder, scratch_folder
@@ -212,7 +212,10 @@ def _write_tables(model: Model, path: Path, solvers: Sequence[str], say: Say) ->
     compiler = TableCompiler(config)
     tables = dict(compiler.common(on_skip=lambda key, error: skipped.append(key)))
     default = model.sampling
-    for key in (*(format_key(default.scheduler, n) for n in (default.num_inference_steps, IMAGE_STEPS)), *solvers):
+    for key in (
+        *(format_key(default.scheduler, n) for n in (default.num_inference_steps, image_steps(model))),
+        *solvers,
+    ):
         if key not in tables:
             tables[key] = compiler.table(key)
     for key in _late_keys(default) if model.condition.text is not None else ():

@@ -19,7 +19,10 @@ from fastgen.engines import create_engine
 from fastgen.errors import FastgenError
 from fastgen.models.bundle import REFERENCE, read_bundle
 
-ROWS = {"text": ["text_encoder", "unet", "vae_decoder", "vae_encoder", "images"], "labels": ["unet", "images"]}
+ROWS = {
+    "text": ["text_encoder", "unet", "vae_decoder", "vae_encoder", "latents", "images"],
+    "labels": ["unet", "images"],
+}
 
 
 def shifted(bundle, networks, by):
@@ -102,7 +105,7 @@ def test_what_an_engine_keeps_in_fp32_is_held_to_fp32(label_bundle, tmp_path):
 def test_only_the_networks_asked_for_are_certified(text_bundle, tmp_path):
     bundle = read_bundle(shutil.copytree(text_bundle, tmp_path / "bundle"))
     rows = certify(create_engine("ort", bundle), bundle, ["unet", "vae_decoder"]).rows
-    assert [row.what for row in rows] == ["unet", "vae_decoder", "images"]
+    assert [row.what for row in rows] == ["unet", "vae_decoder", "latents", "images"]
 
 
 def test_whole_images_are_compared_too(text_bundle, tmp_path):

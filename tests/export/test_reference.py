@@ -1,0 +1,160 @@
+"""The reference of certificates: how much it evaluates, what it stores, and that older ones still certify."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("onnxruntime")
+pytest.importorskip("diffusers")
+
+from safetensors.numpy import load_file, save_file
+
+from export.certificate import certify
+from export.reference import (
+    IMAGE_STEPS,
+    decode_images,
+    image_steps,
+    read_reference,
+    sample_latents,
+    whole_runs,
+    write_distances,
+    write_reference,
+)
+from fastgen.engines import create_engine
+from fastgen.engines.eager.engine import Engine as Eager
+from fastgen.errors import InputError
+from fastgen.generate.pipeline import Pipeline
+from fastgen.models.bundle import REFERENCE, read_bundle
+from fastgen.models.folder import load_model
+
+# Rows that each network is evaluated on for a text-to-image model with guidance. The denoiser: 16, and 8 requests in 5 steps,
+# guided. The decoder: the pictures of 3 requests, and for an engine these from its own states besides.
+NETWORKS = {"text_encoder": 9, "unet": 16, "vae_decoder": 3, "vae_encoder": 2}
+WHOLE_RUNS = {"text_encoder": 9, "unet": 8 * 5 * 2}  # text: the 8 prompts and the empty one
+
+
+@pytest.fixture
+def three_decoded(monkeypatch):
+    monkeypatch.setattr("export.reference.DECODED_PIXELS", 3 * 32 * 32)
+
+
+def count_rows(monkeypatch, cls) -> Counter[str]:
+    """Network -> rows that engines of this class evaluate from now on."""
+    rows: Counter[str] = Counter()
+    run = cls.run
+
+    def counted(engine, network, *inputs):
+        rows[network] += len(inputs[0])
+        return run(engine, network, *inputs)
+
+    monkeypatch.setattr(cls, "run", counted)
+    return rows
+
+
+def test_an_export_evaluates_no_more_than_this(three_decoded, text_model, text_bundle, tmp_path, monkeypatch):
+    model, reference = load_model(text_model), tmp_path / "reference.safetensors"
+    rows = count_rows(monkeypatch, Eager)
+    write_reference(model, reference)
+    assert rows == Counter(NETWORKS) + Counter(WHOLE_RUNS)
+    rows.clear()
+    write_distances(model, reference, "bf16", tmp_path / "reference.bf16.json")
+    assert rows == NETWORKS
+
+    bundle = with_reference(text_bundle, tmp_path, load_file(reference))
+    engine = create_engine("ort", bundle)
+    rows = count_rows(monkeypatch, type(engine))
+    assert certify(engine, bundle).passed
+    assert rows == Counter(NETWORKS) + Counter(WHOLE_RUNS) + Counter({"vae_decoder": 3})
+
+
+def with_reference(bundle, folder, tensors):
+    """A copy of a bundle with this reference."""
+    copy = shutil.copytree(bundle, folder / "bundle")
+    save_file({key: np.ascontiguousarray(value) for key, value in tensors.items()}, copy / REFERENCE)
+    held = read_bundle(copy)
+    held._verified.add(REFERENCE)  # it is not what bundle.json says
+    return held
+
+
+def test_the_pictures_are_the_decoder_s_outputs_for_the_final_states(text_bundle):
+    bundle = read_bundle(text_bundle)
+    tensors = read_reference(bundle.file(REFERENCE))
+    whole = whole_runs(bundle.spec, tensors)
+    assert (whole.steps, whole.latents.shape, whole.images.shape) == (5, (8, 4, 8, 8), (8, 3, 32, 32))
+    assert np.array_equal(whole.images, tensors["vae_decoder.sample"])
+    np.testing.assert_allclose(
+        tensors[f"vae_decoder.{bundle.spec.signatures['vae_decoder'].inputs[0].name}"] * 0.7, whole.latents, rtol=1e-6
+    )  # its scaling factor
+
+
+@pytest.mark.parametrize(("off", "passed"), [(0.0, True), (3 / 127.5, False)])
+@pytest.mark.parametrize("kind", ["text", "labels"])
+def test_a_reference_that_an_older_fastgen_stored_still_certifies(
+    kind, off, passed, exports, text_model, label_model, tmp_path
+):
+    """It has eight decoded pictures after 20 steps, and noise as the decoder's inputs."""
+    folder = exports(kind)[0]
+    model = load_model(text_model if kind == "text" else label_model)
+    eager = Pipeline(model, Eager(model, device="cpu"))
+    tensors = {k: v for k, v in read_reference(folder / REFERENCE).items() if not k.startswith("latents.")}
+    tensors["images"] = decode_images(eager, sample_latents(eager, 20)) + np.float32(off)
+    if kind == "text":
+        inputs = model.spec.signatures["vae_decoder"].sample_inputs(4, np.random.default_rng(0))
+        tensors |= {f"vae_decoder.{key}": value for key, value in inputs.items()}
+        tensors["vae_decoder.sample"] = eager.engine.run("vae_decoder", *map(eager.engine.array, inputs.values()))[
+            0
+        ].numpy()
+    bundle = with_reference(folder, tmp_path, tensors)
+    rows = certify(create_engine("ort", bundle), bundle).rows
+    assert "latents" not in [row.what for row in rows]
+    assert {row.what: row.passed for row in rows} == {row.what: row.what != "images" or passed for row in rows}
+
+
+@pytest.mark.parametrize("change", ["missing", "shape", "nan"])
+def test_a_reference_without_sound_final_states_is_one_line(text_bundle, tmp_path, change):
+    tensors = read_reference(text_bundle / REFERENCE)
+    if change == "missing":
+        del tensors["latents.5"]
+    elif change == "shape":
+        tensors["latents.5"] = tensors["latents.5"][:4]
+    else:
+        tensors["latents.5"][7, 0, 0, 0] = np.nan
+    bundle = with_reference(text_bundle, tmp_path, tensors)
+    with pytest.raises(InputError, match=r"reference.safetensors: latents\.5.*; export the model again"):
+        certify(create_engine("ort", bundle), bundle)
+
+
+def test_a_fault_in_a_request_whose_picture_is_not_decoded_is_a_miss(three_decoded, text_model, text_bundle, tmp_path):
+    write_reference(load_model(text_model), tmp_path / "reference.safetensors")
+    bundle = with_reference(text_bundle, tmp_path, load_file(tmp_path / "reference.safetensors"))
+    engine: Any = create_engine("ort", bundle)
+    run_guided = engine.run_guided
+
+    def wrong(sample, *rest):
+        predictions = run_guided(sample, *rest).copy()
+        predictions[len(sample) - 1] *= 1.1  # the last request's unconditional row
+        return predictions
+
+    engine.run_guided = wrong
+    rows = {row.what: row.passed for row in certify(engine, bundle).rows}
+    assert not rows.pop("latents")
+    assert all(rows.values())
+
+
+@pytest.mark.parametrize(("refused", "steps"), [([], 5), ([5], 10), ([5, 10, 20], 20)])
+def test_the_first_number_of_steps_that_the_solver_can_do_is_taken(text_model, monkeypatch, refused, steps):
+    model, table = load_model(text_model), type(load_model(text_model)).table
+
+    def coarse(self, key):
+        if int(key.partition(":")[2]) in refused:
+            raise InputError("too coarse")
+        return table(self, key)
+
+    monkeypatch.setattr(type(model), "table", coarse)
+    assert image_steps(model) == steps
+    assert steps in IMAGE_STEPS

@@ -138,7 +138,7 @@ def certify(
         if not np.isfinite(outputs).all():
             raise FastgenError(f"engine {engine.name} {engine.dtype}: {name} produced values that are not finite")
         rows.append(_network_row(bundle, name, expected, outputs, engine.executed(name)))
-    pipeline, whole = Pipeline(bundle, engine), whole_runs(bundle.spec, reference)
+    pipeline, whole = Pipeline(bundle, engine), whole_runs(reference)
     whose = f"engine {engine.name} {engine.dtype}"
     latents = sample_latents(pipeline, whole.steps)
     check_finite(whose, latents)

@@ -34,16 +34,16 @@ from fastgen.sampling.tables import format_key
 if TYPE_CHECKING:
     from fastgen.engines.base import Engine
     from fastgen.models.folder import Model
-    from fastgen.models.spec import Source, Spec
+    from fastgen.models.spec import Source
 
-TIMESTEPS, SEEDS = 8, 2  # network inputs: every timestep with every seed
+TIMESTEPS = 16  # inputs of the denoiser, each with another timestep, noise and condition
+ROWS = 2  # inputs of the autoencoder's networks
 IMAGES = 8  # requests that are sampled
 IMAGE_STEPS = (5, 10, 20)  # they take the first of these numbers of steps that the model's solver can do
 DECODED_PIXELS = 2**17  # of the pictures that are decoded, which are two at least
-LATENTS = "latents"  # the final states, stored as `latents.STEPS`
-OLD_IMAGES, OLD_STEPS = "images", 20  # what versions of fastgen without `latents` stored instead: decoded pictures
+OLD_STEPS = 20  # of whole runs that an older fastgen stored, as pictures alone, under the name `images`
 MAX_REFERENCE_BYTES = 2**33  # images of 2048 px in float32 take a tenth of it
-_STEPS = re.compile(rf"{LATENTS}\.([1-9]\d{{0,3}})")
+_LATENTS = re.compile(r"latents\.([1-9]\d{0,3})")
 PROMPTS = (
     "A small purple monster with one big eye.",
     "Red dragon with wings, horns and a long tail, holding an axe.",
@@ -93,17 +93,18 @@ def write_reference(model: Model, path: Path) -> None:
         if not all(np.isfinite(y).all() for y in outputs):
             raise FastgenError(f"{model.folder}: {name} itself (eager, fp32) produces values that are not finite")
         tensors |= {f"{name}.{t.name}": y for t, y in zip(signature.outputs, outputs, strict=True)}
-        if name == "unet":
-            steps = image_steps(model)
-            tensors[f"{LATENTS}.{steps}"] = sample_latents(pipeline, steps)
-            check_finite(f"{model.folder} itself (eager, fp32)", tensors[f"{LATENTS}.{steps}"])
-    check_images(f"{model.folder} itself (eager, fp32)", whole_runs(model.spec, tensors).images)
+    steps, space, whose = image_steps(model), model.spec.space, f"{model.folder} itself (eager, fp32)"
+    tensors[f"latents.{steps}"] = images = sample_latents(pipeline, steps)
+    check_finite(whose, images)
+    if space.latent:
+        tensors[f"images.{steps}"] = images = decode_images(pipeline, images[: max(2, DECODED_PIXELS // space.pixels)])
+    check_images(whose, images)
     write_bytes(path, save({key: np.ascontiguousarray(value) for key, value in tensors.items()}))
 
 
 def read_reference(path: Path) -> dict[str, np.ndarray]:
-    """`NETWORK.TENSOR` and `latents.STEPS` -> the inputs, fp32 outputs and final states that `write_reference` stored. Raises
-    InputError."""
+    """`NETWORK.TENSOR`, `latents.STEPS` and `images.STEPS` -> the inputs, fp32 outputs, final states and pictures that
+    `write_reference` stored. Raises InputError."""
     from safetensors import SafetensorError
     from safetensors.numpy import load
 
@@ -127,22 +128,29 @@ def bundle_reference(bundle: Bundle) -> dict[str, np.ndarray]:
             ids = tensors[f"{name}.{tensor.name}"]
             if tensor.dtype == "int64" and not ((ids >= 0) & (ids < tensor.high)).all():
                 raise InputError(f"{path}: {name}.{tensor.name}: found an id out of 0 to {tensor.high - 1}; {AGAIN}")
-    if OLD_IMAGES in tensors:
-        _check_tensor(path, tensors, OLD_IMAGES, (IMAGES, *bundle.spec.space.image), "float32")
-    else:
-        name = next((name for name in tensors if _STEPS.fullmatch(name)), f"{LATENTS}.{IMAGE_STEPS[0]}")
-        _check_tensor(path, tensors, name, (IMAGES, *bundle.spec.space.shape), "float32")
+    space, steps = bundle.spec.space, _steps(tensors)
+    if "images" in tensors:
+        _check_tensor(path, tensors, "images", (IMAGES, *space.image), "float32")
+        return tensors
+    _check_tensor(path, tensors, f"latents.{steps}", (IMAGES, *space.shape), "float32")
+    if space.latent:
+        count = min(max(len(tensors.get(f"images.{steps}", ())), 1), IMAGES)
+        _check_tensor(path, tensors, f"images.{steps}", (count, *space.image), "float32")
     return tensors
 
 
-def whole_runs(spec: Spec, tensors: Mapping[str, np.ndarray]) -> WholeRuns:
-    """The whole runs of a reference, also of one that an older fastgen stored. The decoder's inputs in it are the final states
-    of the first requests, so its outputs are their pictures."""
-    if OLD_IMAGES in tensors:
-        return WholeRuns(OLD_STEPS, None, tensors[OLD_IMAGES])
-    name, steps = next((name, int(match[1])) for name in tensors if (match := _STEPS.fullmatch(name)))
-    images = tensors[f"vae_decoder.{spec.signatures['vae_decoder'].outputs[0].name}"] if spec.space.latent else None
-    return WholeRuns(steps, tensors[name], tensors[name] if images is None else images)
+def whole_runs(tensors: Mapping[str, np.ndarray]) -> WholeRuns:
+    """The whole runs of a reference, also of one that an older fastgen stored."""
+    if "images" in tensors:
+        return WholeRuns(OLD_STEPS, None, tensors["images"])
+    steps = _steps(tensors)
+    latents = tensors[f"latents.{steps}"]
+    return WholeRuns(steps, latents, tensors.get(f"images.{steps}", latents))
+
+
+def _steps(tensors: Mapping[str, np.ndarray]) -> int:
+    """The steps of a reference's whole runs."""
+    return next((int(match[1]) for name in tensors if (match := _LATENTS.fullmatch(name))), IMAGE_STEPS[0])
 
 
 def _check_tensor(path: Path, tensors: Mapping[str, np.ndarray], name: str, shape: tuple[int, ...], dtype: str) -> None:
@@ -285,18 +293,13 @@ def _inputs(
     pipeline: Pipeline, name: str, signature: Signature, tensors: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
     """Inputs of one network: for the text encoder PROMPTS and the empty prompt; for a UNet timesteps over the whole schedule,
-    with the text encoder's states out of `tensors`, multi-hot labels, or classes; for the decoder final states out of
-    `tensors`; else noise."""
-    rng, batch = np.random.default_rng(0), TIMESTEPS * SEEDS
+    with the text encoder's states out of `tensors`, multi-hot labels, or classes; else noise."""
+    rng, batch = np.random.default_rng(0), TIMESTEPS
     if name == "text_encoder":
         ids = token_ids(pipeline.tokenizers, [*PROMPTS, ""])[0]
         return {tensor.name: rows for tensor, rows in zip(signature.inputs, ids, strict=True)}
-    if name == "vae_decoder":
-        latents = next(value for key, value in tensors.items() if _STEPS.fullmatch(key))
-        count = max(2, DECODED_PIXELS // pipeline.spec.space.pixels)
-        return {signature.inputs[0].name: pipeline.spec.space.to_vae(latents[:count])}
     if name != "unet":
-        return signature.sample_inputs(SEEDS, rng)
+        return signature.sample_inputs(ROWS, rng)
     inputs = signature.sample_inputs(batch, rng)
     inputs["timestep"] = _timesteps(pipeline)
     for key, output in ((STATES, "last_hidden_state"), (POOLED, "pooler_output")):
@@ -312,8 +315,8 @@ def _inputs(
 
 
 def _timesteps(pipeline: Pipeline) -> np.ndarray:
-    """(TIMESTEPS * SEEDS,) float32: over the whole schedule, each SEEDS times. Where timesteps are no whole numbers, as with
-    EDM or flow matching, those that the model's own solver takes."""
+    """(TIMESTEPS,) float32: over the whole schedule. Where timesteps are no whole numbers, as with EDM or flow matching, those
+    that the model's own solver takes."""
     spec = pipeline.spec
     model: Any = pipeline.source
     logarithmic = model.unet.config.get("time_embedding_type") == "fourier"  # of 0 it has none
@@ -322,4 +325,4 @@ def _timesteps(pipeline: Pipeline) -> np.ndarray:
     spread = np.linspace(0, last, TIMESTEPS).round()
     if (table.timesteps % 1).any() or logarithmic:
         spread = table.timesteps[np.linspace(0, len(table) - 1, TIMESTEPS).astype(int)]
-    return np.repeat(spread, SEEDS).astype(np.float32)
+    return spread.astype(np.float32)

@@ -197,4 +197,4 @@ def test_eager_s_own_distance_in_fp16_is_the_same_whatever_the_number_of_cores(
         monkeypatch.setattr("export.reference.usable_cores", lambda cores=cores: cores)
         write_distances(model, reference, "fp16", tmp_path / f"{cores}.json")
         found.append(json.loads((tmp_path / f"{cores}.json").read_text())["relative_l2"])
-    assert found[0] == pytest.approx(found[1], rel=1e-2)
+    assert found[0] == pytest.approx(found[1], rel=3e-2)

@@ -34,7 +34,6 @@ from fastgen.sampling.tables import format_key
 if TYPE_CHECKING:
     from fastgen.engines.base import Engine
     from fastgen.models.folder import Model
-    from fastgen.models.spec import Source
 
 TIMESTEPS = 16  # inputs of the denoiser, each with another timestep, noise and condition
 ROWS = 2  # inputs of the autoencoder's networks
@@ -228,12 +227,16 @@ def _run_in_threads(
     return [np.concatenate(column) for column in zip(*outputs, strict=True)]
 
 
-def image_steps(source: Source) -> int:
-    """The number of steps of the certificate's requests, see IMAGE_STEPS. Raises InputError where the solver can do none."""
+def image_steps(model: Model) -> int:
+    """The number of steps of the certificate's requests, see IMAGE_STEPS."""
+    from fastgen.sampling.schedulers import make_scheduler
+    from fastgen.sampling.stability import refuse_unstable
+
+    name = model.sampling.scheduler
     for steps in IMAGE_STEPS[:-1]:
-        try:
-            source.table(format_key(source.spec.sampling.scheduler, steps))
-        except InputError:  # too coarse for the model's noise schedule
+        try:  # also of the model's own solver, which has tables where its steps are too coarse
+            refuse_unstable(model.table(format_key(name, steps)), make_scheduler(name, model.scheduler_config))
+        except InputError:
             continue
         return steps
     return IMAGE_STEPS[-1]

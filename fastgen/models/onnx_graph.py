@@ -145,17 +145,25 @@ def _locations(data: bytes, start: int, end: int, message: str, depth: int) -> I
 
 def _fields(data: bytes, start: int, end: int, numbers: dict[int, int] | None = None) -> Iterator[tuple[int, int, int]]:
     """(number, begin, end) of the fields of a message that have a length: texts, bytes, messages. The whole numbers among the
-    others go into `numbers`. ValueError or IndexError for what is no message."""
+    others go into `numbers`. ValueError or IndexError for what is no message.
+
+    Numbers of one byte, which nearly all are, are read here: a graph has tens of thousands, before the first picture."""
     position = start
     while position < end:
-        tag, position = _varint(data, position)
+        tag = data[position]
+        position += 1
+        if tag >= 0x80:
+            tag, position = _varint(data, position - 1)
         number, kind = tag >> 3, tag & 7
         if kind == 0:
             value, position = _varint(data, position)
             if numbers is not None:
                 numbers[number] = value
         elif kind == 2:
-            size, position = _varint(data, position)
+            size = data[position]
+            position += 1
+            if size >= 0x80:
+                size, position = _varint(data, position - 1)
             if position + size > end:
                 raise ValueError("a field is longer than its message")
             yield number, position, position + size

@@ -153,3 +153,11 @@ def test_the_first_number_of_steps_that_the_solver_can_do_is_taken(text_model, m
     monkeypatch.setattr(type(model), "table", coarse)
     assert image_steps(model) == steps
     assert steps in IMAGE_STEPS
+
+
+@pytest.mark.parametrize(("schedule", "steps"), [("squaredcos_cap_v2", 20), ("scaled_linear", 5)])
+def test_the_model_s_own_solver_takes_no_steps_that_are_too_coarse_for_its_schedule(text_model, schedule, steps):
+    model = load_model(text_model)
+    model.scheduler_config |= {"_class_name": "HeunDiscreteScheduler", "beta_schedule": schedule}
+    model.sampling = type(model.sampling)("heun", 30, 3.0)
+    assert image_steps(model) == steps

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from export.certificate import Certificate, certify
+from export.task_score import Task
 from export.triton import check_repository, write_repository
 from export.trt_build import check_settings
 from export.write import BundleOptions, write_bundle
@@ -33,6 +34,9 @@ def export(
     out: str | os.PathLike[str],
     *,
     dtype: str | None = None,
+    calibration: str | os.PathLike[str] | None = None,
+    requests: str | os.PathLike[str] | None = None,
+    evaluator: str | None = None,
     trt: bool = False,
     rtx: bool = False,
     capabilities: Sequence[str] | None = None,
@@ -50,12 +54,14 @@ def export(
 ) -> list[Certificate]:
     """Export a model folder to a bundle, build TensorRT engines if asked to, and certify engines on it.
 
-    `dtype`: fp16 or bf16 adds graphs in that precision to the fp32 ones; with `trt` or `rtx` it is the engines' precision too,
-    by default fp16, which every card has. `trt`: TensorRT plans for the GPU of this machine, one per batch size, in the cache.
-    `rtx`: plans of TensorRT for RTX in the bundle, for the cards of `capabilities` (compute capabilities such as "8.6"; None:
-    `trt_rtx.DEFAULT_CAPABILITIES`), which need not be here; the first `fastgen generate` on such a card certifies them. Where
-    `trt` cannot work on this machine, `say` gets the reason first of all, everything else is done, and then FastgenError says
-    what is missing.
+    `dtype`: fp16, bf16 or int8 adds graphs in that precision to the fp32 ones. int8 is for engines openvino and ort, which are
+    certified in it too; `calibration`: a request file whose images it is calibrated with; `requests` and `evaluator`: a request
+    file and an evaluator, as `fastgen score` takes it, whose score int8 must keep. With `trt` or `rtx` `dtype` is the engines'
+    precision too, by default fp16, which every card has. `trt`: TensorRT plans for the GPU of this machine, one per batch size,
+    in the cache. `rtx`: plans of TensorRT for RTX in the bundle, for the cards of `capabilities` (compute capabilities such as
+    "8.6"; None: `trt_rtx.DEFAULT_CAPABILITIES`), which need not be here; the first `fastgen generate` on such a card certifies
+    them. Where `trt` cannot work on this machine, `say` gets the reason first of all, everything else is done, and then
+    FastgenError says what is missing.
     `batch_sizes`: images per batch that both are built for. `solvers`: further tables to store, `NAME:STEPS[:NOISE_STEPS]`.
     `engines`: what to certify, as `NAME` or `NAME:DTYPE`, by default every installed engine that runs bundles and is not built
     beforehand, in its default precision.
@@ -75,21 +81,31 @@ def export(
     """
     model, out = Path(model), Path(out)
     dtype = dtype or ("fp16" if trt or rtx else "fp32")
-    check_settings(dtype, batch_sizes)
+    task = _task(requests, evaluator)
+    if dtype == "int8":
+        _check_int8(trt or rtx, triton is not None)
+    elif calibration is not None or task is not None:
+        option = "--calibration is" if calibration is not None else "--requests and --evaluator are"
+        raise InputError(f"{option} for graphs in int8; give --dtype int8 too")
+    else:
+        check_settings(dtype, batch_sizes)
     if rtx:
         _check_rtx(capabilities)
     if triton is not None:
         check_repository(Path(triton), out, dtype, trt)
     repository_only = triton is not None and is_bundle(model) and not (engines or trt or rtx)
-    certified = [] if repository_only else _engines(engines, model, trt or rtx)
+    certified = [] if repository_only else _engines(engines, model, trt or rtx, dtype)
     how: dict[str, Any] = {"checkpoint": checkpoint, "size": size, "loras": loras, "allow_pickle": allow_pickle}
     hindered = obstacle(TENSORRT.engine) if trt else None
     if hindered:
         say(f"engine {TENSORRT.engine} is not ready: {hindered.reasons}")
         say("TensorRT engines cannot be built here; the bundle is written and certified all the same")
     if not is_bundle(model):
-        write_bundle(model, out, BundleOptions(solvers, dtype), overwrite, say, **how)
+        calibrated = None if calibration is None else Path(calibration)
+        write_bundle(model, out, BundleOptions(solvers, dtype, calibrated), overwrite, say, **how)
         bundle = read_bundle(out)
+    elif calibration is not None:
+        raise InputError(f"--calibration: {model} is a bundle already; give the model folder")
     elif model.resolve() != out.resolve():
         raise InputError(f"{model} is a bundle already; to certify engines on it give it as --out too")
     else:
@@ -100,12 +116,14 @@ def export(
             )
         _check_holds(bundle, dtype)
         check_bundle_of(model, bundle.spec.checkpoint, checkpoint)
+    if task is not None:
+        task.check(bundle)
     certificates = []
 
     def add(name: str, precision: str | None, networks: Sequence[str] | None = None) -> None:
-        say(f"certifying {name} against eager fp32")
         engine = _open(name, precision, bundle, model, how)
-        certificates.append(certify(engine, bundle, networks))
+        say(f"certifying {name} {engine.dtype} against eager fp32")
+        certificates.append(certify(engine, bundle, networks, task=task))
         show(certificates[-1])
 
     for name, precision in certified:
@@ -147,9 +165,27 @@ def _check_holds(bundle: Bundle, dtype: str) -> None:
             bundle.network(name, network_dtype(name, dtype))
 
 
-def _engines(texts: Sequence[str] | None, model: Path, plans: bool) -> list[tuple[str, str | None]]:
+def _task(requests: str | os.PathLike[str] | None, evaluator: str | None) -> Task | None:
+    """InputError for one without the other."""
+    if requests is None and evaluator is None:
+        return None
+    if requests is None or evaluator is None:
+        raise InputError("--requests and --evaluator go together: the images of one are what the other judges")
+    return Task(Path(requests), str(evaluator))
+
+
+def _check_int8(plans: bool, repository: bool) -> None:
+    """InputError where int8 is asked for together with what has none, or its quantiser is not installed."""
+    for given, option in ((plans, "--trt and --rtx"), (repository, "--triton")):
+        if given:
+            raise InputError(f"--dtype int8 is for engines openvino and ort; {option} take fp16, bf16 or fp32")
+    check_installed("ort")
+
+
+def _engines(texts: Sequence[str] | None, model: Path, plans: bool, dtype: str) -> list[tuple[str, str | None]]:
     """(engine, precision or None for its default) to certify: those that `texts` name, else all that are installed and need
-    nothing built beforehand. `plans`: TensorRT plans are built and certified besides, so there may be no other engine.
+    nothing built beforehand, in `dtype` too where that is int8. `plans`: TensorRT plans are built and certified besides, so
+    there may be no other engine.
 
     Raises InputError for an engine that is unknown, not installed, or cannot be certified on this model.
     """
@@ -157,7 +193,8 @@ def _engines(texts: Sequence[str] | None, model: Path, plans: bool) -> list[tupl
         names = [engine.name for engine in bundle_engines() if engine.built_by is None]
         if not names and not plans:
             raise no_engine()
-        return [(name, None) for name in names]
+        lower = [(name, dtype) for name in names if dtype == "int8" and dtype in engine_class(name).dtypes]
+        return [*((name, None) for name in names), *lower]
     engines = []
     for text in dict.fromkeys(texts):
         name, _, dtype = text.partition(":")

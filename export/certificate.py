@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from export.quantisation import Quantisation, quantisation_name
 from export.reference import (
     bundle_reference,
     check_finite,
@@ -27,6 +28,7 @@ from export.reference import (
     sample_latents,
     whole_runs,
 )
+from export.task_score import ScoreRow, Task, score_rows
 from fastgen.engines.base import Engine
 from fastgen.errors import FastgenError, InputError
 from fastgen.files.hashes import check_inside
@@ -34,6 +36,7 @@ from fastgen.files.jsonfiles import read_json, write_json
 from fastgen.files.records import Name, Record, Sha256, read_record
 from fastgen.generate.pipeline import Pipeline
 from fastgen.models.bundle import CERTIFICATES, Bundle
+from fastgen.models.signatures import QUANTISED
 
 MIN_PSNR_DB = 30.0
 MAX_GREY_LEVELS = 2.0
@@ -41,7 +44,10 @@ MAX_GREY_LEVELS = 2.0
 # decides between two pictures: of one latent in thousands, in fp32. A bound on the largest difference would not hold then.
 MIN_CODEBOOK_PSNR_DB = 45.0
 FACTORS = {"fp16": 1.5, "bf16": 1.5}  # largest distance from fp32, as a multiple of eager's in the same precision
-MIN_COSINE = {"fp16": 0.9999, "bf16": 0.999}
+MIN_COSINE = {"fp16": 0.9999, "bf16": 0.999, "int8": 0.995}
+
+
+UNSCORED = "the task's own score was not compared, only PSNR: give --requests and --evaluator"
 
 
 @dataclass(frozen=True)
@@ -68,10 +74,12 @@ class Certificate:
     gpu: str | None
     versions: Mapping[str, str]
     rows: Sequence[ParityRow]
+    scores: Sequence[ScoreRow] = ()  # of the task, where it was given
+    advice: Sequence[str] = ()  # for the user
 
     @property
     def passed(self) -> bool:
-        return all(row.passed for row in self.rows)
+        return all(row.passed for row in self.rows) and all(row.passed for row in self.scores)
 
     def table(self) -> str:
         """A table for the terminal, one line per comparison."""
@@ -84,6 +92,8 @@ class Certificate:
                 f"  {mark} {row.what:13s} max abs {row.max_abs:.2e}  relative {row.relative_l2:.2e}  "
                 f"cosine {row.cosine:.7f}{psnr}  (allowed: {row.allowed})"
             )
+        lines += [row.line() for row in self.scores]
+        lines += [f"  {line}" for line in self.advice]
         return "\n".join(lines)
 
 
@@ -117,13 +127,17 @@ def read_certificate(file: Path) -> FiledCertificate:
 
 
 def certify(
-    engine: Engine, bundle: Bundle, networks: Sequence[str] | None = None, folder: Path | None = None
+    engine: Engine,
+    bundle: Bundle,
+    networks: Sequence[str] | None = None,
+    folder: Path | None = None,
+    task: Task | None = None,
 ) -> Certificate:
     """Compare an engine with the bundle's stored reference, and write the certificate into the bundle or into `folder`.
 
     `networks`: by default all; whole images are compared besides. A network that the engine executes in fp32 is compared with
-    fp32's tolerance, whatever the engine's precision. Raises FastgenError when an output is not finite, or an image flat; an
-    earlier certificate is deleted then.
+    fp32's tolerance, whatever the engine's precision. `task`: whose score is compared too, in int8. Raises FastgenError when an
+    output is not finite, or an image flat; an earlier certificate is deleted then.
     """
     path = (folder or bundle.folder / CERTIFICATES) / certificate_name(engine)
     if folder is None:
@@ -148,7 +162,13 @@ def certify(
         rows.append(_latents_row(whole.latents, latents, engine.dtype))
     rows.append(_image_row(whole.images, images, engine.dtype, codebook=_has_codebook(bundle)))
     which = engine.name, engine.dtype, engine.device, engine.gpu
-    certificate = Certificate(bundle.sha256, *which, _versions(engine), rows)
+    scores, advice = [], []
+    if engine.dtype == "int8":
+        scores = score_rows(engine, bundle, task) if task is not None else []
+        missed = [row.what for row in rows if not row.passed] + ["images" for row in scores if not row.passed]
+        advice = [line for what in dict.fromkeys(missed) for line in _advice(bundle, what)]
+        advice += [] if scores else [UNSCORED]
+    certificate = Certificate(bundle.sha256, *which, _versions(engine), rows, scores, list(dict.fromkeys(advice)))
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, dataclasses.asdict(certificate) | {"passed": certificate.passed})
     return certificate
@@ -162,12 +182,28 @@ def _network_row(bundle: Bundle, name: str, expected: np.ndarray, outputs: np.nd
         floor = 3e-4 if name.startswith("vae") else 1e-4
         passed = bool((error <= floor + 1e-2 * np.abs(expected)).all())
         allowed = f"abs <= {floor:g} + 1e-2 relative"
+    elif dtype == "int8":  # no eager computes in it
+        passed, allowed = cosine >= MIN_COSINE[dtype], f"cosine >= {MIN_COSINE[dtype]}"
     else:
         distances, device = read_distances(bundle, dtype)
         distance, factor, least = distances[name], FACTORS[dtype], MIN_COSINE[dtype]
         passed = cosine >= least and relative <= factor * distance
         allowed = f"cosine >= {least}, relative <= {factor} x eager's {distance:.2e} in {dtype} on {device}"
     return ParityRow(name, float(error.max()), relative, cosine, None, allowed, passed)
+
+
+def _advice(bundle: Bundle, what: str) -> list[str]:
+    """What to say where eight bits missed: the layers that change most, and the precision that would do."""
+    networks = [name for name in QUANTISED if name in bundle.spec.signatures and what in (name, "images")]
+    lines = []
+    for name in networks:
+        table = read_record(bundle.file(quantisation_name(name)), Quantisation)
+        worst = ", ".join(f"{layer.name} ({layer.error:.3f})" for layer in table.worst())
+        lines.append(f"{name}: the layers in int8 that change it most: {worst}")
+        distance = read_distances(bundle, "bf16")[0][name]
+        fits = distance <= math.sqrt(1 - MIN_COSINE["int8"] ** 2)
+        lines.append(f"{name}: {'bf16' if fits else 'fp32'} would pass: eager's distance in bf16 is {distance:.2e}")
+    return lines
 
 
 def _has_codebook(bundle: Bundle) -> bool:

@@ -18,9 +18,10 @@ from fastgen.models.bundle import CERTIFICATES, COMPILED, MANIFEST, Bundle, read
 from fastgen.models.bundle_record import EXTENDS, record_digest, sealed
 
 KEPT = 1000  # digests of earlier states that bundle.json lists
-_GRAPH = r"(unet|vae_decoder|vae_encoder|text_encoder)/model(\.fp16|\.bf16)?(\.ort)?\.onnx(\.data)?"
+_GRAPH = r"(unet|vae_decoder|vae_encoder|text_encoder)/model(\.fp16|\.bf16|\.int8)?(\.ort)?\.onnx(\.data)?"
+_TABLE = r"reference\.(safetensors|fp16\.json|bf16\.json)|(unet|vae_decoder)/model\.int8\.json"
 # Files that `add_files` adds to a bundle, and all that an export writes.
-_ADDED = re.compile(rf"{_GRAPH}|reference\.(safetensors|fp16\.json|bf16\.json)|{COMPILED}/[0-9a-f]{{64}}/[\w.-]+")
+_ADDED = re.compile(rf"{_GRAPH}|{_TABLE}|{COMPILED}/[0-9a-f]{{64}}/[\w.-]+")
 _WRITTEN = re.compile(
     rf"{_ADDED.pattern}|bundle\.json|model_index\.json|labels\.json|{CERTIFICATES}/[^/]+\.json|tokenizer(_2)?/[^/]+"
     r"|(unet|vae_decoder|vae_encoder|text_encoder(_2)?|conditioner)/config\.json"

@@ -246,7 +246,7 @@ def sample_latents(pipeline: Pipeline, steps: int) -> np.ndarray:
     """(8, C, h, w) float32: the final states of the certificate's requests with the model's default solver."""
     spec = pipeline.spec
     settings = Settings(spec.sampling.scheduler, steps, spec.sampling.guidance_scale)
-    run = Run(pipeline, _requests(spec.condition), settings)
+    run = Run(pipeline, sample_requests(spec.condition), settings)
     batches = run.batches(max(IMAGES, min(pipeline.buckets(settings) or [1])))
     return np.concatenate([pipeline.engine.numpy(run.latents(batch)) for batch in batches])
 
@@ -279,7 +279,7 @@ def relative_l2(expected: np.ndarray, outputs: np.ndarray) -> float:
     return float(np.linalg.norm(expected - outputs) / max(float(np.linalg.norm(expected)), 1e-30))
 
 
-def _requests(condition: Condition) -> list[Request]:
+def sample_requests(condition: Condition) -> list[Request]:
     """Prompts; one to three labels each, or a class; what the model takes."""
     names, requests = list(condition.names or ()), []
     for i in range(IMAGES):

@@ -59,7 +59,7 @@ def _merge_taps(weight: Tensor, dim: int, parity: int) -> Tensor:
 def subpixel_upsampling(module: nn.Module) -> Iterator[None]:
     """Within the context, diffusers' wide upsamplers in `module` (nearest, 3x3 convolution) are SubpixelUpsample."""
     children = [(parent, name, child) for parent in module.modules() for name, child in parent.named_children()]
-    upsamplers = [(parent, name, child) for parent, name, child in children if _is_upsample_conv(child)]
+    upsamplers = [(parent, name, child) for parent, name, child in children if is_upsample_conv(child)]
     try:
         for parent, name, child in upsamplers:
             setattr(parent, name, _Upsample(child))
@@ -81,7 +81,7 @@ class _Upsample(nn.Module):
         return self.subpixel(x) if output_size is None else self.original(x, output_size)
 
 
-def _is_upsample_conv(module: nn.Module) -> bool:
+def is_upsample_conv(module: nn.Module) -> bool:
     from diffusers.models.upsampling import Upsample2D
 
     if not isinstance(module, Upsample2D) or module.use_conv_transpose or module.norm is not None:

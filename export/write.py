@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from export.calibration import calibration_requests
 from export.extend import add_files, check_replaceable, sweep
 from export.reference import distances_name, image_steps, write_distances, write_reference
 from fastgen import __version__
@@ -43,10 +44,14 @@ PACKAGES = ("torch", "diffusers", "transformers", "onnx", "onnxscript")
 
 @dataclass(frozen=True)
 class BundleOptions:
-    """What a bundle holds besides the model itself: tables of `solvers`, `NAME:STEPS[:NOISE_STEPS]`, and graphs in `dtype`."""
+    """What a bundle holds besides the model itself: tables of `solvers`, `NAME:STEPS[:NOISE_STEPS]`, and graphs in `dtype`.
+
+    `calibration`: a request file for graphs in int8; None: the certificate's requests.
+    """
 
     solvers: Sequence[str] = ()
     dtype: str = "fp32"
+    calibration: Path | None = None
 
     def graphs(self, model: Model) -> dict[str, str]:
         """Network -> precision, of all graphs in less than fp32."""
@@ -55,7 +60,7 @@ class BundleOptions:
 
     def distances(self) -> list[str]:
         """Precisions whose distance from fp32 in eager certificates need: `dtype`, and bf16, a CPU's default."""
-        return ["bf16"] if self.dtype in ("fp32", "bf16") else ["bf16", self.dtype]
+        return ["bf16"] if self.dtype in ("fp32", "bf16", "int8") else ["bf16", self.dtype]
 
 
 def write_bundle(model_folder: Path, out: Path, options: BundleOptions, overwrite: bool, say: Say, **how: Any) -> None:
@@ -72,6 +77,8 @@ def write_bundle(model_folder: Path, out: Path, options: BundleOptions, overwrit
     model = load_model(model_folder, **how)
     bundle = _existing(out, model, options, overwrite)
     _check_solvers(model, options.solvers)
+    if options.calibration is not None:
+        calibration_requests(options.calibration, model.spec.condition)
     if bundle is None:
         with new_folder(out, existing="replace") as partial:
             _fill(partial, out, model, options, say)
@@ -111,6 +118,7 @@ def _fill(partial: Path, out: Path, model: Model, options: BundleOptions, say: S
         say("running the eager fp32 reference")
         write_reference(model, partial / REFERENCE)
     _fill_lowered(partial, model, options.graphs(model), options.distances(), partial / REFERENCE, say)
+    _fill_int8(partial, model, options, {name: partial / graph_name(name, "fp32") for name in model.networks()}, say)
     write_json(partial / MANIFEST, sealed(_manifest(model.spec) | {"files": record_files(partial)}))  # the last file
 
 
@@ -121,11 +129,30 @@ def _fill_lowered(
     from export.onnx import export_onnx
 
     for name, dtype in graphs.items():
+        if dtype == "int8":
+            continue
         say(f"exporting {name} in {dtype}")
         export_onnx(model.networks()[name], model.spec.signatures[name], folder / graph_name(name, dtype), dtype)
     for dtype in distances:
         say(f"running eager in {dtype}")
         write_distances(model, reference, dtype, folder / distances_name(dtype))
+
+
+def _fill_int8(folder: Path, model: Model, options: BundleOptions, fp32: Mapping[str, Path], say: Say) -> None:
+    """Write the graphs in eight bits, made from the `fp32` ones, and what of them stays in higher precision."""
+    networks = [name for name, dtype in options.graphs(model).items() if dtype == "int8"]
+    if not networks:
+        return
+    from export.calibration import calibration_rows
+    from export.int8 import write_int8
+
+    requests = calibration_requests(options.calibration, model.spec.condition)
+    say(f"calibrating int8: what the networks see while eager makes {len(requests)} images")
+    rows = calibration_rows(model, requests)
+    for name in networks:
+        say(f"quantising {name}")
+        found = write_int8(model.networks()[name], name, model.spec.signatures[name], rows[name], fp32[name], folder)
+        say(found.summary())
 
 
 def _extend(bundle: Bundle, partial: Path, model: Model, options: BundleOptions, say: Say) -> None:
@@ -141,6 +168,8 @@ def _extend(bundle: Bundle, partial: Path, model: Model, options: BundleOptions,
         return
     say(f"{out} holds these weights already, but not all in {', '.join(dict.fromkeys([*graphs.values(), *distances]))}")
     _fill_lowered(partial, model, graphs, distances, bundle.file(REFERENCE), say)
+    if "int8" in graphs.values():
+        _fill_int8(partial, model, options, {name: bundle.network(name) for name in model.networks()}, say)
     add_files(bundle, partial)
 
 

@@ -1,4 +1,4 @@
-"""Certifying an engine that was built on another machine, when it first runs on a card."""
+"""Certifying an engine at its first run: one that was built on another machine, or computes in eight bits."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ if TYPE_CHECKING:
 
 
 def ensure_certified(pipeline: ModelRunner, say: Say = say) -> None:
-    """Certify an engine whose plans run on many cards, unless this bundle has a certificate for this kind of card.
+    """Certify an engine whose plans run on many cards, unless this bundle has a certificate for this kind of card; and one in
+    int8, unless this bundle has a certificate for it.
 
     The certificate goes into the bundle, or into the cache if the bundle is not writable. Raises FastgenError when the engine
     misses its tolerance, after `say` got the table; InputError when the bundle lacks the reference.
     """
     engine, bundle = pipeline.engine, pipeline.source
-    if engine.gpu is None:
+    if engine.gpu is None and engine.dtype != "int8":
         return
     from export.certificate import certify, is_certified
     from fastgen.files.cachedir import cache_folder, check_private
@@ -32,8 +33,9 @@ def ensure_certified(pipeline: ModelRunner, say: Say = say) -> None:
         check_private(folders[1])
     if is_certified(engine, bundle, folders):
         return
-    what = f"engine {engine.name} {engine.dtype} on {engine.gpu}"
-    say(f"certifying {what} against eager fp32 (once per card and bundle)")
+    where, once = (engine.device, "bundle") if engine.gpu is None else (engine.gpu, "card and bundle")
+    what = f"engine {engine.name} {engine.dtype} on {where}"
+    say(f"certifying {what} against eager fp32 (once per {once})")
     networks = [name for name in bundle.spec.signatures if name != "vae_encoder"]
     certificate = certify(engine, bundle, networks, folders[0] if _writable(folders[0]) else folders[1])
     say(certificate.table())

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from fastgen.cli.common import image_size, model_options, say
-from fastgen.cli.parameters import BATCHES, DTYPE, MODEL, NEW, argument, option
+from fastgen.cli.parameters import BATCHES, DTYPE, FOLDER, MODEL, NEW, argument, option
 from fastgen.errors import FastgenError, InputError
 
 
@@ -17,8 +17,20 @@ from fastgen.errors import FastgenError, InputError
 @argument("model", type=MODEL, required=False)
 @option("--out", type=NEW, help="Bundle folder.  [default: MODEL/bundle, or NAME-bundle]")
 @option(
-    "--dtype", type=DTYPE, help="fp16 or bf16: graphs in that precision besides the fp32 ones.  [default: fp32 alone]"
+    "--dtype",
+    type=DTYPE,
+    help="fp16, bf16 or int8: graphs in that precision besides the fp32 ones.  [default: fp32 alone]",
 )
+@option(
+    "--calibration",
+    type=FOLDER,
+    metavar="REQUESTS",
+    help="Request file of 8 or more, whose images int8 is calibrated with.  [default: the certificate's requests]",
+)
+@option(
+    "--requests", type=FOLDER, metavar="REQUESTS", help="Request file whose score int8 must keep, with --evaluator."
+)
+@option("--evaluator", type=MODEL, help="Evaluator of that score: a folder or name, as `fastgen score` takes it.")
 @option("--trt", is_flag=True, help="Build TensorRT engines for this GPU, in --dtype.  [default: fp16]")
 @option(
     "--rtx",
@@ -76,6 +88,9 @@ def export(
     --trt builds for the GPU of this machine, --rtx on any x86-64 machine for RTX cards elsewhere; the first `fastgen generate
     --engine trt-rtx` on a card certifies what --rtx built. Where --trt cannot work, the command says so at once, and makes the
     bundle all the same, for the same command on a machine with a GPU.
+
+    --dtype int8 quantises the denoiser and the VAE decoder for engines openvino and ort, and certifies these in int8 too.
+    Layers that eight bits would hurt stay in higher precision; BUNDLE/unet/model.int8.json lists all with their errors.
 
     --triton with a MODEL that is a bundle exports nothing: it writes a repository with its ONNX graphs, in --dtype, or with
     --trt its TensorRT engines, and a model that makes images.

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from fastgen.engines.batches import cut
+from fastgen.engines.machine import has_int8
 from fastgen.errors import InputError
 from fastgen.files.installing import Install
 from fastgen.models.signatures import Signature, network_dtype
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
     from fastgen.engines.cache.artifacts import Artifact, Recipe
     from fastgen.engines.doctor.diagnosis import Machine, Problem
+    from fastgen.engines.machine import Cpu
 
 Array = Any  # of the engine's namespace: numpy.ndarray or torch.Tensor
 
@@ -195,3 +197,11 @@ def choose_dtype(engine: type[Engine], dtype: str | None, default: str) -> str:
 def announce(line: str) -> None:
     """A line to the user, on stderr, about something slow or unexpected."""
     print(line, file=sys.stderr, flush=True)
+
+
+def announce_int8(cpu: Cpu) -> None:
+    """Say of a CPU without products in eight bits that int8 will be slow on it."""
+    if not has_int8(cpu):
+        announce(
+            f"int8: {cpu.name} has no instructions for it (VNNI, AMX or i8mm): it runs, but may be slower than fp32"
+        )

@@ -13,6 +13,7 @@ from pathlib import Path
 
 X86 = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_int8", "amx_bf16", "amx_fp16")
 ARM = ("asimd", "asimddp", "fphp", "i8mm", "bf16", "sve", "sve2")
+INT8 = {"avx_vnni", "avx512_vnni", "amx_int8", "asimddp", "i8mm"}
 ISA = (*X86, *ARM)  # kernels are chosen by these
 QUERIES = ("name,memory.total,driver_version,compute_cap", "name,memory.total,driver_version")  # drivers before 510
 Smi = Callable[..., tuple[int, str]]  # nvidia-smi's arguments -> (exit status, stdout and stderr)
@@ -89,6 +90,11 @@ def cpu(cpuinfo: str | None = None, meminfo: str | None = None) -> Cpu:
     name = info.get("model name") or info.get("Model") or platform.processor() or platform.machine()
     isa = tuple(flag for flag in ISA if flag in flags)
     return Cpu(name, usable_cores(), isa, _kib(memory, "MemTotal"), _kib(memory, "MemAvailable"))
+
+
+def has_int8(cpu: Cpu) -> bool:
+    """Whether a CPU multiplies 8-bit integers in instructions of their own, faster than fp32."""
+    return not INT8.isdisjoint(cpu.isa)
 
 
 def usable_cores() -> int:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 MANIFEST = "bundle.json"
 TABLES = "scheduler/tables.npz"
 REFERENCE = "reference.safetensors"
-LOWERED = ("fp16", "bf16")  # precisions that a bundle may hold graphs in, besides fp32
+LOWERED = ("fp16", "bf16", "int8")  # precisions that a bundle may hold graphs in, besides fp32
 CERTIFICATES = "certificates"  # beside the hashed files: added to a bundle after it was written
 COMPILED = "trt-rtx"  # name of the engine whose plans a bundle may hold, and of their folder: trt-rtx/<address>/
 

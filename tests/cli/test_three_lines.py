@@ -184,7 +184,7 @@ def test_where_everything_is_ready_nothing_is_said_and_a_failed_build_speaks_for
     found, _, err = fastgen("export", bundle, "--trt", "--engine", "ort")
     assert found == code
     assert err.splitlines() == [
-        "certifying ort against eager fp32",
+        "certifying ort fp32 against eager fp32",
         f"fastgen: error: {bundle} is complete, but no TensorRT engines were built: TensorRT refuses the graph",
     ]
 

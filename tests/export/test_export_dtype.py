@@ -57,7 +57,7 @@ def quick(monkeypatch):
         path.with_name(f"{path.name}.data").write_text("weights")
 
     monkeypatch.setattr("export.onnx.export_onnx", write)
-    monkeypatch.setattr("export.bundle.certify", lambda engine, bundle, networks: None)
+    monkeypatch.setattr("export.bundle.certify", lambda engine, bundle, networks, task: None)
 
 
 def fail(*arguments, **options):
@@ -236,7 +236,7 @@ def test_trt_engines_are_built_and_then_certified(
     monkeypatch.setitem(sys.modules, "export.trt", type(sys)("export.trt"))
     monkeypatch.setattr(sys.modules["export.trt"], "build_engines", build, raising=False)
     monkeypatch.setattr("export.bundle._open", lambda name, dtype, *rest: calls.append((name, dtype)))
-    monkeypatch.setattr("export.bundle.certify", lambda *arguments: Passed(calls))
+    monkeypatch.setattr("export.bundle.certify", lambda *arguments, **options: Passed(calls))
     code, out, err = fastgen("export", label_model, "--out", bundle, "--engine", "ort", *options)
     assert (code, out) == (0, f"table\ntable\nbundle: {bundle}\n"), err
     assert calls == [("ort", None), "certified", (bundle, dtype, sizes), ("trt", dtype), "certified"]

@@ -25,6 +25,7 @@ from fastgen.engines.openvino.rewrites import (
     CONDITION,
     VERSION,
     interleave_channels_last,
+    join_quantisation,
     normalise_channels_last,
     numbers,
     pad_products,
@@ -86,7 +87,7 @@ class Engine(base.Engine):
     packages = ("openvino",)
     install = Install("cpu")
     cpu_only = True
-    dtypes = ("bf16", "fp32", "fp16")
+    dtypes = ("bf16", "fp32", "fp16", "int8")
     static_shapes = True
     threadsafe = True
     batch_invariant = True
@@ -103,9 +104,13 @@ class Engine(base.Engine):
         self.device = "cpu"
         self._core = shared_core()
         capabilities = self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-        self.dtype = base.choose_dtype(Engine, dtype, "bf16" if "BF16" in capabilities else "fp32")
-        if _HINTS[self.dtype].upper() not in ("F32", *(c.upper().replace("FP", "F") for c in capabilities)):
+        native = "bf16" if "BF16" in capabilities else "fp32"
+        self.dtype = base.choose_dtype(Engine, dtype, native)
+        self._around = native if self.dtype == "int8" else self.dtype  # the precision of what is not in eight bits
+        if _HINTS[self._around].upper() not in ("F32", *(c.upper().replace("FP", "F") for c in capabilities)):
             raise InputError(f"engine openvino: this CPU has no {self.dtype}; it has {', '.join(capabilities)}")
+        if self.dtype == "int8":
+            base.announce_int8(cpu())
         self.signatures = source.spec.signatures
         self._bundle, self._version, self._cpu, self._threads = source, openvino.__version__, cpu(), threads
         self._lanes: dict[tuple[str, int, bool], list[Lane]] = {}
@@ -143,6 +148,14 @@ class Engine(base.Engine):
     def numpy(self, values: np.ndarray) -> np.ndarray:
         return values
 
+    def _graph_dtype(self, network: str) -> str:
+        """The precision of the graph that is compiled: lower ones than fp32 are OpenVINO's own matter, but for eight bits."""
+        return "int8" if self.executed(network) == "int8" else "fp32"
+
+    def _computed(self, network: str) -> str:
+        """The precision of all layers that are not in eight bits."""
+        return self._around if self.executed(network) == "int8" else self.executed(network)
+
     def _run_all(
         self, network: str, lanes: Sequence[Lane], inputs: Sequence[Sequence[np.ndarray]]
     ) -> list[list[np.ndarray]]:
@@ -152,7 +165,7 @@ class Engine(base.Engine):
                 lane.start(lane_inputs)
             return [lane.outputs() for lane in lanes]
         except RuntimeError as error:
-            path = self._bundle.folder / graph_name(network, "fp32")
+            path = self._bundle.folder / graph_name(network, self._graph_dtype(network))
             raise FastgenError(f"{path}: OpenVINO cannot run it: {_brief(error)}") from None
 
     @contextmanager
@@ -166,7 +179,7 @@ class Engine(base.Engine):
 
     def _open(self, network: str, batch: int, guided: bool) -> list[Lane]:
         """The lanes of a network for `batch` rows, or images where it is guided; compiled when the cache has none."""
-        path = self._bundle.network(network)  # verified, its weights too
+        path = self._bundle.network(network, self._graph_dtype(network))  # verified, its weights too
         weights = self._bundle.file(f"{network}/{path.name}.data")
         fresh: dict[str, Any] = {}
 
@@ -196,6 +209,7 @@ class Engine(base.Engine):
         rows, inputs = batch // self._split(batch), self.signatures[network].inputs
         try:
             model = self._core.read_model(path)
+            join_quantisation(model)
             if guided and not share_rows(model):
                 raise NotSharedError
             counts = [2 * rows if guided and i >= CONDITION else rows for i in range(len(inputs))]
@@ -203,16 +217,16 @@ class Engine(base.Engine):
             if network == "vae_decoder":  # not where a rounded moment would be met again at every step
                 normalise_channels_last(model)
             interleave_channels_last(model)
-            if self.executed(network) != "fp32":
+            if self._computed(network) != "fp32":
                 pad_products(model)
                 widen_convolutions(model)
             self._check_outputs(model, network, path, counts[-1])
             models = {NETWORK: model}
-            if network == "unet" and self.executed(network) != "fp32":
+            if network == "unet" and self._computed(network) != "fp32":
                 models = {EMBEDDING: time_embedding(model)} | models
                 models[EMBEDDING] = self._core.compile_model(models[EMBEDDING], "CPU", self._config("fp32", 1))
                 take_embedding(model, numbers(inputs))
-            config = self._config(self.executed(network), self._split(batch))
+            config = self._config(self._computed(network), self._split(batch))
             return models | {NETWORK: self._core.compile_model(model, "CPU", config)}
         except (RuntimeError, TypeError, ValueError) as error:
             what = f"OpenVINO {self._version.partition('-')[0]} cannot compile it: {_brief(error)}"
@@ -228,7 +242,7 @@ class Engine(base.Engine):
 
     def _imported(self, artifact: Artifact, network: str, weights: Path, batch: int) -> dict[str, Any]:
         """What `_compiled` returned, from the cache; the files are verified."""
-        dtypes = {EMBEDDING: "fp32", NETWORK: self.executed(network)}
+        dtypes = {EMBEDDING: "fp32", NETWORK: self._computed(network)}
         lanes = {EMBEDDING: 1, NETWORK: self._split(batch)}
         try:
             return {
@@ -250,7 +264,12 @@ class Engine(base.Engine):
         return config | ({"INFERENCE_NUM_THREADS": self._threads} if self._threads else {})
 
     def _recipe(self, network: str, batch: int | None, guided: bool | None) -> Recipe:
-        files, graph = self._bundle.files, f"{network}/model.onnx"
+        files, graph = self._bundle.files, graph_name(network, self._graph_dtype(network))
+        for name in (graph, f"{graph}.data"):
+            if name not in files:
+                self._bundle.network(
+                    network, self._graph_dtype(network)
+                )  # says what is missing, and the command that adds it
         return Recipe(
             self.name,
             {
@@ -258,6 +277,7 @@ class Engine(base.Engine):
                 "batch": batch,
                 "guided": guided,
                 "dtype": self.executed(network),
+                "around": self._computed(network),
                 "graph": files[graph].sha256,
                 "weights": files[f"{graph}.data"].sha256,
                 "openvino": self._version,

@@ -10,11 +10,46 @@ from typing import Any
 
 import numpy as np
 
-VERSION = 2  # of these rewrites: part of the address of what was compiled with them
+VERSION = 3  # of these rewrites: part of the address of what was compiled with them
 TIMESTEP, CONDITION = 1, 2  # places among the UNet's inputs: of the timestep, and of the first condition
 MIN_PIXELS = 64 * 64  # smaller images are normalised faster in OpenVINO's own way
 TILE = 32  # values of bf16 in a row of an AMX tile
+DEQUANTISATION = ("Convert", "Subtract", "Multiply")
 LAYOUT = ("Reshape", "Transpose", "Unsqueeze", "Squeeze")
+
+
+def join_quantisation(model: Any) -> None:
+    """Make one FakeQuantize of each pair of QuantizeLinear and DequantizeLinear, as in OpenVINO's own graphs in eight bits.
+
+    The ONNX reader makes FakeQuantize, Convert, Convert, Subtract and Multiply of a pair. OpenVINO 2026.4 moves the last two
+    past other operations, and then computes convolutions behind a `concat` wrong on a CPU with VNNI and without AMX.
+    """
+    from openvino import opset13
+
+    for node in model.get_ordered_ops():
+        if node.get_type_name() != "FakeQuantize":
+            continue
+        last, scale = node, None
+        offset: Any = 0.0
+        while (following := _consumer(last)) is not None and following.get_type_name() in DEQUANTISATION:
+            last = following
+            if last.get_type_name() == "Subtract":
+                offset = _constant_through_converts(last.input_value(1).get_node())
+            if last.get_type_name() == "Multiply":
+                scale = _constant_through_converts(last.input_value(1).get_node())
+                break
+        lowest, highest = (_constant(node.input_value(i).get_node()) for i in (3, 4))
+        if scale is None or offset is None or lowest is None or highest is None:
+            raise ValueError(f"{node.get_friendly_name()}: its scale and zero point are no constants")
+        ends = [opset13.constant(np.asarray((end - offset) * scale, np.float32)) for end in (lowest, highest)]
+        levels = node.get_attributes()["levels"]
+        _replace(last.output(0), opset13.fake_quantize(node.input_value(0), *ends, *ends, levels))
+
+
+def _constant_through_converts(node: Any) -> np.ndarray | None:
+    while node.get_type_name() == "Convert":
+        node = node.input_value(0).get_node()
+    return _constant(node)
 
 
 def share_rows(unet: Any) -> bool:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastgen.engines import has_distribution
+from fastgen.engines.base import announce_int8
+from fastgen.engines.machine import cpu
 from fastgen.engines.ort.cuda import PROVIDER, CudaEngine
 from fastgen.engines.ort.session import OrtEngine, failure
 from fastgen.errors import InputError
@@ -17,9 +19,9 @@ if TYPE_CHECKING:
 
 
 class Engine(OrtEngine):
-    """On a CPU, in fp32, on NumPy arrays."""
+    """On a CPU, in fp32 or int8, on NumPy arrays."""
 
-    dtypes = ("fp32", "fp16")  # on CUDA; on a CPU fp32 alone
+    dtypes = ("fp32", "fp16", "int8")  # fp16 on CUDA, int8 on a CPU
     batch_invariant = True
 
     @classmethod
@@ -36,9 +38,11 @@ class Engine(OrtEngine):
     ) -> None:
         if device not in (None, "cpu"):
             raise InputError(f"device {device!r}: engine ort runs on cpu, cuda, cuda:N")
-        if dtype not in (None, "fp32"):
-            raise InputError(f"engine ort executes fp32 on cpu, not {dtype}")
-        self.xp, self.device, self.dtype = np, "cpu", "fp32"
+        if dtype not in (None, "fp32", "int8"):
+            raise InputError(f"engine ort executes fp32 and int8 on cpu, not {dtype}")
+        self.xp, self.device, self.dtype = np, "cpu", dtype or "fp32"
+        if self.dtype == "int8":
+            announce_int8(cpu())
         self.set_source(source, threads)
         self._sessions: dict[str, tuple[Any, str]] = {}
 

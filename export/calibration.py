@@ -1,0 +1,82 @@
+"""What a network sees while its model makes images: the inputs that quantisation is calibrated with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from export.reference import sample_requests
+from fastgen.engines.eager.engine import Engine as Eager
+from fastgen.errors import InputError
+from fastgen.files.jsonfiles import located
+from fastgen.generate.conditions import check_requests
+from fastgen.generate.pipeline import Pipeline
+from fastgen.generate.requests import Request, parse_requests
+from fastgen.generate.run import Run
+from fastgen.generate.settings import Settings
+from fastgen.models.signatures import QUANTISED
+
+if TYPE_CHECKING:
+    from fastgen.models.condition import Condition
+    from fastgen.models.folder import Model
+
+STEPS = 8  # of the model's own solver, over its whole schedule: what layers see changes with the noise
+LEAST, MOST = 8, 16  # requests
+Rows = list[tuple[np.ndarray, ...]]  # one row of every input of a network, (1, ...), in the order of its signature
+
+
+def calibration_requests(path: Path | None, condition: Condition) -> list[Request]:
+    """The requests whose images quantisation is calibrated with: of a request file at most `MOST`, evenly spread over it; by
+    default those of the certificate. Raises InputError for a file of another kind of model, or with fewer than `LEAST`."""
+    if path is None:
+        return sample_requests(condition)
+    with located(f"--calibration {path}"):
+        requests = parse_requests(path).known(condition.names)
+        check_requests(requests, condition)
+        if len(requests) < LEAST:
+            raise InputError(f"holds {len(requests)} requests; calibration needs at least {LEAST}")
+    places = np.linspace(0, len(requests) - 1, min(MOST, len(requests))).round().astype(int)
+    return [requests[i] for i in places]
+
+
+def calibration_rows(model: Model, requests: Sequence[Request]) -> dict[str, Rows]:
+    """Network -> the rows that eager fp32 gives it for these requests, with the model's own solver and guidance in `STEPS`
+    steps: for the UNet every step with and without the condition, for the VAE decoder the final latents."""
+    recorder = Recorder(model)
+    sampling = model.spec.sampling
+    run = Run(Pipeline(model, recorder), requests, Settings(sampling.scheduler, STEPS, sampling.guidance_scale))
+    for batch in run.batches(len(requests)):
+        run.images(batch)
+    return recorder.rows
+
+
+class Recorder(Eager):
+    """Engine `eager` in fp32 on a CPU, which keeps what the networks that are quantised get."""
+
+    def __init__(self, model: Model) -> None:
+        super().__init__(model, device="cpu", dtype="fp32")
+        self.rows: dict[str, Rows] = {name: [] for name in QUANTISED if name in model.spec.signatures}
+
+    def run(self, network: str, *inputs: Any) -> tuple[Any, ...]:
+        if network in self.rows:
+            arrays = [self.numpy(x).copy() for x in inputs]
+            self.rows[network] += [tuple(x[i : i + 1] for x in arrays) for i in range(len(arrays[0]))]
+        return super().run(network, *inputs)
+
+
+def stratified(rows: Rows, count: int) -> Rows:
+    """`count` of the rows, evenly spread over the order in which they came: over the steps, and over both conditions."""
+    places = np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int)
+    return [rows[i] for i in places]
+
+
+def cropped(rows: Rows, most: int) -> Rows:
+    """Latents (1, C, h, w) cut to the middle `most` x `most`: the decoder's memory grows with their area."""
+    cut: Rows = []
+    for (latent,) in rows:
+        top, left = (max(0, (size - most) // 2) for size in latent.shape[2:])
+        cut.append((np.ascontiguousarray(latent[:, :, top : top + most, left : left + most]),))
+    return cut

@@ -1,0 +1,155 @@
+"""Graphs in eight bits: a network's fp32 ONNX graph with QuantizeLinear and DequantizeLinear around the layers that bear it.
+
+onnxruntime's quantiser calibrates and writes them: signed, symmetric, one scale per tensor of inputs and per output channel of
+weights, as TensorRT, OpenVINO and onnxruntime all take them. `sensitivity` chooses the layers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from msgspec import to_builtins
+from torch import nn
+
+from export.calibration import Rows, cropped, stratified
+from export.quantisation import Layer, Quantisation, quantisation_name
+from export.rewrite import SubpixelUpsample, fuse_attention, is_upsample_conv
+from export.sensitivity import chosen, predicted_error, sensitivities
+from fastgen.engines.ort.session import fused_name
+from fastgen.errors import FastgenError, one_line
+from fastgen.files.folders import scratch_folder
+from fastgen.files.jsonfiles import write_json
+from fastgen.models.bundle import graph_name
+from fastgen.models.signatures import Signature
+
+# The most that eight bits may change in a network's output, relative L2. The certificate allows .1 (cosine .995), with what the
+# precision around the layers adds; a decoder's output is the picture itself.
+BUDGETS = {"unet": 0.04, "vae_decoder": 0.02}
+SENSITIVITY_ROWS = 4
+CALIBRATION_ROWS = 64
+LATENT = 32  # pixels of a side, of the decoder's latents in the table of sensitivities
+OPERATORS = ("Conv", "MatMul", "Gemm")
+
+
+def write_int8(
+    module: nn.Module, network: str, signature: Signature, rows: Rows, fp32: Path, folder: Path
+) -> Quantisation:
+    """Choose the layers of `network` by their sensitivity, and write its graph in eight bits, made from the graph `fp32`, and
+    the table of layers below `folder`. `rows`: what the network sees while it makes images.
+
+    Raises FastgenError when onnxruntime cannot quantise the graph, or no layer can be.
+    """
+    measured = stratified(rows, SENSITIVITY_ROWS)
+    if network == "vae_decoder":
+        measured = cropped(measured, LATENT)
+    table = chosen(sensitivities(module, measured), BUDGETS[network])
+    nodes = layer_nodes(module, fp32)
+    table = [Layer(e.name, e.error, e.products, e.quantised and e.name in nodes) for e in table]
+    if not any(layer.quantised for layer in table):
+        raise FastgenError(f"{network}: none of its {len(table)} layers bears eight bits; use --dtype bf16 or fp16")
+    result = Quantisation(BUDGETS[network], predicted_error(table), tuple(table))
+    path = folder / graph_name(network, "int8")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    names = [node for layer in table if layer.quantised for node in nodes[layer.name]]
+    _quantise(fp32, path, signature, stratified(rows, CALIBRATION_ROWS), names)
+    write_json(folder / quantisation_name(network), to_builtins(result))
+    return result
+
+
+def layer_nodes(module: nn.Module, graph: Path) -> dict[str, list[str]]:
+    """Layer -> names of the nodes that compute with its weights. The weights' bytes tell, as the exporter renames and
+    transposes some; four nodes compute the convolution of an upsampler (`rewrite.SubpixelUpsample`)."""
+    model = onnx.load(graph)
+    by_weight: dict[str, list[str]] = {}
+    hashes = {i.name: _digest(onnx.numpy_helper.to_array(i)) for i in model.graph.initializer if len(i.dims) > 1}
+    for node in model.graph.node:
+        if node.op_type in OPERATORS and node.input[1] in hashes:
+            by_weight.setdefault(hashes[node.input[1]], []).append(node.name)
+    found: dict[str, list[str]] = {}
+    for name, weights in _weights(module):
+        for weight in weights:
+            for digest in {_digest(weight), _digest(weight.T)} if weight.ndim == 2 else {_digest(weight)}:
+                found.setdefault(name, []).extend(by_weight.get(digest, []))
+    return {name: list(dict.fromkeys(nodes)) for name, nodes in found.items() if nodes}
+
+
+def _weights(module: nn.Module) -> Iterator[tuple[str, list[np.ndarray]]]:
+    """Layer -> its weights, as they may be in a graph."""
+    upsamplers = {f"{name}.conv": child for name, child in module.named_modules() if is_upsample_conv(child)}
+    for name, layer in module.named_modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            weights = [layer.weight.detach().cpu().numpy()]
+            if name in upsamplers:
+                weights += [b.numpy() for n, b in SubpixelUpsample(layer).named_buffers() if n.startswith("weight")]  # type: ignore[arg-type]
+            yield name, weights
+
+
+def _digest(values: np.ndarray) -> str:
+    return hashlib.sha256(f"{values.shape}".encode() + np.ascontiguousarray(values).tobytes()).hexdigest()
+
+
+def _quantise(fp32: Path, path: Path, signature: Signature, rows: Rows, nodes: Sequence[str]) -> None:
+    """Write `path`, its weights `path`.data, and the graph with onnxruntime's attention beside them."""
+    from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
+
+    options = {
+        "ActivationSymmetric": True,  # TensorRT takes no zero points
+        "WeightSymmetric": True,
+        "QuantizeBias": False,
+        "OpTypesToExcludeOutputQuantization": list(OPERATORS),  # sums and norms get them unrounded
+    }
+    with scratch_folder(path) as scratch, _quiet():
+        target = scratch / path.name
+        try:
+            quantize_static(
+                fp32,
+                target,
+                _Reader(signature, rows),
+                quant_format=QuantFormat.QDQ,
+                per_channel=True,
+                activation_type=QuantType.QInt8,
+                weight_type=QuantType.QInt8,
+                calibrate_method=CalibrationMethod.MinMax,
+                nodes_to_quantize=list(nodes),
+                op_types_to_quantize=list(OPERATORS),
+                use_external_data_format=True,
+                extra_options=options,
+            )
+        except Exception as error:  # onnxruntime's exceptions share no public base class
+            raise FastgenError(f"{fp32}: onnxruntime cannot quantise it: {one_line(str(error), 200)}") from error
+        model = ir.load(target)
+        ir.save(model, path, external_data=f"{path.name}.data")
+    model = ir.load(path)
+    if fuse_attention(model):
+        ir.save(model, path.with_name(fused_name(path.name)))
+
+
+class _Reader:
+    """Calibration rows, as onnxruntime reads them."""
+
+    def __init__(self, signature: Signature, rows: Rows) -> None:
+        names = [tensor.name for tensor in signature.inputs]
+        self._rows = iter([dict(zip(names, row, strict=True)) for row in rows])
+
+    def get_next(self) -> Mapping[str, np.ndarray] | None:
+        """The next row, None at the end."""
+        return next(self._rows, None)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the quantiser's advice on the root logger."""
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        root.setLevel(level)

@@ -65,10 +65,9 @@ def chosen(table: Sequence[Layer], budget: float) -> list[Layer]:
     worth.sort(key=lambda layer: layer.error**2 / layer.products)
     total, quantised = 0.0, set()
     for layer in worth:
-        total += layer.error**2
-        if total > budget**2:
-            break
-        quantised.add(layer.name)
+        if total + layer.error**2 <= budget**2:
+            total += layer.error**2
+            quantised.add(layer.name)
     return [Layer(layer.name, layer.error, layer.products, layer.name in quantised) for layer in table]
 
 

@@ -235,7 +235,7 @@ def test_trt_engines_are_built_and_then_certified(
     monkeypatch.setattr("export.bundle.check_installed", lambda name: None)
     monkeypatch.setitem(sys.modules, "export.trt", type(sys)("export.trt"))
     monkeypatch.setattr(sys.modules["export.trt"], "build_engines", build, raising=False)
-    monkeypatch.setattr("export.bundle._open", lambda name, dtype, *rest: calls.append((name, dtype)))
+    monkeypatch.setattr("export.bundle._open", lambda name, dtype, *rest: calls.append((name, dtype)) or Passed([]))
     monkeypatch.setattr("export.bundle.certify", lambda *arguments, **options: Passed(calls))
     code, out, err = fastgen("export", label_model, "--out", bundle, "--engine", "ort", *options)
     assert (code, out) == (0, f"table\ntable\nbundle: {bundle}\n"), err
@@ -245,7 +245,7 @@ def test_trt_engines_are_built_and_then_certified(
 class Passed:
     """A certificate, and a note in `calls` that it was made."""
 
-    engine, passed = "any", True
+    engine, dtype, passed = "any", "any", True
 
     def __init__(self, calls):
         calls.append("certified")

@@ -122,6 +122,10 @@ def test_layers_with_much_error_for_their_products_stay_in_higher_precision():
     table.append(Layer("tiny", 1e-6, 1e-6, True))
     assert [layer.name for layer in chosen(table, 0.04) if layer.quantised] == ["a", "c"]
     assert [layer.name for layer in chosen(table, 0.02) if layer.quantised] == ["c"]
+    assert [layer.name for layer in chosen([Layer("d", 0.05, 0.9, True), *table[1:]], 0.04) if layer.quantised] == [
+        "b",
+        "c",
+    ]
     assert [layer.name for layer in chosen(table, 1.0) if layer.quantised] == ["a", "b", "c"]
     assert not any(layer.quantised for layer in chosen(table, 0.001))
     assert predicted_error(chosen(table, 0.04)) <= 0.04

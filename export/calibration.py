@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from export.reference import sample_requests
+from export.reference import possible_steps, sample_requests
 from fastgen.engines.eager.engine import Engine as Eager
 from fastgen.errors import InputError
 from fastgen.files.jsonfiles import located
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from fastgen.models.condition import Condition
     from fastgen.models.folder import Model
 
-STEPS = 8  # of the model's own solver, over its whole schedule: what layers see changes with the noise
+# Of the model's own solver, over its whole schedule, as what layers see changes with the noise: the first number it can do.
+STEPS = (8, 16, 32)
 LEAST, MOST = 8, 16  # requests
 Rows = list[tuple[np.ndarray, ...]]  # one row of every input of a network, (1, ...), in the order of its signature
 
@@ -47,7 +48,11 @@ def calibration_rows(model: Model, requests: Sequence[Request]) -> dict[str, Row
     steps: for the UNet every step with and without the condition, for the VAE decoder the final latents."""
     recorder = Recorder(model)
     sampling = model.spec.sampling
-    run = Run(Pipeline(model, recorder), requests, Settings(sampling.scheduler, STEPS, sampling.guidance_scale))
+    run = Run(
+        Pipeline(model, recorder),
+        requests,
+        Settings(sampling.scheduler, possible_steps(model, STEPS), sampling.guidance_scale),
+    )
     for batch in run.batches(len(requests)):
         run.images(batch)
     return recorder.rows

@@ -229,17 +229,22 @@ def _run_in_threads(
 
 def image_steps(model: Model) -> int:
     """The number of steps of the certificate's requests, see IMAGE_STEPS."""
+    return possible_steps(model, IMAGE_STEPS)
+
+
+def possible_steps(model: Model, counts: Sequence[int]) -> int:
+    """The first of these numbers of steps that the model's own solver can do, else the last."""
     from fastgen.sampling.schedulers import make_scheduler
     from fastgen.sampling.stability import refuse_unstable
 
     name = model.sampling.scheduler
-    for steps in IMAGE_STEPS[:-1]:
+    for steps in counts[:-1]:
         try:  # also of the model's own solver, which has tables where its steps are too coarse
             refuse_unstable(model.table(format_key(name, steps)), make_scheduler(name, model.scheduler_config))
         except InputError:
             continue
         return steps
-    return IMAGE_STEPS[-1]
+    return counts[-1]
 
 
 def sample_latents(pipeline: Pipeline, steps: int) -> np.ndarray:
@@ -301,6 +306,9 @@ def _inputs(
     if name == "text_encoder":
         ids = token_ids(pipeline.tokenizers, [*PROMPTS, ""])[0]
         return {tensor.name: rows for tensor, rows in zip(signature.inputs, ids, strict=True)}
+    if name == "vae_decoder":  # latents of the size that it gets, which is far from 1 in Stable Diffusion
+        states = signature.sample_inputs(ROWS, rng)
+        return {key: np.asarray(pipeline.spec.space.to_vae(z), np.float32) for key, z in states.items()}
     if name != "unet":
         return signature.sample_inputs(ROWS, rng)
     inputs = signature.sample_inputs(batch, rng)

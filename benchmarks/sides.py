@@ -82,7 +82,7 @@ def default_sides(device: str) -> list[str]:
         own = ["eager:fp32", "eager:bf16", "eager:fp16:nographs", "eager:fp16:graphs", "compile:fp16:nographs"]
         own += ["compile:fp16:graphs", "ort:fp16", "trt:fp16"]
         return ["diffusers:fp16", *own, "diffusers:fp32", "diffusers-compile:fp16", "two-calls:fp32@1", "optimum-onnx"]
-    own = ["openvino:bf16", "ort:fp32", "compile:bf16", "eager:fp32"]
+    own = ["openvino:int8", "openvino:bf16", "ort:fp32", "compile:bf16", "eager:fp32"]
     peers = ["optimum-intel:int8", "optimum-intel", "diffusers-compile:bf16", "two-calls:fp32@1", "optimum-onnx"]
     return ["diffusers:fp32", INFORMED, *own, *peers]
 

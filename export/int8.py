@@ -1,7 +1,8 @@
 """Graphs in eight bits: a network's fp32 ONNX graph with QuantizeLinear and DequantizeLinear around the layers that bear it.
 
-onnxruntime's quantiser calibrates and writes them: signed, symmetric, one scale per tensor of inputs and per output channel of
-weights, as TensorRT, OpenVINO and onnxruntime all take them. `sensitivity` chooses the layers.
+onnxruntime's quantiser calibrates and writes them: inputs are unsigned, with a scale and a zero point per tensor, since most
+come out of SiLU or GELU, which are hardly ever below zero; weights are signed, with a scale per output channel. `sensitivity`
+chooses the layers.
 """
 
 from __future__ import annotations
@@ -30,31 +31,38 @@ from fastgen.models.bundle import graph_name
 from fastgen.models.signatures import Signature
 
 # The most that eight bits may change in a network's output, relative L2. The certificate allows .1 (cosine .995), with what the
-# precision around the layers adds; a decoder's output is the picture itself.
-BUDGETS = {"unet": 0.04, "vae_decoder": 0.03}
+# precision around the layers adds; a decoder's output is the picture itself. Guidance multiplies the difference of two outputs,
+# and with it their errors: the UNet's budget is for a guidance scale of at most `GUIDANCE`, and falls with larger ones.
+BUDGETS = {"unet": 0.04, "vae_decoder": 0.02}
+GUIDANCE = 3.0
 SENSITIVITY_ROWS = 4
 CALIBRATION_ROWS = 64
 LATENT = 16  # pixels of a side, of the decoder's latents in the table of sensitivities
 OPERATORS = ("Conv", "MatMul", "Gemm")
 
 
+def budget(network: str, guidance_scale: float) -> float:
+    """The most that eight bits may change in this network's output, relative L2."""
+    return BUDGETS[network] / (max(1.0, guidance_scale / GUIDANCE) if network == "unet" else 1.0)
+
+
 def write_int8(
-    module: nn.Module, network: str, signature: Signature, rows: Rows, fp32: Path, folder: Path
+    module: nn.Module, network: str, signature: Signature, rows: Rows, fp32: Path, folder: Path, limit: float
 ) -> Quantisation:
     """Choose the layers of `network` by their sensitivity, and write its graph in eight bits, made from the graph `fp32`, and
-    the table of layers below `folder`. `rows`: what the network sees while it makes images.
+    the table of layers below `folder`. `rows`: what the network sees while it makes images; `limit`: see `budget`.
 
     Raises FastgenError when onnxruntime cannot quantise the graph, or no layer can be.
     """
     measured = stratified(rows, SENSITIVITY_ROWS)
     if network == "vae_decoder":
         measured = cropped(measured, LATENT)
-    table = chosen(sensitivities(module, measured), BUDGETS[network])
+    table = chosen(sensitivities(module, measured), limit)
     nodes = layer_nodes(module, fp32)
     table = [Layer(e.name, e.error, e.products, e.quantised and e.name in nodes) for e in table]
     if not any(layer.quantised for layer in table):
         raise FastgenError(f"{network}: none of its {len(table)} layers bears eight bits; use --dtype bf16 or fp16")
-    result = Quantisation(BUDGETS[network], predicted_error(table), tuple(table))
+    result = Quantisation(limit, predicted_error(table), tuple(table))
     path = folder / graph_name(network, "int8")
     path.parent.mkdir(parents=True, exist_ok=True)
     names = [node for layer in table if layer.quantised for node in nodes[layer.name]]
@@ -100,7 +108,6 @@ def _quantise(fp32: Path, path: Path, signature: Signature, rows: Rows, nodes: S
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
 
     options = {
-        "ActivationSymmetric": True,  # TensorRT takes no zero points
         "WeightSymmetric": True,
         "QuantizeBias": False,
         "OpTypesToExcludeOutputQuantization": list(OPERATORS),  # sums and norms get them unrounded
@@ -114,7 +121,7 @@ def _quantise(fp32: Path, path: Path, signature: Signature, rows: Rows, nodes: S
                 _Reader(signature, rows),
                 quant_format=QuantFormat.QDQ,
                 per_channel=True,
-                activation_type=QuantType.QInt8,
+                activation_type=QuantType.QUInt8,
                 weight_type=QuantType.QInt8,
                 calibrate_method=CalibrationMethod.MinMax,
                 nodes_to_quantize=list(nodes),

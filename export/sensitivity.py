@@ -1,6 +1,6 @@
 """Which layers of a network suffer from eight bits: a table, and the choice of those that stay in higher precision.
 
-Every layer's own error, with weights and inputs rounded to signed 8-bit integers, is measured on real rows. The gradient
+Every layer's own error, with weights and inputs rounded to 8-bit integers, is measured on real rows. The gradient
 carries it to the network's output: take a random sign vector v, and the derivative of v * output with respect to the layer's
 output. The square of its product with the layer's error is, on average over v, the square of the error that this layer alone
 would cause in the output (to first order). So a table costs a few forward and backward passes, however many layers there are.
@@ -22,13 +22,21 @@ from export.quantisation import Layer
 
 PROBES = 4  # sign vectors per row
 LEVELS = 127
+Span = tuple[float, float]  # the smallest and the largest number, not above and not below 0
 LEAST_SHARE = 2e-4  # of the network's products: a smaller layer costs more to quantise than it saves
 
 
-def round_to_8_bits(x: Tensor, largest: Tensor | float) -> Tensor:
-    """x rounded to the 255 multiples of `largest` / 127, symmetric around zero. `largest` broadcasts over x."""
-    scale = torch.as_tensor(largest, dtype=x.dtype).clamp_min(1e-20) / LEVELS
-    return (x / scale).round().clamp(-LEVELS, LEVELS) * scale
+def round_weights(weight: Tensor) -> Tensor:
+    """Weights (O, ...) rounded to the 255 multiples of a 127th of each output channel's largest magnitude."""
+    scale = weight.abs().amax(tuple(range(1, weight.ndim)), keepdim=True).clamp_min(1e-20) / LEVELS
+    return (weight / scale).round() * scale
+
+
+def round_inputs(x: Tensor, span: Span) -> Tensor:
+    """x rounded to 256 equidistant numbers between the ends of `span`, of which 0 is one."""
+    scale = max(span[1] - span[0], 1e-20) / 255
+    zero = round(-span[0] / scale)
+    return ((x / scale).round().clamp(-zero, 255 - zero)) * scale
 
 
 def sensitivities(module: nn.Module, rows: Rows, seed: int = 0) -> list[Layer]:
@@ -37,12 +45,12 @@ def sensitivities(module: nn.Module, rows: Rows, seed: int = 0) -> list[Layer]:
     `rows`: inputs, of which each is run on its own, so that memory does not grow with their number.
     """
     layers = {name: child for name, child in module.named_modules() if isinstance(child, nn.Conv2d | nn.Linear)}
-    largest = _largest_inputs(module, layers, rows)
-    squares = dict.fromkeys(largest, 0.0)
-    products = dict.fromkeys(largest, 0.0)
+    spans = input_spans(module, layers, rows)
+    squares = dict.fromkeys(spans, 0.0)
+    products = dict.fromkeys(spans, 0.0)
     energy, signs = 0.0, torch.Generator().manual_seed(seed)
     for row in rows:
-        probe = _Probe(layers, largest)
+        probe = _Probe(layers, spans)
         with probe, torch.enable_grad():
             output = _first(module(*(torch.from_numpy(x) for x in row)))
             energy += float(output.detach().double().square().sum())
@@ -79,8 +87,8 @@ def predicted_error(table: Sequence[Layer]) -> float:
 class _Probe:
     """Hooks that keep, for each layer that runs, its output and its error of quantisation."""
 
-    def __init__(self, layers: Mapping[str, Any], largest: Mapping[str, float]) -> None:
-        self._layers, self._largest = layers, largest
+    def __init__(self, layers: Mapping[str, Any], spans: Mapping[str, Span]) -> None:
+        self._layers, self._spans = layers, spans
         self._outputs: list[tuple[str, Tensor, Tensor]] = []
         self._zero = torch.zeros((), requires_grad=True)  # added to every output: all of them get a derivative
         self.products: dict[str, float] = {}
@@ -88,7 +96,7 @@ class _Probe:
 
     def __enter__(self) -> _Probe:
         for name, layer in self._layers.items():
-            if name in self._largest:
+            if name in self._spans:
                 self._handles.append(layer.register_forward_hook(self._hook(name)))
         return self
 
@@ -109,7 +117,7 @@ class _Probe:
     def _hook(self, name: str) -> Any:
         def hook(layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
             with torch.no_grad():
-                error = quantised_output(layer, inputs[0], self._largest[name]) - output
+                error = quantised_output(layer, inputs[0], self._spans[name]) - output
             output = output + self._zero
             self._outputs.append((name, output, error))
             count = float(layer.weight.numel()) * output.numel() / output.shape[1 if output.ndim == 4 else -1]
@@ -119,23 +127,22 @@ class _Probe:
         return hook
 
 
-def quantised_output(layer: nn.Conv2d | nn.Linear, x: Tensor, largest: float) -> Tensor:
+def quantised_output(layer: nn.Conv2d | nn.Linear, x: Tensor, span: Span) -> Tensor:
     """The layer's output with inputs and weights in eight bits, one scale for the inputs, one for each output channel."""
-    weight = layer.weight.detach()
-    weight = round_to_8_bits(weight, weight.abs().amax(tuple(range(1, weight.ndim)), keepdim=True))
-    x = round_to_8_bits(x.detach(), largest)
+    weight, x = round_weights(layer.weight.detach()), round_inputs(x.detach(), span)
     if isinstance(layer, nn.Linear):
         return F.linear(x, weight, layer.bias)
     return layer._conv_forward(x, weight, layer.bias)
 
 
-def _largest_inputs(module: nn.Module, layers: Mapping[str, nn.Module], rows: Rows) -> dict[str, float]:
-    """Layer -> the largest magnitude among its inputs, for those that run, in the order in which they run."""
-    largest: dict[str, float] = {}
+def input_spans(module: nn.Module, layers: Mapping[str, nn.Module], rows: Rows) -> dict[str, Span]:
+    """Layer -> the span of its inputs, for those that run, in the order in which they run."""
+    spans: dict[str, Span] = {}
 
     def hook(name: str) -> Any:
         def keep(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            largest[name] = max(largest.get(name, 0.0), float(inputs[0].abs().max()))
+            low, high = spans.get(name, (0.0, 0.0))
+            spans[name] = min(low, float(inputs[0].min())), max(high, float(inputs[0].max()))
 
         return keep
 
@@ -147,7 +154,7 @@ def _largest_inputs(module: nn.Module, layers: Mapping[str, nn.Module], rows: Ro
     finally:
         for handle in handles:
             handle.remove()
-    return largest
+    return spans
 
 
 def _first(output: Any) -> Tensor:

@@ -144,14 +144,16 @@ def _fill_int8(folder: Path, model: Model, options: BundleOptions, fp32: Mapping
     if not networks:
         return
     from export.calibration import calibration_rows
-    from export.int8 import write_int8
+    from export.int8 import budget, write_int8
 
     requests = calibration_requests(options.calibration, model.spec.condition)
     say(f"calibrating int8: what the networks see while eager makes {len(requests)} images")
     rows = calibration_rows(model, requests)
     for name in networks:
         say(f"quantising {name}")
-        found = write_int8(model.networks()[name], name, model.spec.signatures[name], rows[name], fp32[name], folder)
+        limit = budget(name, model.spec.sampling.guidance_scale)
+        module, signature = model.networks()[name], model.spec.signatures[name]
+        found = write_int8(module, name, signature, rows[name], fp32[name], folder, limit)
         say(found.summary())
 
 

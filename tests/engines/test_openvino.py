@@ -22,6 +22,7 @@ from fastgen.engines.cache.artifacts import artifacts  # noqa: E402
 from fastgen.engines.openvino import engine as module  # noqa: E402
 from fastgen.engines.openvino import rewrites  # noqa: E402
 from fastgen.engines.openvino.engine import shared_core  # noqa: E402
+from fastgen.errors import FastgenError  # noqa: E402
 from fastgen.generate.pipeline import load  # noqa: E402
 from fastgen.models.bundle import read_bundle  # noqa: E402
 from fastgen.models.folder import load_model  # noqa: E402
@@ -303,6 +304,38 @@ def test_ctrl_c_works_after_another_thread_freed_the_engine(label_bundle):
         check=False,
     )
     assert (done.returncode, done.stdout) == (0, "interrupted\n"), done.stderr
+
+
+@pytest.mark.parametrize("wrong_loads", [0, 1, 2, 3])
+@pytest.mark.parametrize("guided", [False, True])
+def test_lanes_that_do_not_agree_are_loaded_again(text_bundle, monkeypatch, guided, wrong_loads):
+    """OpenVINO sometimes loads a network that is less precise in one lane than in the other."""
+    engine = module.Engine(read_bundle(text_bundle), dtype="fp32")
+    sample, timestep, *conds = engine.samples("unet", 2)
+    inputs = (sample, timestep, *(np.concatenate([c, c]) for c in conds)) if guided else (sample, timestep, *conds)
+    run = engine.run_guided if guided else lambda *x: engine.run("unet", *x)[0]
+    expected, load, loads = run(*inputs), engine._load, []
+    engine._lanes.clear()
+
+    class Coarse:
+        def __init__(self, lane):
+            self.start, self._lane = lane.start, lane
+
+        def outputs(self):
+            return [y + np.float32(1e-3) for y in self._lane.outputs()]
+
+    def coarse(*arguments):
+        loads.append(arguments)
+        first, second = load(*arguments)
+        return [first, Coarse(second) if len(loads) <= wrong_loads else second]
+
+    monkeypatch.setattr(engine, "_load", coarse)
+    if wrong_loads == 3:
+        with pytest.raises(FastgenError, match=r"unet: OpenVINO .* computes it differently in threads side by side"):
+            run(*inputs)
+        return
+    assert np.array_equal(run(*inputs), expected)
+    assert len(loads) == wrong_loads + 1
 
 
 @pytest.mark.parametrize("guided", [False, True])

@@ -22,14 +22,15 @@ from PIL import Image  # noqa: E402
 import export.certificate  # noqa: E402
 from export.calibration import STEPS, calibration_requests, calibration_rows, cropped, stratified  # noqa: E402
 from export.certificate import UNSCORED, certify  # noqa: E402
-from export.int8 import layer_nodes, write_int8  # noqa: E402
+from export.int8 import budget, layer_nodes, write_int8  # noqa: E402
 from export.quantisation import Layer, Quantisation, quantisation_name  # noqa: E402
 from export.sensitivity import (  # noqa: E402
-    _largest_inputs,
     chosen,
+    input_spans,
     predicted_error,
     quantised_output,
-    round_to_8_bits,
+    round_inputs,
+    round_weights,
     sensitivities,
 )
 from export.task_score import ScoreRow  # noqa: E402
@@ -64,11 +65,11 @@ def rows(models):
 def true_error(module, rows, names):
     """What these layers in eight bits change in the output, relative L2, by running the network with them."""
     layers = {n: m for n, m in module.named_modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Linear)}
-    largest = _largest_inputs(module, layers, rows)
+    spans = input_spans(module, layers, rows)
     outputs = []
     for quantised in (False, True):
         handles = [
-            layers[name].register_forward_hook(lambda m, x, y, name=name: quantised_output(m, x[0], largest[name]))
+            layers[name].register_forward_hook(lambda m, x, y, name=name: quantised_output(m, x[0], spans[name]))
             for name in (names if quantised else ())
         ]
         with torch.no_grad():
@@ -82,11 +83,14 @@ def true_error(module, rows, names):
 @given(st.lists(st.floats(-100, 100, width=32), min_size=1, max_size=40).filter(lambda v: max(map(abs, v)) > 1e-6))
 def test_rounding_moves_a_number_by_at_most_half_a_step_and_keeps_zero(values):
     x = torch.tensor([0.0, *values])
-    largest = float(x.abs().max())
-    rounded = round_to_8_bits(x, largest)
-    assert float((rounded - x).abs().max()) <= largest / 127 / 2 * 1.01
+    span = float(x.min()), float(x.max())
+    rounded = round_inputs(x, span)
+    assert float((rounded - x).abs().max()) <= (span[1] - span[0]) / 255 * 1.01
     assert rounded[0] == 0
-    assert len(rounded.unique()) <= 255
+    weights = round_weights(torch.stack([x, 2 * x]))
+    assert float((weights[0] - x).abs().max()) <= float(x.abs().max()) / 127 / 2 * 1.01
+    assert torch.equal(2 * weights[0], weights[1])
+    assert weights[0, 0] == 0
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -189,12 +193,12 @@ def test_an_upsamplers_convolution_is_four_nodes(lowered_bundle, tmp_path):
     rows = [
         (rng.standard_normal((1, 3, 8, 8)).astype(np.float32), np.array([t], np.float32)) for t in (0, 300, 600, 999)
     ]
-    found = write_int8(module, "unet", signature, rows, tmp_path / "fp32/model.onnx", tmp_path)
+    found = write_int8(module, "unet", signature, rows, tmp_path / "fp32/model.onnx", tmp_path, 0.04)
     assert next(e for e in found.layers if "upsamplers" in e.name).quantised
 
 
 @pytest.mark.parametrize(("kind", "networks"), [("text", ("unet", "vae_decoder")), ("labels", ("unet",))])
-def test_graphs_hold_symmetric_pairs_around_the_layers_of_the_table(lowered_bundle, kind, networks):
+def test_graphs_hold_pairs_around_the_layers_of_the_table(lowered_bundle, kind, networks):
     folder = lowered_bundle(kind, "int8")
     bundle = read_bundle(folder)
     bundle.verify("int8")
@@ -205,8 +209,9 @@ def test_graphs_hold_symmetric_pairs_around_the_layers_of_the_table(lowered_bund
         model = onnx.load(bundle.network(network, "int8"))
         initial = {i.name: onnx.numpy_helper.to_array(i) for i in model.graph.initializer}
         pairs = [node for node in model.graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
-        assert all(initial[node.input[2]].dtype == np.int8 for node in pairs)
-        assert all(not initial[node.input[2]].any() for node in pairs)
+        for node in pairs:  # inputs have a zero point, weights none
+            zero = initial[node.input[2]]
+            assert zero.dtype == np.uint8 or (zero.dtype == np.int8 and not zero.any() and node.input[0] in initial)
         weights = [initial[n.input[0]] for n in pairs if n.op_type == "DequantizeLinear" and n.input[0] in initial]
         assert len(weights) >= len(quantised)
         assert all(weight.dtype == np.int8 and np.abs(weight.astype(int)).max() <= 127 for weight in weights)
@@ -251,12 +256,12 @@ def test_openvino_computes_what_the_graph_says(lowered_bundle, kind):
     join_quantisation(model)
     joined = [node for node in model.get_ordered_ops() if node.get_type_name() == "FakeQuantize"]
     assert 0 < len(joined) <= pairs
-    for node in joined:  # as wide as the integers -128 to 127, in both places
+    for node in joined:  # 0 is one of the 256 numbers
         low, high = (float(node.input_value(i).get_node().get_data()) for i in (1, 2))
-        assert math.isclose(low / high, -128 / 127, rel_tol=1e-5)
+        assert abs(low / (high - low) * 255 - round(low / (high - low) * 255)) < 1e-3
     model.reshape({port.any_name: list(x.shape) for port, x in zip(model.inputs, inputs, strict=True)})
     output = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(list(inputs))[0]
-    assert np.linalg.norm(output - expected) < 0.02 * np.linalg.norm(expected)
+    assert np.linalg.norm(output - expected) < 0.05 * np.linalg.norm(expected)  # unjoined: 0.5 in a real UNet
 
 
 def test_guided_and_split_batches_agree_with_single_rows(lowered_bundle):
@@ -266,7 +271,7 @@ def test_guided_and_split_batches_agree_with_single_rows(lowered_bundle):
     both = [np.concatenate([c, c[::-1]]) for c in conds]
     guided = engine.run_guided(sample, timestep, *both)
     rows = engine.run("unet", np.concatenate([sample] * 2), np.concatenate([timestep] * 2), *both)[0]
-    assert np.linalg.norm(guided - rows) < 0.02 * np.linalg.norm(rows)
+    assert np.linalg.norm(guided - rows) < 0.05 * np.linalg.norm(rows)
 
 
 def test_a_miss_names_the_worst_layers_and_the_precision_that_passes(fastgen, lowered_bundle, tmp_path, monkeypatch):
@@ -363,13 +368,17 @@ def test_a_cpu_without_instructions_for_int8_is_named(capfd, isa, said):
     assert ("Some CPU has no instructions for it" in err) == said
 
 
-def test_no_layer_bears_eight_bits(models, rows, label_bundle, tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("export.int8").int8.BUDGETS, "unet", 1e-9)
+def test_guidance_tightens_the_denoisers_budget():
+    assert budget("unet", 1.0) == budget("unet", 3.0) == 2 * budget("unet", 6.0)
+    assert budget("vae_decoder", 1.0) == budget("vae_decoder", 8.0)
+
+
+def test_no_layer_bears_eight_bits(models, rows, label_bundle, tmp_path):
     bundle, model = read_bundle(label_bundle), models["labels"]
     signature = bundle.spec.signatures["unet"]
     with pytest.raises(FastgenError, match=r"none of its .* layers bears eight bits; use --dtype bf16 or fp16"):
         write_int8(
-            model.networks()["unet"], "unet", signature, rows("labels")["unet"], bundle.network("unet"), tmp_path
+            model.networks()["unet"], "unet", signature, rows("labels")["unet"], bundle.network("unet"), tmp_path, 1e-9
         )
 
 

@@ -185,12 +185,12 @@ def test_the_default_engine_is_the_first_installed(label_bundle, label_model, mo
 @pytest.mark.parametrize(
     ("engine", "options", "words"),
     [
-        ("ort", {"dtype": "bf16"}, "engine ort executes fp32 on cpu, not bf16"),
+        ("ort", {"dtype": "bf16"}, "engine ort executes fp32 and int8 on cpu, not bf16"),
         ("ort", {"dtype": "fp8"}, "not fp8"),
         ("ort", {"device": "cuda"}, "this onnxruntime is built for the CPU alone"),
         ("ort", {"device": "gpu"}, "engine ort runs on cpu, cuda, cuda:N"),
         ("openvino", {"device": "cuda:0"}, "engine openvino runs on cpu, not cuda:0"),
-        ("openvino", {"dtype": "int8"}, "executes bf16, fp32, fp16, not int8"),
+        ("openvino", {"dtype": "fp8"}, "executes bf16, fp32, fp16, int8, not fp8"),
         ("ort", {"threads": 0}, "threads is 0, expected at least 1"),
         ("openvino", {"threads": -2}, "threads is -2, expected at least 1"),
         ("eager", {"device": "gpu"}, "device 'gpu': engine eager runs on cpu, cuda, cuda:N"),

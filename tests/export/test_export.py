@@ -145,7 +145,7 @@ def test_a_folder_with_something_else_in_it_is_left_alone(model, tmp_path):
         ({"solvers": ["ddim"]}, "solver 'ddim' is not NAME:STEPS"),
         ({"solvers": ["ddim:0"]}, "solver 'ddim:0' is not NAME:STEPS"),
         ({"solvers": ["dimm:5"]}, "unknown scheduler 'dimm'; did you mean 'ddim'?"),
-        ({"engines": ["ort:bf16"]}, "engine ort executes fp32, fp16, not bf16"),
+        ({"engines": ["ort:bf16"]}, "engine ort executes fp32, fp16, int8, not bf16"),
         ({"dtype": "fp8"}, "unknown dtype 'fp8'"),
         ({"trt": True, "batch_sizes": []}, "batch sizes are [], expected one or more positive integers"),
         ({"trt": True, "batch_sizes": [8, 0]}, "batch sizes are [8, 0], expected one or more positive integers"),

@@ -106,8 +106,8 @@ OPTIONS: list[tuple[list[str], str]] = [
         for value in ("0", "nonsense", "1,,2", "-1", "9" * 30, "1.5", "", "1;8")
     ),
     (["--batch-sizes", "1,8"], "--trt"),
-    *((["--dtype", value], "dtype") for value in ("nonsense", "FP16", "int8", "float16")),
-    *((["--engine", value], "engine") for value in ("", "nonsense", "ort:int8", "eager", ":fp32", "ortt")),
+    *((["--dtype", value], "dtype") for value in ("nonsense", "FP16", "int4", "float16")),
+    *((["--engine", value], "engine") for value in ("", "nonsense", "ort:int4", "eager", ":fp32", "ortt")),
     (["--capabilities", "8.6"], "--rtx"),
 ]
 

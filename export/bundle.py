@@ -102,7 +102,7 @@ def export(
         say("TensorRT engines cannot be built here; the bundle is written and certified all the same")
     if not is_bundle(model):
         calibrated = None if calibration is None else Path(calibration)
-        write_bundle(model, out, BundleOptions(solvers, dtype, calibrated), overwrite, say, **how)
+        write_bundle(model, out, BundleOptions(solvers, dtype, calibrated, task), overwrite, say, **how)
         bundle = read_bundle(out)
     elif calibration is not None:
         raise InputError(f"--calibration: {model} is a bundle already; give the model folder")
@@ -116,8 +116,8 @@ def export(
             )
         _check_holds(bundle, dtype)
         check_bundle_of(model, bundle.spec.checkpoint, checkpoint)
-    if task is not None:
-        task.check(bundle)
+        if task is not None:
+            task.check(bundle.spec.condition)
     certificates = []
 
     def add(name: str, precision: str | None, networks: Sequence[str] | None = None) -> None:

@@ -45,8 +45,6 @@ MAX_GREY_LEVELS = 2.0
 MIN_CODEBOOK_PSNR_DB = 45.0
 FACTORS = {"fp16": 1.5, "bf16": 1.5}  # largest distance from fp32, as a multiple of eager's in the same precision
 MIN_COSINE = {"fp16": 0.9999, "bf16": 0.999, "int8": 0.995}
-
-
 UNSCORED = "the task's own score was not compared, only PSNR: give --requests and --evaluator"
 
 

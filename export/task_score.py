@@ -21,6 +21,8 @@ from fastgen.generate.settings import Settings
 if TYPE_CHECKING:
     from fastgen.engines.base import Engine
     from fastgen.models.bundle import Bundle
+    from fastgen.models.condition import Condition
+    from fastgen.scoring.scorer import Scorer
 
 SEEDS = 5
 BATCH = 16
@@ -33,12 +35,23 @@ class Task:
     requests: Path
     evaluator: str
 
-    def check(self, bundle: Bundle) -> list[Request]:
+    def read(self, condition: Condition) -> list[Request]:
         """The file's requests. InputError for those of another kind of model."""
         with located(f"--requests {self.requests}"):
-            requests = parse_requests(self.requests).known(bundle.spec.condition.names)
-            check_requests(requests, bundle.spec.condition)
+            requests = parse_requests(self.requests).known(condition.names)
+            check_requests(requests, condition)
             return requests
+
+    def check(self, condition: Condition) -> None:
+        """Raise what `read` and `scorer` raise, before any work is done."""
+        self.read(condition)
+        self.scorer()
+
+    def scorer(self) -> Scorer:
+        """What scores the images. InputError for an evaluator that is none, FastgenError without torch."""
+        from fastgen.scoring import Scorer
+
+        return Scorer(evaluator=self.evaluator)
 
 
 @dataclass(frozen=True)
@@ -70,10 +83,9 @@ def score_rows(engine: Engine, bundle: Bundle, task: Task) -> list[ScoreRow]:
 
     Raises InputError for requests or an evaluator that do not suit the model, FastgenError without torch.
     """
-    from fastgen.scoring import Scorer, compare
+    from fastgen.scoring import compare
 
-    requests = task.check(bundle)
-    scorer = Scorer(evaluator=task.evaluator)
+    requests, scorer = task.read(bundle.spec.condition), task.scorer()
     engines: Mapping[str, Engine] = {
         "fp32": create_engine(engine.name, bundle, device=engine.device, dtype="fp32"),
         engine.dtype: engine,

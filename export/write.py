@@ -36,6 +36,7 @@ from fastgen.models.spec import Spec
 from fastgen.sampling.tables import format_key, parse_key
 
 if TYPE_CHECKING:
+    from export.task_score import Task
     from fastgen.models.folder import Model
     from fastgen.sampling.defaults import Sampling
 
@@ -46,12 +47,14 @@ PACKAGES = ("torch", "diffusers", "transformers", "onnx", "onnxscript")
 class BundleOptions:
     """What a bundle holds besides the model itself: tables of `solvers`, `NAME:STEPS[:NOISE_STEPS]`, and graphs in `dtype`.
 
-    `calibration`: a request file for graphs in int8; None: the certificate's requests.
+    `calibration`: a request file for graphs in int8; None: the certificate's requests. `task`: of the certificate, which is
+    checked before anything is exported.
     """
 
     solvers: Sequence[str] = ()
     dtype: str = "fp32"
     calibration: Path | None = None
+    task: Task | None = None
 
     def graphs(self, model: Model) -> dict[str, str]:
         """Network -> precision, of all graphs in less than fp32."""
@@ -79,6 +82,11 @@ def write_bundle(model_folder: Path, out: Path, options: BundleOptions, overwrit
     _check_solvers(model, options.solvers)
     if options.calibration is not None:
         calibration_requests(options.calibration, model.spec.condition)
+        if bundle is not None and graph_name("unet", "int8") in bundle.files:
+            held = f"{out} holds int8 graphs already, calibrated when they were made"
+            raise InputError(f"--calibration: {held}; --overwrite exports it again")
+    if options.task is not None:
+        options.task.check(model.spec.condition)
     if bundle is None:
         with new_folder(out, existing="replace") as partial:
             _fill(partial, out, model, options, say)

@@ -334,6 +334,8 @@ def test_calibration_takes_a_request_file(models, tmp_path):
         (("--calibration", "few.json"), "--calibration is for graphs in int8; give --dtype int8 too"),
         (("--dtype", "fp16", "--requests", "few.json", "--evaluator", "x"), "give --dtype int8 too"),
         (("--dtype", "int8", "--requests", "few.json"), "--requests and --evaluator go together"),
+        (("--dtype", "int8", "--requests", "prompts.json", "--evaluator", "evaluator-iclevr"), "this model takes"),
+        (("--dtype", "int8", "--requests", "few.json", "--evaluator", "no"), "no"),
         (("--dtype", "int8", "--trt"), "--dtype int8 is for engines openvino and ort; --trt and --rtx take"),
         (("--dtype", "int8", "--rtx"), "--dtype int8 is for engines openvino and ort; --trt and --rtx take"),
         (("--dtype", "int8", "--triton", "repo"), "--triton take fp16, bf16 or fp32"),
@@ -348,6 +350,15 @@ def test_wrong_options_are_one_line(fastgen, label_model, tmp_path, monkeypatch,
     assert (code, out) == (2, "")
     assert words in err.splitlines()[-1]
     assert not Path("bundle").exists()
+
+
+def test_a_calibration_that_comes_too_late_is_refused(fastgen, label_model, lowered_bundle, tmp_path):
+    bundle = shutil.copytree(lowered_bundle("labels", "int8"), tmp_path / "bundle")
+    (tmp_path / "many.json").write_text(json.dumps([["red cube"]] * 9))
+    options = ("--dtype", "int8", "--calibration", tmp_path / "many.json")
+    code, _, err = fastgen("export", label_model, "--out", bundle, *options)
+    assert code == 2
+    assert f"{bundle} holds int8 graphs already" in err.splitlines()[-1]
 
 
 def test_engines_and_bundles_without_int8_say_so(fastgen, label_model, label_bundle, tmp_path):

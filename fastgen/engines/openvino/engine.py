@@ -20,12 +20,13 @@ import numpy as np
 from fastgen.engines import base
 from fastgen.engines.base import announce
 from fastgen.engines.cache.artifacts import Artifact, Recipe, obtain
-from fastgen.engines.machine import cpu
+from fastgen.engines.machine import cpu, has_int8
 from fastgen.engines.openvino.rewrites import (
     CONDITION,
     VERSION,
     interleave_channels_last,
     join_quantisation,
+    multiply_weights,
     normalise_channels_last,
     numbers,
     pad_products,
@@ -237,6 +238,8 @@ class Engine(base.Engine):
         try:
             model = self._core.read_model(path)
             join_quantisation(model)
+            if not has_int8(self._cpu):
+                multiply_weights(model)
             if guided and not share_rows(model):
                 raise NotSharedError
             counts = [2 * rows if guided and i >= CONDITION else rows for i in range(len(inputs))]

@@ -8,7 +8,7 @@ import numpy as np
 
 from fastgen.engines import has_distribution
 from fastgen.engines.base import announce_int8
-from fastgen.engines.machine import cpu
+from fastgen.engines.machine import cpu, has_int8
 from fastgen.engines.ort.cuda import PROVIDER, CudaEngine
 from fastgen.engines.ort.session import OrtEngine, failure
 from fastgen.errors import InputError
@@ -75,7 +75,10 @@ class Engine(OrtEngine):
 
         path = self.graph(network)
         try:
-            return ort.InferenceSession(path, self.session_options(), providers=["CPUExecutionProvider"]), path
+            options = self.session_options()
+            if self.executed(network) == "int8" and not has_int8(cpu()):  # sums of products in 16 bits would overflow
+                options.add_session_config_entry("session.x64quantprecision", "1")
+            return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"]), path
         except Exception as error:  # onnxruntime's exceptions share no public base class
             raise failure(path, "load", error) from None
 

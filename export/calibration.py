@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from torch import Tensor, nn
 
 from export.reference import possible_steps, sample_requests
 from fastgen.engines.eager.engine import Engine as Eager
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
 # Of the model's own solver, over its whole schedule, as what layers see changes with the noise: the first number it can do.
 STEPS = (8, 16, 32)
 LEAST, MOST = 8, 16  # requests
+Span = tuple[float, float]  # the smallest and the largest number, not above and not below 0
 Rows = list[tuple[np.ndarray, ...]]  # one row of every input of a network, (1, ...), in the order of its signature
 
 
@@ -43,9 +47,18 @@ def calibration_requests(path: Path | None, condition: Condition) -> list[Reques
     return [requests[i] for i in places]
 
 
-def calibration_rows(model: Model, requests: Sequence[Request]) -> dict[str, Rows]:
-    """Network -> the rows that eager fp32 gives it for these requests, with the model's own solver and guidance in `STEPS`
-    steps: for the UNet every step with and without the condition, for the VAE decoder the final latents."""
+@dataclass(frozen=True)
+class Calibration:
+    """What networks see while their model makes images: network -> `rows`, inputs; network -> layer -> `spans`, the smallest
+    and the largest number of the layer's own inputs, for convolutions and linear layers in the order in which they run."""
+
+    rows: Mapping[str, Rows]
+    spans: Mapping[str, Mapping[str, Span]]
+
+
+def calibrate(model: Model, requests: Sequence[Request]) -> Calibration:
+    """Make images for these requests with eager fp32 and the model's own solver and guidance, in `STEPS` steps. The UNet sees
+    every step with and without the condition, the VAE decoder the final latents."""
     recorder = Recorder(model)
     sampling = model.spec.sampling
     run = Run(
@@ -53,9 +66,37 @@ def calibration_rows(model: Model, requests: Sequence[Request]) -> dict[str, Row
         requests,
         Settings(sampling.scheduler, possible_steps(model, STEPS), sampling.guidance_scale),
     )
-    for batch in run.batches(len(requests)):
-        run.images(batch)
-    return recorder.rows
+    with ExitStack() as stack:
+        spans = {name: stack.enter_context(input_spans(model.networks()[name])) for name in recorder.rows}
+        for batch in run.batches(len(requests)):
+            run.images(batch)
+    return Calibration(recorder.rows, spans)
+
+
+@contextmanager
+def input_spans(module: nn.Module) -> Iterator[dict[str, Span]]:
+    """Layer -> the span of its inputs: of those that run within the block, in the order in which they run."""
+    spans: dict[str, Span] = {}
+
+    def hook(name: str) -> Any:
+        def keep(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            low, high = spans.get(name, (0.0, 0.0))
+            least, most = inputs[0].detach().aminmax()
+            spans[name] = min(low, float(least)), max(high, float(most))
+
+        return keep
+
+    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers(module).items()]
+    try:
+        yield spans
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def layers(module: nn.Module) -> dict[str, nn.Conv2d | nn.Linear]:
+    """What eight bits are for: a network's convolutions and linear layers, by their names."""
+    return {name: child for name, child in module.named_modules() if isinstance(child, nn.Conv2d | nn.Linear)}
 
 
 class Recorder(Eager):

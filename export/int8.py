@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +19,10 @@ import onnx_ir as ir
 from msgspec import to_builtins
 from torch import nn
 
-from export.calibration import Rows, cropped, stratified
+from export.calibration import Rows, Span, cropped, stratified
 from export.quantisation import Layer, Quantisation, quantisation_name
 from export.rewrite import SubpixelUpsample, fuse_attention, is_upsample_conv
-from export.sensitivity import chosen, predicted_error, sensitivities
+from export.sensitivity import sensitivities
 from fastgen.engines.ort.session import fused_name
 from fastgen.errors import FastgenError, one_line
 from fastgen.files.folders import scratch_folder
@@ -30,45 +30,47 @@ from fastgen.files.jsonfiles import write_json
 from fastgen.models.bundle import graph_name
 from fastgen.models.signatures import Signature
 
-# The most that eight bits may change in a network's output, relative L2. The certificate allows .1 (cosine .995), with what the
-# precision around the layers adds; a decoder's output is the picture itself. Guidance multiplies the difference of two outputs,
-# and with it their errors: the UNet's budget is for a guidance scale of at most `GUIDANCE`, and falls with larger ones.
-BUDGETS = {"unet": 0.04, "vae_decoder": 0.02}
-GUIDANCE = 3.0
 SENSITIVITY_ROWS = 4
 CALIBRATION_ROWS = 64
 LATENT = 16  # pixels of a side, of the decoder's latents in the table of sensitivities
 OPERATORS = ("Conv", "MatMul", "Gemm")
 
 
-def budget(network: str, guidance_scale: float) -> float:
-    """The most that eight bits may change in this network's output, relative L2."""
-    return BUDGETS[network] / (max(1.0, guidance_scale / GUIDANCE) if network == "unet" else 1.0)
-
-
-def write_int8(
-    module: nn.Module, network: str, signature: Signature, rows: Rows, fp32: Path, folder: Path, limit: float
-) -> Quantisation:
-    """Choose the layers of `network` by their sensitivity, and write its graph in eight bits, made from the graph `fp32`, and
-    the table of layers below `folder`. `rows`: what the network sees while it makes images; `limit`: see `budget`.
-
-    Raises FastgenError when onnxruntime cannot quantise the graph, or no layer can be.
-    """
+def layer_table(
+    module: nn.Module, network: str, rows: Rows, spans: Mapping[str, Span], nodes: Collection[str]
+) -> list[Layer]:
+    """The layers of a network with what eight bits change in each, see `sensitivities`; `quantised` are those that have `nodes`
+    in its graph. `rows`: what the network sees while it makes images."""
     measured = stratified(rows, SENSITIVITY_ROWS)
     if network == "vae_decoder":
         measured = cropped(measured, LATENT)
-    table = chosen(sensitivities(module, measured), limit)
-    nodes = layer_nodes(module, fp32)
-    table = [Layer(e.name, e.error, e.products, e.quantised and e.name in nodes) for e in table]
-    if not any(layer.quantised for layer in table):
-        raise FastgenError(f"{network}: none of its {len(table)} layers bears eight bits; use --dtype bf16 or fp16")
-    result = Quantisation(limit, predicted_error(table), tuple(table))
+    table = sensitivities(module, measured, spans)
+    return [Layer(layer.name, layer.error, layer.products, layer.name in nodes) for layer in table]
+
+
+def write_int8(
+    network: str,
+    signature: Signature,
+    rows: Rows,
+    fp32: Path,
+    folder: Path,
+    found: Quantisation,
+    nodes: Mapping[str, Sequence[str]],
+) -> None:
+    """Write a network's graph with the layers in eight bits that `found` says, made from the graph `fp32`, and the table of
+    layers, below `folder`. `rows`: what the network sees while it makes images; `nodes`: see `layer_nodes`.
+
+    Raises FastgenError when onnxruntime cannot quantise the graph, or no layer is to be.
+    """
+    names = [node for layer in found.layers if layer.quantised for node in nodes[layer.name]]
+    if not names:
+        raise FastgenError(
+            f"{network}: none of its {len(found.layers)} layers bears eight bits; use --dtype bf16 or fp16"
+        )
     path = folder / graph_name(network, "int8")
     path.parent.mkdir(parents=True, exist_ok=True)
-    names = [node for layer in table if layer.quantised for node in nodes[layer.name]]
     _quantise(fp32, path, signature, stratified(rows, CALIBRATION_ROWS), names)
-    write_json(folder / quantisation_name(network), to_builtins(result))
-    return result
+    write_json(folder / quantisation_name(network), to_builtins(found))
 
 
 def layer_nodes(module: nn.Module, graph: Path) -> dict[str, list[str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import importlib.metadata
+import math
 import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -282,6 +283,16 @@ def flat(arrays: Sequence[np.ndarray]) -> np.ndarray:
 
 def relative_l2(expected: np.ndarray, outputs: np.ndarray) -> float:
     return float(np.linalg.norm(expected - outputs) / max(float(np.linalg.norm(expected)), 1e-30))
+
+
+def psnr_db(expected: np.ndarray, values: np.ndarray, peak: float = 1.0) -> float:
+    """Peak signal-to-noise ratio, in dB, of values most of which are in [-peak, peak]."""
+    return 10 * math.log10(4 / max(float(np.mean(((expected - values) / peak) ** 2)), 1e-20))
+
+
+def latents_peak(expected: np.ndarray) -> float:
+    """What counts as an image's 1 in final latents: two standard deviations of them."""
+    return 2 * max(float(expected.std()), 1e-6)
 
 
 def sample_requests(condition: Condition) -> list[Request]:

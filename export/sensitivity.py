@@ -10,19 +10,19 @@ Errors of different layers are taken as independent: their squares add up.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from export.calibration import Rows
+from export.calibration import Rows, Span, layers
 from export.quantisation import Layer
 
 PROBES = 4  # sign vectors per row
 LEVELS = 127
-Span = tuple[float, float]  # the smallest and the largest number, not above and not below 0
 LEAST_SHARE = 2e-4  # of the network's products: a smaller layer costs more to quantise than it saves
 
 
@@ -39,18 +39,17 @@ def round_inputs(x: Tensor, span: Span) -> Tensor:
     return ((x / scale).round().clamp(-zero, 255 - zero)) * scale
 
 
-def sensitivities(module: nn.Module, rows: Rows, seed: int = 0) -> list[Layer]:
+def sensitivities(module: nn.Module, rows: Rows, spans: Mapping[str, Span], seed: int = 0) -> list[Layer]:
     """The table of a network's convolutions and linear layers in the order in which they run, with all of them `quantised`.
 
-    `rows`: inputs, of which each is run on its own, so that memory does not grow with their number.
+    `rows`: inputs, of which each is run on its own, so that memory does not grow with their number. `spans`: of the layers'
+    inputs, see `calibration.Calibration`.
     """
-    layers = {name: child for name, child in module.named_modules() if isinstance(child, nn.Conv2d | nn.Linear)}
-    spans = input_spans(module, layers, rows)
     squares = dict.fromkeys(spans, 0.0)
     products = dict.fromkeys(spans, 0.0)
     energy, signs = 0.0, torch.Generator().manual_seed(seed)
     for row in rows:
-        probe = _Probe(layers, spans)
+        probe = _Probe(layers(module), spans)
         with probe, torch.enable_grad():
             output = _first(module(*(torch.from_numpy(x) for x in row)))
             energy += float(output.detach().double().square().sum())
@@ -67,9 +66,10 @@ def sensitivities(module: nn.Module, rows: Rows, seed: int = 0) -> list[Layer]:
 
 
 def chosen(table: Sequence[Layer], budget: float) -> list[Layer]:
-    """The table with `quantised` decided: layers with the most error for the products that they save stay in higher precision,
-    until the others together change the output by at most `budget` (relative L2). So do layers of next to no products."""
-    worth = [layer for layer in table if layer.products >= LEAST_SHARE]
+    """The table with `quantised` decided, of those that can be: layers with the most error for the products that they save stay
+    in higher precision, until the others together change the output by at most `budget` (relative L2). So do layers of next to
+    no products."""
+    worth = [layer for layer in table if layer.quantised and layer.products >= LEAST_SHARE]
     worth.sort(key=lambda layer: layer.error**2 / layer.products)
     total, quantised = 0.0, set()
     for layer in worth:
@@ -135,26 +135,26 @@ def quantised_output(layer: nn.Conv2d | nn.Linear, x: Tensor, span: Span) -> Ten
     return layer._conv_forward(x, weight, layer.bias)
 
 
-def input_spans(module: nn.Module, layers: Mapping[str, nn.Module], rows: Rows) -> dict[str, Span]:
-    """Layer -> the span of its inputs, for those that run, in the order in which they run."""
-    spans: dict[str, Span] = {}
-
-    def hook(name: str) -> Any:
-        def keep(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            low, high = spans.get(name, (0.0, 0.0))
-            spans[name] = min(low, float(inputs[0].min())), max(high, float(inputs[0].max()))
-
-        return keep
-
-    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
+@contextmanager
+def eight_bits(module: nn.Module, table: Sequence[Layer], spans: Mapping[str, Span]) -> Iterator[None]:
+    """Within the block a network computes its `quantised` layers with inputs and weights in eight bits, as engines do."""
+    found = layers(module)
+    names = [layer.name for layer in table if layer.quantised]
+    weights = {name: found[name].weight.data for name in names}
+    handles = [found[name].register_forward_pre_hook(_round_first(spans[name])) for name in names]
     try:
-        with torch.no_grad():
-            for row in rows:
-                module(*(torch.from_numpy(x) for x in row))
+        for name, weight in weights.items():
+            found[name].weight.data = round_weights(weight)
+        yield
     finally:
+        for name, weight in weights.items():
+            found[name].weight.data = weight
         for handle in handles:
             handle.remove()
-    return spans
+
+
+def _round_first(span: Span) -> Any:
+    return lambda layer, inputs: (round_inputs(inputs[0], span), *inputs[1:])
 
 
 def _first(output: Any) -> Tensor:

@@ -10,9 +10,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from export.calibration import calibration_requests
 from export.extend import add_files, check_replaceable, sweep
-from export.reference import distances_name, image_steps, write_distances, write_reference
+from export.reference import distances_name, image_steps, read_reference, write_distances, write_reference
 from fastgen import __version__
 from fastgen.errors import InputError, Say
 from fastgen.files.folders import new_folder, scratch_folder
@@ -81,6 +80,8 @@ def write_bundle(model_folder: Path, out: Path, options: BundleOptions, overwrit
     bundle = _existing(out, model, options, overwrite)
     _check_solvers(model, options.solvers)
     if options.calibration is not None:
+        from export.calibration import calibration_requests
+
         calibration_requests(options.calibration, model.spec.condition)
         if bundle is not None and graph_name("unet", "int8") in bundle.files:
             held = f"{out} holds int8 graphs already, calibrated when they were made"
@@ -126,7 +127,8 @@ def _fill(partial: Path, out: Path, model: Model, options: BundleOptions, say: S
         say("running the eager fp32 reference")
         write_reference(model, partial / REFERENCE)
     _fill_lowered(partial, model, options.graphs(model), options.distances(), partial / REFERENCE, say)
-    _fill_int8(partial, model, options, {name: partial / graph_name(name, "fp32") for name in model.networks()}, say)
+    fp32 = {name: partial / graph_name(name, "fp32") for name in model.networks()}
+    _fill_int8(partial, model, options, fp32, partial / REFERENCE, say)
     write_json(partial / MANIFEST, sealed(_manifest(model.spec) | {"files": record_files(partial)}))  # the last file
 
 
@@ -146,23 +148,28 @@ def _fill_lowered(
         write_distances(model, reference, dtype, folder / distances_name(dtype))
 
 
-def _fill_int8(folder: Path, model: Model, options: BundleOptions, fp32: Mapping[str, Path], say: Say) -> None:
+def _fill_int8(
+    folder: Path, model: Model, options: BundleOptions, fp32: Mapping[str, Path], reference: Path, say: Say
+) -> None:
     """Write the graphs in eight bits, made from the `fp32` ones, and what of them stays in higher precision."""
     networks = [name for name, dtype in options.graphs(model).items() if dtype == "int8"]
     if not networks:
         return
-    from export.calibration import calibration_rows
-    from export.int8 import budget, write_int8
+    from export.calibration import calibrate, calibration_requests
+    from export.fitting import fit
+    from export.int8 import layer_nodes, layer_table, write_int8
 
     requests = calibration_requests(options.calibration, model.spec.condition)
     say(f"calibrating int8: what the networks see while eager makes {len(requests)} images")
-    rows = calibration_rows(model, requests)
+    seen, modules = calibrate(model, requests), model.networks()
+    nodes = {name: layer_nodes(modules[name], fp32[name]) for name in networks}
+    tables = {n: layer_table(modules[n], n, seen.rows[n], seen.spans[n], nodes[n]) for n in networks}
+    say("making images in int8, to see how much of the networks it may be")
+    found = fit(model, tables, seen.spans, read_reference(reference), say)
     for name in networks:
         say(f"quantising {name}")
-        limit = budget(name, model.spec.sampling.guidance_scale)
-        module, signature = model.networks()[name], model.spec.signatures[name]
-        found = write_int8(module, name, signature, rows[name], fp32[name], folder, limit)
-        say(found.summary())
+        write_int8(name, model.spec.signatures[name], seen.rows[name], fp32[name], folder, found[name], nodes[name])
+        say(found[name].summary())
 
 
 def _extend(bundle: Bundle, partial: Path, model: Model, options: BundleOptions, say: Say) -> None:
@@ -179,7 +186,8 @@ def _extend(bundle: Bundle, partial: Path, model: Model, options: BundleOptions,
     say(f"{out} holds these weights already, but not all in {', '.join(dict.fromkeys([*graphs.values(), *distances]))}")
     _fill_lowered(partial, model, graphs, distances, bundle.file(REFERENCE), say)
     if "int8" in graphs.values():
-        _fill_int8(partial, model, options, {name: bundle.network(name) for name in model.networks()}, say)
+        fp32 = {name: bundle.network(name) for name in model.networks()}
+        _fill_int8(partial, model, options, fp32, bundle.file(REFERENCE), say)
     add_files(bundle, partial)
 
 

@@ -20,15 +20,16 @@ from hypothesis import strategies as st  # noqa: E402
 from PIL import Image  # noqa: E402
 
 import export.certificate  # noqa: E402
-from export.calibration import STEPS, calibration_requests, calibration_rows, cropped, stratified  # noqa: E402
-from export.certificate import UNSCORED, certify  # noqa: E402
-from export.int8 import budget, layer_nodes, write_int8  # noqa: E402
+from export.calibration import STEPS, calibrate, calibration_requests, cropped, input_spans, layers, stratified  # noqa: E402
+from export.certificate import UNSCORED, certify, pictures_pass  # noqa: E402
+from export.fitting import TIGHTER, budget, fit  # noqa: E402
+from export.int8 import layer_nodes, layer_table, write_int8  # noqa: E402
 from export.quantisation import Layer, Quantisation, quantisation_name  # noqa: E402
+from export.reference import bundle_reference  # noqa: E402
 from export.sensitivity import (  # noqa: E402
     chosen,
-    input_spans,
+    eight_bits,
     predicted_error,
-    quantised_output,
     round_inputs,
     round_weights,
     sensitivities,
@@ -50,33 +51,31 @@ def models(text_model, label_model):
 
 
 @pytest.fixture(scope="module")
-def rows(models):
+def seen(models):
     found = {}
 
     def get(kind):
         if kind not in found:
             condition = models[kind].spec.condition
-            found[kind] = calibration_rows(models[kind], calibration_requests(None, condition))
+            found[kind] = calibrate(models[kind], calibration_requests(None, condition))
         return found[kind]
 
     return get
 
 
-def true_error(module, rows, names):
+def table_of(models, seen, kind, network, count=4):
+    rows = stratified(seen(kind).rows[network], count)
+    return sensitivities(models[kind].networks()[network], rows, seen(kind).spans[network])
+
+
+def true_error(module, rows, spans, names):
     """What these layers in eight bits change in the output, relative L2, by running the network with them."""
-    layers = {n: m for n, m in module.named_modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Linear)}
-    spans = input_spans(module, layers, rows)
     outputs = []
-    for quantised in (False, True):
-        handles = [
-            layers[name].register_forward_hook(lambda m, x, y, name=name: quantised_output(m, x[0], spans[name]))
-            for name in (names if quantised else ())
-        ]
-        with torch.no_grad():
+    for quantised in ([], names):
+        table = [Layer(name, 0.0, 0.1, True) for name in quantised]
+        with torch.no_grad(), eight_bits(module, table, spans):
             results = [module(*map(torch.from_numpy, row)) for row in rows]
         outputs.append(torch.cat([(y[0] if isinstance(y, tuple) else y).reshape(-1) for y in results]))
-        for handle in handles:
-            handle.remove()
     return float((outputs[1] - outputs[0]).norm() / outputs[0].norm())
 
 
@@ -94,8 +93,8 @@ def test_rounding_moves_a_number_by_at_most_half_a_step_and_keeps_zero(values):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_rows_are_what_the_networks_see_along_the_models_own_sampling(models, rows, kind):
-    found = rows(kind)
+def test_rows_are_what_the_networks_see_along_the_models_own_sampling(models, seen, kind):
+    found = seen(kind).rows
     unet = found["unet"]
     timesteps = {float(row[1][0]) for row in unet}
     assert len(timesteps) == STEPS[0]
@@ -108,22 +107,38 @@ def test_rows_are_what_the_networks_see_along_the_models_own_sampling(models, ro
 
 
 @pytest.mark.parametrize(("kind", "network"), [("text", "unet"), ("text", "vae_decoder"), ("labels", "unet")])
-def test_the_table_predicts_what_eight_bits_change(models, rows, kind, network):
-    module, some = models[kind].networks()[network], stratified(rows(kind)[network], 4)
-    table = sensitivities(module, some)
+def test_the_table_predicts_what_eight_bits_change(models, seen, kind, network):
+    module, some, spans = models[kind].networks()[network], stratified(seen(kind).rows[network], 4), seen(kind).spans
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    table = table_of(models, seen, kind, network)
     assert math.isclose(sum(layer.products for layer in table), 1, rel_tol=1e-6)
-    everything = true_error(module, some, [layer.name for layer in table])
+    everything = true_error(module, some, spans[network], [layer.name for layer in table])
     assert 0.6 * everything < predicted_error(table) < 1.7 * everything
     largest = sorted(table, key=lambda layer: -layer.error)[:4]
     for layer in largest:
-        assert 0.4 * layer.error < true_error(module, some, [layer.name]) < 2.5 * layer.error, layer.name
-    assert sensitivities(module, some) == table  # the same table every time
+        assert 0.4 * layer.error < true_error(module, some, spans[network], [layer.name]) < 2.5 * layer.error, (
+            layer.name
+        )
+    assert table_of(models, seen, kind, network) == table  # the same table every time
     assert all(parameter.grad is None for parameter in module.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
+def test_spans_hold_all_inputs_of_a_layer(models, seen):
+    module = models["labels"].networks()["unet"]
+    some = seen("labels").rows["unet"]
+    with input_spans(module) as found, torch.no_grad():
+        for row in some:
+            module(*map(torch.from_numpy, row))
+    assert set(found) == set(seen("labels").spans["unet"]) <= set(layers(module))
+    for name, span in seen("labels").spans["unet"].items():
+        assert np.allclose(found[name], span, rtol=1e-3, atol=1e-4)
+        assert span[0] <= 0 <= span[1]
 
 
 def test_layers_with_much_error_for_their_products_stay_in_higher_precision():
     table = [Layer("a", 0.03, 0.5, True), Layer("b", 0.03, 0.01, True), Layer("c", 0.01, 0.48, True)]
-    table.append(Layer("tiny", 1e-6, 1e-6, True))
+    table += [Layer("tiny", 1e-6, 1e-6, True), Layer("not in the graph", 1e-6, 0.01, False)]
     assert [layer.name for layer in chosen(table, 0.04) if layer.quantised] == ["a", "c"]
     assert [layer.name for layer in chosen(table, 0.02) if layer.quantised] == ["c"]
     assert [layer.name for layer in chosen([Layer("d", 0.05, 0.9, True), *table[1:]], 0.04) if layer.quantised] == [
@@ -135,28 +150,29 @@ def test_layers_with_much_error_for_their_products_stay_in_higher_precision():
     assert predicted_error(chosen(table, 0.04)) <= 0.04
 
 
-def test_a_layer_that_outliers_spoil_is_found_and_kept(text_model, rows):
-    module = load_model(text_model).networks()["unet"]
+def test_a_layer_that_outliers_spoil_is_found_and_kept(text_model):
+    model = load_model(text_model)
+    module = model.networks()["unet"]
     name = "unet.up_blocks.1.resnets.0.conv_shortcut"
     layer = dict(module.named_modules())[name]
     with torch.no_grad():  # one channel of the inputs is 3,000 times as large, and next to unused
         previous = module.unet.up_blocks[0].upsamplers[0].conv
         previous.weight[0] *= 3000
         layer.weight[:, 0] /= 3000
-    table = chosen(sensitivities(module, stratified(rows("text")["unet"], 4)), 0.04)
+    found = calibrate(model, calibration_requests(None, model.spec.condition))
+    table = chosen(sensitivities(module, stratified(found.rows["unet"], 4), found.spans["unet"]), 0.04)
     assert max(table, key=lambda e: e.error).name == name
     assert name not in [e.name for e in table if e.quantised]
     assert sum(e.quantised for e in table) > 0
 
 
 @pytest.mark.parametrize(("kind", "network"), [("text", "unet"), ("text", "vae_decoder"), ("labels", "unet")])
-def test_every_layer_is_found_in_the_graph(models, rows, lowered_bundle, kind, network):
+def test_every_layer_is_found_in_the_graph(models, seen, lowered_bundle, kind, network):
     bundle = read_bundle(lowered_bundle(kind, "int8"))
     module = models[kind].networks()[network]
     nodes = layer_nodes(module, bundle.network(network))
-    layers = {layer.name for layer in sensitivities(module, stratified(rows(kind)[network], 1))}
-    assert set(nodes) == layers
-    assert len({node for found in nodes.values() for node in found}) >= len(layers)
+    assert set(nodes) == set(seen(kind).spans[network])
+    assert len({node for found in nodes.values() for node in found}) >= len(nodes)
 
 
 def test_an_upsamplers_convolution_is_four_nodes(lowered_bundle, tmp_path):
@@ -193,8 +209,17 @@ def test_an_upsamplers_convolution_is_four_nodes(lowered_bundle, tmp_path):
     rows = [
         (rng.standard_normal((1, 3, 8, 8)).astype(np.float32), np.array([t], np.float32)) for t in (0, 300, 600, 999)
     ]
-    found = write_int8(module, "unet", signature, rows, tmp_path / "fp32/model.onnx", tmp_path, 0.04)
-    assert next(e for e in found.layers if "upsamplers" in e.name).quantised
+    with input_spans(module) as spans, torch.no_grad():
+        for row in rows:
+            module(*map(torch.from_numpy, row))
+    table = layer_table(module, "unet", rows, spans, nodes)
+    found = Quantisation(1.0, predicted_error(table), tuple(table))
+    write_int8("unet", signature, rows, tmp_path / "fp32/model.onnx", tmp_path, found, nodes)
+    graph = onnx.load(tmp_path / graph_name("unet", "int8"), load_external_data=False).graph
+    producers = {output: node for node in graph.node for output in node.output}
+    for node in graph.node:
+        if node.name in nodes["unet.up_blocks.0.upsamplers.0.conv"]:
+            assert [producers[name].op_type for name in node.input[:2]] == ["DequantizeLinear"] * 2
 
 
 @pytest.mark.parametrize(("kind", "networks"), [("text", ("unet", "vae_decoder")), ("labels", ("unet",))])
@@ -411,13 +436,53 @@ def test_guidance_tightens_the_denoisers_budget():
     assert budget("vae_decoder", 1.0) == budget("vae_decoder", 8.0)
 
 
-def test_no_layer_bears_eight_bits(models, rows, label_bundle, tmp_path):
-    bundle, model = read_bundle(label_bundle), models["labels"]
-    signature = bundle.spec.signatures["unet"]
+def test_no_layer_bears_eight_bits(models, seen, label_bundle, tmp_path):
+    bundle = read_bundle(label_bundle)
+    table = chosen(table_of(models, seen, "labels", "unet"), 1e-9)
+    arguments = bundle.spec.signatures["unet"], seen("labels").rows["unet"], bundle.network("unet"), tmp_path
     with pytest.raises(FastgenError, match=r"none of its .* layers bears eight bits; use --dtype bf16 or fp16"):
-        write_int8(
-            model.networks()["unet"], "unet", signature, rows("labels")["unet"], bundle.network("unet"), tmp_path, 1e-9
-        )
+        write_int8("unet", *arguments, Quantisation(1e-9, 0.0, tuple(table)), {})
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("spoiler", ["unet", "vae_decoder"])
+def test_a_network_that_spoils_the_images_gets_a_smaller_budget(models, seen, text_bundle, monkeypatch, spoiler):
+    import export.fitting
+
+    calibration, lines = seen("text"), []
+    tables = {name: table_of(models, seen, "text", name) for name in ("unet", "vae_decoder")}
+    names = [max(tables[spoiler], key=lambda layer: layer.error).name]
+    spans = {name: dict(found) for name, found in calibration.spans.items()}
+    for name in names:  # its inputs come out as 0 or the highest number, which the table does not know of
+        spans[spoiler][name] = (0.0, 1e4)
+    reference = bundle_reference(read_bundle(text_bundle))
+    monkeypatch.setitem(export.fitting.BUDGETS, spoiler, 1.0)
+    found = fit(models["text"], tables, spans, reference, lines.append)
+    assert len(lines) == export.fitting.TRIES - 1
+    assert all(f"; {spoiler} may change by" in line for line in lines)
+    assert found[spoiler].budget == pytest.approx(1 / TIGHTER ** len(lines))
+    other = "vae_decoder" if spoiler == "unet" else "unet"
+    assert found[other].budget == budget(other, models["text"].spec.sampling.guidance_scale)
+    lines.clear()
+    monkeypatch.undo()
+    found = fit(models["text"], tables, calibration.spans, reference, lines.append)
+    assert all(table.predicted <= table.budget for table in found.values())
+    assert not lines
+
+
+def test_one_picture_of_eight_may_be_another_one_but_none_may_be_noise():
+    rng = np.random.default_rng(0)
+    expected = rng.uniform(-1, 1, (8, 3, 8, 8))
+    near = expected + 0.02 * rng.standard_normal(expected.shape)
+    for level, passed in ((0.3, True), (1.0, False)):
+        found = near.copy()
+        found[3] += level * rng.standard_normal(found[3].shape)
+        verdict, average, lowest = pictures_pass(expected, found)
+        assert verdict == passed
+        assert average > 35
+        assert lowest == pytest.approx(10 * math.log10(4 / level**2), abs=1)
+    worse = expected + 0.08 * rng.standard_normal(expected.shape)
+    assert not pictures_pass(expected, worse)[0]  # 28 dB, all of them
 
 
 def test_latents_are_cropped_in_the_middle():

@@ -1,0 +1,105 @@
+"""How much of a model computes in eight bits: as much as its pictures bear, found by making them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from export.calibration import Span
+from export.certificate import MIN_PSNR_DB, pictures_pass
+from export.quantisation import Layer, Quantisation
+from export.reference import decode_images, latents_peak, sample_latents, whole_runs
+from export.sensitivity import chosen, eight_bits, predicted_error
+from fastgen.engines.eager.engine import Engine as Eager
+from fastgen.errors import Say
+from fastgen.generate.pipeline import Pipeline
+
+if TYPE_CHECKING:
+    from fastgen.models.folder import Model
+
+# The most that eight bits may change in a network's output at first, relative L2. The certificate allows .1 (cosine .995), with
+# what the precision around the layers adds; a decoder's output is the picture itself. Guidance multiplies the difference of two
+# outputs, and with it their errors: the UNet's budget is for a guidance scale up to `GUIDANCE`, and falls with larger ones.
+BUDGETS = {"unet": 0.04, "vae_decoder": 0.02}
+GUIDANCE = 3.0
+TRIES = 4
+TIGHTER = 1.5  # by this factor falls the budget of a network that spoils the pictures
+MARGIN_DB = 1.0  # of the average picture above the certificate's bound: engines round in other ways, and in bf16 around
+
+
+def budget(network: str, guidance_scale: float) -> float:
+    """The most that eight bits may change in this network's output at first, relative L2."""
+    return BUDGETS[network] / (max(1.0, guidance_scale / GUIDANCE) if network == "unet" else 1.0)
+
+
+def fit(
+    model: Model,
+    tables: Mapping[str, Sequence[Layer]],
+    spans: Mapping[str, Mapping[str, Span]],
+    reference: Mapping[str, np.ndarray],
+    say: Say,
+) -> dict[str, Quantisation]:
+    """Choose the layers that compute in eight bits, for each network that `tables` has the layers of.
+
+    The certificate's images are made in eight bits, in eager. Where they are too far from the `reference`, the network that
+    spoils them gets a smaller budget, up to `TRIES` times; the certificate decides about what is left. `spans`: see
+    `calibration.Calibration`.
+    """
+    limits = {name: budget(name, model.spec.sampling.guidance_scale) for name in tables}
+    for last in (False,) * (TRIES - 1) + (True,):
+        found = {}
+        for name, limit in limits.items():
+            table = chosen(tables[name], limit)
+            found[name] = Quantisation(limit, predicted_error(table), tuple(table))
+        if last:
+            break
+        spoiler, average = _spoiler(model, found, spans, reference)
+        if spoiler is None:
+            break
+        limits[spoiler] /= TIGHTER
+        say(
+            f"int8: images at {average:.1f} dB are not near enough; {spoiler} may change by {limits[spoiler]:.3f} at most now"
+        )
+    return found
+
+
+def _spoiler(
+    model: Model,
+    found: Mapping[str, Quantisation],
+    spans: Mapping[str, Mapping[str, Span]],
+    reference: Mapping[str, np.ndarray],
+) -> tuple[str | None, float]:
+    """The network that spoils the pictures, None where they are near enough, and the average PSNR that says so."""
+    whole, pipeline = whole_runs(reference), Pipeline(model, Eager(model, device="cpu", dtype="fp32"))
+    modules = model.networks()
+
+    def in_eight_bits(name: str) -> ExitStack:
+        stack = ExitStack()
+        if name in found:
+            stack.enter_context(eight_bits(modules[name], found[name].layers, spans[name]))
+        return stack
+
+    def average(images: np.ndarray) -> tuple[bool, float]:
+        return _near(np.clip(whole.images, -1, 1), np.clip(images, -1, 1))
+
+    with in_eight_bits("unet"):
+        latents = sample_latents(pipeline, whole.steps)
+    if model.spec.space.latent and whole.latents is not None:
+        near, psnr = _near(whole.latents, latents, latents_peak(whole.latents))
+        if not near:
+            return "unet", psnr
+    latents = latents[: len(whole.images)]
+    with in_eight_bits("vae_decoder"):
+        near, psnr = average(decode_images(pipeline, latents))
+    if near:
+        return None, psnr
+    decoder = "vae_decoder" in found and average(decode_images(pipeline, latents))[0]
+    return "vae_decoder" if decoder else "unet", psnr
+
+
+def _near(expected: np.ndarray, values: np.ndarray, peak: float = 1.0) -> tuple[bool, float]:
+    passed, average, _ = pictures_pass(expected, values, peak)
+    return passed and average >= MIN_PSNR_DB + MARGIN_DB, average

@@ -8,15 +8,14 @@ import importlib.metadata
 import math
 import re
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 from msgspec import Meta
 
-from fastgen.engines.machine import usable_cores
+from fastgen.engines.machine import cpu
 from fastgen.errors import FastgenError, InputError, one_line
 from fastgen.files.jsonfiles import read_bytes, write_bytes, write_json
 from fastgen.files.records import Name, Record, read_record
@@ -168,13 +167,15 @@ def write_distances(model: Model, reference: Path, dtype: str, path: Path) -> No
     one: engines that compute in `dtype` are compared with it. Raises FastgenError when a network overflows."""
     import torch
 
+    from export.emulated import fast_products
     from fastgen.engines.eager.engine import Engine as Eager
 
     tensors = read_reference(reference)
     eager = Eager(copy.deepcopy(model), device="cuda" if torch.cuda.is_available() else "cpu", dtype=dtype)
     distances = {}
     for name, signature in model.spec.signatures.items():
-        outputs = flat(_run_in_threads(eager, name, signature, tensors))
+        with fast_products(dtype, cpu()) if eager.device == "cpu" else nullcontext():
+            outputs = flat(run_network(eager, name, signature, tensors))
         if not np.isfinite(outputs).all():
             other = "bf16" if dtype == "fp16" else "fp32"
             raise FastgenError(f"{model.folder}: {name} overflows in {dtype} (eager itself); use --dtype {other}")
@@ -212,20 +213,6 @@ def run_network(engine: Engine, name: str, signature: Signature, tensors: Mappin
     """An engine's outputs for the reference's inputs of one network."""
     inputs = [engine.array(tensors[f"{name}.{t.name}"]) for t in signature.inputs]
     return [engine.numpy(y) for y in engine.run_any(name, *inputs)]
-
-
-def _run_in_threads(
-    eager: Engine, name: str, signature: Signature, tensors: Mapping[str, np.ndarray]
-) -> list[np.ndarray]:
-    """`run_network` with its rows divided among threads for fp16 on a CPU: torch's fp16 convolutions use one core there, and
-    would take a third of an export's time. A row's output does not depend on the other rows."""
-    names = [f"{name}.{t.name}" for t in signature.inputs]
-    threads = min(usable_cores(), len(tensors[names[0]])) if (eager.device, eager.dtype) == ("cpu", "fp16") else 1
-    parts = zip(*(np.array_split(tensors[key], threads) for key in names), strict=True)
-    with ThreadPoolExecutor(threads) as pool:
-        run = partial(run_network, eager, name, signature)
-        outputs = list(pool.map(run, (dict(zip(names, part, strict=True)) for part in parts)))
-    return [np.concatenate(column) for column in zip(*outputs, strict=True)]
 
 
 def image_steps(model: Model) -> int:

@@ -17,9 +17,9 @@ from fastgen.engines.base import choose_dtype
 from fastgen.engines.trt.product import RTX, TENSORRT
 from fastgen.engines.unready import Obstacle, export_command, obstacle
 from fastgen.errors import FastgenError, InputError, Say
-from fastgen.models.bundle import Bundle, is_bundle, read_bundle
+from fastgen.models.bundle import Bundle, is_bundle, plan_graph, read_bundle
 from fastgen.models.checkpoint_choice import check_bundle_of
-from fastgen.models.signatures import network_dtype
+from fastgen.models.signatures import EIGHT_BITS, network_dtype
 
 if TYPE_CHECKING:
     from fastgen.engines.base import Engine
@@ -55,13 +55,15 @@ def export(
     """Export a model folder to a bundle, build TensorRT engines if asked to, and certify engines on it.
 
     `dtype`: fp16, bf16 or int8 adds graphs in that precision to the fp32 ones. int8 is for engines openvino and ort, which are
-    certified in it too; `calibration`: a request file whose images it is calibrated with; `requests` and `evaluator`: a request
-    file and an evaluator, as `fastgen score` takes it, whose score int8 must keep. With `trt` or `rtx` `dtype` is the engines'
-    precision too, by default fp16, which every card has. `trt`: TensorRT plans for the GPU of this machine, one per batch size,
-    in the cache. `rtx`: plans of TensorRT for RTX in the bundle, for the cards of `capabilities` (compute capabilities such as
-    "8.6"; None: `trt_rtx.DEFAULT_CAPABILITIES`), which need not be here; the first `fastgen generate` on such a card certifies
-    them. Where `trt` cannot work on this machine, `say` gets the reason first of all, everything else is done, and then
-    FastgenError says what is missing.
+    certified in it too. With `trt` or `rtx` `dtype` is the engines' precision too, by default fp16, which every card has; int8
+    and fp8 add graphs for TensorRT then. `calibration`: a request file whose images eight bits are calibrated with; `requests`
+    and `evaluator`: a request file and an evaluator, as `fastgen score` takes it, whose score they must keep.
+
+    `trt`: TensorRT plans for the GPU of this machine, one per batch size, in the cache. `rtx`: plans of TensorRT for RTX in the
+    bundle, for the cards of `capabilities` (compute capabilities such as "8.6"; None: those of `trt_rtx.DEFAULT_CAPABILITIES`
+    that have `dtype`), which need not be here; the first `fastgen generate` on such a card certifies them. Where `trt` cannot
+    work on this machine, `say` gets the reason first of all, everything else is done, and then FastgenError says what is
+    missing.
     `batch_sizes`: images per batch that both are built for. `solvers`: further tables to store, `NAME:STEPS[:NOISE_STEPS]`.
     `engines`: what to certify, as `NAME` or `NAME:DTYPE`, by default every installed engine that runs bundles and is not built
     beforehand, in its default precision.
@@ -82,15 +84,14 @@ def export(
     model, out = Path(model), Path(out)
     dtype = dtype or ("fp16" if trt or rtx else "fp32")
     task = _task(requests, evaluator)
-    if dtype == "int8":
-        _check_int8(trt or rtx, triton is not None)
+    check_settings(dtype, batch_sizes)
+    if dtype in EIGHT_BITS:
+        _check_eight_bits(dtype, trt or rtx, triton is not None)
     elif calibration is not None or task is not None:
         option = "--calibration is" if calibration is not None else "--requests and --evaluator are"
-        raise InputError(f"{option} for graphs in int8; give --dtype int8 too")
-    else:
-        check_settings(dtype, batch_sizes)
+        raise InputError(f"{option} for graphs in eight bits; give --dtype int8 too")
     if rtx:
-        _check_rtx(capabilities)
+        _check_rtx(capabilities, dtype)
     if triton is not None:
         check_repository(Path(triton), out, dtype, trt)
     repository_only = triton is not None and is_bundle(model) and not (engines or trt or rtx)
@@ -102,7 +103,7 @@ def export(
         say("TensorRT engines cannot be built here; the bundle is written and certified all the same")
     if not is_bundle(model):
         calibrated = None if calibration is None else Path(calibration)
-        write_bundle(model, out, BundleOptions(solvers, dtype, calibrated, task), overwrite, say, **how)
+        write_bundle(model, out, BundleOptions(solvers, dtype, trt or rtx, calibrated, task), overwrite, say, **how)
         bundle = read_bundle(out)
     elif calibration is not None:
         raise InputError(f"--calibration: {model} is a bundle already; give the model folder")
@@ -114,7 +115,7 @@ def export(
             raise InputError(
                 f"{model} is a bundle already, of images of {bundle.spec.space.size}; give the model folder"
             )
-        _check_holds(bundle, dtype)
+        _check_holds(bundle, dtype, RTX.option if rtx and not trt else TENSORRT.option if trt else None)
         check_bundle_of(model, bundle.spec.checkpoint, checkpoint)
         if task is not None:
             task.check(bundle.spec.condition)
@@ -147,22 +148,23 @@ def export(
     return certificates
 
 
-def _check_rtx(capabilities: Sequence[str] | None) -> None:
+def _check_rtx(capabilities: Sequence[str] | None, dtype: str) -> None:
     """InputError, before anything is exported, where plans of TensorRT for RTX cannot be built as they are asked for."""
     check_installed(RTX.engine)
     from export.trt_rtx import check_capabilities
     from fastgen.engines.trt.platform import open_library
 
-    if capabilities is not None:
-        check_capabilities(capabilities)
+    check_capabilities(capabilities, dtype)
     open_library(RTX)
 
 
-def _check_holds(bundle: Bundle, dtype: str) -> None:
-    """InputError, with the command that adds them, when a bundle lacks graphs in this precision."""
+def _check_holds(bundle: Bundle, dtype: str, option: str | None) -> None:
+    """InputError, with the command that adds them, when a bundle lacks graphs in this precision. `option`: what tells
+    `fastgen export` to build TensorRT plans from them; None where it builds none."""
     if dtype != "fp32":
         for name in bundle.spec.signatures:
-            bundle.network(name, network_dtype(name, dtype))
+            executed = network_dtype(name, dtype)
+            bundle.network(name, plan_graph(executed) if option else executed, option or "")
 
 
 def _task(requests: str | os.PathLike[str] | None, evaluator: str | None) -> Task | None:
@@ -174,18 +176,20 @@ def _task(requests: str | os.PathLike[str] | None, evaluator: str | None) -> Tas
     return Task(Path(requests), str(evaluator))
 
 
-def _check_int8(plans: bool, repository: bool) -> None:
-    """InputError where int8 is asked for together with what has none, or its quantiser is not installed."""
-    for given, option in ((plans, "--trt and --rtx"), (repository, "--triton")):
-        if given:
-            raise InputError(f"--dtype int8 is for engines openvino and ort; {option} take fp16, bf16 or fp32")
-    check_installed("ort")
+def _check_eight_bits(dtype: str, plans: bool, repository: bool) -> None:
+    """InputError where eight bits are asked for together with what has none, or their quantiser is not installed."""
+    if repository:
+        raise InputError(f"--dtype {dtype} is for fastgen's own engines; --triton takes fp16, bf16 or fp32")
+    if dtype == "fp8" and not plans:
+        raise InputError("--dtype fp8 is for TensorRT engines; give --trt or --rtx too")
+    if not plans:
+        check_installed("ort")
 
 
 def _engines(texts: Sequence[str] | None, model: Path, plans: bool, dtype: str) -> list[tuple[str, str | None]]:
     """(engine, precision or None for its default) to certify: those that `texts` name, else all that are installed and need
     nothing built beforehand, in `dtype` too where that is int8. `plans`: TensorRT plans are built and certified besides, so
-    there may be no other engine.
+    there may be no other engine, and eight bits are theirs alone.
 
     Raises InputError for an engine that is unknown, not installed, or cannot be certified on this model.
     """
@@ -193,7 +197,8 @@ def _engines(texts: Sequence[str] | None, model: Path, plans: bool, dtype: str) 
         names = [engine.name for engine in bundle_engines() if engine.built_by is None]
         if not names and not plans:
             raise no_engine()
-        lower = [(name, dtype) for name in names if dtype == "int8" and dtype in engine_class(name).dtypes]
+        eight = dtype in EIGHT_BITS and not plans
+        lower = [(name, dtype) for name in names if eight and dtype in engine_class(name).dtypes]
         return [*((name, None) for name in names), *lower]
     engines = []
     for text in dict.fromkeys(texts):
@@ -263,10 +268,11 @@ def _build_rtx(
     overwrite: bool,
     say: Say,
 ) -> None:
-    from export.trt_rtx import DEFAULT_CAPABILITIES, build_plans
+    from export.trt_rtx import build_plans
 
-    cards = DEFAULT_CAPABILITIES if capabilities is None else capabilities
     try:
-        build_plans(bundle, dtype=dtype, batch_sizes=batch_sizes, capabilities=cards, overwrite=overwrite, say=say)
+        build_plans(
+            bundle, dtype=dtype, batch_sizes=batch_sizes, capabilities=capabilities, overwrite=overwrite, say=say
+        )
     except FastgenError as error:
         raise type(error)(f"{bundle.folder} is complete, but has no new plans for RTX cards: {error}") from None

@@ -37,8 +37,8 @@ from fastgen.files.hashes import check_inside
 from fastgen.files.jsonfiles import read_json, write_json
 from fastgen.files.records import Name, Record, Sha256, read_record
 from fastgen.generate.pipeline import Pipeline
-from fastgen.models.bundle import CERTIFICATES, Bundle
-from fastgen.models.signatures import QUANTISED
+from fastgen.models.bundle import CERTIFICATES, Bundle, plan_graph
+from fastgen.models.signatures import EIGHT_BITS, QUANTISED
 
 MIN_PSNR_DB = 30.0
 # Of each picture in eight bits. An early step's error can decide between two objects: one picture of eight becomes another one,
@@ -49,7 +49,7 @@ MAX_GREY_LEVELS = 2.0
 # decides between two pictures: of one latent in thousands, in fp32. A bound on the largest difference would not hold then.
 MIN_CODEBOOK_PSNR_DB = 45.0
 FACTORS = {"fp16": 1.5, "bf16": 1.5}  # largest distance from fp32, as a multiple of eager's in the same precision
-MIN_COSINE = {"fp16": 0.9999, "bf16": 0.999, "int8": 0.995}
+MIN_COSINE = {"fp16": 0.9999, "bf16": 0.999, "int8": 0.995, "fp8": 0.995}
 UNSCORED = "the task's own score was not compared, only PSNR: give --requests and --evaluator"
 
 
@@ -141,8 +141,8 @@ def certify(
     """Compare an engine with the bundle's stored reference, and write the certificate into the bundle or into `folder`.
 
     `networks`: by default all; whole images are compared besides. A network that the engine executes in fp32 is compared with
-    fp32's tolerance, whatever the engine's precision. `task`: whose score is compared too, in int8. Raises FastgenError when an
-    output is not finite, or an image flat; an earlier certificate is deleted then.
+    fp32's tolerance, whatever the engine's precision. `task`: whose score is compared too, in eight bits. Raises
+    FastgenError when an output is not finite, or an image flat; an earlier certificate is deleted then.
     """
     path = (folder or bundle.folder / CERTIFICATES) / certificate_name(engine)
     if folder is None:
@@ -168,10 +168,10 @@ def certify(
     rows.append(_image_row(whole.images, images, engine.dtype, codebook=_has_codebook(bundle)))
     which = engine.name, engine.dtype, engine.device, engine.gpu
     scores, advice = [], []
-    if engine.dtype == "int8":
+    if engine.dtype in EIGHT_BITS:
         scores = score_rows(engine, bundle, task) if task is not None else []
         missed = [row.what for row in rows if not row.passed] + ["images" for row in scores if not row.passed]
-        advice = [line for what in dict.fromkeys(missed) for line in _advice(bundle, what)]
+        advice = [line for what in dict.fromkeys(missed) for line in _advice(bundle, what, engine)]
         advice += [] if scores else [UNSCORED]
     certificate = Certificate(bundle.sha256, *which, _versions(engine), rows, scores, list(dict.fromkeys(advice)))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -187,7 +187,7 @@ def _network_row(bundle: Bundle, name: str, expected: np.ndarray, outputs: np.nd
         floor = 3e-4 if name.startswith("vae") else 1e-4
         passed = bool((error <= floor + 1e-2 * np.abs(expected)).all())
         allowed = f"abs <= {floor:g} + 1e-2 relative"
-    elif dtype == "int8":  # no eager computes in it
+    elif dtype in EIGHT_BITS:  # no eager computes in it
         passed, allowed = cosine >= MIN_COSINE[dtype], f"cosine >= {MIN_COSINE[dtype]}"
     else:
         distances, device = read_distances(bundle, dtype)
@@ -197,16 +197,17 @@ def _network_row(bundle: Bundle, name: str, expected: np.ndarray, outputs: np.nd
     return ParityRow(name, float(error.max()), relative, cosine, None, allowed, passed)
 
 
-def _advice(bundle: Bundle, what: str) -> list[str]:
+def _advice(bundle: Bundle, what: str, engine: Engine) -> list[str]:
     """What to say where eight bits missed: the layers that change most, and the precision that would do."""
+    dtype, graph = engine.dtype, plan_graph(engine.dtype) if engine.built_by else engine.dtype
     networks = [name for name in QUANTISED if name in bundle.spec.signatures and what in (name, "images")]
     lines = []
     for name in networks:
-        table = read_record(bundle.file(quantisation_name(name)), Quantisation)
+        table = read_record(bundle.file(quantisation_name(name, graph)), Quantisation)
         worst = ", ".join(f"{layer.name} ({layer.error:.3f})" for layer in table.worst())
-        lines.append(f"{name}: the layers in int8 that change it most: {worst}")
+        lines.append(f"{name}: the layers in {dtype} that change it most: {worst}")
         distance = read_distances(bundle, "bf16")[0][name]
-        fits = distance <= math.sqrt(1 - MIN_COSINE["int8"] ** 2)
+        fits = distance <= math.sqrt(1 - MIN_COSINE[dtype] ** 2)
         lines.append(f"{name}: {'bf16' if fits else 'fp32'} would pass: eager's distance in bf16 is {distance:.2e}")
     return lines
 
@@ -233,7 +234,7 @@ def _whole_row(
     """What whole runs come to against the reference; most values are in [-peak, peak]."""
     max_abs, lowest = float(np.abs(expected - values).max()), None
     psnr = psnr_db(expected, values, peak)
-    if dtype == "int8":
+    if dtype in EIGHT_BITS:
         passed, psnr, lowest = pictures_pass(expected, values, peak)
         allowed = f"PSNR >= {MIN_PSNR_DB:g} dB on average, >= {MIN_EACH_PSNR_DB:g} dB each"
     elif dtype == "fp32" and codebook:

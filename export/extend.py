@@ -14,12 +14,13 @@ from fastgen.files.folders import sync_tree
 from fastgen.files.hashes import record_files
 from fastgen.files.jsonfiles import brief, read_json, write_json
 from fastgen.files.temporary import is_temporary, remove_leftovers
-from fastgen.models.bundle import CERTIFICATES, COMPILED, MANIFEST, Bundle, read_bundle
+from fastgen.models.bundle import CERTIFICATES, COMPILED, LOWERED, MANIFEST, Bundle, read_bundle
 from fastgen.models.bundle_record import EXTENDS, record_digest, sealed
 
 KEPT = 1000  # digests of earlier states that bundle.json lists
-_GRAPH = r"(unet|vae_decoder|vae_encoder|text_encoder)/model(\.fp16|\.bf16|\.int8)?(\.ort)?\.onnx(\.data)?"
-_TABLE = r"reference\.(safetensors|fp16\.json|bf16\.json)|(unet|vae_decoder)/model\.int8\.json"
+_LOWERED = "|".join(LOWERED)
+_GRAPH = rf"(unet|vae_decoder|vae_encoder|text_encoder)/model(\.({_LOWERED}))?(\.ort)?\.onnx(\.data)?"
+_TABLE = r"reference\.(safetensors|fp16\.json|bf16\.json)|(unet|vae_decoder)/model\.(int8|int8-fp16|fp8-fp16)\.json"
 # Files that `add_files` adds to a bundle, and all that an export writes.
 _ADDED = re.compile(rf"{_GRAPH}|{_TABLE}|{COMPILED}/[0-9a-f]{{64}}/[\w.-]+")
 _WRITTEN = re.compile(

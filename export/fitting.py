@@ -12,7 +12,7 @@ from export.calibration import Span
 from export.certificate import MIN_PSNR_DB, pictures_pass
 from export.quantisation import Layer, Quantisation
 from export.reference import decode_images, latents_peak, sample_latents, whole_runs
-from export.sensitivity import chosen, eight_bits, predicted_error
+from export.sensitivity import UNSIGNED, Rounding, chosen, eight_bits, predicted_error
 from fastgen.engines.eager.engine import Engine as Eager
 from fastgen.errors import Say
 from fastgen.generate.pipeline import Pipeline
@@ -41,12 +41,14 @@ def fit(
     spans: Mapping[str, Mapping[str, Span]],
     reference: Mapping[str, np.ndarray],
     say: Say,
+    dtype: str = "int8",
+    rounding: Rounding = UNSIGNED,
 ) -> dict[str, Quantisation]:
     """Choose the layers that compute in eight bits, for each network that `tables` has the layers of.
 
     The certificate's images are made in eight bits, in eager. Where they are too far from the `reference`, the network that
     spoils them gets a smaller budget, up to `TRIES` times; the certificate decides about what is left. `spans`: see
-    `calibration.Calibration`.
+    `calibration.Calibration`; `rounding`: of the format `dtype`.
     """
     limits = {name: budget(name, model.spec.sampling.guidance_scale) for name in tables}
     for last in (False,) * (TRIES - 1) + (True,):
@@ -56,13 +58,12 @@ def fit(
             found[name] = Quantisation(limit, predicted_error(table), tuple(table))
         if last:
             break
-        spoiler, average = _spoiler(model, found, spans, reference)
+        spoiler, average = _spoiler(model, found, spans, reference, rounding)
         if spoiler is None:
             break
         limits[spoiler] /= TIGHTER
-        say(
-            f"int8: images at {average:.1f} dB are not near enough; {spoiler} may change by {limits[spoiler]:.3f} at most now"
-        )
+        what = f"{dtype}: images at {average:.1f} dB are not near enough"
+        say(f"{what}; {spoiler} may change by {limits[spoiler]:.3f} at most now")
     return found
 
 
@@ -71,6 +72,7 @@ def _spoiler(
     found: Mapping[str, Quantisation],
     spans: Mapping[str, Mapping[str, Span]],
     reference: Mapping[str, np.ndarray],
+    rounding: Rounding,
 ) -> tuple[str | None, float]:
     """The network that spoils the pictures, None where they are near enough, and the average PSNR that says so."""
     whole, pipeline = whole_runs(reference), Pipeline(model, Eager(model, device="cpu", dtype="fp32"))
@@ -79,7 +81,7 @@ def _spoiler(
     def in_eight_bits(name: str) -> ExitStack:
         stack = ExitStack()
         if name in found:
-            stack.enter_context(eight_bits(modules[name], found[name].layers, spans[name]))
+            stack.enter_context(eight_bits(modules[name], found[name].layers, spans[name], rounding))
         return stack
 
     def average(images: np.ndarray) -> tuple[bool, float]:

@@ -22,7 +22,7 @@ from torch import nn
 from export.calibration import Rows, Span, cropped, stratified
 from export.quantisation import Layer, Quantisation, quantisation_name
 from export.rewrite import SubpixelUpsample, fuse_attention, is_upsample_conv
-from export.sensitivity import sensitivities
+from export.sensitivity import UNSIGNED, Rounding, sensitivities
 from fastgen.engines.ort.session import fused_name
 from fastgen.errors import FastgenError, one_line
 from fastgen.files.folders import scratch_folder
@@ -37,14 +37,19 @@ OPERATORS = ("Conv", "MatMul", "Gemm")
 
 
 def layer_table(
-    module: nn.Module, network: str, rows: Rows, spans: Mapping[str, Span], nodes: Collection[str]
+    module: nn.Module,
+    network: str,
+    rows: Rows,
+    spans: Mapping[str, Span],
+    nodes: Collection[str],
+    rounding: Rounding = UNSIGNED,
 ) -> list[Layer]:
     """The layers of a network with what eight bits change in each, see `sensitivities`; `quantised` are those that have `nodes`
     in its graph. `rows`: what the network sees while it makes images."""
     measured = stratified(rows, SENSITIVITY_ROWS)
     if network == "vae_decoder":
         measured = cropped(measured, LATENT)
-    table = sensitivities(module, measured, spans)
+    table = sensitivities(module, measured, spans, rounding=rounding)
     return [Layer(layer.name, layer.error, layer.products, layer.name in nodes) for layer in table]
 
 
@@ -73,9 +78,11 @@ def write_int8(
     write_json(folder / quantisation_name(network), to_builtins(found))
 
 
-def layer_nodes(module: nn.Module, graph: Path) -> dict[str, list[str]]:
-    """Layer -> names of the nodes that compute with its weights. The weights' bytes tell, as the exporter renames and
-    transposes some; four nodes compute the convolution of an upsampler (`rewrite.SubpixelUpsample`)."""
+def layer_nodes(module: nn.Module, graph: Path, dtype: type[np.floating] = np.float32) -> dict[str, list[str]]:
+    """Layer -> names of the nodes that compute with its weights in `dtype`.
+
+    The weights' bytes tell, as the exporter renames and transposes some; four nodes compute the convolution of
+    an upsampler (`rewrite.SubpixelUpsample`)."""
     model = onnx.load(graph)
     by_weight: dict[str, list[str]] = {}
     hashes = {i.name: _digest(onnx.numpy_helper.to_array(i)) for i in model.graph.initializer if len(i.dims) > 1}
@@ -84,7 +91,7 @@ def layer_nodes(module: nn.Module, graph: Path) -> dict[str, list[str]]:
             by_weight.setdefault(hashes[node.input[1]], []).append(node.name)
     found: dict[str, list[str]] = {}
     for name, weights in _weights(module):
-        for weight in weights:
+        for weight in (each.astype(dtype) for each in weights):
             for digest in {_digest(weight), _digest(weight.T)} if weight.ndim == 2 else {_digest(weight)}:
                 found.setdefault(name, []).extend(by_weight.get(digest, []))
     return {name: list(dict.fromkeys(nodes)) for name, nodes in found.items() if nodes}

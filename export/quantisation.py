@@ -23,11 +23,11 @@ class Quantisation(Record, frozen=True):
     predicted: float
     layers: tuple[Layer, ...]
 
-    def summary(self) -> str:
+    def summary(self, dtype: str) -> str:
         """One line for the user."""
         kept = sorted((layer for layer in self.layers if not layer.quantised), key=lambda layer: -layer.error)
         share = sum(layer.products for layer in self.layers if layer.quantised)
-        line = f"int8: {len(self.layers) - len(kept)} of {len(self.layers)} layers, {share:.1%} of the products, "
+        line = f"{dtype}: {len(self.layers) - len(kept)} of {len(self.layers)} layers, {share:.1%} of the products, "
         line += f"predicted error {self.predicted:.3f} (at most {self.budget:g})"
         names = ", ".join(layer.name for layer in kept[:3])
         return line + (f"; in higher precision: {names}{', ...' if len(kept) > 3 else ''}" if kept else "")
@@ -37,6 +37,6 @@ class Quantisation(Record, frozen=True):
         return sorted((layer for layer in self.layers if layer.quantised), key=lambda layer: -layer.error)[:count]
 
 
-def quantisation_name(network: str) -> str:
-    """The bundle file that holds a network's `Quantisation`."""
-    return f"{network}/model.int8.json"
+def quantisation_name(network: str, graph: str = "int8") -> str:
+    """The bundle file that holds a network's `Quantisation`. `graph`: the graph's precision, see `bundle.graph_name`."""
+    return f"{network}/model.{graph}.json"

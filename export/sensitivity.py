@@ -1,6 +1,6 @@
 """Which layers of a network suffer from eight bits: a table, and the choice of those that stay in higher precision.
 
-Every layer's own error, with weights and inputs rounded to 8-bit integers, is measured on real rows. The gradient
+Every layer's own error, with weights and inputs rounded to eight bits, is measured on real rows. The gradient
 carries it to the network's output: take a random sign vector v, and the derivative of v * output with respect to the layer's
 output. The square of its product with the layer's error is, on average over v, the square of the error that this layer alone
 would cause in the output (to first order). So a table costs a few forward and backward passes, however many layers there are.
@@ -10,9 +10,9 @@ Errors of different layers are taken as independent: their squares add up.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +39,19 @@ def round_inputs(x: Tensor, span: Span) -> Tensor:
     return ((x / scale).round().clamp(-zero, 255 - zero)) * scale
 
 
-def sensitivities(module: nn.Module, rows: Rows, spans: Mapping[str, Span], seed: int = 0) -> list[Layer]:
+class Rounding(NamedTuple):
+    """How a format of eight bits rounds a layer's weights, and its inputs, whose span is known."""
+
+    weights: Callable[[Tensor], Tensor]
+    inputs: Callable[[Tensor, Span], Tensor]
+
+
+UNSIGNED = Rounding(round_weights, round_inputs)  # onnxruntime's quantiser, for CPUs
+
+
+def sensitivities(
+    module: nn.Module, rows: Rows, spans: Mapping[str, Span], seed: int = 0, rounding: Rounding = UNSIGNED
+) -> list[Layer]:
     """The table of a network's convolutions and linear layers in the order in which they run, with all of them `quantised`.
 
     `rows`: inputs, of which each is run on its own, so that memory does not grow with their number. `spans`: of the layers'
@@ -49,7 +61,7 @@ def sensitivities(module: nn.Module, rows: Rows, spans: Mapping[str, Span], seed
     products = dict.fromkeys(spans, 0.0)
     energy, signs = 0.0, torch.Generator().manual_seed(seed)
     for row in rows:
-        probe = _Probe(layers(module), spans)
+        probe = _Probe(layers(module), spans, rounding)
         with probe, torch.enable_grad():
             output = _first(module(*(torch.from_numpy(x) for x in row)))
             energy += float(output.detach().double().square().sum())
@@ -87,8 +99,8 @@ def predicted_error(table: Sequence[Layer]) -> float:
 class _Probe:
     """Hooks that keep, for each layer that runs, its output and its error of quantisation."""
 
-    def __init__(self, layers: Mapping[str, Any], spans: Mapping[str, Span]) -> None:
-        self._layers, self._spans = layers, spans
+    def __init__(self, layers: Mapping[str, Any], spans: Mapping[str, Span], rounding: Rounding) -> None:
+        self._layers, self._spans, self._rounding = layers, spans, rounding
         self._outputs: list[tuple[str, Tensor, Tensor]] = []
         self._zero = torch.zeros((), requires_grad=True)  # added to every output: all of them get a derivative
         self.products: dict[str, float] = {}
@@ -117,7 +129,7 @@ class _Probe:
     def _hook(self, name: str) -> Any:
         def hook(layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
             with torch.no_grad():
-                error = quantised_output(layer, inputs[0], self._spans[name]) - output
+                error = quantised_output(layer, inputs[0], self._spans[name], self._rounding) - output
             output = output + self._zero
             self._outputs.append((name, output, error))
             count = float(layer.weight.numel()) * output.numel() / output.shape[1 if output.ndim == 4 else -1]
@@ -127,24 +139,26 @@ class _Probe:
         return hook
 
 
-def quantised_output(layer: nn.Conv2d | nn.Linear, x: Tensor, span: Span) -> Tensor:
-    """The layer's output with inputs and weights in eight bits, one scale for the inputs, one for each output channel."""
-    weight, x = round_weights(layer.weight.detach()), round_inputs(x.detach(), span)
+def quantised_output(layer: nn.Conv2d | nn.Linear, x: Tensor, span: Span, rounding: Rounding = UNSIGNED) -> Tensor:
+    """The layer's output with inputs and weights in eight bits."""
+    weight, x = rounding.weights(layer.weight.detach()), rounding.inputs(x.detach(), span)
     if isinstance(layer, nn.Linear):
         return F.linear(x, weight, layer.bias)
     return layer._conv_forward(x, weight, layer.bias)
 
 
 @contextmanager
-def eight_bits(module: nn.Module, table: Sequence[Layer], spans: Mapping[str, Span]) -> Iterator[None]:
+def eight_bits(
+    module: nn.Module, table: Sequence[Layer], spans: Mapping[str, Span], rounding: Rounding = UNSIGNED
+) -> Iterator[None]:
     """Within the block a network computes its `quantised` layers with inputs and weights in eight bits, as engines do."""
     found = layers(module)
     names = [layer.name for layer in table if layer.quantised]
     weights = {name: found[name].weight.data for name in names}
-    handles = [found[name].register_forward_pre_hook(_round_first(spans[name])) for name in names]
+    handles = [found[name].register_forward_pre_hook(_round_first(spans[name], rounding)) for name in names]
     try:
         for name, weight in weights.items():
-            found[name].weight.data = round_weights(weight)
+            found[name].weight.data = rounding.weights(weight)
         yield
     finally:
         for name, weight in weights.items():
@@ -153,8 +167,8 @@ def eight_bits(module: nn.Module, table: Sequence[Layer], spans: Mapping[str, Sp
             handle.remove()
 
 
-def _round_first(span: Span) -> Any:
-    return lambda layer, inputs: (round_inputs(inputs[0], span), *inputs[1:])
+def _round_first(span: Span, rounding: Rounding) -> Any:
+    return lambda layer, inputs: (rounding.inputs(inputs[0], span), *inputs[1:])
 
 
 def _first(output: Any) -> Tensor:

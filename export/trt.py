@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from export.trt_build import Rows, build_plan, check_networks, check_settings, network_rows
+from export.trt_build import LEAST_CAPABILITY, Rows, build_plan, check_networks, check_settings, network_rows
 from export.trt_layers import check_layers
 from export.trt_timing import load_timings, save_timings, timing_file
 from fastgen.engines.cache.artifacts import Artifact, Recipe, obtain
@@ -15,6 +15,7 @@ from fastgen.engines.trt.plan import LAYERS, PLAN, make_recipe, open_context, op
 from fastgen.engines.trt.platform import Platform, open_platform
 from fastgen.engines.trt.product import TENSORRT
 from fastgen.errors import InputError, Say
+from fastgen.models.bundle import plan_graph
 from fastgen.models.signatures import Signature
 
 if TYPE_CHECKING:
@@ -66,11 +67,10 @@ def _check_effort(level: int, workspace_gib: float) -> None:
 
 
 def _check_card(platform: Platform, dtype: str) -> None:
-    gpu = platform.gpu
-    if dtype == "bf16" and float(gpu.compute_capability) < 8:
-        raise InputError(
-            f"{gpu.name} (compute capability {gpu.compute_capability}) has no bf16, which needs 8.0: use --dtype fp16"
-        )
+    gpu, least = platform.gpu, LEAST_CAPABILITY.get(dtype, 0.0)
+    if float(gpu.compute_capability) < least:
+        has = f"{gpu.name} (compute capability {gpu.compute_capability}) has no {dtype}, which needs {least}"
+        raise InputError(f"{has}: use --dtype fp16")
 
 
 def _make(bundle: Bundle, platform: Platform, recipe: Recipe, timings: Path, say: Say, folder: Path) -> None:
@@ -83,11 +83,11 @@ def _make(bundle: Bundle, platform: Platform, recipe: Recipe, timings: Path, say
         load_timings(config, timings, say)
 
     with platform.gpu.active():
-        graph, profile, current = bundle.network(name, dtype), Rows(rows, rows, rows), platform.gpu.active
+        graph, profile, current = bundle.network(name, plan_graph(dtype)), Rows(rows, rows, rows), platform.gpu.active
         built = build_plan(platform, graph, signature, dtype, profile, str(recipe), say, prepare, current)
         save_timings(built.config, timings)
         report = _inspect(platform, built.plan, what, signature, rows)
-    check_layers(report, dtype, built.islands, what, say)
+    check_layers(report, dtype, built.products.islands, what, say, built.products.quantised)
     (folder / PLAN).write_bytes(built.plan)
     (folder / LAYERS).write_text(report, encoding="utf-8")
 

@@ -8,17 +8,19 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from export.trt_layers import check_network
+from export.trt_layers import Products, check_network
 from export.trt_progress import Progress, cancelled_by_ctrl_c
 from fastgen.engines.trt.platform import TrtLibrary
 from fastgen.errors import InputError, Say, unknown
 from fastgen.generate.conditions import ENCODE_BATCH
-from fastgen.models.signatures import Signature
+from fastgen.models.signatures import EIGHT_BITS, Signature
 
 if TYPE_CHECKING:
     from fastgen.models.bundle import Bundle
 
+DTYPES = ("fp16", "bf16", "fp32", *EIGHT_BITS)
 DECODE_PIXELS = 2**20  # per forward of the VAE decoder, as engines on a GPU decode: 16 images of 256 px fill any card
+LEAST_CAPABILITY = {"bf16": 8.0, "fp8": 8.9}  # that compute in this precision
 
 
 class Rows(NamedTuple):
@@ -31,7 +33,7 @@ class Rows(NamedTuple):
 
 class BuiltPlan(NamedTuple):
     plan: Any  # serialised
-    islands: set[str]  # ONNX names of the convolutions and matrix products that stay fp32
+    products: Products
     config: Any  # the IBuilderConfig after the build
 
 
@@ -55,14 +57,14 @@ def build_plan(
     builder = library.create(library.trt.Builder, "builder")
     network = builder.create_network(1 << int(library.trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = _parse(library, network, graph)
-    islands = check_network(library.trt, network, dtype, what)
+    products = check_network(library.trt, network, dtype, what)
     config = builder.create_builder_config()
     config.clear_flag(library.trt.BuilderFlag.TF32)  # else TensorRT computes fp32 with 10 bits of mantissa
     _add_profile(library, builder, config, signature, rows, what)
     prepare(config)
     plan = _build(library, builder, network, config, what, say, current)
     del parser  # until here: it owns the weights
-    return BuiltPlan(plan, islands, config)
+    return BuiltPlan(plan, products, config)
 
 
 def network_rows(network: str, batch_sizes: Sequence[int], pixels: int) -> list[int]:
@@ -92,8 +94,8 @@ def check_networks(bundle: Bundle, names: Sequence[str] | None) -> list[str]:
 
 def check_settings(dtype: str, batch_sizes: Sequence[int]) -> None:
     """InputError for an unknown precision, and for batch sizes below 1 or none at all."""
-    if dtype not in ("fp16", "bf16", "fp32"):
-        raise unknown("dtype", dtype, ("fp16", "bf16", "fp32"))
+    if dtype not in DTYPES:
+        raise unknown("dtype", dtype, DTYPES)
     if not batch_sizes or min(batch_sizes) < 1:
         raise InputError(f"batch sizes are {list(batch_sizes)}, expected one or more positive integers")
 

@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from export.extend import add_files, sweep
-from export.trt_build import Rows, build_plan, check_networks, check_settings, network_rows
+from export.trt_build import LEAST_CAPABILITY, Rows, build_plan, check_networks, check_settings, network_rows
 from fastgen.engines.cache.artifacts import RECORD, Artifact, Recipe, read_record, write_record
 from fastgen.engines.trt.plan import CAPABILITIES, PLAN, make_recipe
 from fastgen.engines.trt.platform import TrtLibrary, open_library
 from fastgen.engines.trt.product import RTX
 from fastgen.errors import InputError, Say
 from fastgen.files.folders import scratch_folder
-from fastgen.models.bundle import COMPILED, read_bundle
+from fastgen.models.bundle import COMPILED, plan_graph, read_bundle
 
 if TYPE_CHECKING:
     from fastgen.models.bundle import Bundle
@@ -51,7 +51,7 @@ def build_plans(
     *,
     dtype: str = "fp16",
     batch_sizes: Sequence[int],
-    capabilities: Sequence[str] = DEFAULT_CAPABILITIES,
+    capabilities: Sequence[str] | None = None,
     networks: Sequence[str] | None = None,
     overwrite: bool = False,
     say: Say = lambda line: None,
@@ -59,13 +59,14 @@ def build_plans(
     """Build the plans that generating batches of up to max(batch_sizes) images needs and the bundle does not hold; returns the
     bundle read again.
 
+    `capabilities`: of the cards, by default `DEFAULT_CAPABILITIES`, as far as they have `dtype`.
     `networks`: by default all that generation runs, and the VAE decoder in fp32 besides, for images that are NaN or flat
     otherwise. A new plan replaces older ones of its network and precision, unless they run on a card that the new one does not
     run on. `overwrite`: build all of them again. Ctrl-C stops a build and leaves the bundle unchanged. Raises InputError for
     wrong options and missing graphs, FastgenError when the builder refuses a graph.
     """
     check_settings(dtype, batch_sizes)
-    cards = check_capabilities(capabilities)
+    cards = check_capabilities(capabilities, dtype)
     pairs = [(name, dtype) for name in check_networks(bundle, networks)]
     if networks is None and bundle.spec.space.latent and dtype != "fp32":
         pairs.append(("vae_decoder", "fp32"))
@@ -89,13 +90,22 @@ def build_plans(
     return read_bundle(bundle.folder)
 
 
-def check_capabilities(capabilities: Sequence[str]) -> list[str]:
-    """The compute capabilities in ascending order, each once. Raises InputError for one that plans cannot be built for."""
+def check_capabilities(capabilities: Sequence[str] | None, dtype: str) -> list[str]:
+    """The compute capabilities in ascending order, each once; by default those of `DEFAULT_CAPABILITIES` that have `dtype`.
+
+    Raises InputError for one that plans in `dtype` cannot be built for."""
+    least = LEAST_CAPABILITY.get(dtype, 0.0)
+    if capabilities is None:
+        return [text for text in DEFAULT_CAPABILITIES if float(text) >= least]
     for text in capabilities:
         if not re.fullmatch(r"\d{1,2}\.\d", text):
             raise InputError(f"capabilities: found {text!r}, expected compute capabilities such as 8.6,8.9")
         if refusal := RTX.refusal(text):
             raise InputError(f"capabilities: {refusal}; on that card use `fastgen export --trt`")
+        if float(text) < least:
+            raise InputError(
+                f"capabilities: {text} has no {dtype}, which needs {least}; use --dtype fp16 for that card"
+            )
     if not capabilities:
         raise InputError("capabilities: found none, expected compute capabilities such as 8.6,8.9")
     return sorted(set(capabilities), key=float)
@@ -136,7 +146,7 @@ def _make(bundle: Bundle, library: TrtLibrary, order: Order, folder: Path, say: 
     recipe = order.recipe
     say(f"building {RTX.engine}: {recipe}, compute capabilities {recipe.fields[CAPABILITIES]}")
     start = time.perf_counter()
-    graph, signature = bundle.network(order.network, order.dtype), bundle.spec.signatures[order.network]
+    graph, signature = bundle.network(order.network, plan_graph(order.dtype)), bundle.spec.signatures[order.network]
     prepare = partial(_set_targets, library, str(recipe.fields[CAPABILITIES]).split(), str(recipe))
     built = build_plan(library, graph, signature, order.dtype, order.rows, str(recipe), say, prepare)
     folder.mkdir(parents=True)

@@ -21,16 +21,18 @@ from fastgen.files.outputs import check_output_folder
 from fastgen.files.records import builtins
 from fastgen.generate.settings import late_steps
 from fastgen.models.bundle import (
+    AROUND,
     MANIFEST,
     REFERENCE,
     TABLES,
     Bundle,
     graph_name,
     is_bundle,
+    plan_graph,
     read_bundle,
 )
 from fastgen.models.bundle_record import FORMAT_VERSION, sealed
-from fastgen.models.signatures import network_dtype
+from fastgen.models.signatures import EIGHT_BITS, network_dtype
 from fastgen.models.spec import Spec
 from fastgen.sampling.tables import format_key, parse_key
 
@@ -46,23 +48,25 @@ PACKAGES = ("torch", "diffusers", "transformers", "onnx", "onnxscript")
 class BundleOptions:
     """What a bundle holds besides the model itself: tables of `solvers`, `NAME:STEPS[:NOISE_STEPS]`, and graphs in `dtype`.
 
-    `calibration`: a request file for graphs in int8; None: the certificate's requests. `task`: of the certificate, which is
+    `plans`: whether TensorRT builds plans from them, which has graphs in eight bits of its own. `calibration`: a request file
+    for graphs in eight bits; None: the certificate's requests. `task`: of the certificate, which is
     checked before anything is exported.
     """
 
     solvers: Sequence[str] = ()
     dtype: str = "fp32"
+    plans: bool = False
     calibration: Path | None = None
     task: Task | None = None
 
     def graphs(self, model: Model) -> dict[str, str]:
-        """Network -> precision, of all graphs in less than fp32."""
+        """Network -> precision, of all graphs in less than fp32; see `graph_name`."""
         dtypes = {name: network_dtype(name, self.dtype) for name in model.spec.signatures}
-        return {name: dtype for name, dtype in dtypes.items() if dtype != "fp32"}
+        return {name: plan_graph(dtype) if self.plans else dtype for name, dtype in dtypes.items() if dtype != "fp32"}
 
     def distances(self) -> list[str]:
         """Precisions whose distance from fp32 in eager certificates need: `dtype`, and bf16, a CPU's default."""
-        return ["bf16"] if self.dtype in ("fp32", "bf16", "int8") else ["bf16", self.dtype]
+        return ["bf16"] if self.dtype in ("fp32", "bf16", *EIGHT_BITS) else ["bf16", self.dtype]
 
 
 def write_bundle(model_folder: Path, out: Path, options: BundleOptions, overwrite: bool, say: Say, **how: Any) -> None:
@@ -83,8 +87,8 @@ def write_bundle(model_folder: Path, out: Path, options: BundleOptions, overwrit
         from export.calibration import calibration_requests
 
         calibration_requests(options.calibration, model.spec.condition)
-        if bundle is not None and graph_name("unet", "int8") in bundle.files:
-            held = f"{out} holds int8 graphs already, calibrated when they were made"
+        if bundle is not None and graph_name("unet", options.graphs(model)["unet"]) in bundle.files:
+            held = f"{out} holds {options.dtype} graphs already, calibrated when they were made"
             raise InputError(f"--calibration: {held}; --overwrite exports it again")
     if options.task is not None:
         options.task.check(model.spec.condition)
@@ -129,6 +133,7 @@ def _fill(partial: Path, out: Path, model: Model, options: BundleOptions, say: S
     _fill_lowered(partial, model, options.graphs(model), options.distances(), partial / REFERENCE, say)
     fp32 = {name: partial / graph_name(name, "fp32") for name in model.networks()}
     _fill_int8(partial, model, options, fp32, partial / REFERENCE, say)
+    _fill_plan_graphs(partial, model, options, options.graphs(model), {}, partial / REFERENCE, say)
     write_json(partial / MANIFEST, sealed(_manifest(model.spec) | {"files": record_files(partial)}))  # the last file
 
 
@@ -139,8 +144,8 @@ def _fill_lowered(
     from export.onnx import export_onnx
 
     for name, dtype in graphs.items():
-        if dtype == "int8":
-            continue
+        if dtype not in ("fp16", "bf16"):
+            continue  # in eight bits, made from one of these
         say(f"exporting {name} in {dtype}")
         export_onnx(model.networks()[name], model.spec.signatures[name], folder / graph_name(name, dtype), dtype)
     for dtype in distances:
@@ -169,7 +174,28 @@ def _fill_int8(
     for name in networks:
         say(f"quantising {name}")
         write_int8(name, model.spec.signatures[name], seen.rows[name], fp32[name], folder, found[name], nodes[name])
-        say(found[name].summary())
+        say(found[name].summary("int8"))
+
+
+def _fill_plan_graphs(
+    folder: Path,
+    model: Model,
+    options: BundleOptions,
+    graphs: Mapping[str, str],
+    halves: Mapping[str, Path],
+    reference: Path,
+    say: Say,
+) -> None:
+    """Write those of the `graphs` (network -> precision) in eight bits that TensorRT builds plans from.
+
+    `halves`: network -> its fp16 graph, where there is one."""
+    graphs = {name: graph for name, graph in graphs.items() if graph.endswith(AROUND)}
+    if graphs:
+        from export.calibration import calibration_requests
+        from export.plan_graphs import write_plan_graphs
+
+        requests = calibration_requests(options.calibration, model.spec.condition)
+        write_plan_graphs(folder, model, graphs, halves, requests, read_reference(reference), say)
 
 
 def _extend(bundle: Bundle, partial: Path, model: Model, options: BundleOptions, say: Say) -> None:
@@ -188,6 +214,8 @@ def _extend(bundle: Bundle, partial: Path, model: Model, options: BundleOptions,
     if "int8" in graphs.values():
         fp32 = {name: bundle.network(name) for name in model.networks()}
         _fill_int8(partial, model, options, fp32, bundle.file(REFERENCE), say)
+    halves = {name: bundle.network(name, "fp16") for name in graphs if graph_name(name, "fp16") in bundle.files}
+    _fill_plan_graphs(partial, model, options, graphs, halves, bundle.file(REFERENCE), say)
     add_files(bundle, partial)
 
 

@@ -43,10 +43,12 @@ ProfilingVerbosity = enumeration("ProfilingVerbosity", "LAYER_NAMES_ONLY", "DETA
 LayerInformationFormat = enumeration("LayerInformationFormat", "ONELINE", "JSON")
 MemoryPoolType = enumeration("MemoryPoolType", "WORKSPACE")
 BuilderFlag = enumeration("BuilderFlag", "TF32")
-DataType = enumeration("DataType", "FLOAT", "HALF", "BF16", "INT32", "INT64", "BOOL")
+DataType = enumeration("DataType", "FLOAT", "HALF", "BF16", "INT32", "INT64", "BOOL", "INT8", "FP8")
 TensorIOMode = enumeration("TensorIOMode", "NONE", "INPUT", "OUTPUT")
 ExecutionContextAllocationStrategy = enumeration("ExecutionContextAllocationStrategy", "STATIC", "USER_MANAGED")
-LayerType = enumeration("LayerType", "CONVOLUTION", "DECONVOLUTION", "MATRIX_MULTIPLY", "EINSUM", "IDENTITY")
+LayerType = enumeration(
+    "LayerType", "CONVOLUTION", "DECONVOLUTION", "MATRIX_MULTIPLY", "EINSUM", "IDENTITY", "SHUFFLE", "DEQUANTIZE"
+)
 
 
 class ILogger:
@@ -85,6 +87,7 @@ class ITensor:
 class ILayer:
     def __init__(self, node: Any, types_: dict[str, Any]) -> None:
         kinds = {"Conv": LayerType.CONVOLUTION, "MatMul": LayerType.MATRIX_MULTIPLY, "Gemm": LayerType.MATRIX_MULTIPLY}
+        kinds |= {"DequantizeLinear": LayerType.DEQUANTIZE, "Reshape": LayerType.SHUFFLE}
         self.name, self.type = node.name, kinds.get(node.op_type, LayerType.IDENTITY)
         self.metadata = f"[ONNX Layer: {node.name}]"
         self._inputs = [ITensor(name, types_.get(name)) if name else None for name in node.input]
@@ -108,7 +111,7 @@ class INetworkDefinition:
         import onnx
 
         model = onnx.shape_inference.infer_shapes(onnx.load(path, load_external_data=False))
-        names = {1: "FLOAT", 10: "HALF", 16: "BF16", 7: "INT64", 6: "INT32", 9: "BOOL"}
+        names = {1: "FLOAT", 10: "HALF", 16: "BF16", 7: "INT64", 6: "INT32", 9: "BOOL", 3: "INT8", 17: "FP8"}
         graph = model.graph
         values = {v.name: v.type.tensor_type.elem_type for v in (*graph.value_info, *graph.input, *graph.output)}
         values |= {t.name: t.data_type for t in graph.initializer}
@@ -134,10 +137,18 @@ class INetworkDefinition:
     def report(self) -> list[dict[str, Any]]:
         """What the inspector of TensorRT 10 says of such layers."""
         words = {DataType.FLOAT: "Float", DataType.HALF: "Half", DataType.BF16: "BFloat16"}
+        words |= {DataType.INT8: "Int8", DataType.FP8: "FP8"}
         kinds = {LayerType.CONVOLUTION: "CaskConvolution", LayerType.MATRIX_MULTIPLY: "gemm"}
 
+        fused = {  # into the layer that reads it: tensor -> the type before DequantizeLinear
+            layer._outputs[0].name: layer._inputs[0].dtype
+            for layer in self._layers
+            if layer.type == LayerType.DEQUANTIZE
+        }
+
         def tensors(found: list[ITensor | None]) -> list[dict[str, Any]]:
-            return [{"Name": t.name, "Format/Datatype": words.get(t.dtype, "Int64")} for t in found if t is not None]
+            kinds = [(t.name, fused.get(t.name, t.dtype)) for t in found if t is not None]
+            return [{"Name": name, "Format/Datatype": words.get(kind, "Int64")} for name, kind in kinds]
 
         return [
             {

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from fastgen.cli.common import say
 from fastgen.errors import FastgenError, Say
+from fastgen.models.signatures import EIGHT_BITS
 
 if TYPE_CHECKING:
     from fastgen.generate.runner import ModelRunner
@@ -15,13 +16,13 @@ if TYPE_CHECKING:
 
 def ensure_certified(pipeline: ModelRunner, say: Say = say) -> None:
     """Certify an engine whose plans run on many cards, unless this bundle has a certificate for this kind of card; and one in
-    int8, unless this bundle has a certificate for it.
+    eight bits, unless this bundle has a certificate for it.
 
     The certificate goes into the bundle, or into the cache if the bundle is not writable. Raises FastgenError when the engine
     misses its tolerance, after `say` got the table; InputError when the bundle lacks the reference.
     """
     engine, bundle = pipeline.engine, pipeline.source
-    if engine.gpu is None and engine.dtype != "int8":
+    if engine.gpu is None and engine.dtype not in EIGHT_BITS:
         return
     from export.certificate import certify, is_certified
     from fastgen.files.cachedir import cache_folder, check_private

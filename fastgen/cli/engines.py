@@ -65,7 +65,7 @@ def list_engines(engine: str | None, as_json: bool) -> None:
 @engines.command()
 @argument("model", metavar="[BUNDLE|MODEL]", type=MODEL, required=False)
 @option("--engine", type=ENGINE, required=True, help="The engine that is asked about.")
-@option("--dtype", type=DTYPE, help="fp32, bf16, fp16 or int8.  [default: the engine's]")
+@option("--dtype", type=DTYPE, help="fp32, bf16, fp16, int8 or fp8.  [default: the engine's]")
 @option("--batch-size", type=BATCH, help="Images per batch that must be there.  [default: any]")
 @option("--device", type=DEVICE, help="cpu, cuda, cuda:1, ...")
 def why(model: Path | None, engine: str, dtype: str | None, batch_size: int | None, device: str | None) -> None:

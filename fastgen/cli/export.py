@@ -19,16 +19,19 @@ from fastgen.errors import FastgenError, InputError
 @option(
     "--dtype",
     type=DTYPE,
-    help="fp16, bf16 or int8: graphs in that precision besides the fp32 ones.  [default: fp32 alone]",
+    help="fp16, bf16, int8 or fp8: graphs in that precision besides the fp32 ones.  [default: fp32 alone]",
 )
 @option(
     "--calibration",
     type=FOLDER,
     metavar="REQUESTS",
-    help="Request file of 8 or more, whose images int8 is calibrated with.  [default: the certificate's requests]",
+    help="Request file of 8 or more, whose images eight bits are calibrated with.  [default: the certificate's requests]",
 )
 @option(
-    "--requests", type=FOLDER, metavar="REQUESTS", help="Request file whose score int8 must keep, with --evaluator."
+    "--requests",
+    type=FOLDER,
+    metavar="REQUESTS",
+    help="Request file whose score eight bits must keep, with --evaluator.",
 )
 @option("--evaluator", type=MODEL, help="Evaluator of that score: a folder or name, as `fastgen score` takes it.")
 @option("--trt", is_flag=True, help="Build TensorRT engines for this GPU, in --dtype.  [default: fp16]")
@@ -91,6 +94,7 @@ def export(
 
     --dtype int8 quantises the denoiser and the VAE decoder for engines openvino and ort, and certifies these in int8 too.
     Layers that eight bits would hurt stay in higher precision; BUNDLE/unet/model.int8.json lists all with their errors.
+    With --trt or --rtx, int8 or fp8 quantises them for TensorRT instead; fp8 needs compute capability 8.9 or more.
 
     --triton with a MODEL that is a bundle exports nothing: it writes a repository with its ONNX graphs, in --dtype, or with
     --trt its TensorRT engines, and a model that makes images.

@@ -98,7 +98,7 @@ if TYPE_CHECKING:
     help="Also write grid.png: all images, no captions, in 8 columns or as many as given.",
 )
 @option("--device", type=DEVICE, help="cpu, cuda, cuda:1, ...")
-@option("--dtype", type=DTYPE, help="fp32, bf16, fp16 or int8.  [default: what suits the engine and the hardware]")
+@option("--dtype", type=DTYPE, help="fp32, bf16, fp16, int8 or fp8.  [default: what suits the engine and the hardware]")
 @option("--threads", type=THREADS, help="CPU threads.  [default: the engine's]")
 @option(
     "--graphs/--no-graphs", default=None, help="Record the loop as CUDA graphs.  [default: on a GPU, but for eager]"

@@ -43,7 +43,7 @@ from fastgen.errors import InputError
 @option("--limit", type=IMAGES, help="Only the first N images.")
 @option("--engine", type=ENGINE, help="eager, ort or openvino.  [default: what is installed and fits]")
 @option("--device", type=DEVICE, help="cpu, cuda, cuda:1, ...")
-@option("--dtype", type=DTYPE, help="fp32, bf16, fp16 or int8.  [default: what suits the engine and the hardware]")
+@option("--dtype", type=DTYPE, help="fp32, bf16, fp16, int8 or fp8.  [default: what suits the engine and the hardware]")
 @option("--threads", type=THREADS, help="CPU threads.  [default: the engine's]")
 def index(
     data: Path,

@@ -60,7 +60,7 @@ DRAIN = Number(0, 3600)
 @option("--checkpoint", help="A run's weights: best, last, ema or a step.  [default: the finished model's]")
 @option("--allow-pickle", is_flag=True, help="Read weights in pickles (.bin) too, tensors alone.")
 @option("--device", type=DEVICE, help="cpu, cuda, cuda:1, ...")
-@option("--dtype", type=DTYPE, help="fp32, bf16, fp16 or int8.  [default: what suits the engine and the hardware]")
+@option("--dtype", type=DTYPE, help="fp32, bf16, fp16, int8 or fp8.  [default: what suits the engine and the hardware]")
 @option("--threads", type=THREADS, help="CPU threads of each model.  [default: the engine's]")
 @option("--log/--no-log", default=True, show_default=True, help="A line on stderr for each request.")
 def serve(

@@ -86,7 +86,7 @@ SCORING = ("evaluator", "attributes", "reference", "features", "clip", "download
 )
 @option("--minutes", type=SOME, help="Begin nothing after so many minutes; the same command continues.")
 @option("--device", type=DEVICE, help="cpu, cuda, cuda:1, ...")
-@option("--dtype", type=DTYPE, help="fp32, bf16, fp16 or int8.  [default: what suits the engine and the hardware]")
+@option("--dtype", type=DTYPE, help="fp32, bf16, fp16, int8 or fp8.  [default: what suits the engine and the hardware]")
 @option("--threads", type=THREADS, help="CPU threads.  [default: the engine's]")
 @ray_options
 def sweep(

@@ -115,10 +115,11 @@ def load(
 ) -> Pipeline:
     """Load a bundle, a model folder or a shipped model, by its name, onto an engine.
 
-    `engine`: by default that of `choose.default_engine`. `dtype`: fp32, bf16, fp16 or int8, by default what suits the engine
-    and the hardware, never int8. `graphs`: see Pipeline. `checkpoint`, `size` (height and width), `loras`, `allow_pickle`:
-    see `models.folder.load_model`; a bundle has the size and weights that it was exported with. Raises InputError when the
-    folder is no model or bundle, is damaged, or does not suit the engine."""
+    `engine`: by default that of `choose.default_engine`. `dtype`: fp32, bf16, fp16, int8 or fp8, by default what suits the
+    engine and the hardware, never eight bits, unless engine trt-rtx finds plans in nothing else. `graphs`: see Pipeline.
+    `checkpoint`, `size` (height and width), `loras`, `allow_pickle`: see `models.folder.load_model`; a bundle has the size and
+    weights that it was exported with. Raises InputError when the folder is no model or bundle, is damaged, or does not suit the
+    engine."""
     model = path if isinstance(path, ModelFolder) else find_model(path, checkpoint)
     name = choose_engine(model, engine, device)
 

@@ -18,6 +18,7 @@ from fastgen.files.hashes import FileRecord, check_file, check_inside, sha256_fi
 from fastgen.files.jsonfiles import brief
 from fastgen.models.bundle_record import AGAIN, read_contents, spec_of
 from fastgen.models.onnx_graph import read_graph
+from fastgen.models.signatures import EIGHT_BITS
 from fastgen.models.spec import Spec
 from fastgen.models.tokenizer import BACKEND, CONFIGS, Tokenizer
 
@@ -27,7 +28,9 @@ if TYPE_CHECKING:
 MANIFEST = "bundle.json"
 TABLES = "scheduler/tables.npz"
 REFERENCE = "reference.safetensors"
-LOWERED = ("fp16", "bf16", "int8")  # precisions that a bundle may hold graphs in, besides fp32
+# Precisions that a bundle may hold graphs in, besides fp32; see `plan_graph`.
+LOWERED = ("fp16", "bf16", "int8", "int8-fp16", "fp8-fp16")
+AROUND = "-fp16"  # the end of those in eight bits for TensorRT
 CERTIFICATES = "certificates"  # beside the hashed files: added to a bundle after it was written
 COMPILED = "trt-rtx"  # name of the engine whose plans a bundle may hold, and of their folder: trt-rtx/<address>/
 
@@ -56,8 +59,9 @@ class Bundle:
             self._verified.add(name)
         return path
 
-    def network(self, name: str, dtype: str = "fp32") -> Path:
-        """Path of a network's ONNX file in this precision, its external data verified too.
+    def network(self, name: str, dtype: str = "fp32", option: str = "") -> Path:
+        """Path of a network's ONNX file in this precision, its external data verified too. `option`: what tells
+        `fastgen export` to add it, besides --dtype.
 
         Inputs and outputs are float32 in every precision. Raises InputError when the bundle was exported without it, for a
         graph with other inputs or outputs than the network's signature, and for external data in a file that bundle.json does
@@ -65,7 +69,8 @@ class Bundle:
         """
         graph = graph_name(name, dtype)
         if graph not in self.files:
-            command = f"fastgen export MODEL --out {self.folder} --dtype {dtype}"
+            asked = dtype.removesuffix(AROUND) + (f" {option}" if dtype.endswith(AROUND) else "")
+            command = f"fastgen export MODEL --out {self.folder} --dtype {asked}"
             raise InputError(
                 f"{self.folder}: has no {dtype} graph of {name}; `{command}`, with the model folder, adds it"
             )
@@ -135,6 +140,12 @@ class Bundle:
 def graph_name(network: str, dtype: str) -> str:
     """Where a bundle keeps the graph of a network that computes in `dtype`."""
     return f"{network}/model.onnx" if dtype == "fp32" else f"{network}/model.{dtype}.onnx"
+
+
+def plan_graph(dtype: str) -> str:
+    """The precision of the graph that TensorRT plans in `dtype` are built from. Those in eight bits have graphs of their own,
+    with fp16 around the quantised layers and no zero points; "int8" is the graph for CPUs."""
+    return f"{dtype}{AROUND}" if dtype in EIGHT_BITS else dtype
 
 
 def _precision(file: str) -> str:

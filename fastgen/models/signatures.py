@@ -13,6 +13,7 @@ from fastgen.models.condition import BATCH, Condition, Dtype, Shape
 from fastgen.models.space import Space
 
 EXACT = ("text_encoder",)  # networks that stay fp32: they run once per prompt, and all images depend on them
+EIGHT_BITS = ("int8", "fp8")  # precisions that only networks of QUANTISED are executed in
 QUANTISED = ("unet", "vae_decoder")  # networks of which there are graphs in eight bits: all that runs for every image
 
 
@@ -47,8 +48,8 @@ class Signature(Record, frozen=True):
 
 
 def network_dtype(network: str, dtype: str) -> str:
-    """The precision ("fp32", "fp16", "bf16", "int8") that `network` is executed in by an engine of precision `dtype`."""
-    return "fp32" if network in EXACT or (dtype == "int8" and network not in QUANTISED) else dtype
+    """The precision ("fp32", "fp16", "bf16", "int8", "fp8") that `network` is executed in by an engine of precision `dtype`."""
+    return "fp32" if network in EXACT or (dtype in EIGHT_BITS and network not in QUANTISED) else dtype
 
 
 def model_signatures(condition: Condition, space: Space) -> dict[str, Signature]:

@@ -156,7 +156,8 @@ def test_a_graph_without_the_precision_names_the_export_that_adds_it(card, label
         ({"batch_sizes": []}, "batch sizes are"),
         ({"batch_sizes": [0]}, "batch sizes are"),
         ({"networks": ["unett"]}, "did you mean 'unet'"),
-        ({"dtype": "int8"}, "unknown dtype 'int8'"),
+        ({"dtype": "int4"}, "unknown dtype 'int4'"),
+        ({"dtype": "fp8"}, r"has no fp8-fp16 graph of unet; .* --dtype fp8 --trt"),
         ({"optimization_level": 6}, "expected 0 to 5"),
         ({"workspace_gib": 0}, "expected more than 0"),
     ],
@@ -204,7 +205,7 @@ def test_an_fp32_convolution_in_an_fp16_network_is_named(card, half_bundle):
         if n.op_type == "Conv"
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(type(bundle), "network", lambda self, name, dtype="fp32": self.folder / "unet/model.onnx")
+        patch.setattr(type(bundle), "network", lambda self, *which: self.folder / "unet/model.onnx")
         with pytest.raises(
             FastgenError, match=rf"does not compute in fp16: .*{node.name} \(convolution\) is FLOAT.*in all\)"
         ):

@@ -10,6 +10,7 @@ from fastgen.engines.cache.artifacts import Artifact, Recipe
 from fastgen.engines.trt.platform import Platform
 from fastgen.engines.trt.product import Product
 from fastgen.errors import FastgenError, InputError
+from fastgen.models.bundle import plan_graph
 from fastgen.models.signatures import Signature, network_dtype
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def make_recipe(
     """Cache key of a plan for up to `rows` rows. `dtype`: the engine's, while some networks stay fp32. `bound`: fields of the
     library, hardware and build; None matches anything. Raises InputError when the bundle has no graph in this precision."""
     executed = network_dtype(network, dtype)
-    graph = bundle.network(network, executed).relative_to(bundle.folder).as_posix()
+    graph = bundle.network(network, plan_graph(executed), product.option).relative_to(bundle.folder).as_posix()
     weights = [file.sha256 for name, file in sorted(bundle.files.items()) if name.startswith(f"{graph}.")]
     shapes = {t.name: ",".join(map(str, t.shape)) for t in bundle.spec.signatures[network].inputs}
     fields: dict[str, Any] = {

@@ -19,7 +19,7 @@ from fastgen.engines.torch_base import TorchEngine
 from fastgen.engines.trt import platform
 from fastgen.engines.trt.plan import PLAN, make_recipe, open_engine, read_verified
 from fastgen.engines.trt.product import Product
-from fastgen.models.signatures import Signature, TensorSpec
+from fastgen.models.signatures import EIGHT_BITS, Signature, TensorSpec
 
 if TYPE_CHECKING:
     from fastgen.engines.doctor.diagnosis import Machine, Problem
@@ -46,7 +46,7 @@ class TrtEngine(TorchEngine):
     """Runs plans of a TensorRT product on a GPU."""
 
     source_kind = "bundle"
-    dtypes = ("fp16", "bf16", "fp32")
+    dtypes = ("fp16", "bf16", "fp32", *EIGHT_BITS)
     static_shapes = True
     product: ClassVar[Product]
 

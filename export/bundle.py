@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 from export.certificate import Certificate, certify
 from export.task_score import Task
 from export.triton import check_repository, write_repository
-from export.trt_build import check_settings
+from export.trt_build import card_refusal, check_settings
 from export.write import BundleOptions, write_bundle
 from fastgen.engines import bundle_engines, check_installed, create_engine, engine_class, no_engine
 from fastgen.engines.base import choose_dtype
+from fastgen.engines.machine import gpus
 from fastgen.engines.trt.product import RTX, TENSORRT
 from fastgen.engines.unready import Obstacle, export_command, obstacle
 from fastgen.errors import FastgenError, InputError, Say
@@ -90,6 +91,8 @@ def export(
     elif calibration is not None or task is not None:
         option = "--calibration is" if calibration is not None else "--requests and --evaluator are"
         raise InputError(f"{option} for graphs in eight bits; give --dtype int8 too")
+    if trt:
+        _check_cards(dtype)
     if rtx:
         _check_rtx(capabilities, dtype)
     if triton is not None:
@@ -146,6 +149,14 @@ def export(
         options: dict[str, Any] = {"dtype": dtype, "batch_sizes": batch_sizes, "plans": plans, "overwrite": overwrite}
         write_repository(bundle, Path(triton), **options, say=say)
     return certificates
+
+
+def _check_cards(dtype: str) -> None:
+    """InputError, before anything is exported, where no card of this machine computes in `dtype`."""
+    cards = gpus()[0]
+    refusals = [card_refusal(c.name, c.compute_capability, dtype) if c.compute_capability else None for c in cards]
+    if refusals and all(refusals):
+        raise InputError(str(refusals[0]))
 
 
 def _check_rtx(capabilities: Sequence[str] | None, dtype: str) -> None:

@@ -1,8 +1,9 @@
 """Eight bits as TensorRT takes them: 8-bit integers or E4M3 floats, symmetric around 0, with a scale in fp16.
 
 int8 has a scale per output channel of the weights. fp8 has one scale for all weights, as its numbers reach over 18 powers of
-two: on the models in the box scales per channel changed the error by less than a tenth on average. Inputs are scaled by the
-largest magnitude that calibration saw. The clipping with the least squared error was measured too, and was no better.
+two: in `iclevr-64` scales per channel made the UNet's predicted error larger, .091 instead of .070, and the decoder's smaller,
+.026 instead of .031. Inputs are scaled by the largest magnitude that calibration saw. The clipping with the least squared error
+was measured too, and was no better.
 """
 
 from __future__ import annotations

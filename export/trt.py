@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from export.trt_build import LEAST_CAPABILITY, Rows, build_plan, check_networks, check_settings, network_rows
+from export.trt_build import Rows, build_plan, card_refusal, check_networks, check_settings, network_rows
 from export.trt_layers import check_layers
 from export.trt_timing import load_timings, save_timings, timing_file
 from fastgen.engines.cache.artifacts import Artifact, Recipe, obtain
@@ -67,10 +67,9 @@ def _check_effort(level: int, workspace_gib: float) -> None:
 
 
 def _check_card(platform: Platform, dtype: str) -> None:
-    gpu, least = platform.gpu, LEAST_CAPABILITY.get(dtype, 0.0)
-    if float(gpu.compute_capability) < least:
-        has = f"{gpu.name} (compute capability {gpu.compute_capability}) has no {dtype}, which needs {least}"
-        raise InputError(f"{has}: use --dtype fp16")
+    gpu = platform.gpu
+    if refusal := card_refusal(gpu.name, gpu.compute_capability, dtype):
+        raise InputError(refusal)
 
 
 def _make(bundle: Bundle, platform: Platform, recipe: Recipe, timings: Path, say: Say, folder: Path) -> None:

@@ -92,6 +92,14 @@ def check_networks(bundle: Bundle, names: Sequence[str] | None) -> list[str]:
     return list(dict.fromkeys(names)) if names else [name for name in known if name != "vae_encoder"]
 
 
+def card_refusal(card: str, capability: str, dtype: str) -> str | None:
+    """Why a card of this compute capability cannot compute in `dtype`; None where it can."""
+    least = LEAST_CAPABILITY.get(dtype, 0.0)
+    if float(capability) >= least:
+        return None
+    return f"{card} (compute capability {capability}) has no {dtype}, which needs {least}: use --dtype fp16"
+
+
 def check_settings(dtype: str, batch_sizes: Sequence[int]) -> None:
     """InputError for an unknown precision, and for batch sizes below 1 or none at all."""
     if dtype not in DTYPES:

@@ -20,10 +20,12 @@ pytest.importorskip("diffusers")
 pytest.importorskip("onnxscript")
 
 from dataclasses import replace  # noqa: E402
+from unittest.mock import Mock  # noqa: E402
 
 from hypothesis import given  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
+import export.bundle  # noqa: E402
 from export.calibration import calibrate, calibration_requests, stratified  # noqa: E402
 from export.certificate import certify  # noqa: E402
 from export.fitting import budget  # noqa: E402
@@ -40,6 +42,7 @@ from export.write import BundleOptions, write_bundle  # noqa: E402
 from fastgen.cli.certifying import ensure_certified  # noqa: E402
 from fastgen.engines import create_engine  # noqa: E402
 from fastgen.engines.cache.artifacts import artifacts, bundled  # noqa: E402
+from fastgen.engines.machine import Driver, Gpu  # noqa: E402
 from fastgen.engines.trt import platform  # noqa: E402
 from fastgen.engines.trt.platform import open_library  # noqa: E402
 from fastgen.engines.trt.product import RTX  # noqa: E402
@@ -447,6 +450,18 @@ def test_fp8_is_refused_before_the_build_on_a_card_before_ada(card, plan_bundle,
     bundle = read_bundle(plan_bundle("labels", "fp8"))
     with pytest.raises(InputError, match=r"8\.6\) has no fp8, which needs 8\.9: use --dtype fp16"):
         build(bundle, dtype="fp8")
+
+
+@pytest.mark.parametrize(
+    ("cards", "refused"), [(["8.6"], True), (["7.5", "8.6"], True), (["8.6", "8.9"], False), ([], False)]
+)
+def test_fp8_is_refused_before_the_export_where_no_card_has_it(label_model, tmp_path, monkeypatch, cards, refused):
+    found = [Gpu(f"Card {capability}", 8192, capability) for capability in cards]
+    monkeypatch.setattr(export.bundle, "gpus", lambda: (found, Driver("580.0", "13.0")))
+    monkeypatch.setattr(export.bundle, "write_bundle", Mock(side_effect=FastgenError("the export begins")))
+    refusal = rf"Card {cards[0]} .* has no fp8, which needs 8\.9: use --dtype fp16" if refused else "the export begins"
+    with pytest.raises(FastgenError, match=refusal):
+        export.bundle.export(label_model, tmp_path / "bundle", dtype="fp8", trt=True)
 
 
 def test_the_default_cards_are_those_that_have_the_precision():

@@ -60,6 +60,7 @@ def fit(
             break
         spoiler, average = _spoiler(model, found, spans, reference, rounding)
         if spoiler is None:
+            say(f"{dtype}: images at {average:.1f} dB")
             break
         limits[spoiler] /= TIGHTER
         what = f"{dtype}: images at {average:.1f} dB are not near enough"

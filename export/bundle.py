@@ -38,6 +38,7 @@ def export(
     calibration: str | os.PathLike[str] | None = None,
     requests: str | os.PathLike[str] | None = None,
     evaluator: str | None = None,
+    feature_cache: bool = False,
     trt: bool = False,
     rtx: bool = False,
     capabilities: Sequence[str] | None = None,
@@ -65,6 +66,7 @@ def export(
     that have `dtype`), which need not be here; the first `fastgen generate` on such a card certifies them. Where `trt` cannot
     work on this machine, `say` gets the reason first of all, everything else is done, and then FastgenError says what is
     missing.
+    `feature_cache`: add the networks of a split UNet, for `Settings.cache_interval`.
     `batch_sizes`: images per batch that both are built for. `solvers`: further tables to store, `NAME:STEPS[:NOISE_STEPS]`.
     `engines`: what to certify, as `NAME` or `NAME:DTYPE`, by default every installed engine that runs bundles and is not built
     beforehand, in its default precision.
@@ -106,7 +108,8 @@ def export(
         say("TensorRT engines cannot be built here; the bundle is written and certified all the same")
     if not is_bundle(model):
         calibrated = None if calibration is None else Path(calibration)
-        write_bundle(model, out, BundleOptions(solvers, dtype, trt or rtx, calibrated, task), overwrite, say, **how)
+        contents = BundleOptions(solvers, dtype, trt or rtx, calibrated, task, feature_cache)
+        write_bundle(model, out, contents, overwrite, say, **how)
         bundle = read_bundle(out)
     elif calibration is not None:
         raise InputError(f"--calibration: {model} is a bundle already; give the model folder")
@@ -119,6 +122,8 @@ def export(
                 f"{model} is a bundle already, of images of {bundle.spec.space.size}; give the model folder"
             )
         _check_holds(bundle, dtype, RTX.option if rtx and not trt else TENSORRT.option if trt else None)
+        if feature_cache:
+            bundle.check_split()
         check_bundle_of(model, bundle.spec.checkpoint, checkpoint)
         if task is not None:
             task.check(bundle.spec.condition)

@@ -38,7 +38,7 @@ from fastgen.files.jsonfiles import read_json, write_json
 from fastgen.files.records import Name, Record, Sha256, read_record
 from fastgen.generate.pipeline import Pipeline
 from fastgen.models.bundle import CERTIFICATES, Bundle, plan_graph
-from fastgen.models.signatures import EIGHT_BITS, QUANTISED
+from fastgen.models.signatures import DENOISERS, EIGHT_BITS, QUANTISED, UNET_SHALLOW, UNET_WHOLE
 
 MIN_PSNR_DB = 30.0
 # Of each picture in eight bits. An early step's error can decide between two objects: one picture of eight becomes another one,
@@ -154,9 +154,9 @@ def certify(
         signature = bundle.spec.signatures[name]
         expected = flat([reference[f"{name}.{t.name}"] for t in signature.outputs])
         outputs = flat(run_network(engine, name, signature, reference))
-        if not np.isfinite(outputs).all():
-            raise FastgenError(f"engine {engine.name} {engine.dtype}: {name} produced values that are not finite")
-        rows.append(_network_row(bundle, name, expected, outputs, engine.executed(name)))
+        rows.append(_network_row(engine, bundle, name, expected, outputs))
+    if engine.splits and engine.dtype != "int8" and bundle.spec.deep_feature is not None:
+        rows += _split_rows(engine, bundle, reference)
     pipeline, whole = Pipeline(bundle, engine), whole_runs(reference)
     whose = f"engine {engine.name} {engine.dtype}"
     latents = sample_latents(pipeline, whole.steps)
@@ -179,8 +179,26 @@ def certify(
     return certificate
 
 
-def _network_row(bundle: Bundle, name: str, expected: np.ndarray, outputs: np.ndarray, dtype: str) -> ParityRow:
-    """One network's outputs against the reference, with the tolerance of the precision `dtype` that was executed."""
+def _split_rows(engine: Engine, bundle: Bundle, reference: Mapping[str, np.ndarray]) -> list[ParityRow]:
+    """The networks of a split UNet against the UNet's reference. The shallow one takes the deep feature that the whole one has
+    of the same inputs."""
+    unet = bundle.spec.signatures["unet"]
+    expected = flat([reference[f"unet.{t.name}"] for t in unet.outputs])
+    inputs = [engine.array(reference[f"unet.{t.name}"]) for t in unet.inputs]
+    prediction, deep = engine.run_any(UNET_WHOLE, *inputs)
+    found = {UNET_WHOLE: prediction, UNET_SHALLOW: engine.run_any(UNET_SHALLOW, *inputs, deep)[0]}
+    rows = []
+    for name, value in found.items():
+        rows.append(_network_row(engine, bundle, name, expected, flat([engine.numpy(value)])))
+    return rows
+
+
+def _network_row(engine: Engine, bundle: Bundle, name: str, expected: np.ndarray, outputs: np.ndarray) -> ParityRow:
+    """One network's outputs against the reference, with the tolerance of the precision that was executed. Raises FastgenError
+    for outputs that are not finite."""
+    if not np.isfinite(outputs).all():
+        raise FastgenError(f"engine {engine.name} {engine.dtype}: {name} produced values that are not finite")
+    dtype = engine.executed(name)
     cosine, relative = _cosine(expected, outputs), relative_l2(expected, outputs)
     error = np.abs(expected - outputs)
     if dtype == "fp32":
@@ -191,7 +209,7 @@ def _network_row(bundle: Bundle, name: str, expected: np.ndarray, outputs: np.nd
         passed, allowed = cosine >= MIN_COSINE[dtype], f"cosine >= {MIN_COSINE[dtype]}"
     else:
         distances, device = read_distances(bundle, dtype)
-        distance, factor, least = distances[name], FACTORS[dtype], MIN_COSINE[dtype]
+        distance, factor, least = distances["unet" if name in DENOISERS else name], FACTORS[dtype], MIN_COSINE[dtype]
         passed = cosine >= least and relative <= factor * distance
         allowed = f"cosine >= {least}, relative <= {factor} x eager's {distance:.2e} in {dtype} on {device}"
     return ParityRow(name, float(error.max()), relative, cosine, None, allowed, passed)

@@ -19,7 +19,7 @@ from fastgen.models.bundle_record import EXTENDS, record_digest, sealed
 
 KEPT = 1000  # digests of earlier states that bundle.json lists
 _LOWERED = "|".join(LOWERED)
-_GRAPH = rf"(unet|vae_decoder|vae_encoder|text_encoder)/model(\.({_LOWERED}))?(\.ort)?\.onnx(\.data)?"
+_GRAPH = rf"(unet(_whole|_shallow)?|vae_decoder|vae_encoder|text_encoder)/model(\.({_LOWERED}))?(\.ort)?\.onnx(\.data)?"
 _TABLE = r"reference\.(safetensors|fp16\.json|bf16\.json)|(unet|vae_decoder)/model\.(int8|int8-fp16|fp8-fp16)\.json"
 # Files that `add_files` adds to a bundle, and all that an export writes.
 _ADDED = re.compile(rf"{_GRAPH}|{_TABLE}|{COMPILED}/[0-9a-f]{{64}}/[\w.-]+")
@@ -30,8 +30,11 @@ _WRITTEN = re.compile(
 )
 
 
-def add_files(bundle: Bundle, partial: Path, dropped: Collection[str] = ()) -> None:
-    """Move the files below `partial` into a bundle, and remove those called `dropped`.
+def add_files(
+    bundle: Bundle, partial: Path, dropped: Collection[str] = (), facts: Mapping[str, Any] | None = None
+) -> None:
+    """Move the files below `partial` into a bundle, and remove those called `dropped`. `facts`: fields of bundle.json that come
+    with the files.
 
     A file is there before bundle.json lists it, and is deleted when it no longer does.
     """
@@ -39,11 +42,11 @@ def add_files(bundle: Bundle, partial: Path, dropped: Collection[str] = ()) -> N
     added = record_files(partial)
     sync_tree(partial)
     if replaced := [name for name in added if name in bundle.files]:
-        _list_files(out, {}, replaced)
+        _list_files(out, {}, replaced, {})
     for name in added:
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         (partial / name).replace(out / name)
-    _list_files(out, added, dropped)
+    _list_files(out, added, dropped, facts or {})
     _carry_certificates(bundle, {name.partition("/")[0] for name in (*added, *dropped)})
     for name in dropped:
         (out / name).unlink(missing_ok=True)
@@ -69,12 +72,12 @@ def file_names(folder: Path) -> list[str]:
     return sorted(names)
 
 
-def _list_files(out: Path, added: Mapping[str, Any], dropped: Collection[str]) -> None:
-    """Change the files that bundle.json lists."""
+def _list_files(out: Path, added: Mapping[str, Any], dropped: Collection[str], facts: Mapping[str, Any]) -> None:
+    """Change the files that bundle.json lists, and the fields `facts`."""
     manifest = read_json(out / MANIFEST)
     files = {name: file for name, file in manifest["files"].items() if name not in dropped} | dict(added)
     before = [*manifest.get(EXTENDS, []), record_digest(manifest)][-KEPT:]
-    write_json(out / MANIFEST, sealed(manifest | {"files": dict(sorted(files.items())), EXTENDS: before}))
+    write_json(out / MANIFEST, sealed(manifest | facts | {"files": dict(sorted(files.items())), EXTENDS: before}))
 
 
 def sweep(bundle: Bundle) -> None:

@@ -49,8 +49,8 @@ class BundleOptions:
     """What a bundle holds besides the model itself: tables of `solvers`, `NAME:STEPS[:NOISE_STEPS]`, and graphs in `dtype`.
 
     `plans`: whether TensorRT builds plans from them, which has graphs in eight bits of its own. `calibration`: a request file
-    for graphs in eight bits; None: the certificate's requests. `task`: of the certificate, which is
-    checked before anything is exported.
+    for graphs in eight bits; None: the certificate's requests. `task`: of the certificate, which is checked before anything is
+    exported. `feature_cache`: the networks of a split UNet too, in fp32.
     """
 
     solvers: Sequence[str] = ()
@@ -58,6 +58,7 @@ class BundleOptions:
     plans: bool = False
     calibration: Path | None = None
     task: Task | None = None
+    feature_cache: bool = False
 
     def graphs(self, model: Model) -> dict[str, str]:
         """Network -> precision, of all graphs in less than fp32; see `graph_name`."""
@@ -92,6 +93,8 @@ def write_bundle(model_folder: Path, out: Path, options: BundleOptions, overwrit
             raise InputError(f"--calibration: {held}; --overwrite exports it again")
     if options.task is not None:
         options.task.check(model.spec.condition)
+    if options.feature_cache:
+        model.check_split()
     if bundle is None:
         with new_folder(out, existing="replace") as partial:
             _fill(partial, out, model, options, say)
@@ -134,7 +137,9 @@ def _fill(partial: Path, out: Path, model: Model, options: BundleOptions, say: S
     fp32 = {name: partial / graph_name(name, "fp32") for name in model.networks()}
     _fill_int8(partial, model, options, fp32, partial / REFERENCE, say)
     _fill_plan_graphs(partial, model, options, options.graphs(model), {}, partial / REFERENCE, say)
-    write_json(partial / MANIFEST, sealed(_manifest(model.spec) | {"files": record_files(partial)}))  # the last file
+    facts = _fill_split(partial, model, say) if options.feature_cache else {}
+    manifest = _manifest(model.spec) | facts | {"files": record_files(partial)}
+    write_json(partial / MANIFEST, sealed(manifest))  # the last file
 
 
 def _fill_lowered(
@@ -151,6 +156,16 @@ def _fill_lowered(
     for dtype in distances:
         say(f"running eager in {dtype}")
         write_distances(model, reference, dtype, folder / distances_name(dtype))
+
+
+def _fill_split(folder: Path, model: Model, say: Say) -> dict[str, Any]:
+    """Write the graphs of the split UNet; the field of bundle.json that comes with them."""
+    from export.onnx import export_onnx
+
+    for name, module in model.split_networks().items():
+        say(f"exporting {name}")
+        export_onnx(module, model.spec.split_signatures[name], folder / graph_name(name, "fp32"))
+    return {"deep_feature": model.spec.deep_feature}
 
 
 def _fill_int8(
@@ -206,17 +221,20 @@ def _extend(bundle: Bundle, partial: Path, model: Model, options: BundleOptions,
         name: dtype for name, dtype in options.graphs(model).items() if graph_name(name, dtype) not in bundle.files
     }
     distances = [dtype for dtype in options.distances() if distances_name(dtype) not in bundle.files]
-    if not graphs and not distances:
+    split = options.feature_cache and bundle.spec.deep_feature is None
+    if not graphs and not distances and not split:
         say(f"{out} holds these weights already")
         return
-    say(f"{out} holds these weights already, but not all in {', '.join(dict.fromkeys([*graphs.values(), *distances]))}")
+    lacking = list(dict.fromkeys([*graphs.values(), *distances]))
+    what = [*([f"not all in {', '.join(lacking)}"] if lacking else []), *(["no split UNet"] if split else [])]
+    say(f"{out} holds these weights already, but {' and '.join(what)}")
     _fill_lowered(partial, model, graphs, distances, bundle.file(REFERENCE), say)
     if "int8" in graphs.values():
         fp32 = {name: bundle.network(name) for name in model.networks()}
         _fill_int8(partial, model, options, fp32, bundle.file(REFERENCE), say)
     halves = {name: bundle.network(name, "fp16") for name in graphs if graph_name(name, "fp16") in bundle.files}
     _fill_plan_graphs(partial, model, options, graphs, halves, bundle.file(REFERENCE), say)
-    add_files(bundle, partial)
+    add_files(bundle, partial, facts=_fill_split(partial, model, say) if split else None)
 
 
 def _existing(out: Path, model: Model, options: BundleOptions, overwrite: bool) -> Bundle | None:

@@ -54,6 +54,7 @@ from fastgen.errors import FastgenError, InputError
 @option(
     "--triton", type=NEW, metavar="REPO", help="Write a model repository of Triton from the bundle, in a new folder."
 )
+@option("--feature-cache", is_flag=True, help="Add the graphs that `fastgen generate --cache-interval` runs.")
 @option("--solver", "solvers", multiple=True, metavar="NAME:STEPS[:NOISE_STEPS]", help="Further table to store.")
 @option(
     "--engine",

@@ -69,6 +69,13 @@ if TYPE_CHECKING:
 @option("--num-inference-steps", type=STEPS, help="Denoising steps.  [default: the model's]")
 @option("--guidance-scale", type=GUIDANCE, help="1 turns guidance off.  [default: the model's]")
 @option("--guidance-interval", type=(STEP, STEP), metavar="LO HI", help="Guide only the steps LO <= i < HI.")
+@option(
+    "--cache-interval",
+    type=STEPS,
+    metavar="K",
+    default=1,
+    help="Run the whole UNet at every K-th step, its outer blocks between: faster, other images.  [default: 1, off]",
+)
 @option("--rag", type=FOLDER, help="Start from the nearest training image of this index (`fastgen index`).")
 @option("--noise-steps", type=STEPS, help="Steps that run from there, with --rag.  [default: 6/7 of all]")
 @option("--strength", type=SHARE, help="The same as a share of the steps, more than 0 and at most 1.")

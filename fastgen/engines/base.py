@@ -53,6 +53,7 @@ class Engine(abc.ABC):
     decode_pixels: int = 2**16  # per forward of the VAE decoder: more are slower per image on a CPU, and cost memory
     gpu: str | None = None  # its name, where one build runs on different cards: each of them needs a certificate
     batch_invariant: bool = False  # a row's outputs are the same bytes in a batch of any size
+    splits: ClassVar[bool] = False  # also runs the two networks of a split UNet, `Spec.split_signatures`, on a CPU
     capturable: bool = False  # `run` may be recorded into a CUDA graph: current stream, no host synchronisation
 
     @classmethod
@@ -126,8 +127,12 @@ class Engine(abc.ABC):
         Classifier-free guidance needs the same state under two conditions; an engine may compute once what does not depend
         on the condition.
         """
+        return self.run_halves("unet", sample, timestep, *conds)[0]
+
+    def run_halves(self, network: str, sample: Array, timestep: Array, *conds: Array) -> tuple[Array, ...]:
+        """All outputs (2B, ...) of a denoiser, the UNet or one of the split ones, as in `run_guided`."""
         concat = self.xp.concatenate
-        return self.run("unet", concat([sample, sample]), concat([timestep, timestep]), *conds)[0]
+        return self.run(network, concat([sample, sample]), concat([timestep, timestep]), *conds)
 
     def batch_sizes(self, network: str) -> Sequence[int] | None:
         """The batch sizes that `run` takes for this network, ascending, as a range where there are no gaps; None for any."""

@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fastgen.engines import memory as engines_memory
@@ -85,20 +86,22 @@ def _memory_of(pipeline: ModelRunner, network: str) -> engines_memory.Memory:
 
 
 def estimate(run: Run, batches: Sequence[Batch], decode: int | None = None) -> Estimate:
-    """Time one row of the table of each kind, guided or not, at the largest batch size, and multiply. Engines that compile
-    networks do it here. `decode`: images per forward of the VAE decoder."""
+    """Time one row of the table of each kind, by network and guidance, at the largest batch size, and multiply. Engines that
+    compile networks do it here. `decode`: images per forward of the VAE decoder."""
     engine = run.pipeline.engine
     largest = max(batch.bucket for batch in batches)
     first, last = run.guided
-    guided, plain = last - first, len(run.table) - (last - first)
-    inputs = engine.samples("unet", largest)
     seconds = 0.0
-    if guided:
-        both = [engine.xp.concatenate([x, x]) for x in inputs[2:]]
-        seconds += guided * _seconds(engine, lambda: engine.run_guided(inputs[0], inputs[1], *both))
-    if plain:
-        seconds += plain * _seconds(engine, lambda: engine.run("unet", *inputs))
-    seconds += _seconds(engine, lambda: run.pipeline.decoder.decode(inputs[0], decode))
+    for (network, guided), rows in Counter((n, first <= i < last) for i, n in enumerate(run.networks)).items():
+        inputs = engine.samples(network, largest)
+        if guided:
+            both = [engine.xp.concatenate([x, x]) for x in inputs[2:]]
+            forward = partial(engine.run_halves, network, *inputs[:2], *both)
+        else:
+            forward = partial(engine.run, network, *inputs)
+        seconds += rows * _seconds(engine, forward)
+    latents = engine.samples("unet", largest)[0]
+    seconds += _seconds(engine, lambda: run.pipeline.decoder.decode(latents, decode))
     seconds *= sum(batch.bucket for batch in batches) / largest
     texts = len(run.conditions.texts) + (len(run.start.texts) if run.start else 0)
     if texts:

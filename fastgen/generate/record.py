@@ -33,6 +33,8 @@ def job_identity(run: Run, limit: int) -> dict[str, Any]:
         **NO_START,
         "noise_steps": settings.noise_steps,
     }
+    if settings.cache_interval > 1:  # without it the job is that of an older version
+        identity["cache_interval"] = settings.cache_interval
     if spec.bundle_sha256 is not None:
         identity[BUNDLE] = spec.bundle_sha256
     return identity if run.start is None else identity | dict(run.start.identity)

@@ -36,7 +36,7 @@ OPTIONS = {
         name: f"--{name.replace('_', '-')}"
         for name in (
             *("guidance_interval", "noise_steps", "rag", "rag_top_k", "normalize", "batch_size"),
-            *("model", "checkpoint", "engine", "dtype", "device", "width", "height", "lora"),
+            *("cache_interval", "model", "checkpoint", "engine", "dtype", "device", "width", "height", "lora"),
         )
     },
 }
@@ -59,7 +59,7 @@ UNSUPPORTED = {
 # Values with which a field asks for nothing; null, a blank text and an empty list do so in every field.
 NEUTRAL: dict[str, tuple[object, ...]] = {
     **dict.fromkeys((name for name, why in UNSUPPORTED.items() if why == ONE), (1,)),
-    **dict.fromkeys(("strength", "denoising_strength", "rag_top_k", "batch_size"), (1,)),
+    **dict.fromkeys(("strength", "denoising_strength", "rag_top_k", "batch_size", "cache_interval"), (1,)),
     **dict.fromkeys(("clip_skip", "eta", "guidance_rescale", "lora_scale"), (0,)),
     "normalize": ("clamp",),
 }

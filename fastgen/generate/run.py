@@ -13,6 +13,7 @@ from fastgen.engines.batches import Batch, cut
 from fastgen.errors import InputError
 from fastgen.generate.conditions import Conditions
 from fastgen.generate.decoder import Pictures
+from fastgen.generate.feature_cache import CachingDenoiser, check_cache, networks_of_rows
 from fastgen.generate.requests import Request, resolve_seed
 from fastgen.generate.settings import Settings
 from fastgen.generate.start import Start
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 class Run:
     """Requests with settings on a pipeline. All batches share `table`, `conditions`, and the guided rows of the table: `guided`
-    = (first, last + 1).
+    = (first, last + 1); `networks`: that each row runs.
 
     `start`: where images start, None for noise. `strip`: training timesteps at which each image's denoising is shown.
     `table`, `conditions`: of an earlier run of the same settings, and the same conditions, on this pipeline.
@@ -49,6 +50,8 @@ class Run:
         self.pipeline, self.requests, self.settings, self.start = pipeline, requests, settings, start
         if (start is None) != (settings.noise_steps is None):
             raise InputError("noise_steps and the latents to start from go together: give both or neither")
+        if settings.cache_interval > 1:
+            check_cache(pipeline)
         spec = pipeline.spec
         self.table = table or pipeline.source.table(settings.solver)
         self.conditions = conditions or Conditions(
@@ -60,6 +63,9 @@ class Run:
                 "guidance_interval: this model takes the guidance scale as an input, the same at every step"
             )
         self.guided = guided_rows(self.table, self.scale, True, settings.guidance_interval)
+        first, last = self.guided
+        rows = [first <= i < last for i in range(len(self.table))]
+        self.networks = networks_of_rows(rows, settings.cache_interval)
         timesteps = int(spec.scheduler_config.get("num_train_timesteps", 1000))
         self.strip = None if strip is None else StripPlan.of(self.table, strip, timesteps)
 
@@ -116,6 +122,9 @@ class Run:
         }
         if pipeline.on_gpu:
             yield from pipeline.loop(self.table, x, cond).steps(x, cond, **options)
+        elif settings.cache_interval > 1:
+            denoiser = CachingDenoiser(engine, self.networks)
+            yield from sample_steps(denoiser.plain, self.table, x, cond, guided=denoiser.guided, **options)
         else:
             network = lambda *inputs: engine.run("unet", *inputs)[0]  # noqa: E731
             yield from sample_steps(network, self.table, x, cond, guided=engine.run_guided, **options)

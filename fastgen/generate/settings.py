@@ -19,7 +19,8 @@ class Settings:
     """How images are sampled. `guidance_interval` (lo, hi): only the steps lo <= i < hi are guided.
 
     `noise_steps`: a late start from clean latents (start.py) that runs this many of the steps, the least noisy ones.
-    `normalize`: how values become pixels, see `quantise.quantised`. Raises InputError for a value out of range.
+    `normalize`: how values become pixels, see `quantise.quantised`. `cache_interval` K: only every K-th evaluation runs the
+    whole UNet, see feature_cache.py; 1: all do. Raises InputError for a value out of range.
     """
 
     scheduler: str
@@ -29,6 +30,7 @@ class Settings:
     seed: int = 0
     noise_steps: int | None = None
     normalize: str = "clamp"
+    cache_interval: int = 1
 
     def __post_init__(self) -> None:
         if self.normalize not in NORMALIZE:
@@ -39,6 +41,8 @@ class Settings:
             raise InputError(f"num_inference_steps is {self.num_inference_steps}, expected at least 1")
         if not (math.isfinite(self.guidance_scale) and self.guidance_scale >= 0):
             raise InputError(f"guidance_scale is {self.guidance_scale}, expected a finite number, 0 or more")
+        if self.cache_interval < 1:
+            raise InputError(f"cache_interval is {self.cache_interval}, expected at least 1")
         if self.noise_steps is not None and not 1 <= self.noise_steps <= self.num_inference_steps:
             expected = f"expected 1 to {self.num_inference_steps}, the number of inference steps"
             raise InputError(f"noise_steps is {self.noise_steps}, {expected}")
@@ -54,6 +58,7 @@ class Settings:
         guidance_interval: tuple[int, int] | None = None,
         seed: int = 0,
         normalize: str = "clamp",
+        cache_interval: int = 1,
     ) -> Settings:
         """Settings of a run that starts from noise; for None the model's `default`."""
         return cls(
@@ -63,6 +68,7 @@ class Settings:
             guidance_interval,
             seed,
             normalize=normalize,
+            cache_interval=cache_interval,
         )
 
     @property

@@ -82,7 +82,7 @@ class Bundle:
         network = name.partition("/")[0]
         if name not in self._checked:
             graph = read_graph(path)
-            graph.check(self.spec.signatures[network])
+            graph.check(self.spec.all_signatures[network])
             for location in sorted(graph.data):
                 if f"{network}/{location}" not in self.files:
                     problem = f"keeps weights in {brief(location)}, which {MANIFEST} does not list"
@@ -94,7 +94,7 @@ class Bundle:
     def verify(self, dtype: str = "fp32") -> None:
         """Verify every file that generating in this precision reads, before the first image. `network` verifies graphs of other
         precisions, and an engine its compiled networks. Raises InputError for a missing or altered file."""
-        others = ("vae_encoder/", "reference.", f"{COMPILED}/")
+        others = ("vae_encoder/", "reference.", f"{COMPILED}/", *(f"{name}/" for name in self.spec.split_signatures))
         for name in self.files:
             if _precision(name) in ("fp32", dtype) and not name.startswith(others):
                 is_graph = name.endswith(".onnx") and name.partition("/")[0] in self.spec.signatures
@@ -114,6 +114,14 @@ class Bundle:
                     self.file(f"{folder}/{name}")
             tokenizers.append(Tokenizer.from_folder(self.folder / folder, ids.with_batch(1)[1], ids.high))
         return tokenizers
+
+    def check_split(self) -> None:
+        """InputError, with the command that adds them, for a bundle without the graphs of a split UNet."""
+        if self.spec.deep_feature is None:
+            command = f"fastgen export MODEL --out {self.folder} --feature-cache"
+            raise InputError(
+                f"{self.folder}: has no graphs for --cache-interval; `{command}`, with the model folder, adds them"
+            )
 
     @cached_property
     def _tables(self) -> TableStore:

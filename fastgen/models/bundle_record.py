@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,7 +16,7 @@ from fastgen.errors import InputError
 from fastgen.files.hashes import FileRecord
 from fastgen.files.jsonfiles import infinity_from_text, located, read_json
 from fastgen.files.names import check_relative
-from fastgen.files.records import Factor, Index, Name, Record, Sha256, to_record
+from fastgen.files.records import Edge, Factor, Index, Name, Record, Sha256, Width, to_record
 from fastgen.models.condition import Condition, Text
 from fastgen.models.signatures import Signature, TensorSpec
 from fastgen.models.space import Space
@@ -34,7 +35,8 @@ class Contents(Record, frozen=True, kw_only=True):
     """The fields that both versions have.
 
     `files`: of the bundle, by their relative names. `record_sha256`: see `record_digest`; None in bundles of older versions of
-    fastgen. `extends`: the digests of this bundle before files were added to it, the oldest first. Other fields: see `Spec`.
+    fastgen. `extends`: the digests of this bundle before files were added to it, the oldest first. `deep_feature`: there where
+    the bundle has the graphs of a split UNet. Other fields: see `Spec`.
     """
 
     source_sha256: Sha256
@@ -48,6 +50,7 @@ class Contents(Record, frozen=True, kw_only=True):
     files: dict[Name, FileRecord]
     record_sha256: Sha256 | None = None
     extends: Annotated[tuple[Sha256, ...], Meta(max_length=10_000)] = ()
+    deep_feature: tuple[Width, Edge, Edge] | None = None
 
     def __post_init__(self) -> None:
         places: dict[str, str] = {}
@@ -63,6 +66,8 @@ class Contents(Record, frozen=True, kw_only=True):
                 if elements > MAX_ELEMENTS:
                     shape = list(tensor.shape)
                     raise InputError(f"signatures.{name}: {tensor.name} is {shape}, expected at most 2^30 numbers")
+        if self.deep_feature is not None and math.prod(self.deep_feature) > MAX_ELEMENTS:
+            raise InputError(f"deep_feature: found {list(self.deep_feature)}, expected at most 2^30 numbers")
 
     def described(self) -> tuple[Condition, Space]:
         """What the model is conditioned on, and where it denoises. Raises InputError."""
@@ -144,6 +149,7 @@ def spec_of(contents: Contents, digest: str, path: Path) -> Spec:
             component_sha256=contents.component_sha256,
             bundle_sha256=digest,
             bundle_extends=contents.extends,
+            deep_feature=contents.deep_feature,
         )
         stated, derived = contents.signatures, spec.signatures
         if stated != derived:

@@ -36,9 +36,10 @@ from fastgen.models.lora import Lora, fuse
 from fastgen.models.networks.autoencoder import VaeDecoder, VaeEncoder
 from fastgen.models.networks.denoiser import Denoiser
 from fastgen.models.networks.labels import LabelConditioner, check_fits, denoiser_class, load_conditioner
+from fastgen.models.networks.split_unet import ShallowDenoiser, WholeDenoiser, deep_shape, why_whole
 from fastgen.models.networks.text_encoder import TextEncoder
 from fastgen.models.settings import Settings, read_scheduler, read_settings, trained_mode
-from fastgen.models.signatures import Signature, model_signatures
+from fastgen.models.signatures import UNET_SHALLOW, UNET_WHOLE, Signature, model_signatures
 from fastgen.models.space import Space
 from fastgen.models.spec import Spec
 from fastgen.models.tokenizer import Tokenizer
@@ -105,6 +106,18 @@ class Model:
             networks |= {"vae_decoder": VaeDecoder(self.vae).eval(), "vae_encoder": VaeEncoder(self.vae).eval()}
         return networks
 
+    def split_networks(self) -> dict[str, nn.Module]:
+        """The modules of a split UNet under the names of `split_signatures`; empty for a denoiser that cannot be split."""
+        if why_whole(self.unet):
+            return {}
+        denoiser = self.denoiser()
+        return {UNET_WHOLE: WholeDenoiser(denoiser).eval(), UNET_SHALLOW: ShallowDenoiser(denoiser).eval()}
+
+    def check_split(self) -> None:
+        """InputError for a denoiser that cannot be split."""
+        if problem := why_whole(self.unet):
+            raise InputError(f"{self.where}: --cache-interval: {problem}, which cannot be split")
+
     def denoiser(self) -> Denoiser:
         """The UNet or transformer with its conditioner; in training mode, as its parts are."""
         channels, (_, height, width) = self.space.shape[0], self.space.image
@@ -137,6 +150,7 @@ class Model:
             checkpoint=self.layout.label if self.run_weights is None else self.run_weights.label,
             image_mode=trained_mode(self.folder),
             component_sha256=parts,
+            deep_feature=None if why_whole(self.unet) else deep_shape(self.unet, self.space.shape),
         )
 
     def prompt_tokenizers(self) -> list[Tokenizer]:

@@ -14,6 +14,8 @@ from fastgen.models.space import Space
 
 EXACT = ("text_encoder",)  # networks that stay fp32: they run once per prompt, and all images depend on them
 EIGHT_BITS = ("int8", "fp8")  # precisions that only networks of QUANTISED are executed in
+UNET_WHOLE, UNET_SHALLOW = "unet_whole", "unet_shallow"  # the UNet split for caching of deep features
+DENOISERS = ("unet", UNET_WHOLE, UNET_SHALLOW)
 QUANTISED = ("unet", "vae_decoder")  # networks of which there are graphs in eight bits: all that runs for every image
 
 
@@ -82,3 +84,14 @@ def model_signatures(condition: Condition, space: Space) -> dict[str, Signature]
             (TensorSpec("sample", "float32", image),), (TensorSpec("latent_parameters", "float32", moments),)
         )
     return signatures
+
+
+def split_signatures(unet: Signature, deep: tuple[int, int, int]) -> dict[str, Signature]:
+    """The two networks of a UNet that is split, see `networks.split_unet`. `deep`: (C, h, w) of the deep feature, which is the
+    last output of the one and the last input of the other."""
+    shape: Shape = (BATCH, *deep)
+    given, taken = TensorSpec("out_deep_feature", "float32", shape), TensorSpec("deep_feature", "float32", shape)
+    return {
+        UNET_WHOLE: Signature(unet.inputs, (*unet.outputs, given)),
+        UNET_SHALLOW: Signature((*unet.inputs, taken), unet.outputs),
+    }

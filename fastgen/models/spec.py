@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fastgen.models.condition import Condition
-from fastgen.models.signatures import Signature, model_signatures
+from fastgen.models.signatures import Signature, model_signatures, split_signatures
 from fastgen.models.space import Space
 from fastgen.sampling.defaults import Sampling
 
@@ -26,7 +26,8 @@ class Spec:
     alone; old bundles have none. `checkpoint`: the label of a training run's weights, such as best@115; None for the model
     folder's own. `image_mode`: how training made images square, where that is recorded. `bundle_sha256`: of a bundle's record,
     see `bundle_record.record_digest`; `bundle_extends`: what it was before files were added to it; of a model folder there is
-    none.
+    none. `deep_feature`: (C, h, w) of the UNet's deep feature; None where the denoiser cannot be split, or a bundle lacks the
+    networks of a split one.
     """
 
     condition: Condition
@@ -39,10 +40,20 @@ class Spec:
     component_sha256: Mapping[str, str] = field(default_factory=dict, compare=False)  # implied by `sha256`
     bundle_sha256: str | None = field(default=None, compare=False)
     bundle_extends: tuple[str, ...] = field(default=(), compare=False)
+    deep_feature: tuple[int, int, int] | None = field(default=None, compare=False)
 
     @cached_property
     def signatures(self) -> Mapping[str, Signature]:
         return model_signatures(self.condition, self.space)
+
+    @cached_property
+    def split_signatures(self) -> Mapping[str, Signature]:
+        """Of the networks that `--cache-interval` runs; empty where there are none."""
+        return {} if self.deep_feature is None else split_signatures(self.signatures["unet"], self.deep_feature)
+
+    @cached_property
+    def all_signatures(self) -> Mapping[str, Signature]:
+        return {**self.signatures, **self.split_signatures}
 
 
 class Source(Protocol):
@@ -57,3 +68,6 @@ class Source(Protocol):
     def prompt_tokenizers(self) -> list[Tokenizer]: ...
 
     def table(self, key: str) -> SolverTable: ...
+
+    def check_split(self) -> None:
+        """InputError, with what helps, where the networks of a split UNet are not there."""

@@ -67,7 +67,7 @@ def examine_bundle(folder: Path) -> BundleReport:
     bundle.verify()
     for name in bundle.files:
         network = name.partition("/")[0]
-        bundle.graph(name) if name.endswith(".onnx") and network in bundle.spec.signatures else bundle.file(name)
+        bundle.graph(name) if name.endswith(".onnx") and network in bundle.spec.all_signatures else bundle.file(name)
     for key in bundle.solver_keys():
         bundle.table(key)
     plans = bundled(bundle)

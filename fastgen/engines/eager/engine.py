@@ -22,6 +22,7 @@ class Engine(TorchEngine):
     install = Install("train")
     dtypes = ("fp32", "bf16", "fp16")
     reference = True
+    splits = True
 
     def __init__(
         self, source: Model, *, device: str | None = None, dtype: str | None = None, threads: int | None = None
@@ -32,8 +33,8 @@ class Engine(TorchEngine):
         self.dtype = base.choose_dtype(Engine, dtype, "fp32")
         self.capturable = self.device.startswith("cuda")
         self._torch_dtype = TORCH_DTYPES[self.dtype]
-        self.signatures = source.spec.signatures
-        self._networks = source.networks()
+        self.signatures = source.spec.all_signatures
+        self._networks = source.networks() | source.split_networks()
         self._modules: dict[str, nn.Module] = {}
         self._moving = threading.Lock()
 

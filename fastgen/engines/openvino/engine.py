@@ -39,6 +39,7 @@ from fastgen.errors import FastgenError, InputError, one_line
 from fastgen.files.installing import Install
 from fastgen.models.bundle import graph_name
 from fastgen.models.bundle_record import AGAIN
+from fastgen.models.signatures import DENOISERS
 
 if TYPE_CHECKING:
     from fastgen.models.bundle import Bundle
@@ -93,6 +94,7 @@ class Engine(base.Engine):
     static_shapes = True
     threadsafe = True
     batch_invariant = True
+    splits = True
     decode_pixels = 2**17  # two halves of one image each
 
     def __init__(
@@ -113,7 +115,7 @@ class Engine(base.Engine):
             raise InputError(f"engine openvino: this CPU has no {self.dtype}; it has {', '.join(capabilities)}")
         if self.dtype == "int8":
             base.announce_int8(cpu())
-        self.signatures = source.spec.signatures
+        self.signatures = source.spec.all_signatures
         self._bundle, self._version, self._cpu, self._threads = source, openvino.__version__, cpu(), threads
         self._lanes: dict[tuple[str, int, bool], list[Lane]] = {}
         self._locks: dict[tuple[str, int, bool], Lock] = {}
@@ -128,18 +130,18 @@ class Engine(base.Engine):
             outputs = self._run_all(network, lanes, list(zip(*parts, strict=True)))
             return tuple(np.concatenate(column) for column in zip(*outputs, strict=True))
 
-    def run_guided(self, sample: np.ndarray, timestep: np.ndarray, *conds: np.ndarray) -> np.ndarray:
+    def run_halves(
+        self, network: str, sample: np.ndarray, timestep: np.ndarray, *conds: np.ndarray
+    ) -> tuple[np.ndarray, ...]:
         try:
-            with self._opened("unet", len(sample), guided=True) as lanes:
-                count = len(lanes)
-                parts = [np.split(x, count) for x in (sample, timestep)]
-                parts += [_halves(cond, count) for cond in conds]
+            with self._opened(network, len(sample), guided=True) as lanes:
+                parts = [np.split(x, len(lanes)) for x in (sample, timestep)]
+                parts += [_halves(cond, len(lanes)) for cond in conds]
                 inputs = list(zip(*parts, strict=True))
-                predictions = np.stack([outputs[0] for outputs in self._run_all("unet", lanes, inputs)])
+                columns = list(zip(*self._run_all(network, lanes, inputs), strict=True))  # a list of lanes per output
+                return tuple(_joined(np.stack(column)) for column in columns)
         except NotSharedError:
-            return super().run_guided(sample, timestep, *conds)
-        rows = predictions.shape[2:]  # of (lanes, 2 * B / lanes, ...)
-        return predictions.reshape(count, 2, -1, *rows).swapaxes(0, 1).reshape(-1, *rows)  # (2B, ...)
+            return super().run_halves(network, sample, timestep, *conds)
 
     def recipe(self, network: str, rows: int | None) -> Recipe:
         return self._recipe(network, rows, None if rows is None else False)
@@ -252,7 +254,7 @@ class Engine(base.Engine):
                 widen_convolutions(model)
             self._check_outputs(model, network, path, counts[-1])
             models = {NETWORK: model}
-            if network == "unet" and self._computed(network) != "fp32":
+            if network in DENOISERS and self._computed(network) != "fp32":
                 models = {EMBEDDING: time_embedding(model)} | models
                 models[EMBEDDING] = self._core.compile_model(models[EMBEDDING], "CPU", self._config("fp32", 1))
                 take_embedding(model, numbers(inputs))
@@ -324,6 +326,12 @@ def _halves(cond: np.ndarray, count: int) -> list[np.ndarray]:
     """(2B, ...), unconditional rows first, -> for each of `count` lanes its share of both halves (2B / count, ...)."""
     lanes = cond.reshape(2, count, -1, *cond.shape[1:]).swapaxes(0, 1)  # (lanes, 2, B / lanes, ...)
     return [np.ascontiguousarray(lane.reshape(-1, *cond.shape[1:])) for lane in lanes]
+
+
+def _joined(lanes: np.ndarray) -> np.ndarray:
+    """The inverse of `_halves`: (lanes, 2B / lanes, ...) -> (2B, ...), unconditional rows first."""
+    count, _, *rows = lanes.shape
+    return lanes.reshape(count, 2, -1, *rows).swapaxes(0, 1).reshape(-1, *rows)
 
 
 class NotSharedError(Exception):

@@ -23,6 +23,7 @@ class Engine(OrtEngine):
 
     dtypes = ("fp32", "fp16", "int8")  # fp16 on CUDA, int8 on a CPU
     batch_invariant = True
+    splits = True
 
     @classmethod
     def open(

@@ -46,7 +46,7 @@ class OrtEngine(base.Engine):
     install = Install("cpu")
 
     def set_source(self, source: Bundle, threads: int | None) -> None:
-        self.signatures = source.spec.signatures
+        self.signatures = source.spec.all_signatures if self.splits else source.spec.signatures
         self._bundle, self._threads = source, threads
 
     @classmethod

@@ -43,6 +43,15 @@ class Denoiser(nn.Module):
 
     def forward(self, sample: Tensor, timestep: Tensor, *conditions: Tensor) -> Tensor:
         """sample (B, C, h, w), timestep (B,), conditions (B, ...) in the order of `inputs` -> prediction (B, C, h, w)."""
+        sample, timestep, arguments = self.arguments(sample, timestep, *conditions)
+        return self.kept(self.unet(sample, timestep, **arguments, return_dict=False)[0])
+
+    def kept(self, prediction: Tensor) -> Tensor:
+        """The prediction without what the network says beside it."""
+        return prediction if self.channels is None else prediction[:, : self.channels]
+
+    def arguments(self, sample: Tensor, timestep: Tensor, *conditions: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """What the UNet or transformer takes: sample, timestep, and the conditions by name."""
         tensors = dict(zip(self.inputs, conditions, strict=True))
         arguments: dict[str, Any] = {name: tensors[name] for name in (STATES, CLASS, GUIDANCE) if name in tensors}
         if self.conditioner is not None:
@@ -60,8 +69,7 @@ class Denoiser(nn.Module):
             timestep = timestep.long()
         if STATES not in arguments and hasattr(self.unet, "encoder_hid_proj"):
             arguments[STATES] = None  # UNet2DConditionModel names it without a default
-        prediction = self.unet(sample, timestep, **arguments, return_dict=False)[0]
-        return prediction if self.channels is None else prediction[:, : self.channels]
+        return sample, timestep, arguments
 
 
 def _as_weights(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from fastgen.cli.common import say
 from fastgen.errors import FastgenError, Say
-from fastgen.models.signatures import EIGHT_BITS
 
 if TYPE_CHECKING:
     from fastgen.generate.runner import ModelRunner
@@ -21,6 +20,8 @@ def ensure_certified(pipeline: ModelRunner, say: Say = say) -> None:
     The certificate goes into the bundle, or into the cache if the bundle is not writable. Raises FastgenError when the engine
     misses its tolerance, after `say` got the table; InputError when the bundle lacks the reference.
     """
+    from fastgen.models.signatures import EIGHT_BITS
+
     engine, bundle = pipeline.engine, pipeline.source
     if engine.gpu is None and engine.dtype not in EIGHT_BITS:
         return

@@ -219,7 +219,7 @@ def test_a_symlink_below_the_output_folder_is_refused(fastgen, label_bundle, tmp
         (["--engine", "tensor"], "unknown engine 'tensor' (choices: "),
         (["--engine", "eager"], "engine eager runs model folders"),
         (["--device", "cuda"], "this onnxruntime is built for the CPU alone"),
-        (["--dtype", "fp8"], "unknown dtype 'fp8'; did you mean 'fp32'?"),
+        (["--dtype", "fp64"], "unknown dtype 'fp64'; did you mean 'fp16'?"),
         (["--speed", "9"], "No such option"),
     ],
 )

@@ -179,6 +179,8 @@ def test_a_bundle_whose_proof_lies_is_not_certified(name, options, edit, word, f
     outcome = fork_server.run(command, tmp_path, {"FASTGEN_CACHE": str(tmp_path.with_name("cache-of-its-own"))})
     assert outcome.code == 2, outcome
     *progress, line = outcome.stderr.splitlines()
+    if options == OPENVINO and "this CPU has no bf16" in line:
+        pytest.skip("this CPU has no bf16")
     assert line.startswith("fastgen: error: bundle/")
     assert word in line
     assert len(line) <= LONGEST

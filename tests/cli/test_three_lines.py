@@ -162,7 +162,7 @@ def test_every_reason_is_told(machine, runs, fastgen, monkeypatch):
 def test_both_products_asked_for_one_can_be_built(machine, runs, fastgen, lowered_bundle, monkeypatch):
     machine([], set(INSTALLED))
     built: list[Path] = []
-    monkeypatch.setattr("export.bundle._check_rtx", lambda capabilities: None)
+    monkeypatch.setattr("export.bundle._check_rtx", lambda *options: None)
     monkeypatch.setattr("export.bundle._build_rtx", lambda bundle, *rest: built.append(bundle.folder))
     bundle = put_bundle(runs, lowered_bundle("labels", "fp16"))
     code, _, err = fastgen("export", bundle, "--trt", "--rtx", "--engine", "ort")

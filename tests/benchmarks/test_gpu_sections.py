@@ -18,7 +18,9 @@ import fastgen
 from benchmarks import floor, gpu, gpu_sections
 from benchmarks.gpu_targets import checks, judge, targets
 from benchmarks.parts import Run, kept_for_all_parts
+from export.emulated import Fp32Products, fast_products
 from fastgen.engines.compile import engine as engine_compile
+from fastgen.engines.machine import cpu
 
 JOB = {"side": "eager:fp16:graphs", "dtype": "fp16", "batch": 119, "steps": 70, "psnr_db": 40.0, "max_abs_255": 9}
 JOB |= {"job_s": 30.0, "images_per_s": 35.0, "floor_percent": 40.0}
@@ -82,6 +84,7 @@ def sections(run, *left_out):
     return found
 
 
+@pytest.mark.skipif(isinstance(fast_products("bf16", cpu()), Fp32Products), reason="minutes where bf16 is emulated")
 def test_references_and_rates_are_made_once_and_only_what_a_job_uses_is_compiled(run, models, monkeypatch):
     counted = Counted(monkeypatch)
     text, labels = models

@@ -41,8 +41,8 @@ from fastgen.models.bundle import CERTIFICATES, Bundle, plan_graph
 from fastgen.models.signatures import DENOISERS, EIGHT_BITS, QUANTISED, UNET_SHALLOW, UNET_WHOLE
 
 MIN_PSNR_DB = 30.0
-# Of each picture in eight bits. An early step's error can decide between two objects: one picture of eight becomes another one,
-# at 15 to 20 dB, while the others stay at 35 and more. A picture of noise is below 10 dB.
+# Of each picture in eight bits. An early step's error can decide where an object stands: one picture of eight becomes another
+# one, at 15 to 20 dB, while the others stay near 35. A picture of noise is below 10 dB.
 MIN_EACH_PSNR_DB = 12.0
 MAX_GREY_LEVELS = 2.0
 # An autoencoder with a codebook takes the nearest code of each latent. Where two codes are as near, the last bit of a latent

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -46,9 +46,9 @@ def fit(
 ) -> dict[str, Quantisation]:
     """Choose the layers that compute in eight bits, for each network that `tables` has the layers of.
 
-    The certificate's images are made in eight bits, in eager. Where they are too far from the `reference`, the network that
-    spoils them gets a smaller budget, up to `TRIES` times; the certificate decides about what is left. `spans`: see
-    `calibration.Calibration`; `rounding`: of the format `dtype`.
+    Eager makes the certificate's images in eight bits. Where they are too far from the `reference`, the network that spoils
+    them gets a smaller budget, and they are made again. The last of `TRIES` choices is not tried: the certificate decides.
+    `reference`: see `reference.read_reference`; `spans`: see `calibration.Calibration`; `rounding`: of the format `dtype`.
     """
     limits = {name: budget(name, model.spec.sampling.guidance_scale) for name in tables}
     for last in (False,) * (TRIES - 1) + (True,):
@@ -79,13 +79,11 @@ def _spoiler(
     whole, pipeline = whole_runs(reference), Pipeline(model, Eager(model, device="cpu", dtype="fp32"))
     modules = model.networks()
 
-    def in_eight_bits(name: str) -> ExitStack:
-        stack = ExitStack()
-        if name in found:
-            stack.enter_context(eight_bits(modules[name], found[name].layers, spans[name], rounding))
-        return stack
+    def in_eight_bits(name: str) -> AbstractContextManager[None]:
+        return eight_bits(modules[name], found[name].layers, spans[name], rounding) if name in found else nullcontext()
 
-    def average(images: np.ndarray) -> tuple[bool, float]:
+    def pictures() -> tuple[bool, float]:
+        images = decode_images(pipeline, latents[: len(whole.images)])
         return _near(np.clip(whole.images, -1, 1), np.clip(images, -1, 1))
 
     with in_eight_bits("unet"):
@@ -94,15 +92,15 @@ def _spoiler(
         near, psnr = _near(whole.latents, latents, latents_peak(whole.latents))
         if not near:
             return "unet", psnr
-    latents = latents[: len(whole.images)]
     with in_eight_bits("vae_decoder"):
-        near, psnr = average(decode_images(pipeline, latents))
+        near, psnr = pictures()
     if near:
         return None, psnr
-    decoder = "vae_decoder" in found and average(decode_images(pipeline, latents))[0]
+    decoder = "vae_decoder" in found and pictures()[0]  # whether fp32 decodes these latents well enough
     return "vae_decoder" if decoder else "unet", psnr
 
 
 def _near(expected: np.ndarray, values: np.ndarray, peak: float = 1.0) -> tuple[bool, float]:
+    """Whether images are as near as `fit` wants them, and their average PSNR in dB. `peak`: see `reference.psnr_db`."""
     passed, average, _ = pictures_pass(expected, values, peak)
     return passed and average >= MIN_PSNR_DB + MARGIN_DB, average

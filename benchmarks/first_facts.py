@@ -14,6 +14,7 @@ from benchmarks.part_worker import raised
 from benchmarks.parts import Fact, Run
 from benchmarks.prompts import conditions
 from benchmarks.report import parity
+from fastgen.engines.machine import cpu, has_half
 
 if TYPE_CHECKING:
     from fastgen.generate.pipeline import Pipeline
@@ -32,6 +33,7 @@ KINDS: dict[str, dict[str, Any]] = {
 SIZES, FEW_SIZES = (7, 5, 7, 5, 3), (3, 2, 3)  # of batches that overlap
 TABLES = range(2, 26)  # steps of 24 solver tables
 NEEDS_GPU = "needs a GPU"
+NEEDS_BF16 = "this CPU does not compute in bf16"
 
 
 @functools.cache
@@ -93,7 +95,7 @@ def agreement(run: Run, model: str) -> Iterator[Fact]:
         except Exception as error:
             yield raised(f"{kind}, reference", error)
             continue
-        for dtype in ("fp32", run.low):
+        for dtype in dict.fromkeys(("fp32", run.low)):
             yield from _loops_agree(run, model, f"{kind}, {dtype}", dtype, expected, options)
 
 
@@ -150,6 +152,9 @@ def full_precision(run: Run, model: str) -> Iterator[Fact]:
 
 def half_precision(run: Run, model: str) -> Iterator[Fact]:
     """bf16 against the CPU in fp32."""
+    if not run.cuda and not has_half(cpu(), "bf16"):
+        yield {"what": "bf16", "skipped": NEEDS_BF16}
+        return
     found = images(pipeline(model, run.device, "bf16", True))
     yield compared("bf16: the CPU's pictures", images(pipeline(model, "cpu", "fp32")), found, dtype="bf16")
 

@@ -80,7 +80,7 @@ def job(run: Run) -> Iterator[Fact]:
 
 def against_diffusers(run: Run) -> Iterator[Fact]:
     """diffusers and this package in turns, at one image and at larger batches: ratio, time of a step, share of the floor."""
-    sides = [f"diffusers:{run.low}", f"eager:{run.low}", gpu_sections.fast(run)]
+    sides = list(dict.fromkeys([f"diffusers:{run.low}", f"eager:{run.low}", gpu_sections.fast(run)]))
     options: dict[str, Any] = {
         "batches": (1, 2) if run.tiny else (1, 16, 64),
         "images": 1 if run.tiny else 2,

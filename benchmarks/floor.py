@@ -80,14 +80,20 @@ def floor_s(work: Work, rates: Rates, dtype: str, *, images: int, batch: int, ev
 
 
 def measure(device: str, dtype: str, *, threads: int | None = None, seconds: float = 0.7) -> Rates:
-    """The best of repeated matrix products and copies of random data; sizes that fill the device."""
+    """The best of repeated matrix products and copies of random data; sizes that fill the device.
+
+    On a CPU without instructions for 16 bits, products in fp32 are the best that it can do in fp16 and bf16 too.
+    """
     import torch
+
+    from fastgen.engines.machine import HALF, cpu, has_half
 
     if threads:
         torch.set_num_threads(threads)
     cuda = device.startswith("cuda")
     size, elements = (8192, 2**30) if cuda else (2048, 2**25)
-    flop_per_s = 2 * size**3 / _best(_product(device, dtype, size), device, seconds)
+    detour = not cuda and dtype in HALF and not has_half(cpu(), dtype)
+    flop_per_s = 2 * size**3 / _best(_product(device, "fp32" if detour else dtype, size), device, seconds)
     source = torch.randn(elements, device=device)
     target = torch.empty_like(source)
     bytes_per_s = 2 * source.nbytes / _best(lambda: target.copy_(source), device, seconds)

@@ -201,8 +201,8 @@ def peers(run: Run, batches: Sequence[int] = (1, 16, 64, 128)) -> Iterator[Fact]
 
 def one(run: Run) -> Iterator[Fact]:
     """Batch 1: graphs on and off, and diffusers."""
-    graphs = fast(run)
-    sides = [f"diffusers:{run.low}", f"eager:{run.low}", graphs, graphs.replace(run.low, "bf16")]
+    sides = [f"diffusers:{run.low}", f"eager:{run.low}"]
+    sides += [fast(run), fast(run).replace(run.low, "bf16")] if run.cuda else []
     yield from rows(run, text_model(run), sides, batches=(1,), images=1 if run.tiny else 3, rounds=2)
 
 

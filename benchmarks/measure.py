@@ -21,7 +21,7 @@ from benchmarks.environments import interpreter
 from benchmarks.models import bundled, export_seconds
 from benchmarks.prompts import conditions
 from benchmarks.rows import Case, Taken, shorter
-from benchmarks.sides import FOREIGN, INFORMED, REFERENCE, Side, missing
+from benchmarks.sides import FOREIGN, REFERENCE, Side, informed, missing
 from benchmarks.worker import Local, Process
 from fastgen.errors import FastgenError, first_line
 from fastgen.models.spec import Spec
@@ -103,7 +103,8 @@ class Matrix:
     def rows(self) -> Iterator[dict[str, Any]]:
         """A row for every side and case; what failed, and what the time did not allow, says so in its note."""
         first, *others = self.sides
-        always = [first, *(side for side in others if str(side) == INFORMED)]  # the sides that ratios are to
+        peer = informed(map(str, others))
+        always = [first, *(side for side in others if str(side) == peer)]  # the sides that ratios are to
         others = [side for side in others if side not in always]
         size = max(1, self.plan.together - len(always))
         with self._inputs():
@@ -174,8 +175,9 @@ class Matrix:
                     Taken(o.side, self._case(o.side.batch or batch, steps), o.facts, o.facts.get("note")) for o in here
                 ]
                 self._measure(here, taken, first_case=case == 0)
-                informed = next((one for one in taken[1:] if str(one.side) == INFORMED), None)
-                yield from (self._row(one, taken[0], informed) for one in taken)
+                peer = informed(str(one.side) for one in taken[1:])
+                other = next((one for one in taken[1:] if str(one.side) == peer), None)
+                yield from (self._row(one, taken[0], other) for one in taken)
 
     def _case(self, batch: int, steps: int) -> Case:
         return Case(batch, steps, max(self.plan.images, batch))

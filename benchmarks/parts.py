@@ -24,6 +24,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from fastgen.engines.machine import cpu, has_half
+
 REPOSITORY = Path(__file__).parents[1]
 KEPT = "kept"
 FRAMES = 12  # lines of a helper's last words
@@ -65,8 +67,10 @@ class Run:
 
     @property
     def low(self) -> str:
-        """The lower precision that is the fast one on this device."""
-        return "fp16" if self.cuda else "bf16"
+        """The precision that is the fast one on this device: a lower one where the hardware computes in it."""
+        if self.cuda:
+            return "fp16"
+        return "bf16" if has_half(cpu(), "bf16") else "fp32"
 
     @property
     def kept(self) -> Path:

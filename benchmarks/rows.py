@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.report import parity, spread
-from benchmarks.sides import INFORMED, Side
+from benchmarks.sides import Side
 
 UNITS = {
     "side": "NAME:DTYPE, see benchmarks/sides.py; @N where it has a batch size of its own",
@@ -21,7 +21,7 @@ UNITS = {
     "images_per_s": "end to end, from prompts to pixels in host memory; medians",
     "spread": "of images_per_s, over the rounds",
     "ratio": "images_per_s over the first side's, median over the rounds in which both took turns",
-    "ratio_informed": f"the same over {INFORMED}, where that is one of the sides",
+    "ratio_informed": "the same over the informed user's side (INFORMED in benchmarks/sides.py), where there is one",
     "step_ms": "one network evaluation, guided where the model is; from runs of two lengths",
     "load_s": "imports, weights, and what the side compiles when it is opened",
     "first_s": "load and the first batch",

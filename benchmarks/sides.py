@@ -4,9 +4,11 @@ this package's engines, and what people use today."""
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from fastgen.engines import engine_class, engine_names, missing_packages
+from fastgen.engines.machine import cpu, has_half
 from fastgen.errors import InputError, unknown
 
 DTYPES = ("fp32", "bf16", "fp16", "int8")
@@ -19,7 +21,8 @@ PEERS = {
 }
 FOREIGN = ("optimum-onnx", "optimum-intel")
 REFERENCE = "eager:fp32"  # of parity
-INFORMED = "diffusers:bf16:channels_last"  # what an informed user writes: diffusers and two lines more
+# What an informed user writes, diffusers and two lines more: the first where the device computes in bf16.
+INFORMED = ("diffusers:bf16:channels_last", "diffusers:fp32:channels_last")
 
 
 @dataclass(frozen=True)
@@ -76,15 +79,21 @@ def _options(name: str) -> tuple[str, ...]:
     return (*(dtype for dtype in DTYPES if dtype != "int8"), *more.get(name, ()))
 
 
+def informed(sides: Iterable[str]) -> str | None:
+    """The informed user's side among these, as it is spelled; None where there is none."""
+    return next((side for side in sides if side in INFORMED), None)
+
+
 def default_sides(device: str) -> list[str]:
     """Every side that makes sense on this device; the first is what the others' speed is compared with."""
     if device.startswith("cuda"):
         own = ["eager:fp32", "eager:bf16", "eager:fp16:nographs", "eager:fp16:graphs", "compile:fp16:nographs"]
         own += ["compile:fp16:graphs", "ort:fp16", "trt:fp16"]
         return ["diffusers:fp16", *own, "diffusers:fp32", "diffusers-compile:fp16", "two-calls:fp32@1", "optimum-onnx"]
-    own = ["openvino:int8", "openvino:bf16", "ort:fp32", "compile:bf16", "eager:fp32"]
-    peers = ["optimum-intel:int8", "optimum-intel", "diffusers-compile:bf16", "two-calls:fp32@1", "optimum-onnx"]
-    return ["diffusers:fp32", INFORMED, *own, *peers]
+    low = "bf16" if has_half(cpu(), "bf16") else "fp32"
+    own = ["openvino:int8", f"openvino:{low}", "ort:fp32", f"compile:{low}", "eager:fp32"]
+    peers = ["optimum-intel:int8", "optimum-intel", f"diffusers-compile:{low}", "two-calls:fp32@1", "optimum-onnx"]
+    return ["diffusers:fp32", f"diffusers:{low}:channels_last", *own, *peers]
 
 
 def missing(side: Side, device: str) -> str | None:

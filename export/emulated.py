@@ -9,10 +9,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from fastgen.engines.machine import Cpu
+from fastgen.engines.machine import HALF, Cpu, has_half
 
-# What torch computes in 16 bits without a detour; bf16 in any AVX-512 too.
-NATIVE = {"bf16": {"avx512f", "amx_bf16", "bf16"}, "fp16": {"avx512_fp16", "amx_fp16", "fphp"}}
 HALVES = (torch.float16, torch.bfloat16)
 PRODUCTS = [
     getattr(torch.ops.aten, name)
@@ -29,8 +27,7 @@ def fast_products(dtype: str, cpu: Cpu) -> AbstractContextManager[Any]:
 
     With AVX2 alone torch takes forty times as long for a UNet in bf16 as in fp32. In fp16 its convolutions use one core.
     """
-    native = dtype not in NATIVE or not NATIVE[dtype].isdisjoint(cpu.isa)
-    return nullcontext() if native else Fp32Products()
+    return Fp32Products() if dtype in HALF and not has_half(cpu, dtype) else nullcontext()
 
 
 class Fp32Products(TorchDispatchMode):

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -107,14 +107,25 @@ def cluster(address: str, say: Say = lambda line: None) -> Iterator[tuple[Any, b
         if not verbose():
             _silence(ray)
         on_sigterm = signal.getsignal(signal.SIGTERM)
-        try:
-            ray.init(address=address, **options)
-        except (Exception, SystemExit) as error:
-            raise FastgenError(f"--ray {address}: {first_line(error)}") from None
+        _connect(ray, address, options, say)
         stack.callback(ray.shutdown)
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own prints the stack
         yield ray, address == LOCAL
+
+
+def _connect(ray: Any, address: str, options: Mapping[str, Any], say: Say) -> None:
+    """ray.init; a cluster of our own is tried twice, for on a busy machine its first process may not answer in Ray's time."""
+    for last in (address != LOCAL, True):
+        try:
+            ray.init(address=address, **options)
+        except (Exception, SystemExit) as error:
+            ray.shutdown()
+            if last:
+                raise FastgenError(f"--ray {address}: {first_line(error)}") from None
+            say(f"ray: {first_line(error)}; once more")
+        else:
+            return
 
 
 @contextmanager

@@ -14,6 +14,8 @@ from pathlib import Path
 X86 = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_int8", "amx_bf16", "amx_fp16")
 ARM = ("asimd", "asimddp", "fphp", "i8mm", "bf16", "sve", "sve2")
 INT8 = {"avx_vnni", "avx512_vnni", "amx_int8", "asimddp", "i8mm"}
+# What torch computes in 16 bits without a detour; bf16 in any AVX-512 too.
+HALF = {"bf16": {"avx512f", "amx_bf16", "bf16"}, "fp16": {"avx512_fp16", "amx_fp16", "fphp"}}
 ISA = (*X86, *ARM)  # kernels are chosen by these
 QUERIES = ("name,memory.total,driver_version,compute_cap", "name,memory.total,driver_version")  # drivers before 510
 Smi = Callable[..., tuple[int, str]]  # nvidia-smi's arguments -> (exit status, stdout and stderr)
@@ -95,6 +97,11 @@ def cpu(cpuinfo: str | None = None, meminfo: str | None = None) -> Cpu:
 def has_int8(cpu: Cpu) -> bool:
     """Whether a CPU multiplies 8-bit integers in instructions of their own, faster than fp32."""
     return not INT8.isdisjoint(cpu.isa)
+
+
+def has_half(cpu: Cpu, dtype: str) -> bool:
+    """Whether torch computes "bf16" or "fp16" on this CPU about as fast as fp32 or faster, not many times slower."""
+    return not HALF[dtype].isdisjoint(cpu.isa)
 
 
 def usable_cores() -> int:

@@ -21,6 +21,7 @@ import torch
 from benchmarks import first, first_facts, first_memory, first_serving, first_speed, gpu_table, gpu_tests
 from benchmarks.parts import REPOSITORY, Run
 from fastgen.engines.compile import engine as engine_compile
+from fastgen.engines.machine import cpu, has_half
 from fastgen.errors import InputError
 from fastgen.generate.run import Run as Generation
 from fastgen.models.folder import load_model
@@ -30,7 +31,8 @@ NEEDS_GPU = first_facts.NEEDS_GPU
 
 
 @pytest.fixture
-def run(tmp_path) -> Iterator[Run]:
+def run(tmp_path, monkeypatch) -> Iterator[Run]:
+    monkeypatch.setattr(Run, "low", "bf16")  # on every CPU: the models are small
     first_facts.pipeline.cache_clear()
     yield Run("cpu", tmp_path, tmp_path, tiny=True, deadline=time.monotonic() + 300, images=6)
     first_facts.pipeline.cache_clear()
@@ -56,9 +58,10 @@ def test_the_script_runs_whole_on_a_cpu(tmp_path):
     assert lines == found["facts"] == [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert list(dict.fromkeys(fact["part"] for fact in lines)) == parts
     assert found["failed"] == 0
-    assert found["passed"] > 50
+    assert found["passed"] > 40
     reasons = {fact["skipped"].partition(";")[0] for fact in lines if "skipped" in fact}
-    assert reasons == {NEEDS_GPU, "needs a CUDA GPU"}
+    absent = set() if has_half(cpu(), "bf16") else {first_facts.NEEDS_BF16}
+    assert reasons == {NEEDS_GPU, "needs a CUDA GPU", *absent}
     assert found["environment"]["versions"]["torch"] == torch.__version__.partition("+")[0] or torch.__version__
     assert "loops, monsters-64" in done.stdout.splitlines()[len(lines) + 4]
     assert not (tmp_path / "kept").exists()

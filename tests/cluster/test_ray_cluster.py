@@ -268,3 +268,33 @@ def test_a_new_cluster_on_this_machine_leaves_no_process_and_no_file(job, short,
         time.sleep(0.2)
     assert not left
     assert not list(short.glob("fastgen-ray-*"))
+
+
+FAILS_ONCE = """
+from ray._private.node import Node
+
+from fastgen.cluster.connect import LOCAL, cluster
+
+start, started = Node.start_gcs_server, []
+
+def fails_once(node):
+    start(node)
+    started.append(node)
+    if len(started) == 1:
+        raise RuntimeError("Failed to start GCS.  Last 0 lines of error files:")
+
+Node.start_gcs_server = fails_once
+with cluster(LOCAL, print) as (ray, own):
+    assert own
+    print(ray.get(ray.remote(lambda: 3).remote()), len(started))
+"""
+
+
+def test_a_new_cluster_whose_first_process_does_not_answer_is_started_once_more(short, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(short))
+    monkeypatch.setenv(MARK, MARKED)
+    before = set(processes(""))
+    done = subprocess.run([sys.executable, "-c", FAILS_ONCE], capture_output=True, text=True, timeout=120)
+    assert done.stdout.splitlines() == ["ray: Failed to start GCS.  Last 0 lines of error files:; once more", "3 2"]
+    assert set(processes("")) <= before
+    assert not list(short.glob("fastgen-ray-*"))

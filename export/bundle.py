@@ -18,7 +18,7 @@ from fastgen.engines.machine import gpus
 from fastgen.engines.trt.product import RTX, TENSORRT
 from fastgen.engines.unready import Obstacle, export_command, obstacle
 from fastgen.errors import FastgenError, InputError, Say
-from fastgen.models.bundle import Bundle, is_bundle, plan_graph, read_bundle
+from fastgen.models.bundle import Bundle, graph_name, is_bundle, plan_graph, read_bundle
 from fastgen.models.checkpoint_choice import check_bundle_of
 from fastgen.models.signatures import EIGHT_BITS, network_dtype
 
@@ -101,6 +101,7 @@ def export(
         check_repository(Path(triton), out, dtype, trt)
     repository_only = triton is not None and is_bundle(model) and not (engines or trt or rtx)
     certified = [] if repository_only else _engines(engines, model, trt or rtx, dtype)
+    _check_graphs(certified, "fp32" if trt or rtx else dtype, None if overwrite and not is_bundle(model) else out)
     how: dict[str, Any] = {"checkpoint": checkpoint, "size": size, "loras": loras, "allow_pickle": allow_pickle}
     hindered = obstacle(TENSORRT.engine) if trt else None
     if hindered:
@@ -181,6 +182,16 @@ def _check_holds(bundle: Bundle, dtype: str, option: str | None) -> None:
         for name in bundle.spec.signatures:
             executed = network_dtype(name, dtype)
             bundle.network(name, plan_graph(executed) if option else executed, option or "")
+
+
+def _check_graphs(engines: Sequence[tuple[str, str | None]], dtype: str, out: Path | None) -> None:
+    """InputError, before anything is exported, for an engine in a precision that the bundle will have no graphs in. `dtype`: of
+    those that are made now; `out`: a bundle that is kept, if there is one."""
+    for name, precision in engines:
+        if precision is not None and precision in engine_class(name).lowered_graphs and precision != dtype:
+            if out is not None and is_bundle(out) and graph_name("unet", precision) in read_bundle(out).files:
+                continue
+            raise InputError(f"--engine {name}:{precision}: needs graphs in {precision}; give --dtype {precision} too")
 
 
 def _task(requests: str | os.PathLike[str] | None, evaluator: str | None) -> Task | None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from export.extend import add_files, check_replaceable, sweep
 from export.reference import distances_name, image_steps, read_reference, write_distances, write_reference
+from export.tracing import Trace, Tracing
 from fastgen import __version__
 from fastgen.errors import InputError, Say
 from fastgen.files.folders import new_folder, scratch_folder
@@ -97,10 +98,10 @@ def write_bundle(model_folder: Path, out: Path, options: BundleOptions, overwrit
         model.check_split()
     if bundle is None:
         with new_folder(out, existing="replace") as partial:
-            _fill(partial, out, model, options, say)
+            _fill(partial, out, model, how, options, say)
     else:
         with scratch_folder(out) as partial:
-            _extend(bundle, partial, model, options, say)
+            _extend(bundle, partial, model, how, options, say)
 
 
 def _check_solvers(model: Model, solvers: Sequence[str]) -> None:
@@ -112,9 +113,7 @@ def _check_solvers(model: Model, solvers: Sequence[str]) -> None:
         compiler.table(key)
 
 
-def _fill(partial: Path, out: Path, model: Model, options: BundleOptions, say: Say) -> None:
-    from export.onnx import export_onnx
-
+def _fill(partial: Path, out: Path, model: Model, how: Mapping[str, Any], options: BundleOptions, say: Say) -> None:
     for name, file in _config_files(model).items():
         (partial / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, partial / name)
@@ -122,18 +121,19 @@ def _fill(partial: Path, out: Path, model: Model, options: BundleOptions, say: S
         file = partial / (f"tokenizer_{i + 1}" if i else "tokenizer") / "tokenizer.json"
         if not file.exists():
             tokenizer.backend_tokenizer.save(str(file))
-    say("compiling solver tables")  # first: it fails soonest, for a solver that does not exist
-    _write_tables(model, partial / TABLES, options.solvers, say)
-    for name, module in model.networks().items():
-        say(f"exporting {name}")
-        export_onnx(module, model.spec.signatures[name], partial / graph_name(name, "fp32"))
-    if (stored := _stored_reference(out, model)) is not None:
-        say("keeping the stored eager fp32 reference of these weights")
-        shutil.copyfile(stored, partial / REFERENCE)
-    else:
-        say("running the eager fp32 reference")
-        write_reference(model, partial / REFERENCE)
-    _fill_lowered(partial, model, options.graphs(model), options.distances(), partial / REFERENCE, say)
+    traces = [Trace(name, "fp32") for name in model.spec.signatures]
+    with Tracing(model, how, [*traces, *_lowered(options.graphs(model))], partial, say) as tracing:
+        say("compiling solver tables")  # first: it fails soonest, for a solver that does not exist
+        _write_tables(model, partial / TABLES, options.solvers, say)
+        tracing.run_here()
+        if (stored := _stored_reference(out, model)) is not None:
+            say("keeping the stored eager fp32 reference of these weights")
+            shutil.copyfile(stored, partial / REFERENCE)
+        else:
+            say("running the eager fp32 reference")
+            write_reference(model, partial / REFERENCE)
+        _fill_distances(partial, model, options.distances(), partial / REFERENCE, say)
+        tracing.finish()
     fp32 = {name: partial / graph_name(name, "fp32") for name in model.networks()}
     _fill_int8(partial, model, options, fp32, partial / REFERENCE, say)
     _fill_plan_graphs(partial, model, options, options.graphs(model), {}, partial / REFERENCE, say)
@@ -142,17 +142,13 @@ def _fill(partial: Path, out: Path, model: Model, options: BundleOptions, say: S
     write_json(partial / MANIFEST, sealed(manifest))  # the last file
 
 
-def _fill_lowered(
-    folder: Path, model: Model, graphs: dict[str, str], distances: Sequence[str], reference: Path, say: Say
-) -> None:
-    """Write the `graphs` (network -> precision) and the distances of eager from fp32 in the precisions `distances`."""
-    from export.onnx import export_onnx
+def _lowered(graphs: Mapping[str, str]) -> list[Trace]:
+    """Those of the graphs (network -> precision) in less than fp32 that are traced: in eight bits they are made from others."""
+    return [Trace(name, dtype) for name, dtype in graphs.items() if dtype in ("fp16", "bf16")]
 
-    for name, dtype in graphs.items():
-        if dtype not in ("fp16", "bf16"):
-            continue  # in eight bits, made from one of these
-        say(f"exporting {name} in {dtype}")
-        export_onnx(model.networks()[name], model.spec.signatures[name], folder / graph_name(name, dtype), dtype)
+
+def _fill_distances(folder: Path, model: Model, distances: Sequence[str], reference: Path, say: Say) -> None:
+    """Write the distances of eager from fp32 in the precisions `distances`."""
     for dtype in distances:
         say(f"running eager in {dtype}")
         write_distances(model, reference, dtype, folder / distances_name(dtype))
@@ -213,7 +209,9 @@ def _fill_plan_graphs(
         write_plan_graphs(folder, model, graphs, halves, requests, read_reference(reference), say)
 
 
-def _extend(bundle: Bundle, partial: Path, model: Model, options: BundleOptions, say: Say) -> None:
+def _extend(
+    bundle: Bundle, partial: Path, model: Model, how: Mapping[str, Any], options: BundleOptions, say: Say
+) -> None:
     """Add what is missing. Files are moved in before bundle.json lists them: until then the old bundle is whole."""
     out = bundle.folder
     sweep(bundle)
@@ -228,7 +226,10 @@ def _extend(bundle: Bundle, partial: Path, model: Model, options: BundleOptions,
     lacking = list(dict.fromkeys([*graphs.values(), *distances]))
     what = [*([f"not all in {', '.join(lacking)}"] if lacking else []), *(["no split UNet"] if split else [])]
     say(f"{out} holds these weights already, but {' and '.join(what)}")
-    _fill_lowered(partial, model, graphs, distances, bundle.file(REFERENCE), say)
+    with Tracing(model, how, _lowered(graphs), partial, say) as tracing:
+        tracing.run_here()
+        _fill_distances(partial, model, distances, bundle.file(REFERENCE), say)
+        tracing.finish()
     if "int8" in graphs.values():
         fp32 = {name: bundle.network(name) for name in model.networks()}
         _fill_int8(partial, model, options, fp32, bundle.file(REFERENCE), say)

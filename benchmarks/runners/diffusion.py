@@ -109,17 +109,21 @@ class TwoCalls(_Runner):
 
 
 class Labels(_Runner):
-    """The loop of a label-conditional model in pixel space, which has no pipeline in diffusers. A stochastic solver draws
-    its own noise here: such images are others than ours."""
+    """The loop of a label-conditional model, in pixels or in latents, which has no pipeline in diffusers. A stochastic solver
+    draws its own noise here: such images are others than ours."""
 
     def __init__(self, opening: Mapping[str, Any]) -> None:
         from fastgen.models.folder import load_model
 
         super().__init__(opening)
         model = load_model(self._folder)
-        unet = model.networks()["unet"].to(self._device, self._type)
+        networks = model.networks()
+        unet = networks["unet"].to(self._device, self._type)
+        self._decoder = networks["vae_decoder"].to(self._device, self._type) if "vae_decoder" in networks else None
         if _is_channels_last(opening):
             unet = unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            if self._decoder is not None:
+                self._decoder = self._decoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if opening["name"] == "diffusers-compile":
             mode = "reduce-overhead" if self._device.startswith("cuda") else "default"
             unet = torch.compile(unet, mode=mode)  # type: ignore[assignment]
@@ -136,7 +140,7 @@ class Labels(_Runner):
         for t in self._timesteps(steps):
             prediction = self._predict(self._scheduler.scale_model_input(x, t), t.expand(len(x)), labels)
             x = self._scheduler.step(prediction, t, x, **self._noise(generator)).prev_sample
-        return _uint8(x)
+        return _uint8(x if self._decoder is None else self._decoder(x))
 
     def _timesteps(self, steps: int) -> Iterator[torch.Tensor]:
         self._scheduler.set_timesteps(steps, device=self._device)
@@ -164,7 +168,7 @@ def _is_channels_last(opening: Mapping[str, Any]) -> bool:
 
 
 def open_runner(opening: Mapping[str, Any]) -> _Runner:
-    if not (Path(opening["model"]) / "vae").is_dir():
+    if not (Path(opening["model"]) / "text_encoder").is_dir():
         if opening["name"] == "two-calls":
             raise ValueError("the loop by hand is for text models; `diffusers` is one for label models")
         return Labels(opening)

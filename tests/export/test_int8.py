@@ -326,6 +326,23 @@ def test_guided_and_split_batches_agree_with_single_rows(lowered_bundle):
     assert np.linalg.norm(guided - rows) < 0.05 * np.linalg.norm(rows)
 
 
+@pytest.mark.parametrize("engine", ["ort:int8", "openvino:int8", "ort:fp16"])
+def test_an_engine_without_its_graphs_is_refused_before_anything_is_exported(fastgen, label_model, tmp_path, engine):
+    pytest.importorskip(engine.partition(":")[0].replace("ort", "onnxruntime"))
+    precision = engine.partition(":")[2]
+    code, _, err = fastgen("export", label_model, "--out", tmp_path / "bundle", "--engine", engine)
+    refusal = f"--engine {engine}: needs graphs in {precision}; give --dtype {precision} too"
+    assert (code, err.splitlines()[-1]) == (2, f"fastgen: error: {refusal}")
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_a_bundle_that_holds_the_graphs_is_certified_without_the_option(fastgen, lowered_bundle, tmp_path):
+    bundle = shutil.copytree(lowered_bundle("labels", "int8"), tmp_path / "bundle")
+    code, out, _ = fastgen("export", bundle, "--engine", "ort:int8")
+    assert code == 0
+    assert "ort int8 cpu: certified" in out
+
+
 def test_a_miss_names_the_worst_layers_and_the_precision_that_passes(fastgen, lowered_bundle, tmp_path, monkeypatch):
     bundle = shutil.copytree(lowered_bundle("text", "int8"), tmp_path / "bundle")
     monkeypatch.setitem(export.certificate.MIN_COSINE, "int8", 0.99999999)

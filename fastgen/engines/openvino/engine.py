@@ -91,6 +91,7 @@ class Engine(base.Engine):
     install = Install("cpu")
     cpu_only = True
     dtypes = ("bf16", "fp32", "fp16", "int8")
+    lowered_graphs = ("int8",)
     static_shapes = True
     threadsafe = True
     batch_invariant = True

@@ -22,6 +22,7 @@ class Engine(OrtEngine):
     """On a CPU, in fp32 or int8, on NumPy arrays."""
 
     dtypes = ("fp32", "fp16", "int8")  # fp16 on CUDA, int8 on a CPU
+    lowered_graphs = ("fp16", "int8")
     batch_invariant = True
     splits = True
 

@@ -1,0 +1,146 @@
+"""Networks traced in processes beside the export: the same files, whatever happens to those processes."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("diffusers")
+pytest.importorskip("onnxscript")
+
+import export.tracing as tracing
+from export.tracing import Trace, Tracing, processes, trace
+from export.write import BundleOptions, write_bundle
+from fastgen.errors import InputError
+from fastgen.models.folder import load_model
+
+GIB = 2**30
+
+
+@pytest.fixture
+def small_is_large(monkeypatch):
+    monkeypatch.setattr(tracing, "LARGE", 0)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("weights", "networks", "cores", "free", "count"),
+    [
+        (2**20, 4, 16, 64 * GIB, 0),  # small
+        (GIB, 4, 1, 64 * GIB, 0),
+        (GIB, 4, 2, None, 0),
+        (GIB, 4, 2, 64 * GIB, 1),
+        (GIB, 4, 16, 64 * GIB, 4),
+        (GIB, 4, 16, 10 * GIB, 2),
+        (GIB, 4, 16, 5 * GIB, 0),  # the export's own memory is left free
+        (GIB, 4, 16, 1 * GIB, 0),
+    ],
+)
+def test_processes_are_as_many_as_cores_and_memory_allow(weights, networks, cores, free, count):
+    assert processes(weights, networks, cores, free) == count
+
+
+def test_a_process_writes_the_files_that_this_one_would(label_model, small_is_large, tmp_path):
+    model, lines = load_model(label_model), []
+    traces = [Trace("unet", "fp32"), Trace("unet", "fp16")]
+    trace(model, traces, tmp_path / "here")
+    with Tracing(model, {}, traces, tmp_path / "beside", lines.append) as beside:
+        beside.run_here()
+        assert lines == ["exporting unet", "exporting unet in fp16"]
+        beside.finish()
+    assert len(lines) == 2
+    assert files(tmp_path / "beside") == files(tmp_path / "here")
+    assert len(files(tmp_path / "here")) >= 4
+
+
+def test_small_models_are_traced_without_a_process(label_model, tmp_path):
+    with Tracing(load_model(label_model), {}, [Trace("unet", "fp32")], tmp_path, lambda line: None) as beside:
+        assert not beside._processes
+        beside.run_here()
+        assert (tmp_path / "unet" / "model.onnx").is_file()
+        beside.finish()
+
+
+def test_what_a_killed_process_left_is_done_here_and_said(label_model, small_is_large, tmp_path):
+    lines = []
+    with Tracing(load_model(label_model), {}, [Trace("unet", "fp32")], tmp_path, lines.append) as beside:
+        beside._processes[0]._process.send_signal(signal.SIGKILL)
+        beside.finish()
+    assert lines == ["exporting unet", "exporting unet here, as the process that did it ended with signal 9"]
+    assert (tmp_path / "unet" / "model.onnx.data").is_file()
+
+
+def test_weights_that_changed_meanwhile_are_not_traced(label_model, small_is_large, tmp_path, monkeypatch):
+    model, lines, begin = load_model(label_model), [], tracing._Process.__init__
+    monkeypatch.setattr(
+        tracing._Process, "__init__", lambda self, order: begin(self, dataclasses.replace(order, sha256="0" * 64))
+    )
+    with Tracing(model, {}, [Trace("unet", "fp32")], tmp_path, lines.append) as beside:
+        beside.finish()
+    assert lines[1:] == ["exporting unet here, as its folder changed"]
+    assert (tmp_path / "unet" / "model.onnx").is_file()
+
+
+def test_an_error_of_the_process_is_raised_here(label_model, small_is_large, tmp_path):
+    beside = Tracing(load_model(label_model), {"checkpoint": "nope"}, [Trace("unet", "fp32")], tmp_path, print)
+    with beside, pytest.raises(InputError, match="nope"):
+        beside.finish()
+
+
+def test_a_solver_that_does_not_exist_ends_the_process_too(label_model, small_is_large, tmp_path, monkeypatch):
+    started = []
+    begin = tracing._Process.__init__
+
+    def kept(self, order):
+        begin(self, order)
+        started.append(self)
+
+    monkeypatch.setattr(tracing._Process, "__init__", kept)
+    monkeypatch.setattr("export.write._write_tables", lambda *given: (_ for _ in ()).throw(InputError("no table")))
+    with pytest.raises(InputError, match="no table"):
+        write_bundle(label_model, tmp_path / "bundle", BundleOptions(), False, print)
+    (process,) = started
+    assert process._process.poll() is not None
+    assert not (tmp_path / "bundle").exists()
+
+
+PARENT = """
+import sys, time
+import export.tracing as tracing
+from fastgen.models.folder import load_model
+
+tracing.LARGE = 0
+folder, out = sys.argv[1:]
+with tracing.Tracing(load_model(folder), {}, 9 * [tracing.Trace("unet", "fp32")], tracing.Path(out), print) as beside:
+    print(beside._processes[0]._process.pid, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_the_process_ends_with_an_export_that_is_killed(label_model, tmp_path):
+    words = [sys.executable, "-c", PARENT, str(label_model), str(tmp_path)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as parent:
+        pid = next(int(line) for line in parent.stdout if line.strip().isdecimal())
+        os.kill(pid, 0)  # it is there
+        parent.kill()
+    until = time.monotonic() + 30
+    while time.monotonic() < until:
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return
+        if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+            return  # nobody waits for it here
+        time.sleep(0.1)
+    raise AssertionError(f"process {pid} goes on")

@@ -44,7 +44,9 @@ class Side:
     seconds: list[float] = field(default_factory=list)
 
     def folder(self, work: Path, seed: int) -> Path:
-        return work / self.name.replace(" ", "-") / f"seed-{seed}"
+        return (
+            work / f"{self.name} {self.sampling}".replace(" ", "-").replace(":", "-").replace(",", "") / f"seed-{seed}"
+        )
 
 
 def by_diffusers(
@@ -68,12 +70,16 @@ def by_diffusers(
     return Side("diffusers fp32", f"{solver}, guidance {guidance:g}", evaluations, make)
 
 
-def by_engine(pipeline: Pipeline, requests: Sequence[Request], how: Any) -> Side:
-    """`fastgen generate` with the model's own sampling."""
-    settings = pipeline.settings()
+def by_engine(pipeline: Pipeline, requests: Sequence[Request], solver: str | None, how: Any) -> Side:
+    """`fastgen generate` with this solver and the model's guidance; with None its own solver."""
+    sampling: dict[str, Any] = {}
+    if solver is not None:
+        sampling["scheduler"], sampling["num_inference_steps"], _ = parse_key(solver)
+    settings = pipeline.settings(**sampling)
 
     def make(out: Path, seed: int) -> None:
-        run_job(Recipe(requests, {"seed": seed}).run(pipeline, None), out, batch_size=how["batch"], progress=False)
+        run = Recipe(requests, sampling | {"seed": seed}).run(pipeline, None)
+        run_job(run, out, batch_size=how["batch"], progress=False)
 
     evaluations = len(pipeline.source.table(settings.solver)) * (2 if settings.guided else 1)
     name = f"{pipeline.engine.name} {pipeline.engine.dtype}"
@@ -97,6 +103,9 @@ def row(side: Side, first: Side, metrics: Any) -> dict[str, Any]:
 @click.option("--evaluator", required=True, help="What scores the pictures.")
 @click.option("--solver", required=True, metavar="NAME:STEPS", help="The authors': pndm-prk:70, ddpm:1000.")
 @click.option("--guidance", type=float, required=True, help="The scale that is best for that solver.")
+@click.option(
+    "--own", multiple=True, metavar="NAME:STEPS", help="Of the engine, with several in turn.  [default: the model's]"
+)
 @click.option("--engine", default="openvino", show_default=True)
 @click.option("--dtype", default="int8", show_default=True)
 @click.option("--seeds", type=click.IntRange(2), default=5, show_default=True)
@@ -111,6 +120,7 @@ def main(
     evaluator: str,
     solver: str,
     guidance: float,
+    own: Sequence[str],
     engine: str,
     dtype: str,
     seeds: int,
@@ -118,14 +128,15 @@ def main(
     out: Path,
     **how: Any,
 ) -> None:
-    """Pictures per second and scores of both sides."""
+    """Pictures per second and scores of all sides."""
     try:
         pipeline = load(bundle, engine, dtype=dtype, threads=how["threads"])
         requests, scorer = read_requests(requests_file), Scorer(evaluator=find_folder(evaluator))
         found = find_folder(model)
+        solvers: Sequence[str | None] = own or [None]
         sides = [
             by_diffusers(found, pipeline, requests, solver, guidance, how),
-            by_engine(pipeline, requests, how),
+            *(by_engine(pipeline, requests, key, how) for key in solvers),
         ]
         sides[1].make(work / "first", 0)  # what is compiled, before the clock runs
         for seed in range(seeds):
@@ -133,7 +144,7 @@ def main(
                 start = time.perf_counter()
                 side.make(side.folder(work, seed), seed)
                 side.seconds.append((time.perf_counter() - start) / len(requests))
-                print(f"seed {seed}: {side.name} {1 / side.seconds[-1]:.3g} pictures/s", flush=True)
+                print(f"seed {seed}: {side.name}, {side.sampling}: {1 / side.seconds[-1]:.3g} pictures/s", flush=True)
         rows = []
         for side in sides:
             folders = [side.folder(work, seed) for seed in range(seeds)]

@@ -48,6 +48,8 @@ LONG_FILES = (  # with their slow tests; in this order
     "test_page_browser.py",
     "test_slow_clients.py",
     "test_service.py",
+    "test_eight_bits_gpu.py",
+    "test_int8.py",
 )
 BLOCKER = """
 import os

@@ -50,11 +50,14 @@ def test_diffusers_starts_from_the_noise_of_the_engine(label_model, label_bundle
 def test_the_ratio_is_of_turns_and_scores_have_standard_errors(label_model, label_bundle, requests_file, tmp_path):
     words = [requests_file, "--model", label_model, "--bundle", label_bundle, "--evaluator", "evaluator-iclevr"]
     words += ["--solver", "ddim:4", "--guidance", 2, "--engine", "ort", "--dtype", "fp32", "--seeds", 2, "--threads", 1]
+    words += ["--own", "ddim:3", "--own", "ddim:2"]
     words += ["--work", tmp_path / "work", "--out", tmp_path / "out.json"]
     done = CliRunner().invoke(authors.main, list(map(str, words)), catch_exceptions=False)
     assert done.exit_code == 0
     found = json.loads((tmp_path / "out.json").read_text())
-    first, second = found["rows"]
+    first, second, third = found["rows"]
+    assert [row["sampling"].partition(",")[0] for row in found["rows"]] == ["ddim:4", "ddim:3", "ddim:2"]
+    assert second["evaluations_per_image"] == 1.5 * third["evaluations_per_image"]
     assert (first["side"], first["sampling"], first["evaluations_per_image"]) == (
         "diffusers fp32",
         "ddim:4, guidance 2",

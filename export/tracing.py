@@ -41,12 +41,23 @@ class Trace:
 
 
 @dataclass(frozen=True)
-class Order:
-    """What a process is told: the traces of the model in `folder`, whose weights have the hash `sha256`, for the bundle `out`.
-    `how`: the arguments of `load_model`."""
+class Source:
+    """What `load_model` makes a model of: a folder, and further arguments."""
 
     folder: Path
     how: Mapping[str, Any]
+
+    def load(self) -> Model:
+        from fastgen.models.folder import load_model
+
+        return load_model(self.folder, **self.how)
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a process is told: the traces of a model, whose weights have the hash `sha256`, for the bundle `out`."""
+
+    source: Source
     sha256: str
     traces: Sequence[Trace]
     out: Path
@@ -68,18 +79,22 @@ class Tracing(AbstractContextManager["Tracing"]):
     What a process could not do that was killed, or that found other weights in the folder by then, is done in this one.
     """
 
-    def __init__(self, model: Model, how: Mapping[str, Any], traces: Sequence[Trace], out: Path, say: Say) -> None:
+    def __init__(self, model: Model, source: Source, traces: Sequence[Trace], out: Path, say: Say) -> None:
         self._model, self._out, self._say = model, out, say
-        self._here: Sequence[Trace] = traces
+        self._here: list[Trace] = []
         self._processes: list[_Process] = []
         count = processes(_weights_bytes(model), len({one.network for one in traces}), cpu().cores, cpu().memory_free)
-        if count:
-            assert model.folder is not None
-            self._here = ()
-            for share in _shares(model, traces, count):
-                for one in share:
-                    self._say_begins(one)
-                self._processes.append(_Process(Order(model.folder, how, model.spec.sha256, share, out)))
+        if not count:
+            self._here.extend(traces)
+            return
+        for share in _shares(model, traces, count):
+            try:
+                self._processes.append(_Process(Order(source, model.spec.sha256, share, out)))
+            except OSError:  # the system has no room for another process
+                self._here.extend(share)
+                continue
+            for one in share:
+                self._say_begins(one)
 
     def __exit__(self, *error: object) -> None:
         for process in self._processes:
@@ -127,7 +142,7 @@ class _Process:
     """A process that traces. It ends when this one does, for it watches its standard input."""
 
     def __init__(self, order: Order) -> None:
-        self.order = order
+        self.order, message = order, pickle.dumps(order)
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-c", CHILD, *sys.path],
             stdin=subprocess.PIPE,
@@ -137,7 +152,7 @@ class _Process:
         )
         assert self._process.stdin is not None
         try:
-            self._process.stdin.write(pickle.dumps(order))
+            self._process.stdin.write(message)
             self._process.stdin.flush()
         except BrokenPipeError:  # it ended at once: `wait` says how
             pass
@@ -168,10 +183,8 @@ def main() -> None:
     """Execute the pickled `Order` on standard input. An error is a line of JSON, its class and its text, on standard output."""
     order: Order = pickle.load(sys.stdin.buffer)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    from fastgen.models.folder import load_model
-
     try:
-        model = load_model(order.folder, **order.how)
+        model = order.source.load()
         if model.spec.sha256 != order.sha256:
             raise SystemExit(OTHER_WEIGHTS)
         trace(model, order.traces, order.out)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from export.extend import add_files, check_replaceable, sweep
 from export.reference import distances_name, image_steps, read_reference, write_distances, write_reference
-from export.tracing import Trace, Tracing
+from export.tracing import Source, Trace, Tracing
 from fastgen import __version__
 from fastgen.errors import InputError, Say
 from fastgen.files.folders import new_folder, scratch_folder
@@ -77,12 +77,11 @@ def write_bundle(model_folder: Path, out: Path, options: BundleOptions, overwrit
 
     Raises InputError for an unknown solver, and where `out` is something else, or another bundle without `overwrite`.
     """
-    from fastgen.models.folder import load_model
-
     check_output_folder(out)
     for key in options.solvers:
         parse_key(key)
-    model = load_model(model_folder, **how)
+    source = Source(model_folder, how)
+    model = source.load()
     bundle = _existing(out, model, options, overwrite)
     _check_solvers(model, options.solvers)
     if options.calibration is not None:
@@ -98,10 +97,10 @@ def write_bundle(model_folder: Path, out: Path, options: BundleOptions, overwrit
         model.check_split()
     if bundle is None:
         with new_folder(out, existing="replace") as partial:
-            _fill(partial, out, model, how, options, say)
+            _fill(partial, out, model, source, options, say)
     else:
         with scratch_folder(out) as partial:
-            _extend(bundle, partial, model, how, options, say)
+            _extend(bundle, partial, model, source, options, say)
 
 
 def _check_solvers(model: Model, solvers: Sequence[str]) -> None:
@@ -113,7 +112,7 @@ def _check_solvers(model: Model, solvers: Sequence[str]) -> None:
         compiler.table(key)
 
 
-def _fill(partial: Path, out: Path, model: Model, how: Mapping[str, Any], options: BundleOptions, say: Say) -> None:
+def _fill(partial: Path, out: Path, model: Model, source: Source, options: BundleOptions, say: Say) -> None:
     for name, file in _config_files(model).items():
         (partial / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, partial / name)
@@ -122,7 +121,7 @@ def _fill(partial: Path, out: Path, model: Model, how: Mapping[str, Any], option
         if not file.exists():
             tokenizer.backend_tokenizer.save(str(file))
     traces = [Trace(name, "fp32") for name in model.spec.signatures]
-    with Tracing(model, how, [*traces, *_lowered(options.graphs(model))], partial, say) as tracing:
+    with Tracing(model, source, [*traces, *_lowered(options.graphs(model))], partial, say) as tracing:
         say("compiling solver tables")  # first: it fails soonest, for a solver that does not exist
         _write_tables(model, partial / TABLES, options.solvers, say)
         tracing.run_here()
@@ -209,9 +208,7 @@ def _fill_plan_graphs(
         write_plan_graphs(folder, model, graphs, halves, requests, read_reference(reference), say)
 
 
-def _extend(
-    bundle: Bundle, partial: Path, model: Model, how: Mapping[str, Any], options: BundleOptions, say: Say
-) -> None:
+def _extend(bundle: Bundle, partial: Path, model: Model, source: Source, options: BundleOptions, say: Say) -> None:
     """Add what is missing. Files are moved in before bundle.json lists them: until then the old bundle is whole."""
     out = bundle.folder
     sweep(bundle)
@@ -226,7 +223,7 @@ def _extend(
     lacking = list(dict.fromkeys([*graphs.values(), *distances]))
     what = [*([f"not all in {', '.join(lacking)}"] if lacking else []), *(["no split UNet"] if split else [])]
     say(f"{out} holds these weights already, but {' and '.join(what)}")
-    with Tracing(model, how, _lowered(graphs), partial, say) as tracing:
+    with Tracing(model, source, _lowered(graphs), partial, say) as tracing:
         tracing.run_here()
         _fill_distances(partial, model, distances, bundle.file(REFERENCE), say)
         tracing.finish()

@@ -7,7 +7,7 @@ import platform
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ INT8 = {"avx_vnni", "avx512_vnni", "amx_int8", "asimddp", "i8mm"}
 # What torch computes in 16 bits without a detour; bf16 in any AVX-512 too.
 HALF = {"bf16": {"avx512f", "amx_bf16", "bf16"}, "fp16": {"avx512_fp16", "amx_fp16", "fphp"}}
 ISA = (*X86, *ARM)  # kernels are chosen by these
+UNLIMITED = 2**60  # version 1 of control groups says a larger number where there is no limit
 QUERIES = ("name,memory.total,driver_version,compute_cap", "name,memory.total,driver_version")  # drivers before 510
 Smi = Callable[..., tuple[int, str]]  # nvidia-smi's arguments -> (exit status, stdout and stderr)
 
@@ -41,7 +42,8 @@ class Driver:
 
 @dataclass(frozen=True)
 class Cpu:
-    """`cores`: those that this process may use; `isa`: its instruction sets among `ISA`; memory in bytes, None if unknown."""
+    """`cores`: those that this process may use; `isa`: its instruction sets among `ISA`; memory in bytes, of the machine or of
+    what a container or a job of it may use, None if unknown."""
 
     name: str
     cores: int
@@ -85,13 +87,41 @@ def gpus(smi: Smi = nvidia_smi) -> tuple[list[Gpu], Driver]:
 
 
 def cpu(cpuinfo: str | None = None, meminfo: str | None = None) -> Cpu:
-    """The CPU and the memory, from the text of /proc/cpuinfo and /proc/meminfo."""
+    """The CPU and the memory, from the text of /proc/cpuinfo and /proc/meminfo, and from this process's control groups where
+    no text is given."""
     info = _pairs(_read("/proc/cpuinfo") if cpuinfo is None else cpuinfo)
     memory = _pairs(_read("/proc/meminfo") if meminfo is None else meminfo)
     flags = set((info.get("flags") or info.get("Features") or "").split())
     name = info.get("model name") or info.get("Model") or platform.processor() or platform.machine()
     isa = tuple(flag for flag in ISA if flag in flags)
-    return Cpu(name, usable_cores(), isa, _kib(memory, "MemTotal"), _kib(memory, "MemAvailable"))
+    total, free = _kib(memory, "MemTotal"), _kib(memory, "MemAvailable")
+    if meminfo is None:
+        for limit, left in memory_limits():
+            total, free = (x if y is None else min(x, y) for x, y in ((limit, total), (left, free)))
+    return Cpu(name, usable_cores(), isa, total, free)
+
+
+def memory_limits(groups: str | None = None, root: Path = Path("/sys/fs/cgroup")) -> Iterator[tuple[int, int]]:
+    """(limit, bytes left of it) of each control group with a limit that this process is in, as containers and Slurm set them.
+    Pages of files count as left. `groups`: the text of /proc/self/cgroup; `root`: where version 2 and version 1 are mounted."""
+    for line in (_read("/proc/self/cgroup") if groups is None else groups).splitlines():
+        controllers, _, path = line.partition(":")[2].partition(":")
+        if controllers == "":
+            base, names, prefix = root, ("memory.max", "memory.current"), ""
+        elif "memory" in controllers.split(","):
+            base, names, prefix = root / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes"), "total_"
+        else:
+            continue
+        group = base / path.strip("/")
+        for folder in (group, *group.parents):
+            limit, used = (_read(str(folder / name)).strip() for name in names)
+            if limit.isdecimal() and used.isdecimal() and int(limit) < UNLIMITED:
+                lines = _read(str(folder / "memory.stat")).splitlines()
+                pairs = {name: value for name, _, value in (line.partition(" ") for line in lines)}
+                files = sum(int(pairs.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))
+                yield int(limit), max(0, int(limit) - int(used) + files)
+            if folder == base:
+                break
 
 
 def has_int8(cpu: Cpu) -> bool:

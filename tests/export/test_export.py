@@ -237,7 +237,14 @@ def test_a_tokenizer_without_tokenizer_json_gets_one(text_model, tmp_path, monke
     for name in ("_write_tables", "write_reference", "write_distances"):
         monkeypatch.setattr(f"export.write.{name}", lambda *arguments: None)
     monkeypatch.setattr("export.onnx.export_onnx", lambda *arguments: None)
-    write._fill(tmp_path / "partial", tmp_path / "out", load_model(folder), {}, write.BundleOptions(), print)
+    write._fill(
+        tmp_path / "partial",
+        tmp_path / "out",
+        load_model(folder),
+        write.Source(folder, {}),
+        write.BundleOptions(),
+        print,
+    )
     prompts = ["A red dragon", "crème brûlée 🐉", "", "word " * 90]
     expected = CLIPTokenizer.from_pretrained(folder / "tokenizer")(
         prompts, padding="max_length", max_length=77, truncation=True

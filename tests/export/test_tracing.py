@@ -17,7 +17,7 @@ pytest.importorskip("diffusers")
 pytest.importorskip("onnxscript")
 
 import export.tracing as tracing
-from export.tracing import Trace, Tracing, processes, trace
+from export.tracing import Source, Trace, Tracing, processes, trace
 from export.write import BundleOptions, write_bundle
 from fastgen.errors import InputError
 from fastgen.models.folder import load_model
@@ -28,6 +28,11 @@ GIB = 2**30
 @pytest.fixture
 def small_is_large(monkeypatch):
     monkeypatch.setattr(tracing, "LARGE", 0)
+
+
+def begin(folder: Path, out: Path, say, *dtypes: str, **how) -> Tracing:
+    traces = [Trace("unet", dtype) for dtype in dtypes or ("fp32",)]
+    return Tracing(load_model(folder), Source(folder, how), traces, out, say)
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -52,10 +57,9 @@ def test_processes_are_as_many_as_cores_and_memory_allow(weights, networks, core
 
 
 def test_a_process_writes_the_files_that_this_one_would(label_model, small_is_large, tmp_path):
-    model, lines = load_model(label_model), []
-    traces = [Trace("unet", "fp32"), Trace("unet", "fp16")]
-    trace(model, traces, tmp_path / "here")
-    with Tracing(model, {}, traces, tmp_path / "beside", lines.append) as beside:
+    lines = []
+    trace(load_model(label_model), [Trace("unet", "fp32"), Trace("unet", "fp16")], tmp_path / "here")
+    with begin(label_model, tmp_path / "beside", lines.append, "fp32", "fp16") as beside:
         beside.run_here()
         assert lines == ["exporting unet", "exporting unet in fp16"]
         beside.finish()
@@ -65,7 +69,9 @@ def test_a_process_writes_the_files_that_this_one_would(label_model, small_is_la
 
 
 def test_small_models_are_traced_without_a_process(label_model, tmp_path):
-    with Tracing(load_model(label_model), {}, [Trace("unet", "fp32")], tmp_path, lambda line: None) as beside:
+    with Tracing(
+        load_model(label_model), Source(label_model, {}), [Trace("unet", "fp32")], tmp_path, lambda line: None
+    ) as beside:
         assert not beside._processes
         beside.run_here()
         assert (tmp_path / "unet" / "model.onnx").is_file()
@@ -74,7 +80,9 @@ def test_small_models_are_traced_without_a_process(label_model, tmp_path):
 
 def test_what_a_killed_process_left_is_done_here_and_said(label_model, small_is_large, tmp_path):
     lines = []
-    with Tracing(load_model(label_model), {}, [Trace("unet", "fp32")], tmp_path, lines.append) as beside:
+    with Tracing(
+        load_model(label_model), Source(label_model, {}), [Trace("unet", "fp32")], tmp_path, lines.append
+    ) as beside:
         beside._processes[0]._process.send_signal(signal.SIGKILL)
         beside.finish()
     assert lines == ["exporting unet", "exporting unet here, as the process that did it ended with signal 9"]
@@ -82,28 +90,41 @@ def test_what_a_killed_process_left_is_done_here_and_said(label_model, small_is_
 
 
 def test_weights_that_changed_meanwhile_are_not_traced(label_model, small_is_large, tmp_path, monkeypatch):
-    model, lines, begin = load_model(label_model), [], tracing._Process.__init__
+    lines, start = [], tracing._Process.__init__
     monkeypatch.setattr(
-        tracing._Process, "__init__", lambda self, order: begin(self, dataclasses.replace(order, sha256="0" * 64))
+        tracing._Process, "__init__", lambda self, order: start(self, dataclasses.replace(order, sha256="0" * 64))
     )
-    with Tracing(model, {}, [Trace("unet", "fp32")], tmp_path, lines.append) as beside:
+    with begin(label_model, tmp_path, lines.append) as beside:
         beside.finish()
     assert lines[1:] == ["exporting unet here, as its folder changed"]
     assert (tmp_path / "unet" / "model.onnx").is_file()
 
 
+def test_a_system_without_room_for_a_process_traces_here(label_model, small_is_large, tmp_path, monkeypatch):
+    def refused(*given, **options):
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(tracing.subprocess, "Popen", refused)
+    with begin(label_model, tmp_path, print) as beside:
+        beside.run_here()
+        beside.finish()
+    assert (tmp_path / "unet" / "model.onnx").is_file()
+
+
 def test_an_error_of_the_process_is_raised_here(label_model, small_is_large, tmp_path):
-    beside = Tracing(load_model(label_model), {"checkpoint": "nope"}, [Trace("unet", "fp32")], tmp_path, print)
+    beside = Tracing(
+        load_model(label_model), Source(label_model, {"checkpoint": "nope"}), [Trace("unet", "fp32")], tmp_path, print
+    )
     with beside, pytest.raises(InputError, match="nope"):
         beside.finish()
 
 
 def test_a_solver_that_does_not_exist_ends_the_process_too(label_model, small_is_large, tmp_path, monkeypatch):
     started = []
-    begin = tracing._Process.__init__
+    start = tracing._Process.__init__
 
     def kept(self, order):
-        begin(self, order)
+        start(self, order)
         started.append(self)
 
     monkeypatch.setattr(tracing._Process, "__init__", kept)
@@ -118,11 +139,11 @@ def test_a_solver_that_does_not_exist_ends_the_process_too(label_model, small_is
 PARENT = """
 import sys, time
 import export.tracing as tracing
-from fastgen.models.folder import load_model
 
 tracing.LARGE = 0
 folder, out = sys.argv[1:]
-with tracing.Tracing(load_model(folder), {}, 9 * [tracing.Trace("unet", "fp32")], tracing.Path(out), print) as beside:
+source = tracing.Source(tracing.Path(folder), {})
+with tracing.Tracing(source.load(), source, 9 * [tracing.Trace("unet", "fp32")], tracing.Path(out), print) as beside:
     print(beside._processes[0]._process.pid, flush=True)
     time.sleep(60)
 """

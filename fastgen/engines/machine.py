@@ -134,6 +134,16 @@ def has_half(cpu: Cpu, dtype: str) -> bool:
     return not HALF[dtype].isdisjoint(cpu.isa)
 
 
+def slow_precisions(cpu: Cpu) -> list[str]:
+    """What to say of precisions that this CPU has no instructions for; nothing where its instruction sets are unknown."""
+    lines = []
+    if cpu.isa and not has_half(cpu, "bf16"):
+        lines.append("no instructions for bf16: engines take fp32, and torch in bf16 is many times slower")
+    if cpu.isa and not has_int8(cpu):
+        lines.append("no instructions for int8 (VNNI, AMX or i8mm): it runs, but may be slower than fp32")
+    return lines
+
+
 def usable_cores() -> int:
     """CPU cores that this process may run on."""
     affinity = getattr(os, "sched_getaffinity", None)

@@ -53,7 +53,7 @@ def machine(**changes) -> Machine:
         ),
     } | changes.pop("libraries", {})
     whole = Machine(
-        Cpu("AMD EPYC 9654", 16, ("avx2", "avx512_bf16"), 128 * 2**30, 100 * 2**30),
+        Cpu("AMD EPYC 9654", 16, ("avx2", "avx512f", "avx512_vnni", "avx512_bf16"), 128 * 2**30, 100 * 2**30),
         [H200],
         NEW,
         found,
@@ -94,7 +94,7 @@ def test_the_screen_of_a_gpu_machine():
     assert lines[1:] == [
         "GPU 0         NVIDIA H200, 140.4 GiB, compute capability 9.0, bf16 and fp16",
         "driver        580.95.05, CUDA up to 13.0",
-        "CPU           AMD EPYC 9654, 16 cores, avx2 avx512_bf16",
+        "CPU           AMD EPYC 9654, 16 cores, avx2 avx512f avx512_vnni avx512_bf16",
         "memory        128.0 GiB, 100.0 GiB free",
         "torch         2.13.0, CUDA 13.0, 1 GPU",
         "diffusers     0.42.1",
@@ -108,6 +108,24 @@ def test_the_screen_of_a_gpu_machine():
         "",
         "trt           ready",
     ]
+
+
+@pytest.mark.parametrize(
+    ("isa", "lacking"),
+    [
+        (("avx2",), ["bf16", "int8"]),
+        (("avx2", "avx512f"), ["int8"]),
+        (("avx2", "avx512f", "avx512_vnni"), []),
+        (("avx2", "avx_vnni"), ["bf16"]),
+        (("asimd", "asimddp", "bf16"), []),
+        ((), []),  # nothing is known
+    ],
+)
+def test_precisions_that_the_cpu_has_no_instructions_for_are_named(isa, lacking):
+    lines = MachineReport(machine(cpu=Cpu("A CPU", 2, isa, None, None)), []).lines()
+    place = next(i for i, line in enumerate(lines) if line.startswith("CPU  "))
+    assert [line.split()[3].rstrip(":") for line in lines if "no instructions for" in line] == lacking
+    assert all(line.startswith("              no instructions") for line in lines[place + 1 : place + 1 + len(lacking)])
 
 
 def test_a_driver_too_old_for_torch_is_named_with_both_versions():

@@ -17,7 +17,7 @@ from fastgen import __version__
 from fastgen.engines.cache.listing import folder_bytes, size_text
 from fastgen.engines.doctor.diagnosis import Cache, Machine, Problem
 from fastgen.engines.doctor.libraries import Library, distributions, inspect_all
-from fastgen.engines.machine import Gpu, cpu, gpus, version
+from fastgen.engines.machine import Gpu, cpu, gpus, slow_precisions, version
 from fastgen.engines.trt.platform import driver_cuda
 from fastgen.engines.trt.problems import tensorrt_parts
 from fastgen.engines.trt.product import PRODUCTS
@@ -117,6 +117,7 @@ def hardware(machine: Machine) -> Iterator[tuple[str, str]]:
     one = machine.cpu
     cores = f"{one.cores} core{'' if one.cores == 1 else 's'}"
     yield "CPU", ", ".join([one.name, cores, *([" ".join(one.isa)] if one.isa else [])])
+    yield from (("", line) for line in slow_precisions(one))
     if one.memory:
         free = f", {one.memory_free / 2**30:.1f} GiB free" if one.memory_free else ""
         yield "memory", f"{one.memory / 2**30:.1f} GiB{free}"

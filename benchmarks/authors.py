@@ -1,7 +1,7 @@
-"""What all of this is worth to a user: diffusers in fp32 at the sampling that the authors of the task chose, against an engine
-at the model's own: `python -m benchmarks.authors REQUESTS.json --model MODEL --bundle BUNDLE --evaluator E`.
+"""What all of this is worth to a user: diffusers in fp32 at the sampling that the authors of a task chose, against an engine
+at solvers of its own: `python -m benchmarks.authors REQUESTS.json --model MODEL --bundle BUNDLE --evaluator E`.
 
-Both make the same requests in turns, seed by seed, and the pictures of both are scored: the ratio counts where the scores are
+All sides take turns: one turn makes all pictures of one seed. The pictures are scored: the ratio counts where the scores are
 equal within their noise.
 """
 
@@ -20,7 +20,7 @@ from PIL import Image
 
 from benchmarks.report import report
 from benchmarks.runners.diffusion import open_runner
-from fastgen.errors import FastgenError
+from fastgen.errors import FastgenError, InputError
 from fastgen.generate.job import run_job
 from fastgen.generate.pipeline import Pipeline, load
 from fastgen.generate.recipe import Recipe
@@ -52,8 +52,9 @@ class Side:
 def by_diffusers(
     model: Path, pipeline: Pipeline, requests: Sequence[Request], solver: str, guidance: float, how: Any
 ) -> Side:
-    """diffusers' own loop in fp32, from the noise that the engine starts from."""
-    name, steps, _ = parse_key(solver)
+    """diffusers' networks and scheduler in fp32, in its pipeline or in a loop by hand, from the noise that the engine starts
+    from."""
+    name, steps = solver_steps(solver)
     opening = {"name": "diffusers", "dtype": "fp32", "channels_last": False, "device": "cpu", "model": model}
     runner = open_runner(opening | {"scheduler": name, "guidance_scale": guidance, "threads": how["threads"]})
     key = "prompts" if pipeline.spec.condition.kind == "text" else "labels"
@@ -74,7 +75,7 @@ def by_engine(pipeline: Pipeline, requests: Sequence[Request], solver: str | Non
     """`fastgen generate` with this solver and the model's guidance; with None its own solver."""
     sampling: dict[str, Any] = {}
     if solver is not None:
-        sampling["scheduler"], sampling["num_inference_steps"], _ = parse_key(solver)
+        sampling["scheduler"], sampling["num_inference_steps"] = solver_steps(solver)
     settings = pipeline.settings(**sampling)
 
     def make(out: Path, seed: int) -> None:
@@ -84,6 +85,14 @@ def by_engine(pipeline: Pipeline, requests: Sequence[Request], solver: str | Non
     evaluations = len(pipeline.source.table(settings.solver)) * (2 if settings.guided else 1)
     name = f"{pipeline.engine.name} {pipeline.engine.dtype}"
     return Side(name, f"{settings.solver}, guidance {settings.guidance_scale:g}", evaluations, make)
+
+
+def solver_steps(key: str) -> tuple[str, int]:
+    """`NAME:STEPS` -> both. Raises InputError for another key."""
+    name, steps, late = parse_key(key)
+    if late is not None:
+        raise InputError(f"{key}: expected NAME:STEPS")
+    return name, steps
 
 
 def row(side: Side, first: Side, metrics: Any) -> dict[str, Any]:
@@ -102,7 +111,7 @@ def row(side: Side, first: Side, metrics: Any) -> dict[str, Any]:
 @click.option("--bundle", type=FOLDER, required=True, help="Of that model, with graphs in --dtype.")
 @click.option("--evaluator", required=True, help="What scores the pictures.")
 @click.option("--solver", required=True, metavar="NAME:STEPS", help="The authors': pndm-prk:70, ddpm:1000.")
-@click.option("--guidance", type=float, required=True, help="The scale that is best for that solver.")
+@click.option("--guidance", type=click.FloatRange(min=1), required=True, help="The scale that is best for that solver.")
 @click.option(
     "--own", multiple=True, metavar="NAME:STEPS", help="Of the engine, with several in turn.  [default: the model's]"
 )
@@ -130,15 +139,18 @@ def main(
 ) -> None:
     """Pictures per second and scores of all sides."""
     try:
+        if work.exists():
+            raise InputError(f"{work}: exists already; pictures that are there would not be made again")
         pipeline = load(bundle, engine, dtype=dtype, threads=how["threads"])
         requests, scorer = read_requests(requests_file), Scorer(evaluator=find_folder(evaluator))
         found = find_folder(model)
-        solvers: Sequence[str | None] = own or [None]
+        solvers: Sequence[str | None] = list(dict.fromkeys(own)) or [None]
         sides = [
             by_diffusers(found, pipeline, requests, solver, guidance, how),
             *(by_engine(pipeline, requests, key, how) for key in solvers),
         ]
-        sides[1].make(work / "first", 0)  # what is compiled, before the clock runs
+        for i, side in enumerate(sides[:2]):
+            side.make(work / "first" / str(i), 0)  # what is loaded or compiled at first, before the clock runs
         for seed in range(seeds):
             for side in sides:
                 start = time.perf_counter()

@@ -82,7 +82,8 @@ def floor_s(work: Work, rates: Rates, dtype: str, *, images: int, batch: int, ev
 def measure(device: str, dtype: str, *, threads: int | None = None, seconds: float = 0.7) -> Rates:
     """The best of repeated matrix products and copies of random data; sizes that fill the device.
 
-    On a CPU without instructions for 16 bits, products in fp32 are the best that it can do in fp16 and bf16 too.
+    They are torch's own: another library may be faster, as onnxruntime is in fp32 on AMD's CPUs. On a CPU without instructions
+    for 16 bits, products in fp32 stand for those in fp16 and bf16.
     """
     import torch
 

@@ -81,7 +81,8 @@ def _options(name: str) -> tuple[str, ...]:
 
 def informed(sides: Iterable[str]) -> str | None:
     """The informed user's side among these, as it is spelled; None where there is none."""
-    return next((side for side in sides if side in INFORMED), None)
+    given = set(sides)
+    return next((side for side in INFORMED if side in given), None)
 
 
 def default_sides(device: str) -> list[str]:

@@ -39,7 +39,7 @@ def cells(rows: Sequence[Row]) -> list[dict[str, str]]:
     full = [row for row in rows if row["images_per_s"] is not None]
     names = [n for n in COLUMNS if n not in CONSTANT or len({row[n] for row in rows}) > 1]
     names = [n for n in names if any(COLUMNS[n](row) is not None for row in full)]
-    peer = informed(row["side"] for row in rows) or "the informed user"
+    peer = informed(row["side"] for row in rows if row["side"] != rows[0]["side"]) or "the informed user"
     against = {"ratio": f"against {_side(rows[0])}", "ratio_informed": f"against {peer.replace(':', ' ')}"}
     return [
         {against.get(n, n): "" if (value := COLUMNS[n](row)) is None else cell(value) for n in names} for row in full

@@ -101,7 +101,7 @@ def export(
         check_repository(Path(triton), out, dtype, trt)
     repository_only = triton is not None and is_bundle(model) and not (engines or trt or rtx)
     certified = [] if repository_only else _engines(engines, model, trt or rtx, dtype)
-    _check_graphs(certified, "fp32" if trt or rtx else dtype, None if overwrite and not is_bundle(model) else out)
+    _check_graphs(certified, _made(dtype, plans=trt or rtx), None if overwrite and not is_bundle(model) else out)
     how: dict[str, Any] = {"checkpoint": checkpoint, "size": size, "loras": loras, "allow_pickle": allow_pickle}
     hindered = obstacle(TENSORRT.engine) if trt else None
     if hindered:
@@ -184,14 +184,23 @@ def _check_holds(bundle: Bundle, dtype: str, option: str | None) -> None:
             bundle.network(name, plan_graph(executed) if option else executed, option or "")
 
 
+def _made(dtype: str, plans: bool) -> str:
+    """The precision of the graphs for engines without plans that are made. In eight bits TensorRT has graphs of its own."""
+    return "fp32" if plans and dtype in EIGHT_BITS else dtype
+
+
 def _check_graphs(engines: Sequence[tuple[str, str | None]], dtype: str, out: Path | None) -> None:
-    """InputError, before anything is exported, for an engine in a precision that the bundle will have no graphs in. `dtype`: of
-    those that are made now; `out`: a bundle that is kept, if there is one."""
+    """InputError, before anything is exported, where an engine needs graphs that the bundle will not have.
+
+    `dtype`: of the graphs that this export writes; `out`: the bundle that is kept and extended, None where it is a new one.
+    """
     for name, precision in engines:
         if precision is not None and precision in engine_class(name).lowered_graphs and precision != dtype:
             if out is not None and is_bundle(out) and graph_name("unet", precision) in read_bundle(out).files:
                 continue
-            raise InputError(f"--engine {name}:{precision}: needs graphs in {precision}; give --dtype {precision} too")
+            more = "" if precision not in EIGHT_BITS else ", without --trt and --rtx"
+            help_ = f"`--dtype {precision}`{more} adds them"
+            raise InputError(f"--engine {name}:{precision}: the bundle has no graphs in {precision}; {help_}")
 
 
 def _task(requests: str | os.PathLike[str] | None, evaluator: str | None) -> Task | None:

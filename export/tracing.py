@@ -1,11 +1,12 @@
 """Tracing a model's networks to ONNX: in this process, or, of a large model, in others beside it.
 
-torch's exporter is Python code that uses one core, for a minute where the UNet has 100 M parameters. Nothing else of an export
-waits for it.
+torch's exporter is Python code that uses one core, for a minute where the UNet has 100 M parameters. The reference and the
+solver tables do not need the graphs, so they are made at the same time.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
@@ -74,27 +75,35 @@ def trace(model: Model, traces: Sequence[Trace], out: Path) -> None:
 
 
 class Tracing(AbstractContextManager["Tracing"]):
-    """Graphs that other processes write while the block runs, inside of which the two methods are called in turn.
+    """Other processes write graphs while the block runs. Inside it call `run_here`, then `finish`.
 
-    What a process could not do that was killed, or that found other weights in the folder by then, is done in this one.
+    If a process was killed, or found other weights in the folder, `finish` writes its graphs in this process.
     """
 
     def __init__(self, model: Model, source: Source, traces: Sequence[Trace], out: Path, say: Say) -> None:
-        self._model, self._out, self._say = model, out, say
-        self._here: list[Trace] = []
+        self._model, self._source, self._out, self._say = model, source, out, say
+        self._here = list(traces)
         self._processes: list[_Process] = []
-        count = processes(_weights_bytes(model), len({one.network for one in traces}), cpu().cores, cpu().memory_free)
-        if not count:
-            self._here.extend(traces)
+
+    def __enter__(self) -> Tracing:
+        networks, machine = len({one.network for one in self._here}), cpu()
+        count = processes(_weights_bytes(self._model), networks, machine.cores, machine.memory_free)
+        try:
+            for share in _shares(self._model, self._here, count) if count else ():
+                self._start(share)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def _start(self, share: Sequence[Trace]) -> None:
+        try:
+            self._processes.append(_Process(Order(self._source, self._model.spec.sha256, share, self._out)))
+        except OSError:  # the system has no room for another process
             return
-        for share in _shares(model, traces, count):
-            try:
-                self._processes.append(_Process(Order(source, model.spec.sha256, share, out)))
-            except OSError:  # the system has no room for another process
-                self._here.extend(share)
-                continue
-            for one in share:
-                self._say_begins(one)
+        for one in share:
+            self._here.remove(one)
+            self._say_begins(one)
 
     def __exit__(self, *error: object) -> None:
         for process in self._processes:
@@ -135,7 +144,9 @@ def _shares(model: Model, traces: Sequence[Trace], count: int) -> list[list[Trac
 
 
 def _weights_bytes(model: Model) -> int:
-    return sum(p.numel() * p.element_size() for network in model.networks().values() for p in network.parameters())
+    """Of all networks, of which two may share an autoencoder."""
+    parameters = {id(p): p for network in model.networks().values() for p in network.parameters()}
+    return sum(p.numel() * p.element_size() for p in parameters.values())
 
 
 class _Process:
@@ -165,7 +176,7 @@ class _Process:
         if code == 0:
             return None
         if code == OTHER_WEIGHTS:
-            return "its folder changed"
+            return "the folder has changed"
         if code == FAILED:
             name, text = json.loads(last)
             raise ERRORS[name](text)
@@ -176,7 +187,8 @@ class _Process:
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
             assert pipe is not None
-            pipe.close()
+            with contextlib.suppress(OSError):  # what was not written to a process that has ended
+                pipe.close()
 
 
 def main() -> None:
@@ -185,8 +197,11 @@ def main() -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         model = order.source.load()
-        if model.spec.sha256 != order.sha256:
-            raise SystemExit(OTHER_WEIGHTS)
+    except FastgenError:  # it could be loaded a moment ago
+        raise SystemExit(OTHER_WEIGHTS) from None
+    if model.spec.sha256 != order.sha256:
+        raise SystemExit(OTHER_WEIGHTS)
+    try:
         trace(model, order.traces, order.out)
     except FastgenError as error:
         kind = InputError if isinstance(error, InputError) else FastgenError

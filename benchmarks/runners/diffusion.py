@@ -127,6 +127,7 @@ class Labels(_Runner):
         if opening["name"] == "diffusers-compile":
             mode = "reduce-overhead" if self._device.startswith("cuda") else "default"
             unet = torch.compile(unet, mode=mode)  # type: ignore[assignment]
+        self._space = model.space
         self._unet, self._objects, self._guidance = unet, dict(model.names or {}), opening["guidance_scale"]
         self._scheduler = make_scheduler(opening["scheduler"], model.scheduler_config)
 
@@ -140,7 +141,9 @@ class Labels(_Runner):
         for t in self._timesteps(steps):
             prediction = self._predict(self._scheduler.scale_model_input(x, t), t.expand(len(x)), labels)
             x = self._scheduler.step(prediction, t, x, **self._noise(generator)).prev_sample
-        return _uint8(x if self._decoder is None else self._decoder(x))
+        if self._decoder is None:
+            return _uint8(x)
+        return _uint8(self._decoder(self._space.to_vae(x, lambda values: torch.from_numpy(values).to(x))))
 
     def _timesteps(self, steps: int) -> Iterator[torch.Tensor]:
         self._scheduler.set_timesteps(steps, device=self._device)

@@ -115,15 +115,20 @@ def cluster(address: str, say: Say = lambda line: None) -> Iterator[tuple[Any, b
 
 
 def _connect(ray: Any, address: str, options: Mapping[str, Any], say: Say) -> None:
-    """ray.init; a cluster of our own is tried twice, for on a busy machine its first process may not answer in Ray's time."""
+    """ray.init. A cluster of our own is tried twice: on a busy machine its first process may need longer than Ray waits. What
+    the first try started ends with this process."""
+    if ray.is_initialized():
+        raise FastgenError(
+            f"--ray {address}: this process is connected to a cluster of Ray already; ray.shutdown() ends that"
+        )
     for last in (address != LOCAL, True):
         try:
             ray.init(address=address, **options)
         except (Exception, SystemExit) as error:
             ray.shutdown()
-            if last:
+            if last or not isinstance(error, RuntimeError | SystemExit):
                 raise FastgenError(f"--ray {address}: {first_line(error)}") from None
-            say(f"ray: {first_line(error)}; once more")
+            say(f"ray: {first_line(error)}; trying once more")
         else:
             return
 

@@ -41,9 +41,8 @@ class Engine(abc.ABC):
     threadsafe: ClassVar[bool] = False  # several threads may run it, also at the same time
     # The option of `fastgen export` that builds it beforehand; None: it is ready, or built when it is first needed.
     built_by: ClassVar[str | None] = None
-    lowered_graphs: ClassVar[
-        Sequence[str]
-    ] = ()  # precisions that a bundle has graphs for, which it executes as they are
+    # Precisions for which it needs graphs of their own in the bundle; in others it runs the fp32 graphs.
+    lowered_graphs: ClassVar[Sequence[str]] = ()
     cpu_only: ClassVar[bool] = False  # never runs on a GPU
     reference: ClassVar[bool] = (
         False  # the others are compared with it; it runs without CUDA graphs, as its users run it

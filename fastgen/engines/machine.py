@@ -42,8 +42,8 @@ class Driver:
 
 @dataclass(frozen=True)
 class Cpu:
-    """`cores`: those that this process may use; `isa`: its instruction sets among `ISA`; memory in bytes, of the machine or of
-    what a container or a job of it may use, None if unknown."""
+    """`cores`: those that this process may use; `isa`: its instruction sets among `ISA`; memory in bytes: the
+    machine's, or less where a container or a job has a limit; None if unknown."""
 
     name: str
     cores: int
@@ -102,8 +102,8 @@ def cpu(cpuinfo: str | None = None, meminfo: str | None = None) -> Cpu:
 
 
 def memory_limits(groups: str | None = None, root: Path = Path("/sys/fs/cgroup")) -> Iterator[tuple[int, int]]:
-    """(limit, bytes left of it) of each control group with a limit that this process is in, as containers and Slurm set them.
-    Pages of files count as left. `groups`: the text of /proc/self/cgroup; `root`: where version 2 and version 1 are mounted."""
+    """(limit, bytes that are still free) of each control group of this process that has a limit; containers and Slurm set them.
+    The cache of files counts as free. `groups`: the text of /proc/self/cgroup; `root`: where versions 2 and 1 are mounted."""
     for line in (_read("/proc/self/cgroup") if groups is None else groups).splitlines():
         controllers, _, path = line.partition(":")[2].partition(":")
         if controllers == "":

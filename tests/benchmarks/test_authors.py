@@ -50,7 +50,7 @@ def test_diffusers_starts_from_the_noise_of_the_engine(label_model, label_bundle
 def test_the_ratio_is_of_turns_and_scores_have_standard_errors(label_model, label_bundle, requests_file, tmp_path):
     words = [requests_file, "--model", label_model, "--bundle", label_bundle, "--evaluator", "evaluator-iclevr"]
     words += ["--solver", "ddim:4", "--guidance", 2, "--engine", "ort", "--dtype", "fp32", "--seeds", 2, "--threads", 1]
-    words += ["--own", "ddim:3", "--own", "ddim:2"]
+    words += ["--own", "ddim:3", "--own", "ddim:2", "--own", "ddim:3"]
     words += ["--work", tmp_path / "work", "--out", tmp_path / "out.json"]
     done = CliRunner().invoke(authors.main, list(map(str, words)), catch_exceptions=False)
     assert done.exit_code == 0
@@ -67,14 +67,20 @@ def test_the_ratio_is_of_turns_and_scores_have_standard_errors(label_model, labe
     assert first["ratio"] == 1
     assert second["ratio"] > 0
     assert first["images_per_s"] > 0
+    again = CliRunner().invoke(authors.main, list(map(str, words)))
+    assert (
+        str(again.exception)
+        == f"error: {tmp_path / 'work'}: exists already; pictures that are there would not be made again"
+    )
     scores = [name for name in first if f"{name}_se" in first]
     assert scores
     assert all(0 <= row[name] <= 1 for row in (first, second) for name in scores)
 
 
-def test_a_solver_that_does_not_exist_is_one_line(label_model, label_bundle, requests_file, tmp_path):
+@pytest.mark.parametrize("solver", ["nope:4", "ddim:4:2"])
+def test_a_solver_that_does_not_exist_is_one_line(label_model, label_bundle, requests_file, tmp_path, solver):
     words = [requests_file, "--model", label_model, "--bundle", label_bundle, "--evaluator", "evaluator-iclevr"]
-    words += ["--solver", "nope:4", "--guidance", 2, "--engine", "ort", "--dtype", "fp32", "--work", tmp_path / "work"]
+    words += ["--solver", solver, "--guidance", 2, "--engine", "ort", "--dtype", "fp32", "--work", tmp_path / "work"]
     done = CliRunner().invoke(authors.main, [*map(str, words), "--out", str(tmp_path / "out.json")])
     assert str(done.exception).startswith("error: ")
     assert not (tmp_path / "out.json").exists()

@@ -38,7 +38,7 @@ from export.task_score import ScoreRow  # noqa: E402
 from fastgen.engines import create_engine  # noqa: E402
 from fastgen.engines.base import announce_int8  # noqa: E402
 from fastgen.engines.machine import Cpu, cpu, has_int8  # noqa: E402
-from fastgen.errors import FastgenError  # noqa: E402
+from fastgen.errors import FastgenError, InputError  # noqa: E402
 from fastgen.models.bundle import graph_name, read_bundle  # noqa: E402
 from fastgen.models.folder import load_model  # noqa: E402
 
@@ -331,9 +331,23 @@ def test_an_engine_without_its_graphs_is_refused_before_anything_is_exported(fas
     pytest.importorskip(engine.partition(":")[0].replace("ort", "onnxruntime"))
     precision = engine.partition(":")[2]
     code, _, err = fastgen("export", label_model, "--out", tmp_path / "bundle", "--engine", engine)
-    refusal = f"--engine {engine}: needs graphs in {precision}; give --dtype {precision} too"
+    more = ", without --trt and --rtx" if precision == "int8" else ""
+    refusal = f"--engine {engine}: the bundle has no graphs in {precision}; `--dtype {precision}`{more} adds them"
     assert (code, err.splitlines()[-1]) == (2, f"fastgen: error: {refusal}")
     assert not (tmp_path / "bundle").exists()
+
+
+@pytest.mark.parametrize("made", ["fp16", "int8"])
+def test_tensorrt_s_graphs_are_another_engine_s_too_but_not_in_eight_bits(made):
+    from export.bundle import _check_graphs, _made
+
+    assert _made("fp16", plans=True) == "fp16"
+    assert _made("int8", plans=False) == "int8"
+    if made == "fp16":
+        _check_graphs([("ort", "fp16")], _made(made, plans=True), None)
+    else:
+        with pytest.raises(InputError, match="without --trt"):
+            _check_graphs([("ort", "int8")], _made(made, plans=True), None)
 
 
 def test_a_bundle_that_holds_the_graphs_is_certified_without_the_option(fastgen, lowered_bundle, tmp_path):

@@ -19,7 +19,7 @@ pytest.importorskip("onnxscript")
 import export.tracing as tracing
 from export.tracing import Source, Trace, Tracing, processes, trace
 from export.write import BundleOptions, write_bundle
-from fastgen.errors import InputError
+from fastgen.errors import FastgenError, InputError
 from fastgen.models.folder import load_model
 
 GIB = 2**30
@@ -68,6 +68,7 @@ def test_a_process_writes_the_files_that_this_one_would(label_model, small_is_la
     assert len(files(tmp_path / "here")) >= 4
 
 
+@pytest.mark.slow
 def test_small_models_are_traced_without_a_process(label_model, tmp_path):
     with Tracing(
         load_model(label_model), Source(label_model, {}), [Trace("unet", "fp32")], tmp_path, lambda line: None
@@ -78,6 +79,7 @@ def test_small_models_are_traced_without_a_process(label_model, tmp_path):
         beside.finish()
 
 
+@pytest.mark.slow
 def test_what_a_killed_process_left_is_done_here_and_said(label_model, small_is_large, tmp_path):
     lines = []
     with Tracing(
@@ -89,6 +91,7 @@ def test_what_a_killed_process_left_is_done_here_and_said(label_model, small_is_
     assert (tmp_path / "unet" / "model.onnx.data").is_file()
 
 
+@pytest.mark.slow
 def test_weights_that_changed_meanwhile_are_not_traced(label_model, small_is_large, tmp_path, monkeypatch):
     lines, start = [], tracing._Process.__init__
     monkeypatch.setattr(
@@ -96,10 +99,11 @@ def test_weights_that_changed_meanwhile_are_not_traced(label_model, small_is_lar
     )
     with begin(label_model, tmp_path, lines.append) as beside:
         beside.finish()
-    assert lines[1:] == ["exporting unet here, as its folder changed"]
+    assert lines[1:] == ["exporting unet here, as the folder has changed"]
     assert (tmp_path / "unet" / "model.onnx").is_file()
 
 
+@pytest.mark.slow
 def test_a_system_without_room_for_a_process_traces_here(label_model, small_is_large, tmp_path, monkeypatch):
     def refused(*given, **options):
         raise OSError(12, "Cannot allocate memory")
@@ -112,11 +116,49 @@ def test_a_system_without_room_for_a_process_traces_here(label_model, small_is_l
 
 
 def test_an_error_of_the_process_is_raised_here(label_model, small_is_large, tmp_path):
-    beside = Tracing(
-        load_model(label_model), Source(label_model, {"checkpoint": "nope"}), [Trace("unet", "fp32")], tmp_path, print
-    )
-    with beside, pytest.raises(InputError, match="nope"):
+    target = tmp_path / "unet" / "model.onnx"
+    target.mkdir(parents=True)  # the graph cannot be written there
+    with begin(label_model, tmp_path, print) as beside, pytest.raises(FastgenError, match="cannot be written"):
         beside.finish()
+
+
+@pytest.mark.slow
+def test_a_folder_that_cannot_be_read_any_more_is_not_needed(label_model, small_is_large, tmp_path):
+    lines = []
+    with begin(label_model, tmp_path, lines.append, checkpoint="gone") as beside:
+        beside.finish()
+    assert lines[1:] == ["exporting unet here, as the folder has changed"]
+    assert (tmp_path / "unet" / "model.onnx").is_file()
+
+
+@pytest.mark.slow
+def test_a_process_that_ended_before_it_was_told_anything_hides_no_error(
+    label_model, small_is_large, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(tracing, "CHILD", "raise SystemExit(7)")
+    lines = []
+    with begin(label_model, tmp_path, lines.append) as beside:
+        beside.finish()
+    assert lines[1:] == ["exporting unet here, as the process that did it ended with exit code 7"]
+    assert (tmp_path / "unet" / "model.onnx").is_file()
+    with pytest.raises(InputError, match="mine"), begin(label_model, tmp_path, print):
+        raise InputError("mine")
+
+
+def test_an_interruption_between_two_starts_ends_the_first_process(label_model, small_is_large, tmp_path, monkeypatch):
+    started, start = [], tracing._Process.__init__
+
+    def interrupted(self, order):
+        if started:
+            raise KeyboardInterrupt
+        start(self, order)
+        started.append(self)
+
+    monkeypatch.setattr(tracing._Process, "__init__", interrupted)
+    monkeypatch.setattr(tracing, "processes", lambda *given: 2)
+    with pytest.raises(KeyboardInterrupt), begin(label_model, tmp_path, print, "fp32", "fp16"):
+        raise AssertionError("the block is not entered")
+    assert started[0]._process.poll() is not None
 
 
 def test_a_solver_that_does_not_exist_ends_the_process_too(label_model, small_is_large, tmp_path, monkeypatch):

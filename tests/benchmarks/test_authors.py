@@ -12,13 +12,14 @@ pytest.importorskip("diffusers")
 pytest.importorskip("onnxruntime")
 
 from click.testing import CliRunner
+from gallery import labels_on_latents
 from PIL import Image
 
 from benchmarks import authors
 from fastgen.generate.job import run_job
 from fastgen.generate.pipeline import load
 from fastgen.generate.recipe import Recipe
-from fastgen.generate.requests import read_requests
+from fastgen.generate.requests import Request, read_requests
 
 HOW = {"batch": 2, "threads": 1}
 
@@ -45,6 +46,19 @@ def test_diffusers_starts_from_the_noise_of_the_engine(label_model, label_bundle
     assert len(expected) == 3
     assert np.abs(expected - found).max() <= 1
     assert np.ptp(expected, axis=0).max() > 50  # noise of each request's own
+
+
+def test_latents_of_labels_are_decoded_with_their_scale(tmp_path):
+    labels_on_latents(tmp_path / "model")
+    pipeline = load(tmp_path / "model", "eager", dtype="fp32")
+    assert pipeline.spec.space.scaling_factor != 1
+    requests = [Request(str(i), f"{i}.png", labels=[f"label {i}"]) for i in range(2)]
+    authors.by_diffusers(tmp_path / "model", pipeline, requests, "ddim:4", 2.0, HOW).make(tmp_path / "diffusers", 3)
+    sampling = {"seed": 3, "scheduler": "ddim", "num_inference_steps": 4, "guidance_scale": 2.0}
+    run_job(Recipe(requests, sampling).run(pipeline, None), tmp_path / "engine", progress=False)
+    expected, found = (pictures(tmp_path / name, requests) for name in ("diffusers", "engine"))
+    assert np.abs(expected - found).max() <= 1
+    assert np.ptp(expected) > 50
 
 
 def test_the_ratio_is_of_turns_and_scores_have_standard_errors(label_model, label_bundle, requests_file, tmp_path):

@@ -14,6 +14,7 @@ from torch import nn
 from fastgen.errors import InputError, first_line, unknown
 from fastgen.files.records import to_record
 from fastgen.models.configs import DIFFUSERS, DiffusersConfig
+from fastgen.models.find import find_folder
 from fastgen.models.loaders import WHOLE_CLIP, pretrained, pretrained_tokenizer
 from fastgen.presets import NetworkPreset
 
@@ -110,7 +111,7 @@ def load_text_encoder(network: NetworkPreset, *, local_files_only: bool = False)
     beside = "tokenizer" if subfolder == "text_encoder" else subfolder
     where = f"text_encoder.path = {network.path!r}"
     return encoder, pretrained_tokenizer(
-        str(network.path), where, subfolder=beside or "", local_files_only=local_files_only
+        _source(network), where, subfolder=beside or "", local_files_only=local_files_only
     )
 
 
@@ -119,14 +120,19 @@ def _frozen(cls: Any, network: NetworkPreset, name: str, local_files_only: bool)
     options: dict[str, Any] = {"local_files_only": local_files_only} | ({"subfolder": subfolder} if subfolder else {})
     where = f"{name}.path = {network.path!r}"
     try:
-        module = pretrained(cls, str(network.path), where, lambda key: key.startswith(WHOLE_CLIP), **options)
+        module = pretrained(cls, _source(network), where, lambda key: key.startswith(WHOLE_CLIP), **options)
     except InputError as error:  # of one of the folder's files, or of the folder
         raise InputError(f"{where}: {str(error).removeprefix(f'{where}: ')}") from None
     return module.requires_grad_(False)
 
 
+def _source(network: NetworkPreset) -> str:
+    """The folder of a network that is loaded: `path`, a shipped model's where it is the name of one; else a hub id."""
+    return str(find_folder(os.path.expanduser(str(network.path))))
+
+
 def _subfolder(network: NetworkPreset, name: str) -> str | None:
-    if network.subfolder is None and network.path and (Path(os.path.expanduser(network.path)) / name).is_dir():
+    if network.subfolder is None and network.path and (Path(_source(network)) / name).is_dir():
         return name
     return network.subfolder
 

@@ -191,6 +191,8 @@ def _apply(table: dict[str, Any], overrides: Sequence[str]) -> None:
             inner = inner[parent]
         if parents[-1:] == ["train"] and key in ("steps", "epochs"):  # one of the two says how long
             inner.pop("epochs" if key == "steps" else "steps", None)
+        if key == "path" and parents in (["vae"], ["text_encoder"]):  # frozen, instead of what the preset trains
+            inner.pop("config", None), inner.pop("train", None)
         inner[key] = _toml_value(text.strip(), dotted.strip())
 
 

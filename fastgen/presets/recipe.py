@@ -80,6 +80,7 @@ class Training(Record, frozen=True):
     # what becomes the model: the last averaged weights, or those with the lowest loss
     final: Literal["last", "best-validation", "best-loss"] = "last"
     seed: Seed = 0
+    pretrained: Name | None = None  # a model folder, or a shipped model's name, with whose weights training begins
     loss: Terms = field(default_factory=dict)  # weights of the loss terms, where a task has several
     loss_from_epoch: Terms = field(default_factory=dict)  # when a term sets in
 

@@ -10,7 +10,7 @@ from typing import Any
 from fastgen.data import Dataset, read_dataset
 from fastgen.data.attributes import with_labels
 from fastgen.presets import Preset
-from fastgen.training.assembly import check_evaluator, plan_model
+from fastgen.training.assembly import ModelPlan, plan_evaluator, plan_model
 from fastgen.training.autocast import choose
 from fastgen.training.examples import load_examples
 from fastgen.training.logs import say
@@ -59,9 +59,7 @@ def train(
                 say(f"{out}: already finished")
                 return out
             examples = load_examples(dataset, preset, skip_bad)
-            plan = plan_model(preset, examples, device) if preset.evaluator is None else None
-            if plan is None:
-                check_evaluator(preset, examples, device)
+            plan = (plan_model if preset.evaluator is None else plan_evaluator)(preset, examples, device)
             settings: dict[str, Any] = {
                 "device": device,
                 "progress": progress,
@@ -71,8 +69,8 @@ def train(
             job = stack.enter_context(open_job(out, preset, dataset.fingerprint, **settings))
         told = tracking(tracker_name, out, dict(flat(job.identity)), target.type == "cpu")
         job = dataclasses.replace(job, tracker=stack.enter_context(told))
-        if plan is not None:
+        if isinstance(plan, ModelPlan):
             train_model(plan, preset, examples, job)
         else:
-            train_evaluator(preset, examples, job)
+            train_evaluator(plan, preset, examples, job)
     return out

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 from fastgen.errors import InputError
 from fastgen.models import evaluator
@@ -17,16 +19,19 @@ from fastgen.training.bpe import train_tokenizer
 from fastgen.training.diffusion import NoiseSchedule
 from fastgen.training.examples import Examples
 from fastgen.training.losses import Objective, objective_of, refuse_unet_keys
+from fastgen.training.pretrained import begin_evaluator, begin_network, begin_unet, source_of
 from fastgen.training.previews import default_table, fixed_labels, fixed_prompts
 
 
 @dataclass(frozen=True)
 class ModelPlan:
-    """A diffusion model before its training. `fixed`: prompts or label lists of the preset's own previews."""
+    """A diffusion model before its training. `fixed`: prompts or label lists of the preset's own previews; `pretrained`: the
+    hash of the weights that a network begins with, where they are those of another model."""
 
     model: Model
     objective: Objective
     fixed: Sequence[Any]
+    pretrained: Mapping[str, str]
 
 
 def plan_model(preset: Preset, data: Examples, device: str | None) -> ModelPlan:
@@ -35,21 +40,37 @@ def plan_model(preset: Preset, data: Examples, device: str | None) -> ModelPlan:
     Raises InputError for networks that do not fit each other, the images or the device, for a noise schedule or a sampling that
     does not work, for a loss that cannot be computed, and for too few images.
     """
-    model = _assemble(preset, data)
+    model, pretrained = _assemble(preset, data)
     recipe = recipe_of(preset.unet, "unet")
     _check_process(preset)
     model.condition.check_guided(preset.sampling.guidance_scale)
     _check_recipes(preset, data, device)
     objective = objective_of(recipe, latents=model.vae is not None, image_size=preset.image_size)
     fixed = fixed_prompts(preset) if preset.kind == "text" else fixed_labels(preset, data.dataset.objects or {})
-    return ModelPlan(model, objective, fixed)
+    return ModelPlan(model, objective, fixed, pretrained)
 
 
-def check_evaluator(preset: Preset, data: Examples, device: str | None) -> None:
-    """InputError where an evaluator cannot be trained by this preset on these images."""
+@dataclass(frozen=True)
+class EvaluatorPlan:
+    """An evaluator before its training. `outputs`: the objects or attributes that it judges; `pretrained`: as in ModelPlan."""
+
+    module: evaluator.ResNet18
+    outputs: Mapping[str, Any]
+    pretrained: Mapping[str, str]
+
+
+def plan_evaluator(preset: Preset, data: Examples, device: str | None) -> EvaluatorPlan:
+    """The network of an evaluator's preset. Raises InputError where it cannot be trained on these images."""
     if preset.image_size != evaluator.IMAGE_SIZE:
         raise InputError(f"image_size = {preset.image_size}: the evaluator sees {evaluator.IMAGE_SIZE} px")
     _check_recipes(preset, data, device)
+    recipe, objects = recipe_of(preset.evaluator, "evaluator"), dict(data.dataset.objects or {})
+    torch.manual_seed(recipe.seed)
+    module = evaluator.ResNet18(len(objects), **network_of(preset.evaluator).config)
+    outputs = data.dataset.attributes or objects
+    if recipe.pretrained is None:
+        return EvaluatorPlan(module, outputs, {})
+    return EvaluatorPlan(module, outputs, {"evaluator": begin_evaluator(module, recipe.pretrained, outputs)})
 
 
 def _check_recipes(preset: Preset, data: Examples, device: str | None) -> None:
@@ -61,9 +82,9 @@ def _check_recipes(preset: Preset, data: Examples, device: str | None) -> None:
             data.rows(recipe)
 
 
-def _assemble(preset: Preset, data: Examples) -> Model:
-    """The model with fresh weights, or loaded ones where the preset names them. Raises InputError for networks that do not fit
-    together, or to the preset's image size."""
+def _assemble(preset: Preset, data: Examples) -> tuple[Model, Mapping[str, str]]:
+    """The model with fresh weights, or loaded ones where the preset names them, and the hashes of those that training begins
+    with. Raises InputError for networks that do not fit together, or to the preset's image size."""
     config, table = network_of(preset.unet).config, dict(preset.conditioner or {})
     crosses = preset.text_encoder is not None or "cross_attention_dim" in config
     cls = unet_class(table.get("kind") or (None if crosses else "class_embed"), config)
@@ -80,10 +101,16 @@ def _assemble(preset: Preset, data: Examples) -> Model:
         raise InputError(
             "unet.config: class_embed_type, num_class_embeds: labels and classes have a [conditioner] of their own"
         )
+    pretrained: dict[str, str] = {}
     if preset.vae is not None:
         model.vae = _vae(preset)
+        if (source := source_of(preset, "vae")) is not None:
+            pretrained["vae"] = begin_network(model.vae, source, "vae")
     if preset.text_encoder is not None:
-        encoder, tokenizer = _text_encoder(preset, data)
+        source = source_of(preset, "text_encoder")
+        encoder, tokenizer = _text_encoder(preset, data, source)
+        if source is not None:
+            pretrained["text_encoder"] = begin_network(encoder, source, "text_encoder")
         model.text_encoders, model.tokenizers = [encoder], [tokenizer]
     try:
         size, channels = model.space.image[1:], model.space.image[0]
@@ -97,7 +124,9 @@ def _assemble(preset: Preset, data: Examples) -> Model:
         )
     if channels != 3:
         raise InputError(f"the model's images have {channels} channels; training reads RGB images, of 3")
-    return model
+    if (source := source_of(preset, "unet")) is not None:
+        pretrained["unet"] = begin_unet(model, preset, source)
+    return model, pretrained
 
 
 def _vae(preset: Preset) -> Any:
@@ -109,12 +138,16 @@ def _vae(preset: Preset) -> Any:
     return build_module(AutoencoderKL, network.config, "vae", recipe_of(network, "vae").seed)
 
 
-def _text_encoder(preset: Preset, data: Examples) -> tuple[Any, Any]:
+def _text_encoder(preset: Preset, data: Examples, source: Model | None) -> tuple[Any, Any]:
+    """(encoder, tokenizer). A tokenizer is learnt from the captions, unless the weights of `source` come with theirs."""
     network = network_of(preset.text_encoder)
     if network.path is not None:
         return load_text_encoder(network)
-    length = int(network.config.get("max_position_embeddings", 77))
-    tokenizer = train_tokenizer(data.captions[0], int(network.config.get("vocab_size", 4096)), length)
+    if source is not None and source.tokenizers:
+        tokenizer = source.tokenizers[0]
+    else:
+        length = int(network.config.get("max_position_embeddings", 77))
+        tokenizer = train_tokenizer(data.captions[0], int(network.config.get("vocab_size", 4096)), length)
     return build_text_encoder(network.config, tokenizer, recipe_of(network, "text_encoder").seed), tokenizer
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,13 +14,12 @@ from fastgen.models.folder import Model
 from fastgen.models.networks.autoencoder import standardise
 from fastgen.models.saving import save_model
 from fastgen.presets import Preset
-from fastgen.training.assembly import ModelPlan, network_of, recipe_of
+from fastgen.training.assembly import EvaluatorPlan, ModelPlan, network_of, recipe_of
 from fastgen.training.classifier import AttributeTask, ClassifierTask
 from fastgen.training.contrastive import ContrastiveTask
 from fastgen.training.diffusion import DiffusionTask
 from fastgen.training.encode import cached_moments, cached_states, latent_scale, latent_statistics, tokenize
 from fastgen.training.examples import Examples
-from fastgen.training.losses import Objective
 from fastgen.training.previews import (
     PresetConditions,
     preview_rows,
@@ -51,7 +50,7 @@ def train_model(plan: ModelPlan, preset: Preset, data: Examples, job: Job) -> No
         _fit_text_encoder(model.text_encoders[0], model.tokenizers[0], preset, data, job)
     space = _space(model, preset, data, job, device)
     conditions, extra = _conditions(model, data, job, device, plan.fixed)
-    _train_unet(model, space, conditions, plan.objective, extra, preset, data, job)
+    _train_unet(plan, space, conditions, extra, preset, data, job)
 
 
 def _space(model: Model, preset: Preset, data: Examples, job: Job, device: torch.device) -> Space:
@@ -102,21 +101,20 @@ def _states(model: Model, texts: Sequence[str], job: Job, device: torch.device) 
         return cached_states(model.text_encoders[0], ids, device, job.progress)
 
 
-def train_evaluator(preset: Preset, data: Examples, job: Job) -> None:
+def train_evaluator(plan: EvaluatorPlan, preset: Preset, data: Examples, job: Job) -> None:
     """The classifier that scores labels or attributes."""
     recipe = recipe_of(preset.evaluator, "evaluator")
-    objects, attributes = dict(data.dataset.objects or {}), data.dataset.attributes
-    run = job.run("evaluator", recipe.precision)
-    torch.manual_seed(recipe.seed)
-    module = evaluator.ResNet18(len(objects), **network_of(preset.evaluator).config)
+    run, module, attributes = job.run("evaluator", recipe.precision), plan.module, data.dataset.attributes
     inputs = module, data.images, data.multi_hot, data.rows(recipe), run.precision.device
     fit(AttributeTask(*inputs, attributes=attributes) if attributes else ClassifierTask(*inputs), recipe, run)
-    outputs = attributes or objects
-    job.finish(lambda folder: evaluator.save(module.cpu(), folder, outputs, record(preset, data, job)))
+    job.finish(
+        lambda folder: evaluator.save(module.cpu(), folder, plan.outputs, record(preset, data, job, plan.pretrained))
+    )
 
 
-def record(preset: Preset, data: Examples, job: Job) -> dict[str, Any]:
-    """The training record in the model's folder: preset, data, last figures of each stage, versions."""
+def record(preset: Preset, data: Examples, job: Job, pretrained: Mapping[str, str]) -> dict[str, Any]:
+    """The training record in the model's folder: preset, data, hashes of weights that training began with, last figures of each
+    stage, versions."""
     from importlib.metadata import version
 
     last = {row["stage"]: row for stage in STAGES for row in job.log.rows(stage)}
@@ -125,6 +123,7 @@ def record(preset: Preset, data: Examples, job: Job) -> dict[str, Any]:
         "image_mode": preset.image_mode,
         "data": data.dataset.fingerprint,
         "images": len(data.readable),
+        **({"pretrained": dict(pretrained)} if pretrained else {}),
         "stages": {stage: {k: v for k, v in row.items() if k != "stage"} for stage, row in last.items()},
         "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},
     }
@@ -162,16 +161,16 @@ def _fit_text_encoder(encoder: Any, tokenizer: Any, preset: Preset, data: Exampl
 
 
 def _train_unet(
-    model: Model,
+    plan: ModelPlan,
     space: Space,
     conditions: ConditionSource,
-    objective: Objective,
     extra: PresetConditions | None,
     preset: Preset,
     data: Examples,
     job: Job,
 ) -> None:
     """Train the model's UNet with its conditioner, and save the model."""
+    model = plan.model
     job.outline(lambda folder: save_model(model, folder, trained=False))
     recipe = recipe_of(preset.unet, "unet")
     run = job.run("unet", recipe.precision)
@@ -189,11 +188,11 @@ def _train_unet(
         flip=recipe.flip,
         jitter=recipe.color_jitter,
         timestep_shift=recipe.timestep_shift,
-        objective=objective,
+        objective=plan.objective,
         preview=preview,
     )
     fit(task, recipe, run)
     for network in (model.unet, model.conditioner, *model.text_encoders, model.vae):
         if network is not None:
             network.cpu()
-    job.finish(lambda folder: save_model(model, folder, record(preset, data, job)))
+    job.finish(lambda folder: save_model(model, folder, record(preset, data, job, plan.pretrained)))

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -539,3 +540,107 @@ def test_an_objective_that_cannot_work_is_refused_before_the_first_step(
     with pytest.raises(InputError, match=message):
         train(preset_of(text, tmp_path, (override,)), labelled, tmp_path / "model", progress=False)
     assert not (tmp_path / "model" / "checkpoints").exists()
+
+
+def still(stage: str) -> tuple[str, ...]:
+    """Overrides by which a stage trains without moving, so that its result is what it began with."""
+    return tuple(f"{stage}.train.{key}" for key in ("steps=1", "learning_rate=1e-30", "weight_decay=0"))
+
+
+def close(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.allclose(a[name], b[name], atol=1e-7) for name in a)
+
+
+def test_training_begins_with_the_weights_of_another_model(labelled: Path, tmp_path: Path) -> None:
+    first = train(preset_of(LABEL_PRESET, tmp_path), labelled, tmp_path / "first", progress=False)
+    begun = (f"unet.train.pretrained={first}", "unet.train.seed=5", *still("unet"))
+    second = train(preset_of(LABEL_PRESET, tmp_path, begun), labelled, tmp_path / "second", progress=False)
+    fresh = train(
+        preset_of(LABEL_PRESET, tmp_path, ("unet.train.seed=5", *still("unet"))),
+        labelled,
+        tmp_path / "c",
+        progress=False,
+    )
+    assert close(weights(second), weights(first))
+    assert not close(weights(fresh), weights(first))
+    record = json.loads((second / "fastgen.json").read_text())["training"]
+    assert len(record["pretrained"]["unet"].split()) == 2  # UNet and conditioner
+    assert "pretrained" not in json.loads((first / "fastgen.json").read_text())["training"]
+
+
+def test_all_networks_of_a_text_model_begin_with_those_of_another(
+    described: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = train(preset_of(TEXT_PRESET, tmp_path), described, tmp_path / "first", progress=False)
+    frozen = (f"vae.path={first}", f"text_encoder.path={first}", f"unet.train.pretrained={first}", *still("unet"))
+    second = train(preset_of(TEXT_PRESET, tmp_path, frozen), described, tmp_path / "second", progress=False)
+    assert same(weights(second), weights(first)) or close(weights(second), weights(first))
+    assert "another" not in capsys.readouterr().err
+    stages = ("vae", "text_encoder", "unet")
+    begun = tuple(o for s in stages for o in (f"{s}.train.pretrained={first}", *still(s)))
+    # The tokenizer comes with the text encoder: other captions would give another.
+    texts = json.loads((described / "train_info.json").read_text())
+    for entry in texts.values():
+        entry["given_description"] = [
+            "An entirely different wording of whatever stands here, " + entry["given_description"][0]
+        ]
+    (described / "train_info.json").write_text(json.dumps(texts))
+    third = train(preset_of(TEXT_PRESET, tmp_path, begun), described, tmp_path / "third", progress=False)
+    for part in ("unet", "text_encoder"):
+        assert close(
+            {k: v for k, v in weights(third).items() if k.startswith(part)},
+            {k: v for k, v in weights(first).items() if k.startswith(part)},
+        )
+    assert (third / "tokenizer/tokenizer.json").read_bytes() == (first / "tokenizer/tokenizer.json").read_bytes()
+    assert set(json.loads((third / "fastgen.json").read_text())["training"]["pretrained"]) == set(stages)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("unet.config.layers_per_block=2",), "unet.config.layers_per_block: found 2, "),
+        (("unet.config.norm_num_groups=2",), "unet.config.norm_num_groups: found 2, "),  # the same shapes
+        (("unet.train.pretrained=nowhere",), "nowhere: neither a bundle"),
+        (("conditioner.hidden=8",), "conditioner.config.hidden: found 8, "),
+    ],
+)
+def test_weights_of_another_architecture_are_refused(
+    labelled: Path, tmp_path: Path, overrides: tuple[str, ...], message: str
+) -> None:
+    first = train(preset_of(LABEL_PRESET, tmp_path), labelled, tmp_path / "first", progress=False)
+    preset = preset_of(LABEL_PRESET, tmp_path, (f"unet.train.pretrained={first}", *overrides))
+    with pytest.raises(InputError, match=re.escape(message)):
+        train(preset, labelled, tmp_path / "second", progress=False)
+    assert not (tmp_path / "second").exists()
+
+
+def test_other_labels_are_refused_and_another_noise_schedule_is_said(
+    labelled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = train(preset_of(LABEL_PRESET, tmp_path), labelled, tmp_path / "first", progress=False)
+    begun = (f"unet.train.pretrained={first}", *still("unet"))
+    other = (*begun, "scheduler.prediction_type=epsilon")
+    train(preset_of(LABEL_PRESET, tmp_path, other), labelled, tmp_path / "epsilon", progress=False)
+    assert "its noise schedule or prediction_type is another than the preset's" in capsys.readouterr().err
+    objects = json.loads((labelled / "objects.json").read_text())
+    (labelled / "objects.json").write_text(json.dumps({name: 2 - i for name, i in objects.items()}))
+    with pytest.raises(InputError, match="the same names, in another order"):
+        train(preset_of(LABEL_PRESET, tmp_path, begun), labelled, tmp_path / "second", progress=False)
+
+
+def test_an_evaluator_begins_with_the_weights_of_another(labelled: Path, tmp_path: Path) -> None:
+    def preset(**keys: Any) -> Preset:
+        recipe = Training(steps=2, batch_size=4, precision="fp32", validation_fraction=0.25, **keys)
+        return Preset("tiny", 64, "stretch", evaluator=NetworkPreset({"width": 8}, train=recipe))
+
+    first = train(preset(), labelled, tmp_path / "first", progress=False)
+    begun = {"pretrained": str(first), "learning_rate": 1e-30, "weight_decay": 0.0, "seed": 3}
+    second = train(preset(**begun), labelled, tmp_path / "second", progress=False)
+    parameters = [k for k in load_file(first / "model.safetensors") if "running" not in k and "num_batches" not in k]
+    a, b = (load_file(folder / "model.safetensors") for folder in (first, second))
+    assert close({k: a[k] for k in parameters}, {k: b[k] for k in parameters})
+    objects = json.loads((labelled / "objects.json").read_text())
+    (labelled / "objects.json").write_text(json.dumps({name: 2 - i for name, i in objects.items()}))
+    with pytest.raises(InputError, match="not those of the data"):
+        train(preset(**begun), labelled, tmp_path / "third", progress=False)
+    assert not (tmp_path / "third").exists()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from export.extend import add_files, check_replaceable, sweep
-from export.reference import distances_name, image_steps, read_reference, write_distances, write_reference
+from export.reference import distances_name, image_steps, is_current, read_reference, write_distances, write_reference
 from export.tracing import Source, Trace, Tracing
 from fastgen import __version__
 from fastgen.errors import InputError, Say
@@ -266,14 +266,16 @@ def _sha256(bundle: Bundle, name: str) -> str | None:
 
 
 def _stored_reference(out: Path, model: Model) -> Path | None:
-    """The reference of the bundle that is being replaced, if the same model made it with the same versions."""
+    """The reference of the bundle that is being replaced, if the same model made it with the same versions, as today's code
+    would."""
     if not is_bundle(out):
         return None
     try:
         bundle = read_bundle(out)
+        same = bundle.versions == _versions() and not _differences(bundle, model)
+        return bundle.file(REFERENCE) if same and is_current(bundle) else None
     except InputError:  # it is being replaced, which mends what is wrong with it
         return None
-    return None if bundle.versions != _versions() or _differences(bundle, model) else bundle.file(REFERENCE)
 
 
 def _config_files(model: Model) -> dict[str, Path]:

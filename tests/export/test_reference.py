@@ -19,6 +19,7 @@ from export.reference import (
     IMAGE_STEPS,
     decode_images,
     image_steps,
+    is_current,
     read_reference,
     sample_latents,
     whole_runs,
@@ -161,3 +162,16 @@ def test_the_model_s_own_solver_takes_no_steps_that_are_too_coarse_for_its_sched
     model.scheduler_config |= {"_class_name": "HeunDiscreteScheduler", "beta_schedule": schedule}
     model.sampling = type(model.sampling)("heun", 30, 3.0)
     assert image_steps(model) == steps
+
+
+def test_the_decoder_is_compared_on_states_that_the_model_makes(text_bundle, label_bundle, tmp_path):
+    """Not on noise: eight bits hold what the model's own states span, whose deviation may be far from 1."""
+    tensors = read_reference(text_bundle / REFERENCE)
+    bundle = read_bundle(text_bundle)
+    states = np.asarray(bundle.spec.space.to_vae(whole_runs(tensors).latents[:2]), np.float32)
+    name = f"vae_decoder.{bundle.spec.signatures['vae_decoder'].inputs[0].name}"
+    assert np.array_equal(tensors[name], states)
+    assert is_current(bundle)
+    assert is_current(read_bundle(label_bundle))  # it has no decoder
+    older = tensors | {name: np.random.default_rng(0).standard_normal(states.shape).astype(np.float32)}
+    assert not is_current(with_reference(text_bundle, tmp_path, older))

@@ -215,6 +215,18 @@ def test_its_bundle_gives_them_on_every_engine(name, fastgen, export_few, tmp_pa
             assert max(differences(piece, tmp_path / name, out, expected)) <= 2, engine
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["stable_diffusion", "consistency", "dit_classes", "text_to_pixels"])
+@pytest.mark.usefixtures("_graphs_once")
+def test_it_is_certified_in_eight_bits(name, export_few, tmp_path):
+    """Latents of these random networks have a deviation of 5 or so, as those of an autoencoder without a scaling factor."""
+    pytest.importorskip("onnxruntime")
+    ENTRIES[name](tmp_path / name)
+    (certificate,) = export_few(tmp_path / name, tmp_path / "bundle", engines=["ort:int8"], dtype="int8")
+    assert certificate.dtype == "int8"
+    assert certificate.passed, certificate.table()
+
+
 def broken(folder: Path, file: str, **values: object) -> Path:
     from gallery import stable_diffusion
 

@@ -81,4 +81,9 @@ def create_engine(
     check_installed(name)
     if threads is not None and threads < 1:
         raise InputError(f"threads is {threads}, expected at least 1")
-    return engine_class(name).open(source, device=device, dtype=dtype, threads=threads)
+    from fastgen.engines.base import announce_slow
+    from fastgen.engines.machine import cpu
+
+    engine = engine_class(name).open(source, device=device, dtype=dtype, threads=threads)
+    announce_slow(engine, cpu())
+    return engine

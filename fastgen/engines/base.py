@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from fastgen.engines.batches import cut
-from fastgen.engines.machine import has_int8
+from fastgen.engines.machine import slow_precisions
 from fastgen.errors import InputError
 from fastgen.files.installing import Install
 from fastgen.models.signatures import Signature, network_dtype
@@ -206,9 +206,7 @@ def announce(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def announce_int8(cpu: Cpu) -> None:
-    """Say of a CPU without products in eight bits that int8 will be slow on it."""
-    if not has_int8(cpu):
-        announce(
-            f"int8: {cpu.name} has no instructions for it (VNNI, AMX or i8mm): it runs, but may be slower than fp32"
-        )
+def announce_slow(engine: Engine, cpu: Cpu) -> None:
+    """Say of an engine on a CPU that has no instructions for its precision that it will be slow."""
+    if engine.device == "cpu" and (line := slow_precisions(cpu).get(engine.dtype)):
+        announce(f"{cpu.name} has {line}")

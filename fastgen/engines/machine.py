@@ -134,14 +134,15 @@ def has_half(cpu: Cpu, dtype: str) -> bool:
     return not HALF[dtype].isdisjoint(cpu.isa)
 
 
-def slow_precisions(cpu: Cpu) -> list[str]:
-    """What to say of precisions that this CPU has no instructions for; nothing where its instruction sets are unknown."""
-    lines = []
-    if cpu.isa and not has_half(cpu, "bf16"):
-        lines.append("no instructions for bf16: engines take fp32, and torch in bf16 is many times slower")
-    if cpu.isa and not has_int8(cpu):
-        lines.append("no instructions for int8 (VNNI, AMX or i8mm): it runs, but may be slower than fp32")
-    return lines
+def slow_precisions(cpu: Cpu) -> dict[str, str]:
+    """Precision -> what to say of it, where this CPU lacks instructions for it; empty where its instruction sets are unknown."""
+    lines = {}
+    for dtype in HALF:
+        if not has_half(cpu, dtype):
+            lines[dtype] = f"no instructions for {dtype}: engines take fp32, and torch in {dtype} is many times slower"
+    if not has_int8(cpu):
+        lines["int8"] = "no instructions for int8 (VNNI, AMX or i8mm): it runs, but may be slower than fp32"
+    return lines if cpu.isa else {}
 
 
 def usable_cores() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,8 @@ import pytest
 from wrong_inputs import refuses_wrong_inputs
 
 from fastgen.engines import create_engine, engine_class, engine_names, missing_packages
+from fastgen.engines.base import announce_slow
+from fastgen.engines.machine import Cpu
 from fastgen.errors import InputError
 from fastgen.generate.pipeline import load
 from fastgen.models.bundle import read_bundle
@@ -288,3 +291,28 @@ def test_a_network_that_threads_ask_for_at_once_is_moved_once(label_model):
     assert len(moves) == 1
     assert len(found) == 3
     assert all(torch.equal(one, found[0]) for one in found)
+
+
+@pytest.mark.parametrize(
+    ("isa", "dtype", "said"),
+    [
+        (("avx2",), "bf16", "Some CPU has no instructions for bf16"),
+        (("avx2",), "fp16", "Some CPU has no instructions for fp16"),
+        (("avx2", "avx512f"), "bf16", ""),
+        (("avx2",), "fp32", ""),
+        ((), "bf16", ""),  # nothing is known
+    ],
+)
+def test_a_precision_that_the_cpu_has_no_instructions_for_is_said(label_model, capfd, monkeypatch, isa, dtype, said):
+    monkeypatch.setattr("fastgen.engines.machine.cpu", lambda: Cpu("Some CPU", 2, isa, None, None))
+    from fastgen.models.folder import load_model
+
+    create_engine("eager", load_model(label_model), device="cpu", dtype=dtype)
+    err = capfd.readouterr().err
+    assert said in err if said else "no instructions" not in err
+
+
+@pytest.mark.parametrize(("isa", "said"), [(("avx2",), True), (("avx2", "avx512_vnni"), False), (("i8mm",), False)])
+def test_int8_that_the_cpu_has_no_instructions_for_is_said(capfd, isa, said):
+    announce_slow(SimpleNamespace(device="cpu", dtype="int8"), Cpu("Some CPU", 2, isa, None, None))
+    assert ("Some CPU has no instructions for int8" in capfd.readouterr().err) == said

@@ -36,8 +36,7 @@ from export.sensitivity import (  # noqa: E402
 )
 from export.task_score import ScoreRow  # noqa: E402
 from fastgen.engines import create_engine  # noqa: E402
-from fastgen.engines.base import announce_int8  # noqa: E402
-from fastgen.engines.machine import Cpu, cpu, has_int8  # noqa: E402
+from fastgen.engines.machine import cpu, has_int8  # noqa: E402
 from fastgen.errors import FastgenError, InputError  # noqa: E402
 from fastgen.models.bundle import graph_name, read_bundle  # noqa: E402
 from fastgen.models.folder import load_model  # noqa: E402
@@ -452,13 +451,6 @@ def test_engines_and_bundles_without_int8_say_so(fastgen, label_model, label_bun
         assert code == 2
         assert "has no int8 graph of unet" in err
         assert "--dtype int8`, with the model folder, adds it" in err
-
-
-@pytest.mark.parametrize(("isa", "said"), [(("avx2",), True), (("avx2", "avx512_vnni"), False), (("i8mm",), False)])
-def test_a_cpu_without_instructions_for_int8_is_named(capfd, isa, said):
-    announce_int8(Cpu("Some CPU", 2, isa, None, None))
-    err = capfd.readouterr().err
-    assert ("Some CPU has no instructions for it" in err) == said
 
 
 def test_guidance_tightens_the_denoisers_budget():

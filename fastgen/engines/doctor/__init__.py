@@ -117,7 +117,8 @@ def hardware(machine: Machine) -> Iterator[tuple[str, str]]:
     one = machine.cpu
     cores = f"{one.cores} core{'' if one.cores == 1 else 's'}"
     yield "CPU", ", ".join([one.name, cores, *([" ".join(one.isa)] if one.isa else [])])
-    yield from (("", line) for line in slow_precisions(one))
+    slow = slow_precisions(one)  # fp16 is for GPUs
+    yield from (("", slow[dtype]) for dtype in ("bf16", "int8") if dtype in slow)
     if one.memory:
         free = f", {one.memory_free / 2**30:.1f} GiB free" if one.memory_free else ""
         yield "memory", f"{one.memory / 2**30:.1f} GiB{free}"

@@ -114,8 +114,6 @@ class Engine(base.Engine):
         self._around = native if self.dtype == "int8" else self.dtype  # the precision of what is not in eight bits
         if _HINTS[self._around].upper() not in ("F32", *(c.upper().replace("FP", "F") for c in capabilities)):
             raise InputError(f"engine openvino: this CPU has no {self.dtype}; it has {', '.join(capabilities)}")
-        if self.dtype == "int8":
-            base.announce_int8(cpu())
         self.signatures = source.spec.all_signatures
         self._bundle, self._version, self._cpu, self._threads = source, openvino.__version__, cpu(), threads
         self._lanes: dict[tuple[str, int, bool], list[Lane]] = {}

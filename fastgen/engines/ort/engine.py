@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastgen.engines import has_distribution
-from fastgen.engines.base import announce_int8
 from fastgen.engines.machine import cpu, has_int8
 from fastgen.engines.ort.cuda import PROVIDER, CudaEngine
 from fastgen.engines.ort.session import OrtEngine, failure
@@ -43,8 +42,6 @@ class Engine(OrtEngine):
         if dtype not in (None, "fp32", "int8"):
             raise InputError(f"engine ort executes fp32 and int8 on cpu, not {dtype}")
         self.xp, self.device, self.dtype = np, "cpu", dtype or "fp32"
-        if self.dtype == "int8":
-            announce_int8(cpu())
         self.set_source(source, threads)
         self._sessions: dict[str, tuple[Any, str]] = {}
 

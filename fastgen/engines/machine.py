@@ -135,7 +135,7 @@ def has_half(cpu: Cpu, dtype: str) -> bool:
 
 
 def slow_precisions(cpu: Cpu) -> dict[str, str]:
-    """Precision -> what to say of it, where this CPU lacks instructions for it; empty where its instruction sets are unknown."""
+    """Precision -> what to say of it, where this CPU lacks instructions for it; empty where its instructions are unknown."""
     lines = {}
     for dtype in HALF:
         if not has_half(cpu, dtype):

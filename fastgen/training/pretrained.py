@@ -54,9 +54,9 @@ def begin_network(network: nn.Module, source: Model, name: str) -> str:
         raise InputError(f"{where}: its {name} is a {type(given).__name__}, the preset's a {type(network).__name__}")
     ours, theirs = _settings(network), _settings(given)
     for key in sorted(ours.keys() | theirs.keys()):
-        found, expected = brief(ours.get(key)), brief(theirs.get(key))
+        found, expected = ours.get(key), theirs.get(key)
         if found != expected:
-            raise InputError(f"{name}.config.{key}: found {found}, {_named(source)} has {expected}")
+            raise InputError(f"{name}.config.{key}: found {brief(found)}, {_named(source)} has {brief(expected)}")
     load_state(network, given.state_dict(), Path(_named(source)), f"the preset's {name}")
     return weights_hash(network)
 

@@ -207,6 +207,6 @@ def announce(line: str) -> None:
 
 
 def announce_slow(engine: Engine, cpu: Cpu) -> None:
-    """Say of an engine on a CPU that has no instructions for its precision that it will be slow."""
-    if engine.device == "cpu" and (line := slow_precisions(cpu).get(engine.dtype)):
+    """Say of an engine on a CPU that has no instructions for its precision that it will be slow. Plans are for GPUs."""
+    if engine.device == "cpu" and not engine.built_by and (line := slow_precisions(cpu).get(engine.dtype)):
         announce(f"{cpu.name} has {line}")

@@ -314,5 +314,5 @@ def test_a_precision_that_the_cpu_has_no_instructions_for_is_said(label_model, c
 
 @pytest.mark.parametrize(("isa", "said"), [(("avx2",), True), (("avx2", "avx512_vnni"), False), (("i8mm",), False)])
 def test_int8_that_the_cpu_has_no_instructions_for_is_said(capfd, isa, said):
-    announce_slow(SimpleNamespace(device="cpu", dtype="int8"), Cpu("Some CPU", 2, isa, None, None))
+    announce_slow(SimpleNamespace(device="cpu", dtype="int8", built_by=None), Cpu("Some CPU", 2, isa, None, None))
     assert ("Some CPU has no instructions for int8" in capfd.readouterr().err) == said

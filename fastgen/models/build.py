@@ -123,6 +123,8 @@ def _frozen(cls: Any, network: NetworkPreset, name: str, local_files_only: bool)
         module = pretrained(cls, _source(network), where, lambda key: key.startswith(WHOLE_CLIP), **options)
     except InputError as error:  # of one of the folder's files, or of the folder
         raise InputError(f"{where}: {str(error).removeprefix(f'{where}: ')}") from None
+    if hasattr(module, "register_to_config"):  # diffusers would save where on this machine it came from
+        module.register_to_config(_name_or_path="")
     return module.requires_grad_(False)
 
 

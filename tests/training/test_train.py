@@ -576,6 +576,7 @@ def test_all_networks_of_a_text_model_begin_with_those_of_another(
     second = train(preset_of(TEXT_PRESET, tmp_path, frozen), described, tmp_path / "second", progress=False)
     assert same(weights(second), weights(first)) or close(weights(second), weights(first))
     assert "another" not in capsys.readouterr().err
+    assert str(tmp_path) not in "".join(file.read_text() for file in second.glob("*/config.json"))
     stages = ("vae", "text_encoder", "unet")
     begun = tuple(o for s in stages for o in (f"{s}.train.pretrained={first}", *still(s)))
     # The tokenizer comes with the text encoder: other captions would give another.

@@ -136,6 +136,8 @@ class Reader:
 
     def start(self, words: list[str]) -> tuple[int, str]:
         words = [re.sub(r"(.*)/step-\d+", first_checkpoint, word) for word in words]
+        # What a training begins with must fit its preset: it is the real model, not the small one under its name.
+        words = [re.sub(r"(?<=(?:path|ined)=)(?=[a-z]+-64$)", f"{SHIPPED}/", word) for word in words]
         if words[0] == "fastgen":
             code, _, err = self.fastgen(*words[1:])
             return code, err
@@ -236,7 +238,13 @@ def shortened(words: list[str]) -> list[str]:
         return ["--count", "2", "--size", "32", "--frames", "1", "--test-count", "4", "--workers", "1"]
     if words[:2] == ["fastgen", "train"]:
         sizes = {word.partition("=")[0] for word in words if word.startswith(("unet.config.", "image_size="))}
-        return [f"--set={override}" for override in small(preset_of(words)) if override.partition("=")[0] not in sizes]
+        given = {word.partition(".")[0] for word in words if ".path=" in word}  # networks that are not trained
+        given |= {"unet.config"} if any("unet.train.pretrained=" in word for word in words) else set()
+        return [
+            f"--set={override}"
+            for override in small(preset_of(words))
+            if override.partition("=")[0] not in sizes and not override.startswith(tuple(f"{name}." for name in given))
+        ]
     if words[:2] == ["fastgen", "generate"]:
         return ["--num-inference-steps", "2"]
     if words[:2] == ["fastgen", "sweep"]:

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fastgen.errors import FastgenError, InputError, Say, first_line
+from fastgen.errors import FastgenError, InputError, Say, first_line, one_line
 from fastgen.files.installing import hint
 from fastgen.files.quiet import verbose
 
@@ -98,7 +98,7 @@ def cluster(address: str, say: Say = lambda line: None) -> Iterator[tuple[Any, b
     with contextlib.ExitStack() as stack:
         if address == LOCAL:
             folder = stack.enter_context(_own_folder())
-            stack.enter_context(_own_token())
+            stack.enter_context(_own_token(ray))
             from fastgen.engines.machine import usable_cores
 
             options |= {"num_cpus": usable_cores(), "include_dashboard": False, "_temp_dir": str(folder)}
@@ -127,22 +127,37 @@ def _connect(ray: Any, address: str, options: Mapping[str, Any], say: Say) -> No
         except (Exception, SystemExit) as error:
             ray.shutdown()
             if last or not isinstance(error, RuntimeError | SystemExit):
-                raise FastgenError(f"--ray {address}: {first_line(error)}") from None
-            say(f"ray: {first_line(error)}; trying once more")
+                raise FastgenError(f"--ray {address}: {_reason(error)}") from None
+            say(f"ray: {_reason(error)}; trying once more")
         else:
             return
 
 
+def _reason(error: BaseException) -> str:
+    """What Ray says, in a line: its first, and its last one, which names the error below it."""
+    first, last = first_line(error), str(error).strip().rpartition("\n")[2].strip()
+    return first if last in ("", first) else one_line(f"{first} {last}")
+
+
 @contextmanager
-def _own_token() -> Iterator[None]:
-    """A password for a cluster of our own, where Ray asks for one: without it, it writes one into the home folder."""
+def _own_token(ray: Any) -> Iterator[None]:
+    """A password for a cluster of our own, where Ray asks for one: without it, it writes one into the home folder. A process
+    keeps the first one that it reads, so it is made to read it again: of this cluster, and afterwards of the next."""
     given = os.environ.get(TOKEN)
     os.environ.setdefault(TOKEN, secrets.token_hex(32))
     try:
+        _forget_token(ray)
         yield
     finally:
         if given is None:
             os.environ.pop(TOKEN, None)
+        _forget_token(ray)
+
+
+def _forget_token(ray: Any) -> None:
+    loader = getattr(ray._raylet, "AuthenticationTokenLoader", None)  # a Ray without it asks for no token
+    if loader is not None:
+        loader.instance().reset_cache()
 
 
 def _silence(ray: Any) -> None:

@@ -59,6 +59,13 @@ def scratch_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+def remove_folder(folder: Path) -> None:
+    """Remove a folder and what it holds. Where the process is killed meanwhile, no half of it is left under its name, and
+    `remove_leftovers` of the folder above removes the rest. Raises FastgenError when the system refuses."""
+    with scratch_folder(folder) as scratch:
+        folder.rename(scratch / "old")
+
+
 def sync_tree(folder: Path) -> None:
     """Force the files below `folder`, and the folders' entries, to the disk."""
     for file in folder.rglob("*"):

@@ -7,7 +7,6 @@ best/         ema.safetensors  state.json: the averaged weights with the lowest 
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastgen.errors import FastgenError, InputError
-from fastgen.files.folders import new_folder
+from fastgen.files.folders import new_folder, remove_folder
 from fastgen.files.hashes import sha256_file
 from fastgen.files.jsonfiles import write_json
 from fastgen.files.records import Count, Record, Sha256, read_record
@@ -72,9 +71,14 @@ def save(parent: Path, step: int, parts: Mapping[str, Tensors], extra: Mapping[s
     """
     target = parent / f"step-{step:06d}"
     _write(target, step, parts, extra)
-    for old in _folders(parent)[limit:] if limit else ():
-        shutil.rmtree(old)
+    keep_newest(parent, limit)
     return target
+
+
+def keep_newest(parent: Path, limit: int) -> None:
+    """Delete all but the newest `limit` checkpoints of steps (0: delete none). Raises FastgenError when the disk refuses."""
+    for old in _folders(parent)[limit:] if limit else ():
+        remove_folder(old)
 
 
 def save_best(parent: Path, step: int, weights: Tensors, extra: Mapping[str, Any]) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from fastgen.errors import InputError
-from fastgen.files.folders import make_folder, new_folder, scratch_folder, sync_tree
+from fastgen.files.folders import make_folder, new_folder, remove_folder, scratch_folder, sync_tree
 from fastgen.files.jsonfiles import brief, read_json, write_json, write_new_json
 from fastgen.files.records import builtins, read_record, to_record
 from fastgen.files.temporary import is_temporary, remove_leftovers
@@ -98,8 +98,9 @@ class Job:
                 if target.is_dir():
                     shutil.rmtree(target)
                 os.replace(entry, target)
+        if (outline := self.folder / "checkpoints" / OUTLINE).exists():
+            remove_folder(outline)  # before the mark: nothing is cleaned up in a finished job's folder
         write_json(self.folder / RECORD, {"finished": True, **self.identity})
-        shutil.rmtree(self.folder / "checkpoints" / OUTLINE, ignore_errors=True)
 
 
 def check_folder(folder: Path, preset: Preset, fingerprint: str) -> bool:

@@ -83,6 +83,10 @@ def fit(task: Task, recipe: Training, run: TrainingRun) -> None:
                         plot_losses(run.log, task.name, run.checkpoints)
                         last_plot = time.perf_counter()
             clock = time.perf_counter(), state.step
+    if run.processes.is_main:
+        checkpoints.keep_newest(
+            run.checkpoints, recipe.checkpoint_limit
+        )  # a run that was killed before it did ends here
     state.module.load_state_dict(final_weights(state, recipe, run))
     state.module.eval().requires_grad_(False)
 

@@ -270,6 +270,31 @@ def test_a_new_cluster_on_this_machine_leaves_no_process_and_no_file(job, short,
     assert not list(short.glob("fastgen-ray-*"))
 
 
+TWICE = """
+from fastgen.cluster.connect import LOCAL, cluster
+
+for turn in (1, 2):
+    with cluster(LOCAL, print) as (ray, own):
+        print(ray.get(ray.remote(lambda n: n).remote(turn)))
+"""
+
+
+def test_a_process_can_have_one_new_cluster_after_another(short, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(short))
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    done = subprocess.run([sys.executable, "-c", TWICE], capture_output=True, text=True, timeout=120)
+    assert done.stdout.splitlines() == ["1", "2"]
+
+
+def test_the_error_below_the_one_that_ray_raises_is_named():
+    from fastgen.cluster.connect import _reason
+
+    raised = RuntimeError(
+        "Failed to start GCS.\n\n.Please check the log: Traceback\n  File x\nray.AuthError: wrong token\n"
+    )
+    assert _reason(raised) == "Failed to start GCS. ray.AuthError: wrong token"
+
+
 FAILS_ONCE = """
 from ray._private.node import Node
 

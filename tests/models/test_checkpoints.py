@@ -97,3 +97,19 @@ def test_a_failed_write_leaves_the_older_ones_and_nothing_else(tmp_path: Path, m
     with pytest.raises(FastgenError, match=r"step-000020.*No space left"):
         save(tmp_path, 20, limit=1)
     assert [f.name for f in tmp_path.iterdir()] == ["step-000010"]
+
+
+def test_a_deletion_that_is_killed_leaves_no_half_of_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(folder: Path, **options: object) -> None:
+        for file in sorted(Path(folder).rglob("*.json")):
+            file.unlink()
+        raise KeyboardInterrupt
+
+    save(tmp_path, 1, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoints.keep_newest(tmp_path, 1)
+    assert [folder.name for folder in tmp_path.glob("step-*")] == ["step-000002"]

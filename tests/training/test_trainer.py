@@ -461,6 +461,14 @@ def test_without_an_average_the_model_is_the_weights_themselves(tmp_path: Path) 
     assert all(torch.equal(value, last.load("model")[name]) for name, value in weights.items())
 
 
+def test_checkpoints_that_a_killed_run_did_not_delete_are_deleted_by_the_next(tmp_path: Path) -> None:
+    trained(tmp_path, structs.replace(RECIPE, checkpoint_limit=0))
+    folder = tmp_path / "checkpoints"
+    assert len(list(folder.glob("step-*"))) > 2
+    trained(tmp_path, structs.replace(RECIPE, checkpoint_limit=2))
+    assert [f.name for f in sorted(folder.glob("step-*"))] == ["step-000016", "step-000024"]
+
+
 def test_an_average_that_begins_late_starts_from_the_weights_of_that_epoch(tmp_path: Path) -> None:
     late = structs.replace(RECIPE, ema_decay=0.9, ema_from_epoch=2.2)  # 30 examples, batches of 8: step 8
     trained(tmp_path, structs.replace(late, checkpoint_limit=0))

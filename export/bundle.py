@@ -19,6 +19,7 @@ from fastgen.engines.trt.product import RTX, TENSORRT
 from fastgen.engines.unready import Obstacle, export_command, obstacle
 from fastgen.errors import FastgenError, InputError, Say
 from fastgen.models.bundle import Bundle, graph_name, is_bundle, plan_graph, read_bundle
+from fastgen.models.bundle_record import Weights
 from fastgen.models.checkpoint_choice import check_bundle_of
 from fastgen.models.signatures import EIGHT_BITS, network_dtype
 
@@ -39,6 +40,7 @@ def export(
     requests: str | os.PathLike[str] | None = None,
     evaluator: str | None = None,
     feature_cache: bool = False,
+    weights: Weights | None = None,
     trt: bool = False,
     rtx: bool = False,
     capabilities: Sequence[str] | None = None,
@@ -66,6 +68,8 @@ def export(
     that have `dtype`), which need not be here; the first `fastgen generate` on such a card certifies them. Where `trt` cannot
     work on this machine, `say` gets the reason first of all, everything else is done, and then FastgenError says what is
     missing.
+    `weights`: fp16 stores the weights of graphs that compute in fp32 in half the bytes; they are rounded, so the certificate
+    decides. None: fp32 in a new bundle, as they are in an old one.
     `feature_cache`: add the networks of a split UNet, for `Settings.cache_interval`.
     `batch_sizes`: images per batch that both are built for. `solvers`: further tables to store, `NAME:STEPS[:NOISE_STEPS]`.
     `engines`: what to certify, as `NAME` or `NAME:DTYPE`, by default every installed engine that runs bundles and is not built
@@ -109,7 +113,7 @@ def export(
         say("TensorRT engines cannot be built here; the bundle is written and certified all the same")
     if not is_bundle(model):
         calibrated = None if calibration is None else Path(calibration)
-        contents = BundleOptions(solvers, dtype, trt or rtx, calibrated, task, feature_cache)
+        contents = BundleOptions(solvers, dtype, trt or rtx, calibrated, task, feature_cache, weights)
         write_bundle(model, out, contents, overwrite, say, **how)
         bundle = read_bundle(out)
     elif calibration is not None:
@@ -123,6 +127,10 @@ def export(
                 f"{model} is a bundle already, of images of {bundle.spec.space.size}; give the model folder"
             )
         _check_holds(bundle, dtype, RTX.option if rtx and not trt else TENSORRT.option if trt else None)
+        if weights not in (None, bundle.weights):
+            raise InputError(
+                f"{model} is a bundle with weights in {bundle.weights}; give the model folder and --overwrite"
+            )
         if feature_cache:
             bundle.check_split()
         check_bundle_of(model, bundle.spec.checkpoint, checkpoint)

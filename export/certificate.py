@@ -50,6 +50,7 @@ MAX_GREY_LEVELS = 2.0
 MIN_CODEBOOK_PSNR_DB = 45.0
 FACTORS = {"fp16": 1.5, "bf16": 1.5}  # largest distance from fp32, as a multiple of eager's in the same precision
 MIN_COSINE = {"fp16": 0.9999, "bf16": 0.999, "int8": 0.995, "fp8": 0.995}
+ROUNDED = "the bundle's weights are rounded to fp16; --overwrite --weights fp32 exports it without that"
 UNSCORED = "the task's own score was not compared, only PSNR: give --requests and --evaluator"
 
 
@@ -141,8 +142,9 @@ def certify(
     """Compare an engine with the bundle's stored reference, and write the certificate into the bundle or into `folder`.
 
     `networks`: by default all; whole images are compared besides. A network that the engine executes in fp32 is compared with
-    fp32's tolerance, whatever the engine's precision. `task`: whose score is compared too, in eight bits. Raises
-    FastgenError when an output is not finite, or an image flat; an earlier certificate is deleted then.
+    fp32's tolerance, whatever the engine's precision; where the bundle stores weights in fp16, with that of fp16. `task`: whose
+    score is compared too, in eight bits. Raises FastgenError when an output is not finite, or an image flat; an earlier
+    certificate is deleted then.
     """
     path = (folder or bundle.folder / CERTIFICATES) / certificate_name(engine)
     if folder is None:
@@ -163,9 +165,10 @@ def certify(
     check_finite(whose, latents)
     images = decode_images(pipeline, latents[: len(whole.images)])
     check_images(whose, images)
+    rounded = "fp16" if (engine.dtype, bundle.weights) == ("fp32", "fp16") else engine.dtype
     if bundle.spec.space.latent and whole.latents is not None:
-        rows.append(_latents_row(whole.latents, latents, engine.dtype))
-    rows.append(_image_row(whole.images, images, engine.dtype, codebook=_has_codebook(bundle)))
+        rows.append(_latents_row(whole.latents, latents, rounded))
+    rows.append(_image_row(whole.images, images, rounded, codebook=_has_codebook(bundle)))
     which = engine.name, engine.dtype, engine.device, engine.gpu
     scores, advice = [], []
     if engine.dtype in EIGHT_BITS:
@@ -173,6 +176,8 @@ def certify(
         missed = [row.what for row in rows if not row.passed] + ["images" for row in scores if not row.passed]
         advice = [line for what in dict.fromkeys(missed) for line in _advice(bundle, what, engine)]
         advice += [] if scores else [UNSCORED]
+    if bundle.weights == "fp16" and not (all(r.passed for r in rows) and all(s.passed for s in scores)):
+        advice.append(ROUNDED)
     certificate = Certificate(bundle.sha256, *which, _versions(engine), rows, scores, list(dict.fromkeys(advice)))
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, dataclasses.asdict(certificate) | {"passed": certificate.passed})
@@ -201,7 +206,9 @@ def _network_row(engine: Engine, bundle: Bundle, name: str, expected: np.ndarray
     dtype = engine.executed(name)
     cosine, relative = _cosine(expected, outputs), relative_l2(expected, outputs)
     error = np.abs(expected - outputs)
-    if dtype == "fp32":
+    if dtype == "fp32" and bundle.weights == "fp16":
+        passed, allowed = cosine >= MIN_COSINE["fp16"], f"cosine >= {MIN_COSINE['fp16']}, as its weights are in fp16"
+    elif dtype == "fp32":
         floor = 3e-4 if name.startswith("vae") else 1e-4
         passed = bool((error <= floor + 1e-2 * np.abs(expected)).all())
         allowed = f"abs <= {floor:g} + 1e-2 relative"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from export.extend import add_files, check_replaceable, sweep
 from export.reference import distances_name, image_steps, is_current, read_reference, write_distances, write_reference
-from export.tracing import Source, Trace, Tracing
+from export.tracing import Source, Trace, Tracing, trace
 from fastgen import __version__
 from fastgen.errors import InputError, Say
 from fastgen.files.folders import new_folder, scratch_folder
@@ -32,8 +32,8 @@ from fastgen.models.bundle import (
     plan_graph,
     read_bundle,
 )
-from fastgen.models.bundle_record import FORMAT_VERSION, sealed
-from fastgen.models.signatures import EIGHT_BITS, network_dtype
+from fastgen.models.bundle_record import FORMAT_VERSION, Weights, sealed
+from fastgen.models.signatures import EIGHT_BITS, QUANTISED, network_dtype
 from fastgen.models.spec import Spec
 from fastgen.sampling.tables import format_key, parse_key
 
@@ -51,7 +51,8 @@ class BundleOptions:
 
     `plans`: whether TensorRT builds plans from them, which has graphs in eight bits of its own. `calibration`: a request file
     for graphs in eight bits; None: the certificate's requests. `task`: of the certificate, which is checked before anything is
-    exported. `feature_cache`: the networks of a split UNet too, in fp32.
+    exported. `feature_cache`: the networks of a split UNet too, in fp32. `weights`: the precision in which graphs that compute
+    in fp32 keep theirs on disk; None: fp32 in a new bundle, as it is in an old one.
     """
 
     solvers: Sequence[str] = ()
@@ -60,6 +61,7 @@ class BundleOptions:
     calibration: Path | None = None
     task: Task | None = None
     feature_cache: bool = False
+    weights: Weights | None = None
 
     def graphs(self, model: Model) -> dict[str, str]:
         """Network -> precision, of all graphs in less than fp32; see `graph_name`."""
@@ -137,6 +139,9 @@ def _fill(partial: Path, out: Path, model: Model, source: Source, options: Bundl
     _fill_int8(partial, model, options, fp32, partial / REFERENCE, say)
     _fill_plan_graphs(partial, model, options, options.graphs(model), {}, partial / REFERENCE, say)
     facts = _fill_split(partial, model, say) if options.feature_cache else {}
+    if options.weights == "fp16":
+        facts |= {"weights": "fp16"}
+        _halve(partial, say)
     manifest = _manifest(model.spec) | facts | {"files": record_files(partial)}
     write_json(partial / MANIFEST, sealed(manifest))  # the last file
 
@@ -161,6 +166,16 @@ def _fill_split(folder: Path, model: Model, say: Say) -> dict[str, Any]:
         say(f"exporting {name}")
         export_onnx(module, model.spec.split_signatures[name], folder / graph_name(name, "fp32"))
     return {"deep_feature": model.spec.deep_feature}
+
+
+def _halve(folder: Path, say: Say) -> None:
+    """Store the weights of the new graphs that compute in fp32, some of them around eight bits, in fp16."""
+    from export.half_weights import halve_weights
+
+    say("storing weights in fp16")
+    for name in ("model.onnx", "model.int8.onnx"):
+        for graph in sorted(folder.glob(f"*/{name}")):
+            halve_weights(graph)
 
 
 def _fill_int8(
@@ -228,11 +243,25 @@ def _extend(bundle: Bundle, partial: Path, model: Model, source: Source, options
         _fill_distances(partial, model, distances, bundle.file(REFERENCE), say)
         tracing.finish()
     if "int8" in graphs.values():
-        fp32 = {name: bundle.network(name) for name in model.networks()}
+        fp32 = _whole_graphs(bundle, partial / "whole", model, say)
         _fill_int8(partial, model, options, fp32, bundle.file(REFERENCE), say)
     halves = {name: bundle.network(name, "fp16") for name in graphs if graph_name(name, "fp16") in bundle.files}
     _fill_plan_graphs(partial, model, options, graphs, halves, bundle.file(REFERENCE), say)
-    add_files(bundle, partial, facts=_fill_split(partial, model, say) if split else None)
+    facts = _fill_split(partial, model, say) if split else None
+    if bundle.weights == "fp16":
+        _halve(partial, say)
+    shutil.rmtree(partial / "whole", ignore_errors=True)
+    add_files(bundle, partial, facts=facts)
+
+
+def _whole_graphs(bundle: Bundle, scratch: Path, model: Model, say: Say) -> dict[str, Path]:
+    """Network -> its graph with weights in fp32, exported once more below `scratch` where the bundle has them in fp16."""
+    if bundle.weights == "fp32":
+        return {name: bundle.network(name) for name in model.networks()}
+    traces = [Trace(name, "fp32") for name in QUANTISED if name in model.networks()]
+    say("exporting the networks once more, as the bundle has their weights in fp16")
+    trace(model, traces, scratch)
+    return {one.network: scratch / graph_name(one.network, one.dtype) for one in traces}
 
 
 def _existing(out: Path, model: Model, options: BundleOptions, overwrite: bool) -> Bundle | None:
@@ -247,6 +276,10 @@ def _existing(out: Path, model: Model, options: BundleOptions, overwrite: bool) 
     bundle = read_bundle(out)
     if other := _differences(bundle, model):
         raise InputError(f"{out}: holds another bundle ({other[0]} differs); choose another --out, or --overwrite")
+    if options.weights not in (None, bundle.weights):
+        raise InputError(
+            f"{out}: holds weights in {bundle.weights}; --overwrite exports it again, in {options.weights}"
+        )
     if missing := [key for key in options.solvers if key not in bundle.solver_keys()]:
         raise InputError(f"{out}: holds a bundle without solver {missing[0]}; --overwrite exports it again")
     return bundle

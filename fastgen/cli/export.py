@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from fastgen.cli.common import image_size, model_options, say
-from fastgen.cli.parameters import BATCHES, DTYPE, FOLDER, MODEL, NEW, argument, option
+from fastgen.cli.parameters import BATCHES, DTYPE, FOLDER, MODEL, NEW, Choice, argument, option
 from fastgen.errors import FastgenError, InputError
 
 
@@ -53,6 +53,11 @@ from fastgen.errors import FastgenError, InputError
 )
 @option(
     "--triton", type=NEW, metavar="REPO", help="Write a model repository of Triton from the bundle, in a new folder."
+)
+@option(
+    "--weights",
+    type=Choice("fp32", "fp16"),
+    help="fp16: store weights in half the bytes; engines compute in the same precision as before.  [default: fp32]",
 )
 @option("--feature-cache", is_flag=True, help="Add the graphs that `fastgen generate --cache-interval` runs.")
 @option("--solver", "solvers", multiple=True, metavar="NAME:STEPS[:NOISE_STEPS]", help="Further table to store.")

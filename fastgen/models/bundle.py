@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from fastgen.errors import InputError
 from fastgen.files.hashes import FileRecord, check_file, check_inside, sha256_file
 from fastgen.files.jsonfiles import brief
-from fastgen.models.bundle_record import AGAIN, read_contents, spec_of
+from fastgen.models.bundle_record import AGAIN, Weights, read_contents, spec_of
 from fastgen.models.onnx_graph import read_graph
 from fastgen.models.signatures import EIGHT_BITS
 from fastgen.models.spec import Spec
@@ -44,6 +44,7 @@ class Bundle:
     files: Mapping[str, FileRecord]  # by relative path
     sha256: str  # of bundle.json, hence of everything
     versions: Mapping[str, str]  # of the packages that exported it
+    weights: Weights  # the precision in which graphs that compute in fp32 keep theirs
     sealed: bool  # bundle.json states the digest over its content, see `bundle_record.record_digest`
     _verified: set[str] = field(default_factory=set, repr=False, compare=False)  # files
     _checked: set[str] = field(default_factory=set, repr=False, compare=False)  # graphs
@@ -176,4 +177,4 @@ def read_bundle(folder: str | os.PathLike[str]) -> Bundle:
     contents, digest = read_contents(path)
     spec = spec_of(contents, digest, path)
     sealed = contents.record_sha256 is not None
-    return Bundle(folder, spec, contents.files, sha256_file(path), contents.versions, sealed)
+    return Bundle(folder, spec, contents.files, sha256_file(path), contents.versions, contents.weights, sealed)

@@ -29,6 +29,7 @@ READABLE = (1, 2)  # version 1 knew two kinds of model: text to latents, labels 
 DIGEST, EXTENDS = "record_sha256", "extends"
 MAX_ELEMENTS = 2**30  # of one tensor of one image: 4 GiB in float32
 AGAIN = "export the model again"
+Weights = Literal["fp32", "fp16"]
 
 
 class Contents(Record, frozen=True, kw_only=True):
@@ -36,7 +37,8 @@ class Contents(Record, frozen=True, kw_only=True):
 
     `files`: of the bundle, by their relative names. `record_sha256`: see `record_digest`; None in bundles of older versions of
     fastgen. `extends`: the digests of this bundle before files were added to it, the oldest first. `deep_feature`: there where
-    the bundle has the graphs of a split UNet. Other fields: see `Spec`.
+    the bundle has the graphs of a split UNet. `weights`: the precision in which graphs that compute in fp32 keep theirs. Other
+    fields: see `Spec`.
     """
 
     source_sha256: Sha256
@@ -51,6 +53,7 @@ class Contents(Record, frozen=True, kw_only=True):
     record_sha256: Sha256 | None = None
     extends: Annotated[tuple[Sha256, ...], Meta(max_length=10_000)] = ()
     deep_feature: tuple[Width, Edge, Edge] | None = None
+    weights: Weights = "fp32"
 
     def __post_init__(self) -> None:
         places: dict[str, str] = {}

@@ -42,6 +42,16 @@ def build(graph: Path, signature: Signature, dtype: str, cards: Any = DEFAULT_CA
     return bytes(build_plan(library, graph, signature, dtype, ROWS, "unet", lambda line: None, prepare).plan)
 
 
+def test_a_graph_with_weights_in_fp16_builds_in_fp32(label_bundle, tmp_path):
+    from export.half_weights import halve_weights
+
+    bundle = read_bundle(label_bundle)
+    for file in ("model.onnx", "model.onnx.data"):
+        shutil.copy(label_bundle / "unet" / file, tmp_path / file)
+    halve_weights(tmp_path / "model.onnx")
+    assert len(build(tmp_path / "model.onnx", bundle.spec.signatures["unet"], "fp32")) > 10_000
+
+
 def small_unet(name: str) -> tuple[Any, Signature]:
     """The UNet of a preset at small widths, weights random, and its signature."""
     from diffusers import UNet2DConditionModel

@@ -85,9 +85,9 @@ class Bench:
         self.training_steps = int(self._pipeline.spec.scheduler_config.get("num_train_timesteps", 1000))
         self.rows: dict[str, dict[Point, ScoredPoint]] = {COARSE: {}, FINE: {}}
         self.skipped: dict[str, str] = {}
-        self._evaluations: dict[Point, int] = {}
+        self._evaluations: dict[Point, float] = {}
 
-    def evaluations(self, point: Point) -> int | None:
+    def evaluations(self, point: Point) -> float | None:
         """Of the network per image; None where the model cannot have the solver, and `skipped` says why."""
         if point not in self._evaluations:
             settings = self._pipeline.settings(**point.settings())

@@ -159,13 +159,13 @@ def _fill_distances(folder: Path, model: Model, distances: Sequence[str], refere
 
 
 def _fill_split(folder: Path, model: Model, say: Say) -> dict[str, Any]:
-    """Write the graphs of the split UNet; the field of bundle.json that comes with them."""
+    """Write the graphs of the split UNet; the fields of bundle.json that come with them."""
     from export.onnx import export_onnx
 
     for name, module in model.split_networks().items():
         say(f"exporting {name}")
         export_onnx(module, model.spec.split_signatures[name], folder / graph_name(name, "fp32"))
-    return {"deep_feature": model.spec.deep_feature}
+    return {"deep_feature": model.spec.deep_feature, "shallow_share": round(model.shallow_share(), 4)}
 
 
 def _halve(folder: Path, say: Say) -> None:

@@ -50,6 +50,11 @@ SCORING = ("evaluator", "attributes", "reference", "features", "clip", "download
 @option("--num-inference-steps", metavar="5,10,20", help="Denoising steps.  [default: the model's]")
 @option("--guidance-scale", metavar="1,2,3", help="1 turns guidance off.  [default: the model's]")
 @option("--guidance-interval", type=(STEP, STEP), metavar="LO HI", help="Guide only the steps LO <= i < HI.")
+@option(
+    "--cache-interval",
+    metavar="1,2,3",
+    help="Run the whole UNet at every K-th step alone, its outer blocks between; 1: at every step.  [default: 1]",
+)
 @option("--rag", type=FOLDER, help="Start from the nearest training image of this index (`fastgen index`).")
 @option(
     "--noise-steps",

@@ -45,6 +45,7 @@ class Bundle:
     sha256: str  # of bundle.json, hence of everything
     versions: Mapping[str, str]  # of the packages that exported it
     weights: Weights  # the precision in which graphs that compute in fp32 keep theirs
+    counted_share: float | None  # see `shallow_share`
     sealed: bool  # bundle.json states the digest over its content, see `bundle_record.record_digest`
     _verified: set[str] = field(default_factory=set, repr=False, compare=False)  # files
     _checked: set[str] = field(default_factory=set, repr=False, compare=False)  # graphs
@@ -124,6 +125,15 @@ class Bundle:
                 f"{self.folder}: has no graphs for --cache-interval; `{command}`, with the model folder, adds them"
             )
 
+    def shallow_share(self) -> float:
+        """See `Source.shallow_share`. Raises InputError for a bundle of an older version too, which does not state it."""
+        self.check_split()
+        if self.counted_share is None:
+            raise InputError(
+                f"{self.folder / MANIFEST}: shallow_share is missing; {AGAIN}, with --feature-cache --overwrite"
+            )
+        return self.counted_share
+
     @cached_property
     def _tables(self) -> TableStore:
         from fastgen.sampling.tables import TableStore
@@ -177,4 +187,13 @@ def read_bundle(folder: str | os.PathLike[str]) -> Bundle:
     contents, digest = read_contents(path)
     spec = spec_of(contents, digest, path)
     sealed = contents.record_sha256 is not None
-    return Bundle(folder, spec, contents.files, sha256_file(path), contents.versions, contents.weights, sealed)
+    return Bundle(
+        folder,
+        spec,
+        contents.files,
+        sha256_file(path),
+        contents.versions,
+        contents.weights,
+        contents.shallow_share,
+        sealed,
+    )

@@ -37,8 +37,8 @@ class Contents(Record, frozen=True, kw_only=True):
 
     `files`: of the bundle, by their relative names. `record_sha256`: see `record_digest`; None in bundles of older versions of
     fastgen. `extends`: the digests of this bundle before files were added to it, the oldest first. `deep_feature`: there where
-    the bundle has the graphs of a split UNet. `weights`: the precision in which graphs that compute in fp32 keep theirs. Other
-    fields: see `Spec`.
+    the bundle has the graphs of a split UNet, with `shallow_share`, see `Source.shallow_share`. `weights`: the precision in
+    which graphs that compute in fp32 keep theirs. Other fields: see `Spec`.
     """
 
     source_sha256: Sha256
@@ -53,6 +53,7 @@ class Contents(Record, frozen=True, kw_only=True):
     record_sha256: Sha256 | None = None
     extends: Annotated[tuple[Sha256, ...], Meta(max_length=10_000)] = ()
     deep_feature: tuple[Width, Edge, Edge] | None = None
+    shallow_share: Annotated[float, Meta(gt=0, lt=1)] | None = None
     weights: Weights = "fp32"
 
     def __post_init__(self) -> None:

@@ -13,7 +13,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastgen.errors import InputError, first_line
 from fastgen.files.hashes import sha256_file, sha256_names
@@ -117,6 +120,20 @@ class Model:
         """InputError for a denoiser that cannot be split."""
         if problem := why_whole(self.unet):
             raise InputError(f"{self.where}: --cache-interval: {problem}, which cannot be split")
+
+    def shallow_share(self) -> float:
+        """See `Source.shallow_share`; both networks run once on one image."""
+        self.check_split()
+        generator, device = np.random.default_rng(0), next(self.unet.parameters()).device
+        counts = {}
+        for name, network in self.split_networks().items():
+            signature = self.spec.split_signatures[name]
+            arrays = signature.sample_inputs(1, generator)
+            tensors = [torch.from_numpy(arrays[t.name]).to(device) for t in signature.inputs]
+            with FlopCounterMode(display=False) as counter, torch.inference_mode():
+                network(*tensors)
+            counts[name] = counter.get_total_flops()
+        return counts[UNET_SHALLOW] / counts[UNET_WHOLE]
 
     def denoiser(self) -> Denoiser:
         """The UNet or transformer with its conditioner; in training mode, as its parts are."""

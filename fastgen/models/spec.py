@@ -71,3 +71,7 @@ class Source(Protocol):
 
     def check_split(self) -> None:
         """InputError, with what helps, where the networks of a split UNet are not there."""
+
+    def shallow_share(self) -> float:
+        """The products of the shallow network of a split UNet, as a share of the whole one's. Raises InputError where there is
+        none, or nobody counted them."""

@@ -19,7 +19,7 @@ class Candidate(NamedTuple):
 
     value: float
     standard_error: float
-    evaluations: int
+    evaluations: float
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,7 @@ class Point:
     checkpoint: str | None = None
     weights: str | None = None
     guidance_interval: tuple[int, int] | None = None
+    cache_interval: int = 1
 
     @property
     def name(self) -> str:
@@ -68,6 +69,8 @@ class Point:
         parts = [self.scheduler, f"{self.num_inference_steps}steps", f"g{_number(self.guidance_scale)}"]
         if self.guidance_interval is not None:
             parts.append("i{}-{}".format(*self.guidance_interval))
+        if self.cache_interval > 1:
+            parts.append(f"c{self.cache_interval}")
         if self.noise_steps is not None:
             parts.append(f"noise{self.noise_steps}")
         return "-".join([*parts, self.weights] if self.weights else parts)
@@ -79,6 +82,8 @@ class Point:
         text = f"{self.scheduler} {steps}, guidance {_number(self.guidance_scale)}"
         if self.guidance_interval is not None:
             text += " in rows {} to {}".format(*self.guidance_interval)
+        if self.cache_interval > 1:
+            text += f", cache interval {self.cache_interval}"
         return f"{text}, {self.weights}" if self.weights else text
 
     def settings(self) -> dict[str, Any]:
@@ -88,6 +93,7 @@ class Point:
             "num_inference_steps": self.num_inference_steps,
             "guidance_scale": self.guidance_scale,
             "guidance_interval": self.guidance_interval,
+            "cache_interval": self.cache_interval,
         }
 
 
@@ -105,6 +111,7 @@ class Grid:
     noise_steps: tuple[int | None, ...] | None = None
     checkpoints: tuple[str | None, ...] = (None,)
     guidance_interval: tuple[int, int] | None = None
+    cache_intervals: tuple[int, ...] = (1,)
 
     def __post_init__(self) -> None:
         problems = Problems()
@@ -113,6 +120,7 @@ class Grid:
         problems += _bad("--guidance-scale", self.guidance_scales, _is_scale, f"a number from 0 to {MAX_SCALE}")
         expected = f"from 1 to {MAX_STEPS}, or {NONE}"
         problems += _bad("--noise-steps", self.noise_steps, lambda v: v is None or _is_count(v), expected)
+        problems += _bad("--cache-interval", self.cache_intervals, _is_count, f"from 1 to {MAX_STEPS}")
         problems += _bad("--checkpoint", self.checkpoints, lambda v: v != "", "best, last, ema or a step")
         if self.num_inference_steps:
             problems += _too_noisy(self.num_inference_steps, self.noise_steps or ())
@@ -123,7 +131,7 @@ class Grid:
     @property
     def _lists(self) -> list[Sequence[Any]]:
         lists = (self.schedulers, self.num_inference_steps, self.guidance_scales, self.noise_steps, self.checkpoints)
-        return [values for values in lists if values]
+        return [values for values in (*lists, self.cache_intervals) if values]
 
     @property
     def plain(self) -> Grid:
@@ -150,9 +158,9 @@ class Grid:
             problems.append(f"--rag: {reason}; leave one of them out")
         problems.check()
         return [
-            Point(scheduler, steps, scale, noise, name, labels.get(name), self.guidance_interval)
-            for name, scheduler, scale, steps in itertools.product(
-                self.checkpoints, self.schedulers or (default.scheduler,), scales, all_steps
+            Point(scheduler, steps, scale, noise, name, labels.get(name), self.guidance_interval, cache)
+            for name, scheduler, scale, cache, steps in itertools.product(
+                self.checkpoints, self.schedulers or (default.scheduler,), scales, self.cache_intervals, all_steps
             )
             for noise in self._noise_steps(steps, rag)
         ]
@@ -200,6 +208,7 @@ def parse_grid(
     noise_steps: str | None = None,
     checkpoint: str | None = None,
     guidance_interval: tuple[int, int] | None = None,
+    cache_interval: str | None = None,
 ) -> Grid:
     """A grid from comma-separated lists. Raises RefusedError with every bad item."""
     problems = Problems()
@@ -214,6 +223,7 @@ def parse_grid(
         ),
         "guidance_scales": values("--guidance-scale", guidance_scale, float, "numbers such as 1,2.5,5"),
         "noise_steps": values("--noise-steps", noise_steps, _noise, f"integers such as 20,30, or {NONE}"),
+        "cache_intervals": values("--cache-interval", cache_interval, integer, "integers such as 1,2,3") or (1,),
         "checkpoints": values("--checkpoint", checkpoint, str, "names such as best,last,500") or (None,),
     }
     grid = problems.attempt(lambda: Grid(**lists, guidance_interval=guidance_interval))

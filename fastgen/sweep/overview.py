@@ -19,7 +19,7 @@ from fastgen.files.png import TINT, read_pixels, save_image, sheet
 from fastgen.generate.requests import Request
 from fastgen.scoring.result import number
 from fastgen.sweep.grid import Point
-from fastgen.sweep.report import PLOT, SHEET, ScoredPoint, Sweep
+from fastgen.sweep.report import PLOT, SHEET, ScoredPoint, Sweep, count_text
 
 SHOWN, MOST_ROWS = 8, 64
 CELL = 96  # px, at least
@@ -73,14 +73,16 @@ def _best_rows(sweep: Sweep) -> list[ScoredPoint]:
 
 def _caption(row: ScoredPoint, sweep: Sweep) -> str:
     score = row.error or f"{sweep.metric} {row.score(sweep.metric)}"
-    return f"{row.point}   {score}   {row.evaluations} evaluations{'   (chosen)' if row is sweep.chosen else ''}"
+    return f"{row.point}   {score}   {row.cost} evaluations{'   (chosen)' if row is sweep.chosen else ''}"
 
 
 def draw_plot(sweep: Sweep, figure: Any) -> Any:
     """Scores with their standard errors over network evaluations per image, a line per solver and guidance; over the guidance
     scale where only that varies. The band holds the values that are good enough; the ring marks the chosen point."""
     axes = figure.subplots()
-    over_guidance = len({(r.point.num_inference_steps, r.point.noise_steps) for r in sweep.rows}) == 1
+    over_guidance = (
+        len({(r.point.num_inference_steps, r.point.noise_steps, r.point.cache_interval) for r in sweep.rows}) == 1
+    )
     lines: dict[str, list[ScoredPoint]] = {}
     for row in sweep.rows:
         if row.figures:
@@ -131,14 +133,14 @@ def _mark(sweep: Sweep, axes: Any, x: Callable[[ScoredPoint], float]) -> None:
     axes.scatter([x(chosen)], [value], s=220, label=f"chosen: {chosen.point}", **style)
 
 
-def _log_axis(axes: Any, evaluations: list[int]) -> None:
+def _log_axis(axes: Any, evaluations: list[float]) -> None:
     """Ticks at the evaluations themselves, as many as can be read."""
     axes.set(xscale="log", xlabel="network evaluations per image")
     ticks = [evaluations[-1]]
     for value in reversed(evaluations[:-1]):
         if ticks[-1] / value > (evaluations[-1] / evaluations[0]) ** (1 / 14):
             ticks.append(value)
-    axes.set_xticks(ticks, map(str, ticks))
+    axes.set_xticks(ticks, map(count_text, ticks))
     axes.minorticks_off()
 
 
@@ -149,4 +151,5 @@ def _solver(point: Point) -> str:
 
 
 def _line(point: Point, over_guidance: bool) -> str:
-    return _solver(point) if over_guidance else f"{_solver(point)}, guidance {point.guidance_scale:g}"
+    name = _solver(point) if over_guidance else f"{_solver(point)}, guidance {point.guidance_scale:g}"
+    return name if point.cache_interval == 1 else f"{name}, cache interval {point.cache_interval}"

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING
 from fastgen.errors import InputError, unknown
 from fastgen.files.jsonfiles import located
 from fastgen.generate.conditions import check_requests
+from fastgen.generate.feature_cache import networks_of_rows
 from fastgen.generate.recipe import Recipe
 from fastgen.generate.requests import Request, parse_requests
 from fastgen.generate.settings import Settings
 from fastgen.models.find import find_model
+from fastgen.models.signatures import UNET_SHALLOW
 from fastgen.retrieval.index import Index, open_index
 from fastgen.sampling.loop import guided_rows
 from fastgen.sampling.tables import SolverTable
@@ -31,13 +33,13 @@ POINTS = "points"
 
 @dataclass(frozen=True)
 class Plan:
-    """The valid settings of a sweep. `evaluations`: point -> network evaluations per image."""
+    """The valid settings of a sweep. `evaluations`: point -> network evaluations per image, see `network_evaluations`."""
 
     loader: Loader
     out: Path
     requests: Sequence[Request]
     points: Sequence[Point]
-    evaluations: Mapping[Point, int]
+    evaluations: Mapping[Point, float]
     metrics: tuple[str, ...]
     metric: str
     index: Index | None
@@ -99,15 +101,20 @@ def prepare(
     problems.check()
     assert metric_name is not None
     plan = Plan(loader, out, requests, points, evaluations, metrics, metric_name, index, seeds, batch_size)
+    if cached := next((point for point in points if point.cache_interval > 1), None):
+        model.work(plan.recipe(cached, seeds[0]))  # which an engine without such networks refuses
     plan.check_folders(model, first)
     return plan, model
 
 
-def network_evaluations(table: SolverTable, settings: Settings) -> int:
-    """Network evaluations of one image: one per row of the table, two per guided row. InputError for a guidance interval
-    outside the rows."""
+def network_evaluations(table: SolverTable, settings: Settings, shallow_share: float = 1.0) -> float:
+    """Network evaluations of one image: one per row of the table, two per guided row; with a cache interval, those of the
+    outer blocks count as `shallow_share`, see `Source.shallow_share`. InputError for a guidance interval outside the rows."""
     lo, hi = guided_rows(table, settings.guidance_scale, True, settings.guidance_interval)
-    return len(table) + hi - lo
+    guided = [lo <= i < hi for i in range(len(table))]
+    networks = networks_of_rows(guided, settings.cache_interval)
+    costs = [shallow_share if network == UNET_SHALLOW else 1 for network in networks]
+    return sum(cost * (2 if is_guided else 1) for cost, is_guided in zip(costs, guided, strict=True))
 
 
 def _check_seeds(seeds: Sequence[int], requests: Sequence[Request]) -> None:
@@ -131,18 +138,20 @@ def _metric(name: str | None, measured: Sequence[str]) -> str:
     return name or measured[0]
 
 
-def _evaluations(source: Source, points: Sequence[Point]) -> dict[Point, int]:
+def _evaluations(source: Source, points: Sequence[Point]) -> dict[Point, float]:
     """Point -> network evaluations per image. RefusedError, with an item for each, for solvers that this model does not have
     and for guidance intervals outside their rows."""
-    problems, out = Problems(), {}
+    problems, out, share = Problems(), {}, 1.0
     table_of = cache(source.table)
+    if any(point.cache_interval > 1 for point in points):
+        share = problems.attempt(source.shallow_share) or 1.0
     for point in points:
         settings = replace(Settings.of(source.spec.sampling, **point.settings()), noise_steps=point.noise_steps)
         try:
             with located(f"--scheduler {point.scheduler}"):
                 table = table_of(settings.solver)
             with located(f"--guidance-interval with {settings.solver}"):
-                out[point] = network_evaluations(table, settings)
+                out[point] = network_evaluations(table, settings, share)
         except InputError as error:
             problems.append(str(error))
     Problems(dict.fromkeys(problems)).check()

@@ -19,17 +19,27 @@ from fastgen.sweep.grid import Point
 JSON, CSV, PLOT, SHEET = "sweep.json", "sweep.csv", "plot.png", "contact_sheet.png"
 
 
+def count_text(evaluations: float) -> str:
+    """Evaluations, with a decimal where they are no whole number."""
+    return f"{evaluations:.1f}".removesuffix(".0")
+
+
 @dataclass(frozen=True)
 class ScoredPoint:
-    """One point. `evaluations`: of the network per image; `seconds_per_image`: of generation, None where no image was made."""
+    """One point. `evaluations`: of the network per image, see `network_evaluations`; `seconds_per_image`: of generation, None
+    where no image was made."""
 
     point: Point
     folders: tuple[Path, ...]  # one per seed
-    evaluations: int
+    evaluations: float
     seconds_per_image: float | None
     figures: Mapping[str, Figure]  # empty where there is an error
     warnings: tuple[str, ...]
     error: str | None = None
+
+    @property
+    def cost(self) -> str:
+        return count_text(self.evaluations)
 
     def score(self, metric: str) -> str:
         """`0.7100 +- 0.0200`."""
@@ -42,7 +52,7 @@ class ScoredPoint:
     def line(self, metric: str) -> str:
         """The point, its score or error, and its evaluations, in one line."""
         outcome = self.error or f"{metric} {self.score(metric)}"
-        return f"{self.point}: {outcome}, {self.evaluations} evaluations/image"
+        return f"{self.point}: {outcome}, {self.cost} evaluations/image"
 
     def candidate(self, metric: str) -> Candidate:
         figure = self.figures.get(metric)
@@ -132,13 +142,13 @@ class Sweep:
             (
                 "*" if row is self.chosen else "",
                 str(row.point),
-                str(row.evaluations),
+                row.cost,
                 "-" if row.seconds_per_image is None else f"{row.seconds_per_image:.3g}",
                 *(row.score(metric) for metric in self.metrics),
             )
             for row in self.rows
         ]
-        ending = [] if self.chosen is None else [f"* {self.chosen.point}: {self.chosen.evaluations} evaluations/image"]
+        ending = [] if self.chosen is None else [f"* {self.chosen.point}: {self.chosen.cost} evaluations/image"]
         return "\n".join([*columns([head, *lines]), "", self.reason(), *ending])
 
     def to_json(self) -> dict[str, Any]:

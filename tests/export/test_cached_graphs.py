@@ -216,3 +216,21 @@ def test_the_doctor_checks_the_graphs_of_a_split_unet(fastgen, split_bundle, tmp
     code, out, err = fastgen("doctor", tmp_path / "bundle")
     assert code != 0
     assert "unet_shallow/model.onnx" in out + err
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_bundle_states_the_share_of_the_shallow_network(
+    split_bundle, text_model, label_model, rehash, kind, tmp_path
+):
+    from fastgen.models.folder import load_model
+
+    model = load_model({"text": text_model, "labels": label_model}[kind])
+    share = read_bundle(split_bundle(kind)).shallow_share()
+    assert 0.05 < share < 0.95
+    assert share == pytest.approx(model.shallow_share(), abs=1e-4)
+    old = shutil.copytree(split_bundle(kind), tmp_path / "old")
+    record = json.loads((old / "bundle.json").read_text())
+    del record["shallow_share"], record["record_sha256"]
+    (old / "bundle.json").write_text(json.dumps(record))
+    with pytest.raises(InputError, match="shallow_share is missing; export the model again, with --feature-cache"):
+        read_bundle(old).shallow_share()

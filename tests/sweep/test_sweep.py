@@ -17,6 +17,8 @@ from PIL import Image
 from scoring_helpers import make_attribute_evaluator, make_clip, make_evaluator
 
 torch = pytest.importorskip("torch")
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
+
 pytest.importorskip("onnxruntime")
 pytest.importorskip("torchmetrics")
 
@@ -140,6 +142,51 @@ def test_evaluations_per_image_are_the_rows_that_the_network_really_runs(label_m
     unet.register_forward_pre_hook(lambda module, args, kwargs: seen.append(len(args[0])), with_kwargs=True)
     pipeline.generate(labels=[["red cube"]], scheduler=scheduler, num_inference_steps=5, **options)
     assert sum(seen) == network_evaluations(pipeline.source.table(settings.solver), settings) > 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"guidance_scale": 1.0, "cache_interval": 2},
+        {"guidance_scale": 2.0, "cache_interval": 3},
+        {"guidance_scale": 2.0, "guidance_interval": (1, 4), "cache_interval": 2},
+    ],
+)
+def test_evaluations_with_a_cache_count_the_products_that_are_computed(label_model, options):
+    def computed(**settings):
+        with FlopCounterMode(display=False) as counter:
+            pipeline.generate(labels=[["red cube"]], scheduler="ddim", num_inference_steps=6, **settings)
+        return counter.get_total_flops()
+
+    pipeline = load(label_model, "eager")
+    settings = pipeline.settings(scheduler="ddim", num_inference_steps=6, **options)
+    counted = network_evaluations(pipeline.source.table(settings.solver), settings, pipeline.source.shallow_share())
+    one = computed(guidance_scale=1.0) / 6
+    assert counted == pytest.approx(computed(**options) / one, rel=1e-6)
+    assert counted < computed(**options | {"cache_interval": 1}) / one
+
+
+def test_cache_intervals_are_compared_by_score_and_cost(fastgen, arguments, label_model, tmp_path):
+    grid = ["--scheduler", "ddim", "--num-inference-steps", "4", "--cache-interval", "1,2", "--guidance-scale", "2"]
+    code, out, err = fastgen(*arguments(tmp_path / "out", *grid, model=label_model, engine="eager"))
+    assert code == 0, err
+    found = rows(tmp_path / "out")
+    whole, cached = found["ddim-4steps-g2"], found["ddim-4steps-g2-c2"]
+    assert (whole["cache_interval"], cached["cache_interval"]) == (1, 2)
+    assert whole["evaluations_per_image"] == 8
+    share = load(label_model, "eager").source.shallow_share()
+    assert cached["evaluations_per_image"] == pytest.approx(4 + 4 * share)
+    assert f"{4 + 4 * share:.1f}" in out
+    pictures = [(tmp_path / f"out/points/{name}/seed-0/0.png").read_bytes() for name in found]
+    assert pictures[0] != pictures[1]
+
+
+def test_a_bundle_without_the_networks_of_a_cache_is_refused_before_the_first_image(fastgen, arguments, tmp_path):
+    grid = ["--scheduler", "ddim", "--num-inference-steps", "4", "--cache-interval", "1,2"]
+    code, _, err = fastgen(*arguments(tmp_path / "out", *grid))
+    assert code == 2
+    assert "has no graphs for --cache-interval" in err
+    assert not (tmp_path / "out/points").exists()
 
 
 @pytest.mark.parametrize(("scheduler", "rows"), [("pndm", 71), ("pndm-prk", 79)])

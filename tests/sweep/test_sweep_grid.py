@@ -34,6 +34,14 @@ def test_what_is_not_given_is_the_models_own():
     assert Grid().points(Sampling("ddim", 70, 10.0), rag=True) == [Point("ddim", 70, 10.0, noise_steps=60)]
 
 
+def test_cache_intervals_are_points_of_their_own():
+    points = parse_grid(num_inference_steps="4,6", cache_interval="1,3").points(DEFAULT)
+    assert [(p.cache_interval, p.num_inference_steps) for p in points] == [(1, 4), (1, 6), (3, 4), (3, 6)]
+    assert [p.name for p in points[::2]] == ["ddpm-4steps-g1.5", "ddpm-4steps-g1.5-c3"]
+    assert str(points[2]) == "ddpm 4 steps, guidance 1.5, cache interval 3"
+    assert points[2].settings()["cache_interval"] == 3
+
+
 def test_none_among_the_noise_steps_is_a_full_start():
     points = parse_grid(noise_steps="none,3,7").points(DEFAULT, rag=True)
     assert [p.noise_steps for p in points] == [None, 3, 7]
@@ -46,6 +54,8 @@ def test_none_among_the_noise_steps_is_a_full_start():
         ({"num_inference_steps": "5,0"}, ["--num-inference-steps: found 0, expected from 1 to 10000"]),
         ({"num_inference_steps": "5,5"}, ["--num-inference-steps: 5 is given twice"]),
         ({"guidance_scale": "inf"}, ["--guidance-scale: found inf, expected a number from 0 to 1000"]),
+        ({"cache_interval": "1,x"}, ["--cache-interval: found 'x', expected integers such as 1,2,3"]),
+        ({"cache_interval": "0"}, ["--cache-interval: found 0, expected from 1 to 10000"]),
         ({"noise_steps": "3,some"}, ["--noise-steps: found 'some', expected integers such as 20,30, or none"]),
         ({"checkpoint": "best,best"}, ["--checkpoint: 'best' is given twice"]),
         (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from export.certificate import Certificate, certify
 from export.task_score import Task
@@ -17,7 +17,7 @@ from fastgen.engines.base import choose_dtype
 from fastgen.engines.machine import gpus
 from fastgen.engines.trt.product import RTX, TENSORRT
 from fastgen.engines.unready import Obstacle, export_command, obstacle
-from fastgen.errors import FastgenError, InputError, Say
+from fastgen.errors import FastgenError, InputError, Say, unknown
 from fastgen.models.bundle import Bundle, graph_name, is_bundle, plan_graph, read_bundle
 from fastgen.models.bundle_record import Weights
 from fastgen.models.checkpoint_choice import check_bundle_of
@@ -69,7 +69,7 @@ def export(
     work on this machine, `say` gets the reason first of all, everything else is done, and then FastgenError says what is
     missing.
     `weights`: fp16 stores the weights of graphs that compute in fp32 in half the bytes; they are rounded, so the certificate
-    decides. None: fp32 in a new bundle, as they are in an old one.
+    decides. None: fp32 in a new bundle, and in one that is written over another; as they are in a bundle that is kept.
     `feature_cache`: add the networks of a split UNet, for `Settings.cache_interval`.
     `batch_sizes`: images per batch that both are built for. `solvers`: further tables to store, `NAME:STEPS[:NOISE_STEPS]`.
     `engines`: what to certify, as `NAME` or `NAME:DTYPE`, by default every installed engine that runs bundles and is not built
@@ -92,6 +92,8 @@ def export(
     dtype = dtype or ("fp16" if trt or rtx else "fp32")
     task = _task(requests, evaluator)
     check_settings(dtype, batch_sizes)
+    if weights not in (None, *get_args(Weights)):
+        raise unknown("weights", str(weights), get_args(Weights))
     if dtype in EIGHT_BITS:
         _check_eight_bits(dtype, trt or rtx, triton is not None)
     elif calibration is not None or task is not None:

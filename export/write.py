@@ -23,6 +23,8 @@ from fastgen.files.records import builtins
 from fastgen.generate.settings import late_steps
 from fastgen.models.bundle import (
     AROUND,
+    COMPILED,
+    LOWERED,
     MANIFEST,
     REFERENCE,
     TABLES,
@@ -98,6 +100,7 @@ def write_bundle(model_folder: Path, out: Path, options: BundleOptions, overwrit
     if options.feature_cache:
         model.check_split()
     if bundle is None:
+        _say_lost(out, model, options, say)
         with new_folder(out, existing="replace") as partial:
             _fill(partial, out, model, source, options, say)
     else:
@@ -165,7 +168,7 @@ def _fill_split(folder: Path, model: Model, say: Say) -> dict[str, Any]:
     for name, module in model.split_networks().items():
         say(f"exporting {name}")
         export_onnx(module, model.spec.split_signatures[name], folder / graph_name(name, "fp32"))
-    return {"deep_feature": model.spec.deep_feature, "shallow_share": round(model.shallow_share(), 4)}
+    return {"deep_feature": model.spec.deep_feature, "shallow_share": _share(model)}
 
 
 def _halve(folder: Path, say: Say) -> None:
@@ -176,6 +179,10 @@ def _halve(folder: Path, say: Say) -> None:
     for name in ("model.onnx", "model.int8.onnx"):
         for graph in sorted(folder.glob(f"*/{name}")):
             halve_weights(graph)
+
+
+def _share(model: Model) -> float:
+    return round(model.shallow_share(), 4)
 
 
 def _fill_int8(
@@ -232,6 +239,8 @@ def _extend(bundle: Bundle, partial: Path, model: Model, source: Source, options
     }
     distances = [dtype for dtype in options.distances() if distances_name(dtype) not in bundle.files]
     split = options.feature_cache and bundle.spec.deep_feature is None
+    if options.feature_cache and not split and bundle.counted_share is None:  # of an older version
+        add_files(bundle, partial, facts={"shallow_share": _share(model)})
     if not graphs and not distances and not split:
         say(f"{out} holds these weights already")
         return
@@ -283,6 +292,25 @@ def _existing(out: Path, model: Model, options: BundleOptions, overwrite: bool) 
     if missing := [key for key in options.solvers if key not in bundle.solver_keys()]:
         raise InputError(f"{out}: holds a bundle without solver {missing[0]}; --overwrite exports it again")
     return bundle
+
+
+def _say_lost(out: Path, model: Model, options: BundleOptions, say: Say) -> None:
+    """Say what a bundle that is being replaced holds, and the new one will not."""
+    if not is_bundle(out):
+        return
+    try:
+        bundle = read_bundle(out)
+    except InputError:  # it is being replaced, which mends what is wrong with it
+        return
+    held = {part for name in bundle.files if name.endswith(".onnx") for part in name.split(".")}
+    lost = [f"graphs in {dtype}" for dtype in sorted((held & {*LOWERED}) - {*options.graphs(model).values()})]
+    lost += ["networks for --cache-interval"] if bundle.spec.deep_feature and not options.feature_cache else []
+    lost += ["weights in fp16"] if bundle.weights == "fp16" and options.weights != "fp16" else []
+    lost += ["plans for RTX cards"] if any(name.startswith(f"{COMPILED}/") for name in bundle.files) else []
+    if lost:
+        say(
+            f"--overwrite: {out} had {', '.join(lost)}; the new bundle has not, unless the same options are given again"
+        )
 
 
 def _differences(bundle: Bundle, model: Model) -> list[str]:

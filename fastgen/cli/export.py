@@ -57,7 +57,7 @@ from fastgen.errors import FastgenError, InputError
 @option(
     "--weights",
     type=Choice("fp32", "fp16"),
-    help="fp16: store weights in half the bytes; engines compute in the same precision as before.  [default: fp32]",
+    help="fp16: graphs that compute in fp32 keep their weights in half the bytes.  [default: fp32, or what the bundle has]",
 )
 @option("--feature-cache", is_flag=True, help="Add the graphs that `fastgen generate --cache-interval` runs.")
 @option("--solver", "solvers", multiple=True, metavar="NAME:STEPS[:NOISE_STEPS]", help="Further table to store.")

@@ -53,7 +53,7 @@ SCORING = ("evaluator", "attributes", "reference", "features", "clip", "download
 @option(
     "--cache-interval",
     metavar="1,2,3",
-    help="Run the whole UNet at every K-th step alone, its outer blocks between; 1: at every step.  [default: 1]",
+    help="Run the whole UNet at every K-th step, its outer blocks between; on a CPU.  [default: 1, off]",
 )
 @option("--rag", type=FOLDER, help="Start from the nearest training image of this index (`fastgen index`).")
 @option(

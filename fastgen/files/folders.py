@@ -64,6 +64,7 @@ def remove_folder(folder: Path) -> None:
     `remove_leftovers` of the folder above removes the rest. Raises FastgenError when the system refuses."""
     with scratch_folder(folder) as scratch:
         folder.rename(scratch / "old")
+        shutil.rmtree(scratch / "old")
 
 
 def sync_tree(folder: Path) -> None:

@@ -129,9 +129,9 @@ class Bundle:
         """See `Source.shallow_share`. Raises InputError for a bundle of an older version too, which does not state it."""
         self.check_split()
         if self.counted_share is None:
-            raise InputError(
-                f"{self.folder / MANIFEST}: shallow_share is missing; {AGAIN}, with --feature-cache --overwrite"
-            )
+            command = f"fastgen export MODEL --out {self.folder} --feature-cache"
+            lacks = f"{self.folder / MANIFEST}: shallow_share is missing"
+            raise InputError(f"{lacks}; `{command}`, with the model folder, adds it")
         return self.counted_share
 
     @cached_property

@@ -13,9 +13,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastgen.errors import InputError, first_line
@@ -122,16 +123,16 @@ class Model:
             raise InputError(f"{self.where}: --cache-interval: {problem}, which cannot be split")
 
     def shallow_share(self) -> float:
-        """See `Source.shallow_share`; both networks run once on one image."""
+        """See `Source.shallow_share`. Nothing is computed: the products follow from the shapes."""
         self.check_split()
-        generator, device = np.random.default_rng(0), next(self.unet.parameters()).device
         counts = {}
         for name, network in self.split_networks().items():
-            signature = self.spec.split_signatures[name]
-            arrays = signature.sample_inputs(1, generator)
-            tensors = [torch.from_numpy(arrays[t.name]).to(device) for t in signature.inputs]
-            with FlopCounterMode(display=False) as counter, torch.inference_mode():
-                network(*tensors)
+            inputs = self.spec.split_signatures[name].inputs
+            # Of fused attention torch counts nothing on a CPU.
+            with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+                tensors = [torch.zeros(t.with_batch(1), dtype=getattr(torch, t.dtype)) for t in inputs]
+                with FlopCounterMode(display=False) as counter:
+                    network(*tensors)
             counts[name] = counter.get_total_flops()
         return counts[UNET_SHALLOW] / counts[UNET_WHOLE]
 
@@ -277,9 +278,6 @@ def _load(
 def check_runs(model: Model) -> None:
     """Run every network once without computing anything: InputError, in one line, for one that cannot run, or whose outputs
     have other shapes than the config promises."""
-    import torch
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     signatures = model.signatures()
     for name, module in model.networks().items():
         signature = signatures[name]

@@ -52,8 +52,7 @@ class Plan:
 
     def recipe(self, point: Point, seed: int) -> Recipe:
         """The run of this point, from the index's images where the point starts late."""
-        late = {} if point.noise_steps is None else {"noise_steps": point.noise_steps}
-        return Recipe(self.requests, {**point.settings(), "seed": seed}, late, from_noise=point.noise_steps is None)
+        return _recipe(self.requests, point, seed)
 
     def check_folders(self, model: SweptModel, checkpoint: str | None) -> None:
         """InputError when a folder of this checkpoint's points holds images of another model, engine or index."""
@@ -95,16 +94,23 @@ def prepare(
     points = problems.attempt(lambda: grid.points(spec.sampling, rag=rag is not None, weights=weights)) or []
     if points:
         problems.attempt(lambda: _check_against(rule, points))
+    if not problems and (cached := next((point for point in points if point.cache_interval > 1), None)):
+        work = model.work(_recipe(requests, cached, seeds[0]))
+        problems.attempt(lambda: work.plan(batch_size, None))  # an engine that cannot cache refuses here
+        problems.check()
     # Where late starts or checkpoints are wrong, the solvers and the guidance interval are checked without them.
     plain = grid.plain.points(spec.sampling)
     evaluations = problems.attempt(partial(_evaluations, model.source, points or plain)) or {}
     problems.check()
     assert metric_name is not None
     plan = Plan(loader, out, requests, points, evaluations, metrics, metric_name, index, seeds, batch_size)
-    if cached := next((point for point in points if point.cache_interval > 1), None):
-        model.work(plan.recipe(cached, seeds[0]))  # which an engine without such networks refuses
     plan.check_folders(model, first)
     return plan, model
+
+
+def _recipe(requests: Sequence[Request], point: Point, seed: int) -> Recipe:
+    late = {} if point.noise_steps is None else {"noise_steps": point.noise_steps}
+    return Recipe(requests, {**point.settings(), "seed": seed}, late, from_noise=point.noise_steps is None)
 
 
 def network_evaluations(table: SolverTable, settings: Settings, shallow_share: float = 1.0) -> float:

@@ -14,7 +14,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from fastgen.errors import InputError
+from fastgen.errors import FastgenError, InputError
 from fastgen.files.folders import make_folder, new_folder, remove_folder, scratch_folder, sync_tree
 from fastgen.files.jsonfiles import brief, read_json, write_json, write_new_json
 from fastgen.files.records import builtins, read_record, to_record
@@ -99,7 +99,10 @@ class Job:
                     shutil.rmtree(target)
                 os.replace(entry, target)
         if (outline := self.folder / "checkpoints" / OUTLINE).exists():
-            remove_folder(outline)  # before the mark: nothing is cleaned up in a finished job's folder
+            try:
+                remove_folder(outline)  # before the mark: nothing is cleaned up in a finished job's folder
+            except FastgenError as error:
+                say(f"warning: {error}")
         write_json(self.folder / RECORD, {"finished": True, **self.identity})
 
 

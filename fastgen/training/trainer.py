@@ -86,7 +86,7 @@ def fit(task: Task, recipe: Training, run: TrainingRun) -> None:
     if run.processes.is_main:
         checkpoints.keep_newest(
             run.checkpoints, recipe.checkpoint_limit
-        )  # a run that was killed before it did ends here
+        )  # where a run was killed before it deleted them
     state.module.load_state_dict(final_weights(state, recipe, run))
     state.module.eval().requires_grad_(False)
 

@@ -196,6 +196,25 @@ def test_small_products_of_one_row_are_those_among_others(shape):
         assert np.abs(y - row @ weight).max() < 0.2
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_products_are_padded_whatever_their_weights_are_stored_in(dtype, transposed):
+    from openvino import opset13 as op
+
+    weight = np.random.default_rng(2).standard_normal((24, 48)[:: -1 if transposed else 1]).astype(dtype)
+    stored = op.constant(weight)
+    x = op.parameter([3, 24], np.float32)
+    model = openvino.Model([op.matmul(x, op.convert(stored, np.float32), False, transposed)], [x], "m")
+    before = shared_core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    values = np.random.default_rng(3).standard_normal((3, 24), np.float32)
+    expected = before(values)[0].copy()
+    rewrites.pad_products(model)
+    (product,) = [node for node in model.get_ordered_ops() if node.get_type_name() == "MatMul"]
+    assert product.get_input_shape(0)[-1] % 32 == 0
+    padded = shared_core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(values)[0]
+    np.testing.assert_allclose(padded, expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_convolutions_of_one_tiny_image_are_those_among_others(size, stride):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -161,3 +162,61 @@ def test_a_miss_says_that_the_weights_are_rounded(half_bundle, monkeypatch, tmp_
         "unet": "cosine >= 0.9999, as its weights are in fp16",
         "images": "PSNR >= 200 dB",
     }
+
+
+def test_scales_and_weights_that_would_vanish_stay(tmp_path):
+    generator = np.random.default_rng(0)
+    weights = generator.integers(-127, 128, (64, 2048)).astype(np.int8)
+    scales = np.geomspace(1e-8, 1e-2, 2048).astype(np.float32)
+    tiny = (generator.standard_normal((2048, 64)) * 1e-7).astype(np.float32)
+    values = {"w": weights, "scale": scales, "zero": np.zeros(2048, np.int8), "tiny": tiny}
+    nodes = [
+        onnx.helper.make_node("DequantizeLinear", ["w", "scale", "zero"], ["whole"], axis=1),
+        onnx.helper.make_node("MatMul", ["x", "whole"], ["y"]),
+        onnx.helper.make_node("MatMul", ["y", "tiny"], ["z"]),
+    ]
+    ends = [onnx.helper.make_tensor_value_info(name, 1, ["batch", 64]) for name in ("x", "z")]
+    stored = [onnx.numpy_helper.from_array(value, name) for name, value in values.items()]
+    graph = onnx.helper.make_graph(nodes, "quantised", ends[:1], ends[1:], stored)
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=9)
+    path = tmp_path / "model.int8.onnx"
+    onnx.save(model, path, save_as_external_data=True, location=f"{path.name}.data", size_threshold=0)
+    halve_weights(path)
+    assert large(path) == {"w": INT8, "scale": FLOAT, "zero": INT8, "tiny": FLOAT}
+
+
+def test_bounds_are_those_of_the_weights_that_an_engine_reads(half_bundle, label_bundle, label_model):
+    from export.certificate import _stored_in_half
+    from fastgen.models.folder import load_model
+
+    def on_a_card(dtype: str) -> SimpleNamespace:
+        graphs = ("fp16", "bf16", "int8", "fp8")
+        return SimpleNamespace(
+            executed=lambda name: dtype, lowered_graphs=graphs, source_kind="bundle", built_by="--trt"
+        )
+
+    half, whole = read_bundle(half_bundle("labels")), read_bundle(label_bundle)
+    assert _stored_in_half(create_engine("ort", half), half, "unet")
+    assert not _stored_in_half(create_engine("eager", load_model(label_model), dtype="fp32"), half, "unet")
+    assert not _stored_in_half(create_engine("ort", whole), whole, "unet")
+    assert [dtype for dtype in ("fp32", "fp16", "bf16", "int8") if _stored_in_half(on_a_card(dtype), half, "unet")] == [
+        "fp32"
+    ]
+
+
+def test_another_precision_of_weights_is_refused(label_model, export_few, tmp_path):
+    with pytest.raises(InputError, match="weights 'bf16'"):
+        export_few(label_model, tmp_path / "bundle", weights="bf16")
+    assert not (tmp_path / "bundle").exists()
+
+
+@pytest.mark.usefixtures("_graphs_once")
+def test_what_overwriting_drops_is_said(half_bundle, label_model, export_few, tmp_path):
+    folder = shutil.copytree(half_bundle("labels"), tmp_path / "bundle")
+    lines: list[str] = []
+    export_few(label_model, folder, overwrite=True, engines=["ort"], say=lines.append)
+    expected = (
+        f"--overwrite: {folder} had weights in fp16; the new bundle has not, unless the same options are given again"
+    )
+    assert expected in lines
+    assert read_bundle(folder).weights == "fp32"

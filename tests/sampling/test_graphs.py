@@ -31,7 +31,7 @@ from fastgen.sampling.graphs import Graph  # noqa: E402
 from fastgen.sampling.loop import initial_latents, sample  # noqa: E402
 
 SCHEDULE = {"_class_name": "DDIMScheduler", "beta_schedule": "squaredcos_cap_v2", "clip_sample": True}
-SOLVERS = ["ddim:6", "ddpm:6", "pndm:6", "dpmpp-2m:6", "dpmpp-2m-sde:6", "unipc:6", "heun:25", "ddpm:6:3"]
+SOLVERS = ["ddim:6", "ddpm:6", "pndm:6", "dpmpp-2m:6", "dpmpp-2m-sde:6", "unipc:6", "heun:10:5", "ddpm:6:3"]
 SEEDS = [3, 2**62 + 1, 7]
 SHAPE = (3, 16, 16)
 

@@ -66,7 +66,9 @@ def test_a_solver_whose_steps_are_too_coarse_is_refused_by_name(name: str) -> No
     with pytest.raises(InputError, match=rf"solver {name}\b.* at 5 steps: .*too coarse.*take more steps") as caught:
         compiler.table(f"{name}:5")
     assert "\n" not in str(caught.value)
-    assert len(compiler.table("heun:50")) == 99
+    with pytest.raises(InputError, match=r"would become 1\.31 times too large"):
+        compiler.table("heun:50")
+    assert len(compiler.table("heun:100")) == 199
     assert len(compiler.table("heun:10:5")) == 9  # a late start leaves the coarse steps out
     own = TableCompiler(config(**COSINE) | {"_class_name": "HeunDiscreteScheduler"})
     assert len(own.table("heun:5")) == 9
@@ -75,7 +77,8 @@ def test_a_solver_whose_steps_are_too_coarse_is_refused_by_name(name: str) -> No
 def test_the_second_order_solvers_fit_the_schedule_of_stable_diffusion() -> None:
     compiler = TableCompiler(config(**STABLE_DIFFUSION, prediction_type="epsilon"))
     for name in (*SECOND_ORDER, "heun-karras", "kdpm2-karras"):
-        assert compiler.table(f"{name}:8").num_inference_steps == 8
+        for steps in (4, 8, 15, 20, 25, 50):
+            assert compiler.table(f"{name}:{steps}").num_inference_steps == steps
 
 
 def test_schedules_of_other_processes_are_not_looked_at() -> None:

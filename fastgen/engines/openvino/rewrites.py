@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-VERSION = 4  # of these rewrites: part of the address of what was compiled with them
+VERSION = 5  # of these rewrites: part of the address of what was compiled with them
 TIMESTEP, CONDITION = 1, 2  # places among the UNet's inputs: of the timestep, and of the first condition
 MIN_PIXELS = 64 * 64  # smaller images are normalised faster in OpenVINO's own way
 TILE = 32  # values of bf16 in a row of an AMX tile
@@ -269,7 +269,7 @@ def pad_products(model: Any) -> None:
         if node.get_type_name() != "MatMul" or node.get_attributes()["transpose_a"]:
             continue
         *rows, columns = node.input_value(0).get_shape()
-        weight, per_image = _constant(node.input_value(1).get_node()), np.prod(rows[1:])
+        weight, per_image = _converted(node.input_value(1)), np.prod(rows[1:])  # converted where it is stored in fp16
         if weight is None or weight.ndim != 2:
             continue
         missing = -columns % TILE if per_image == 1 else 0
@@ -279,7 +279,7 @@ def pad_products(model: Any) -> None:
             padding = ((0, 0), (0, missing)) if node.get_attributes()["transpose_b"] else ((0, missing), (0, 0))
             zeros = op.constant(np.zeros((*rows, missing), np.float32))
             node.input(0).replace_source_output(op.concat([node.input_value(0), zeros], len(rows)).output(0))
-            node.input(1).replace_source_output(op.constant(np.pad(weight, padding)).output(0))
+            node.input(1).replace_source_output(op.constant(np.pad(weight.astype(np.float32), padding)).output(0))
     model.validate_nodes_and_infer_types()
 
 

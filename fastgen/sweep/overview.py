@@ -90,6 +90,12 @@ def draw_plot(sweep: Sweep, figure: Any) -> Any:
     colors = {name: f"C{i % 10}" for i, name in enumerate(dict.fromkeys(_solver(r.point) for r in sweep.rows))}
     scales = list(dict.fromkeys(row.point.guidance_scale for row in sweep.rows))
 
+    def variant(point: Point) -> tuple[float, int]:
+        """What tells lines of one colour apart."""
+        return 0.0 if over_guidance else point.guidance_scale, point.cache_interval
+
+    variants = list(dict.fromkeys(variant(row.point) for row in sweep.rows))
+
     def x(row: ScoredPoint) -> float:
         """The row's place on the x axis; each line is shifted a little, so that error bars do not overlap."""
         shift = list(lines).index(_line(row.point, over_guidance)) - (len(lines) - 1) / 2
@@ -101,7 +107,7 @@ def draw_plot(sweep: Sweep, figure: Any) -> Any:
         rows.sort(key=x)
         figures = [row.figures[sweep.metric] for row in rows]
         errors = [0.0 if math.isnan(f.standard_error) else f.standard_error for f in figures]
-        place = 0 if over_guidance else scales.index(rows[0].point.guidance_scale)
+        place = variants.index(variant(rows[0].point))
         style: dict[str, Any] = {"color": colors[_solver(rows[0].point)], "marker": MARKERS[place % len(MARKERS)]}
         style |= {"linestyle": ("-", "--", ":", "-.")[place % 4], "label": name, "capsize": 3, "markersize": 5}
         axes.errorbar([x(row) for row in rows], [f.value for f in figures], errors, elinewidth=0.8, **style)

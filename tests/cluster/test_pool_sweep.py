@@ -109,6 +109,13 @@ def test_a_sweep_of_another_engine_is_refused_before_a_new_point(made, tmp_path)
     assert contents(tmp_path / "out") == before
 
 
+def test_a_cache_that_the_workers_cannot_have_is_refused_before_the_first_image(made, tmp_path):
+    grid = Grid(schedulers=("ddim",), num_inference_steps=(2,), guidance_scales=(1.0,), cache_intervals=(1, 2))
+    with pytest.raises(InputError, match="has no graphs for --cache-interval"):
+        made("out", lambda get, node: Worker(get), grid=grid)
+    assert not (tmp_path / "out" / "points").exists()
+
+
 def test_an_error_in_one_point_ends_the_others(made):
     class Failing(Worker):
         def make(self, key, recipe, batch, limits):

@@ -241,6 +241,7 @@ def _extend(bundle: Bundle, partial: Path, model: Model, source: Source, options
     split = options.feature_cache and bundle.spec.deep_feature is None
     if options.feature_cache and not split and bundle.counted_share is None:  # of an older version
         add_files(bundle, partial, facts={"shallow_share": _share(model)})
+        bundle = read_bundle(out)  # its certificates were carried to its new hash
     if not graphs and not distances and not split:
         say(f"{out} holds these weights already")
         return
@@ -306,7 +307,8 @@ def _say_lost(out: Path, model: Model, options: BundleOptions, say: Say) -> None
     lost = [f"graphs in {dtype}" for dtype in sorted((held & {*LOWERED}) - {*options.graphs(model).values()})]
     lost += ["networks for --cache-interval"] if bundle.spec.deep_feature and not options.feature_cache else []
     lost += ["weights in fp16"] if bundle.weights == "fp16" and options.weights != "fp16" else []
-    lost += ["plans for RTX cards"] if any(name.startswith(f"{COMPILED}/") for name in bundle.files) else []
+    rtx = any(name.startswith(f"{COMPILED}/") for name in bundle.files)
+    lost += ["plans for RTX cards"] if rtx and not options.plans else []
     if lost:
         say(
             f"--overwrite: {out} had {', '.join(lost)}; the new bundle has not, unless the same options are given again"

@@ -94,13 +94,12 @@ def prepare(
     points = problems.attempt(lambda: grid.points(spec.sampling, rag=rag is not None, weights=weights)) or []
     if points:
         problems.attempt(lambda: _check_against(rule, points))
-    if not problems and (cached := next((point for point in points if point.cache_interval > 1), None)):
-        work = model.work(_recipe(requests, cached, seeds[0]))
-        problems.attempt(lambda: work.plan(batch_size, None))  # an engine that cannot cache refuses here
-        problems.check()
     # Where late starts or checkpoints are wrong, the solvers and the guidance interval are checked without them.
     plain = grid.plain.points(spec.sampling)
     evaluations = problems.attempt(partial(_evaluations, model.source, points or plain)) or {}
+    if not problems and (cached := next((point for point in points if point.cache_interval > 1), None)):
+        work = model.work(_recipe(requests, cached, seeds[0]))
+        problems.attempt(lambda: work.plan(batch_size, None))  # an engine that cannot cache refuses here
     problems.check()
     assert metric_name is not None
     plan = Plan(loader, out, requests, points, evaluations, metrics, metric_name, index, seeds, batch_size)

@@ -84,9 +84,10 @@ def fit(task: Task, recipe: Training, run: TrainingRun) -> None:
                         last_plot = time.perf_counter()
             clock = time.perf_counter(), state.step
     if run.processes.is_main:
-        checkpoints.keep_newest(
-            run.checkpoints, recipe.checkpoint_limit
-        )  # where a run was killed before it deleted them
+        try:  # where a run was killed before it deleted them
+            checkpoints.keep_newest(run.checkpoints, recipe.checkpoint_limit)
+        except FastgenError as error:
+            say(f"warning: {error}")
     state.module.load_state_dict(final_weights(state, recipe, run))
     state.module.eval().requires_grad_(False)
 

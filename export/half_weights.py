@@ -14,9 +14,9 @@ from export.rewrite import fuse_attention
 from fastgen.engines.ort.session import fused_name
 from fastgen.files.folders import scratch_folder
 
-MOST_ERROR = 1e-3  # of a tensor, relative L2, by the rounding; where all are normal numbers of fp16 it is near 2e-4
+MOST_ERROR = 1e-3  # the largest relative L2 error that rounding may make in a tensor; usual is 2e-4
 QUANTISERS = ("QuantizeLinear", "DequantizeLinear")
-SMALLEST = 1024  # numbers: the Cast of a smaller tensor, such as a bias, takes about the bytes that it saves
+SMALLEST = 1024  # numbers in a tensor; for a smaller one, such as a bias, the Cast takes the bytes that fp16 saves
 
 
 def halve_weights(graph: Path) -> None:

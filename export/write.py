@@ -175,13 +175,15 @@ def _halve(folder: Path, say: Say) -> None:
     """Store the weights of the new graphs that compute in fp32, some of them around eight bits, in fp16."""
     from export.half_weights import halve_weights
 
-    say("storing weights in fp16")
-    for name in ("model.onnx", "model.int8.onnx"):
-        for graph in sorted(folder.glob(f"*/{name}")):
-            halve_weights(graph)
+    graphs = sorted(graph for name in ("model.onnx", "model.int8.onnx") for graph in folder.glob(f"*/{name}"))
+    if graphs:
+        say("storing weights in fp16")
+    for graph in graphs:
+        halve_weights(graph)
 
 
 def _share(model: Model) -> float:
+    """`shallow_share` of bundle.json, see `Source.shallow_share`."""
     return round(model.shallow_share(), 4)
 
 

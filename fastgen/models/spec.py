@@ -73,5 +73,5 @@ class Source(Protocol):
         """InputError, with what helps, where the networks of a split UNet are not there."""
 
     def shallow_share(self) -> float:
-        """The products of the shallow network of a split UNet, as a share of the whole one's. Raises InputError where there is
-        none, or nobody counted them."""
+        """The products of the shallow network of a split UNet, as a share of the whole one's. Raises InputError where there
+        is none, or where an old bundle does not state it."""

@@ -84,7 +84,7 @@ def fit(task: Task, recipe: Training, run: TrainingRun) -> None:
                         last_plot = time.perf_counter()
             clock = time.perf_counter(), state.step
     if run.processes.is_main:
-        try:  # where a run was killed before it deleted them
+        try:  # an earlier process may have been killed before it deleted them
             checkpoints.keep_newest(run.checkpoints, recipe.checkpoint_limit)
         except FastgenError as error:
             say(f"warning: {error}")

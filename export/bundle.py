@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from export.certificate import Certificate, certify
+from export.options import BundleOptions
 from export.task_score import Task
 from export.triton import check_repository, write_repository
 from export.trt_build import card_refusal, check_settings
-from export.write import BundleOptions, write_bundle
+from export.write import write_bundle
 from fastgen.engines import bundle_engines, check_installed, create_engine, engine_class, no_engine
 from fastgen.engines.base import choose_dtype
 from fastgen.engines.machine import gpus

@@ -31,6 +31,7 @@ from export.certificate import certify  # noqa: E402
 from export.fitting import budget  # noqa: E402
 from export.int8 import layer_nodes, layer_table  # noqa: E402
 from export.onnx import export_onnx  # noqa: E402
+from export.options import BundleOptions  # noqa: E402
 from export.plan_graphs import plan_nodes, write_plan_graph  # noqa: E402
 from export.quantisation import Quantisation, quantisation_name  # noqa: E402
 from export.sensitivity import chosen, predicted_error  # noqa: E402
@@ -38,7 +39,7 @@ from export.symmetric import FORMATS  # noqa: E402
 from export.trt_build import Rows, build_plan  # noqa: E402
 from export.trt_layers import check_layers  # noqa: E402
 from export.trt_rtx import _set_targets, build_plans, check_capabilities  # noqa: E402
-from export.write import BundleOptions, write_bundle  # noqa: E402
+from export.write import write_bundle  # noqa: E402
 from fastgen.cli.certifying import ensure_certified  # noqa: E402
 from fastgen.engines import create_engine  # noqa: E402
 from fastgen.engines.cache.artifacts import artifacts, bundled  # noqa: E402

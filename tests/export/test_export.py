@@ -184,7 +184,7 @@ def test_a_failed_export_leaves_the_old_bundle_and_nothing_else(model, bundle, m
 
     edit(model / "scheduler" / "scheduler_config.json", beta_end=0.03)
     old = contents(bundle)
-    monkeypatch.setattr("export.write._write_tables", lambda *arguments: None)
+    monkeypatch.setattr("export.write.write_tables", lambda *arguments: None)
     monkeypatch.setattr("export.onnx.export_onnx", fail)
     with pytest.raises(FastgenError, match=r"No space left on device|cannot be exported"):
         export(model, bundle, overwrite=True)
@@ -234,7 +234,7 @@ def test_a_tokenizer_without_tokenizer_json_gets_one(text_model, tmp_path, monke
 
     folder = shutil.copytree(text_model, tmp_path / "model")
     (folder / "tokenizer" / "tokenizer.json").unlink()
-    for name in ("_write_tables", "write_reference", "write_distances"):
+    for name in ("write_tables", "write_reference", "write_distances"):
         monkeypatch.setattr(f"export.write.{name}", lambda *arguments: None)
     monkeypatch.setattr("export.onnx.export_onnx", lambda *arguments: None)
     write._fill(

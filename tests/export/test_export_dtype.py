@@ -84,7 +84,7 @@ def test_the_text_encoder_stays_fp32(lowered_bundle):
 
 
 def test_adding_a_precision_computes_no_reference_and_no_table_again(quick, label_model, bundle, monkeypatch):
-    for name in ("write_reference", "_write_tables"):
+    for name in ("write_reference", "write_tables"):
         monkeypatch.setattr(f"export.write.{name}", fail)
     lines: list[str] = []
     export(label_model, bundle, dtype="fp16", engines=["ort"], say=lines.append)

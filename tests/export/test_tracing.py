@@ -17,8 +17,9 @@ pytest.importorskip("diffusers")
 pytest.importorskip("onnxscript")
 
 import export.tracing as tracing
+from export.options import BundleOptions
 from export.tracing import Source, Trace, Tracing, processes, trace
-from export.write import BundleOptions, write_bundle
+from export.write import write_bundle
 from fastgen.errors import FastgenError, InputError
 from fastgen.models.folder import load_model
 
@@ -170,7 +171,7 @@ def test_a_solver_that_does_not_exist_ends_the_process_too(label_model, small_is
         started.append(self)
 
     monkeypatch.setattr(tracing._Process, "__init__", kept)
-    monkeypatch.setattr("export.write._write_tables", lambda *given: (_ for _ in ()).throw(InputError("no table")))
+    monkeypatch.setattr("export.write.write_tables", lambda *given: (_ for _ in ()).throw(InputError("no table")))
     with pytest.raises(InputError, match="no table"):
         write_bundle(label_model, tmp_path / "bundle", BundleOptions(), False, print)
     (process,) = started

@@ -523,7 +523,7 @@ def test_a_foreign_or_malformed_index_json_is_one_line(index, tmp_path, change, 
 
 
 def test_images_are_made_square_as_in_training(text_model, text_bundle, tmp_path):
-    from export.write import _manifest
+    from export import contents
     from fastgen.models.bundle import read_bundle
     from fastgen.models.folder import load_model
 
@@ -534,7 +534,7 @@ def test_images_are_made_square_as_in_training(text_model, text_bundle, tmp_path
     assert trained_mode(load_model(model).spec) == "figure"
     bundle = shutil.copytree(text_bundle, tmp_path / "bundle")
     manifest = json.loads((bundle / "bundle.json").read_text())
-    manifest["image_mode"] = _manifest(load_model(model).spec)["image_mode"]
+    manifest["image_mode"] = contents.manifest(load_model(model).spec)["image_mode"]
     (bundle / "bundle.json").write_text(json.dumps(sealed(manifest)))
     assert trained_mode(read_bundle(bundle).spec) == "figure"
 

@@ -98,7 +98,7 @@ def measured(results: Mapping[str, Any]) -> dict[str, float]:
         found |= {"over_one": rate / single[0]} if single else {}
     if rate and loops:
         found["over_loop"] = rate / loops[0]["images_per_s"]
-    steps = [row["step_ms"] for row in _own(results, "one", "compiled-one") if (row["step_ms"] or 0) > 0]
+    steps = [row["step_ms"] for row in _own(results, "one", "compiled-one") if row["step_ms"] is not None]
     if steps:
         found["step_ms"] = min(steps)
     labels = [row["batch"] / row["images_per_s"] for row in _own(results, "labels", "compiled-labels")]

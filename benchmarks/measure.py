@@ -241,13 +241,11 @@ class Matrix:
     def _row(self, one: Taken, reference: Taken, informed: Taken | None) -> dict[str, Any]:
         if not one.failed and one.side.is_peer and self._is_random(one.case.steps):
             one.add_note("draws its own noise: images not comparable")
-        row = one.row(reference, self.plan.job, informed)
         if one.failed:
-            return row
+            return one.row(reference, self.plan.job, informed)
         steps = one.case.steps
-        if one.short_s is not None:
-            evaluations = len(self.tables[steps]) - len(self.tables[shorter(steps)])
-            row["step_ms"] = 1000 * (one.batch_s - one.short_s) / evaluations
+        step_ms = one.step_ms(len(self.tables[steps]) - len(self.tables[shorter(steps)]))
+        row = one.row(reference, self.plan.job, informed) | {"step_ms": step_ms}
         row["floor_percent"] = 100 * self._floor_s(one.case, row["dtype"]) / (one.case.images / row["images_per_s"])
         if one.side.is_peer and self._is_random(steps):
             return row

@@ -22,7 +22,7 @@ UNITS = {
     "spread": "of images_per_s, over the rounds",
     "ratio": "images_per_s over the first side's, median over the rounds in which both took turns",
     "ratio_informed": "the same over the informed user's side (INFORMED in benchmarks/sides.py), where there is one",
-    "step_ms": "one network evaluation, guided where the model is; from runs of two lengths",
+    "step_ms": "one network evaluation, guided where the model is; from runs of two lengths, None if the longer took no longer",
     "load_s": "imports, weights, and what the side compiles when it is opened",
     "first_s": "load and the first batch",
     "build_s": "export, and what the first batch took longer than later ones",
@@ -37,6 +37,7 @@ UNITS = {
     "rounds": "timed",
     "note": "why the row is empty, or what to know of it",
 }
+NO_STEP = "no time of a step: the run with fewer steps took no less"
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,16 @@ class Taken:
         if informed is not None and not informed.failed:
             row["ratio_informed"] = self._ratio(informed)
         return row
+
+    def step_ms(self, evaluations: int) -> float | None:
+        """Milliseconds of each of the `evaluations` that a timed batch has more than the short one. None, with a note, where it
+        took no longer, as other processes disturbed it."""
+        if self.short_s is None:
+            return None
+        if self.short_s >= self.batch_s:
+            self.add_note(NO_STEP)
+            return None
+        return 1000 * (self.batch_s - self.short_s) / evaluations
 
     @property
     def rates(self) -> list[float]:

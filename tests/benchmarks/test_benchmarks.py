@@ -25,7 +25,7 @@ from benchmarks.models import ARCHITECTURES, architecture, build
 from benchmarks.profiler import kernel_profile, kind
 from benchmarks.prompts import prompts
 from benchmarks.report import parity
-from benchmarks.rows import UNITS, Case, Taken
+from benchmarks.rows import NO_STEP, UNITS, Case, Taken
 from benchmarks.sides import DTYPES, INFORMED, Side, default_sides, informed
 from benchmarks.table import markdown
 from benchmarks.worker import Process
@@ -89,18 +89,33 @@ def test_a_side_that_cannot_run_has_a_row_with_the_reason(rows):
 
 
 def test_every_measured_row_has_speed_memory_and_its_share_of_the_floor(rows):
-    positive = ("images_per_s", "ratio", "ratio_informed", "step_ms", "load_s", "first_s", "job_s", "peak_mib")
+    positive = ("images_per_s", "ratio", "ratio_informed", "load_s", "first_s", "job_s", "peak_mib")
     for side in ("diffusers:fp32", PEER, "eager:fp32", "ort:fp32", "two-calls:fp32@1"):
         row = rows[side]
         assert list(row) == list(UNITS)
         for name in (*positive, "floor_percent"):
             assert row[name] > 0, (side, name)
+        assert (
+            row["step_ms"] > 0 if row["step_ms"] is not None else row["note"] == NO_STEP
+        )  # tiny networks, a busy machine
         assert row["extrapolated_from"] == 2
     assert rows["diffusers:fp32"]["ratio"] == 1
     assert rows[PEER]["ratio_informed"] == 1
     assert rows[PEER]["dtype"] == Side.parse(PEER).dtype
     assert (rows[PEER]["psnr_db"] or math.inf) > 25
     assert rows["two-calls:fp32@1"]["batch"] == 1
+
+
+def test_a_step_s_time_is_that_of_the_longer_run_s_further_evaluations_and_never_negative():
+    case = Case(batch=2, steps=5, images=4)
+    taken = Taken(Side("ort", "fp32"), case, {"load_s": 1.0, "build_s": 0.0}, seconds=[0.8, 1.2, 1.0], short_s=0.3)
+    assert taken.step_ms(4) == pytest.approx(1000 * (0.5 - 0.3) / 4)
+    assert taken.note is None
+    taken.short_s = 0.5
+    assert taken.step_ms(4) is None
+    assert taken.row(taken, 4)["note"] == NO_STEP
+    taken.short_s = taken.note = None
+    assert (taken.step_ms(4), taken.note) == (None, None)
 
 
 def test_a_time_limit_that_is_over_before_the_first_batch_ends_further_rounds_and_cases_only(label_model, tmp_path):

@@ -1,4 +1,4 @@
-"""Five minutes of requests, every tenth of whose clients leaves: the server's memory, files and threads stay as they were."""
+"""Three minutes of requests, every tenth of whose clients leaves: the server's memory, files and threads stay as they were."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from benchmarks.serving_server import Server
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("starlette")
-SECONDS = 300.0
+SECONDS = 180.0
 LOAD = 0.3  # of what this machine does one by one, which runs other tests beside
 
 

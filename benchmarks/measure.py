@@ -20,7 +20,7 @@ from benchmarks import floor
 from benchmarks.environments import interpreter
 from benchmarks.models import bundled, export_seconds
 from benchmarks.prompts import conditions
-from benchmarks.rows import Case, Taken, shorter
+from benchmarks.rows import NO_STEP, Case, Taken, shorter
 from benchmarks.sides import FOREIGN, REFERENCE, Side, informed, missing
 from benchmarks.worker import Local, Process
 from fastgen.errors import FastgenError, first_line
@@ -245,6 +245,8 @@ class Matrix:
             return one.row(reference, self.plan.job, informed)
         steps = one.case.steps
         step_ms = one.step_ms(len(self.tables[steps]) - len(self.tables[shorter(steps)]))
+        if step_ms is None and one.short_s is not None:
+            one.add_note(NO_STEP)
         row = one.row(reference, self.plan.job, informed) | {"step_ms": step_ms}
         row["floor_percent"] = 100 * self._floor_s(one.case, row["dtype"]) / (one.case.images / row["images_per_s"])
         if one.side.is_peer and self._is_random(steps):
@@ -303,7 +305,7 @@ class Matrix:
             }
         )
         if bundle is not None and "build_s" in facts:
-            facts["build_s"] = export_seconds(bundle) or 0.0
+            facts["build_s"] = export_seconds(bundle)
         if facts.get("versions"):
             self.versions[side.name] = facts["versions"]
         return Opened(side, worker, facts, facts.get("error"))

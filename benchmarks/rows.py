@@ -22,11 +22,11 @@ UNITS = {
     "spread": "of images_per_s, over the rounds",
     "ratio": "images_per_s over the first side's, median over the rounds in which both took turns",
     "ratio_informed": "the same over the informed user's side (INFORMED in benchmarks/sides.py), where there is one",
-    "step_ms": "one network evaluation, guided where the model is; from runs of two lengths, None if the longer took no longer",
+    "step_ms": "one network evaluation, guided where the model is; from runs of two lengths; None without a shorter one",
     "load_s": "imports, weights, and what the side compiles when it is opened",
     "first_s": "load and the first batch",
-    "build_s": "export, and what the first batch took longer than later ones",
-    "repaid_after": "images until build_s is won back against the first side; None: never",
+    "build_s": "export, and what the first batch took longer than later ones; None of an older export",
+    "repaid_after": "images until build_s is won back against the first side; None: never, or not known",
     "job_s": "end-to-end seconds of the job, load included",
     "extrapolated_from": "images measured, where the job is longer",
     "peak_mib": "resident memory of the side's process, or what torch allocated on the GPU",
@@ -87,18 +87,16 @@ class Taken:
         if not reference.failed:
             row["ratio"] = self._ratio(reference)
             saved = 1 / statistics.median(reference.rates) - 1 / speed  # seconds per image
-            row["repaid_after"] = math.ceil(self.build_s / saved) if saved > 0 else None
+            if (build_s := self.build_s) is not None and saved > 0:
+                row["repaid_after"] = math.ceil(build_s / saved)
         if informed is not None and not informed.failed:
             row["ratio_informed"] = self._ratio(informed)
         return row
 
     def step_ms(self, evaluations: int) -> float | None:
-        """Milliseconds of each of the `evaluations` that a timed batch has more than the short one. None, with a note, where it
-        took no longer, as other processes disturbed it."""
-        if self.short_s is None:
-            return None
-        if self.short_s >= self.batch_s:
-            self.add_note(NO_STEP)
+        """Milliseconds of each of the `evaluations` that a timed batch has more than the short one; None without a short one,
+        or where that took no less, as on a busy machine."""
+        if self.short_s is None or self.short_s >= self.batch_s:
             return None
         return 1000 * (self.batch_s - self.short_s) / evaluations
 
@@ -116,8 +114,10 @@ class Taken:
         return statistics.median(self.seconds) / math.ceil(self.case.images / self.case.batch)
 
     @property
-    def build_s(self) -> float:
-        return self.opened["build_s"] + max(0.0, self.first_s - self.batch_s)
+    def build_s(self) -> float | None:
+        if (exported_s := self.opened["build_s"]) is None:
+            return None
+        return float(exported_s + max(0.0, self.first_s - self.batch_s))
 
     def parity(self, expected: np.ndarray) -> dict[str, Any]:
         """PSNR and largest difference of as many images as both sides have."""

@@ -43,6 +43,8 @@ def config_files(model: Model) -> dict[str, Path]:
 
 
 def write_tables(model: Model, path: Path, solvers: Sequence[str], say: Say) -> None:
+    """Compile the common solvers, the model's own and those of `solvers`, and write their tables to `path`. Raises InputError
+    for one of the latter two that the model's scheduler cannot do."""
     from fastgen.sampling.compile import TableCompiler
     from fastgen.sampling.tables import save_tables
 
@@ -94,4 +96,5 @@ def manifest(spec: Spec) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
+    """Of fastgen and of the packages that make the graphs and the reference."""
     return {"fastgen": __version__} | {p: importlib.metadata.version(p) for p in PACKAGES}

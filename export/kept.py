@@ -1,4 +1,4 @@
-"""What lies at `out` already: the bundle that is kept and extended, or what is said and kept of one that is replaced."""
+"""What lies at `--out` already: the bundle that is kept and extended, or what is said and kept of one that is replaced."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 
 from benchmarks import floor, gpu, gpu_sections
-from benchmarks.gpu_targets import checks, judge, targets
+from benchmarks.gpu_targets import checks, judge, measured, targets
 from benchmarks.measure import Matrix
 from benchmarks.parts import Run, kept_for_all_parts
 from fastgen.engines.compile import engine as engine_compile
@@ -176,3 +176,9 @@ def test_eager_with_graphs_is_no_yardstick_of_its_own():
     graphs = row("eager:fp16:graphs", 12.0)
     assert not judge(graphs, [graphs])["passed"]
     assert [check["passed"] for check in checks({"one": [row("eager:fp16", 40.0), graphs]})] == [False]
+
+
+def test_a_step_that_was_not_measured_is_none_of_the_steps():
+    own = row("eager:fp16:graphs", 40.0) | {"images_per_s": 3.0}
+    assert "step_ms" not in measured({"one": [own | {"step_ms": None}]})
+    assert measured({"one": [own | {"step_ms": None}, own | {"step_ms": 2.0}]})["step_ms"] == 2.0

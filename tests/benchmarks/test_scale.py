@@ -41,9 +41,9 @@ def test_a_whole_run_measures_both_sides_of_equal_folders_and_prints_its_tables(
     assert row["different_files"] == 0
     assert min(row["batch_s"], row["local_s"], row["ray_s"]) > 0
     assert 0 <= value["driver_cpu_ms_per_image"] < 100
-    assert 0 <= value["idle_cores"] < 1  # of 0.2 s: it may be less than the kernel's tick of 10 ms
     threads = {(line["where"], line["workers"], line["threads"]) for line in value["workers"]}
     cores = value["settings"]["cpu"]["cores"]
+    assert 0 <= value["idle_cores"] <= cores  # of 0.2 s: it may be less than the kernel's tick of 10 ms
     assert threads == {("local", None, 1), ("local", None, cores), ("ray", cores, 1), ("ray", 1, cores)}
     assert all(line["images_per_s"] > 0 for line in value["workers"])
     assert scale_table.lines({**value, "environment": None}) in done.output

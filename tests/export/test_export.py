@@ -229,6 +229,7 @@ def test_a_tokenizer_without_tokenizer_json_gets_one(text_model, tmp_path, monke
     from transformers import CLIPTokenizer
 
     from export import write
+    from export.options import BundleOptions
     from fastgen.models.folder import load_model
     from fastgen.models.tokenizer import Tokenizer
 
@@ -242,7 +243,7 @@ def test_a_tokenizer_without_tokenizer_json_gets_one(text_model, tmp_path, monke
         tmp_path / "out",
         load_model(folder),
         write.Source(folder, {}),
-        write.BundleOptions(),
+        BundleOptions(),
         print,
     )
     prompts = ["A red dragon", "crème brûlée 🐉", "", "word " * 90]

@@ -121,6 +121,7 @@ def test_a_card_that_the_builder_does_not_serve_is_one_line(half_bundle):
         [sys.executable, "-c", TURING, str(half_bundle)],
         capture_output=True,
         text=True,
+        timeout=200,
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])},
     )
     assert done.returncode == 0, done.stderr

@@ -29,4 +29,4 @@ def test_memory_files_and_threads_stay_as_they_were(text_bundle, tmp_path):
         (row,) = soak(bench)
     assert row["holds"], row
     assert row["wrong_bytes"] == 0
-    assert row["pictures"] > 100, row
+    assert row["pictures"] > 60, row

@@ -25,7 +25,7 @@ UNITS = {
     "step_ms": "one network evaluation, guided where the model is; from runs of two lengths; None without a shorter one",
     "load_s": "imports, weights, and what the side compiles when it is opened",
     "first_s": "load and the first batch",
-    "build_s": "export, and what the first batch took longer than later ones; None of an older export",
+    "build_s": "export, and what the first batch took longer than later ones; None for a bundle exported before",
     "repaid_after": "images until build_s is won back against the first side; None: never, or not known",
     "job_s": "end-to-end seconds of the job, load included",
     "extrapolated_from": "images measured, where the job is longer",
@@ -115,6 +115,8 @@ class Taken:
 
     @property
     def build_s(self) -> float | None:
+        """Seconds of the export, and what the first batch took longer than later ones. None where the bundle was exported
+        before, in a time that is not known."""
         if (exported_s := self.opened["build_s"]) is None:
             return None
         return float(exported_s + max(0.0, self.first_s - self.batch_s))

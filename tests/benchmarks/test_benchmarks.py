@@ -95,9 +95,10 @@ def test_every_measured_row_has_speed_memory_and_its_share_of_the_floor(rows):
         assert list(row) == list(UNITS)
         for name in (*positive, "floor_percent"):
             assert row[name] > 0, (side, name)
-        assert (
-            row["step_ms"] > 0 if row["step_ms"] is not None else row["note"] == NO_STEP
-        )  # tiny networks, a busy machine
+        if row["step_ms"] is None:  # these networks are tiny, and the machine may be busy
+            assert NO_STEP in row["note"]
+        else:
+            assert row["step_ms"] > 0
         assert row["extrapolated_from"] == 2
     assert any(row["step_ms"] for row in rows.values())
     assert rows["diffusers:fp32"]["ratio"] == 1
